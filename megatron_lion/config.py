@@ -1,0 +1,82 @@
+"""What a user may ask for, and every check of it. Imports nothing, so that a message never waits for torch."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+PAPER_BETAS = (0.9, 0.99)
+LANGUAGE_MODEL_BETAS = (0.9, 0.95)
+MOMENTUM_INITS = ("zero", "gradient")
+
+# Lion's learning rates for language models lie at 1e-5 .. 2e-4 (docs/coming-from-adamw.md has the sources);
+# AdamW's begin about here.
+ADAMW_LIKE_LR = 3e-4
+
+
+class LionError(ValueError):
+    """A request that cannot be met. The message names the value, the valid ones, and what to do."""
+
+
+def did_you_mean(value: str, valid: Iterable[str]) -> str:
+    """A sentence naming the nearest valid name, then all of them: ``did you mean 'lion'? Valid: adam, lion, sgd``."""
+    names = sorted(valid)
+    nearest = difflib.get_close_matches(value, names, n=1)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"{hint}Valid: {', '.join(names)}"
+
+
+def check_betas(betas: tuple[float, float], names: tuple[str, str] = ("beta1", "beta2")) -> tuple[float, float]:
+    """Return ``betas`` as two floats in [0, 1), or raise :class:`LionError` calling them by ``names``."""
+    try:
+        beta1, beta2 = (float(beta) for beta in betas)
+    except (TypeError, ValueError):
+        raise LionError(f"betas must be two numbers such as {PAPER_BETAS}, got {betas!r}") from None
+    for name, beta, usual in ((names[0], beta1, "0.9"), (names[1], beta2, "0.95 to 0.99")):
+        if not 0.0 <= beta < 1.0:
+            raise LionError(f"{name} must lie in [0, 1), got {beta:g}; the usual value is {usual}")
+    return beta1, beta2
+
+
+def check_non_negative(name: str, value: float) -> float:
+    """Return ``value`` as a finite float >= 0, or raise :class:`LionError` naming ``name``."""
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0.0):
+        raise LionError(f"{name} must be a finite number >= 0, got {value}")
+    return number
+
+
+def check_choice(name: str, value: str, valid: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``valid``, or raise :class:`LionError` with the nearest one."""
+    valid = tuple(valid)
+    if value not in valid:
+        raise LionError(f"{name} {value!r} is unknown: {did_you_mean(str(value), valid)}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class LionConfig:
+    """What ``--optimizer lion`` was asked to be, checked.
+
+    The learning rate and weight decay here are the run's base values; Megatron's scheduler sets each group's own.
+    """
+
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float] = LANGUAGE_MODEL_BETAS
+
+    def __post_init__(self) -> None:
+        check_non_negative("--lr", self.lr)
+        check_non_negative("--weight-decay", self.weight_decay)
+        check_betas(self.betas, names=("--lion-beta1", "--lion-beta2"))
+
+    @property
+    def lr_warning(self) -> str | None:
+        """A sentence where the learning rate looks like AdamW's, else None."""
+        if self.lr < ADAMW_LIKE_LR:
+            return None
+        return (
+            f"--lr {self.lr:g} looks like AdamW's. Lion moves every element by the whole learning rate, so it usually "
+            f"wants a 3 to 10 times lower one ({self.lr / 10:g} to {self.lr / 3:g}) with a 3 to 10 times higher "
+            "--weight-decay; see docs/coming-from-adamw.md"
+        )

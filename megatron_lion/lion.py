@@ -1,0 +1,151 @@
+"""Lion as an ordinary ``torch.optim.Optimizer``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from megatron_lion import kernels
+from megatron_lion.config import MOMENTUM_INITS, PAPER_BETAS, LionError, check_betas, check_choice, check_non_negative
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion (evolved sign momentum), Algorithm 1 of Dong, Li, Lin (2025) after Chen et al. (2023), arXiv 2302.06675::
+
+        c_k         = beta1 * m_{k-1} + (1 - beta1) * g_k
+        theta_{k+1} = theta_k - lr * (sign(c_k) + weight_decay * theta_k)
+        m_k         = beta2 * m_{k-1} + (1 - beta2) * g_k
+
+    ``sign(0) = 0``; weight decay is decoupled and acts on the old theta. The rounding is fixed, see
+    :mod:`megatron_lion.update`, so the step on a shard of a tensor equals the step on the whole bit for bit.
+
+    State, per parameter: ``exp_avg`` (m), of the parameter's shape and dtype. Issues no collective.
+
+    Args:
+        params: parameters or parameter groups; each group may have its own ``lr``, ``betas``, ``weight_decay``,
+            ``momentum_init`` and ``maximize``.
+        lr: step size, >= 0. 3 to 10 times lower than AdamW's.
+        betas: (beta1, beta2), each in [0, 1). For language models the paper uses (0.9, 0.95).
+        weight_decay: decoupled weight decay lambda, >= 0.
+        momentum_init: ``"zero"`` starts from m_0 = 0, as practice does; ``"gradient"`` from m_0 = g_1, as the
+            convergence proof does (Lemma 6), so that the first step is along sign(g_1).
+        maximize: ascend instead of descend.
+        kernel: ``"auto"``, ``"reference"`` or ``"foreach"``; all give the same bits.
+
+    Raises:
+        LionError: for a hyperparameter out of range, a complex or integer parameter, a sparse gradient, or a state
+            dict that another optimizer wrote.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> optimizer = Lion(layer.parameters(), lr=1e-4, weight_decay=0.1)
+        >>> layer(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = PAPER_BETAS,
+        weight_decay: float = 0.0,
+        *,
+        momentum_init: str = "zero",
+        maximize: bool = False,
+        kernel: str = "auto",
+    ) -> None:
+        self.kernel = check_choice("kernel", kernel, kernels.KERNELS)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "momentum_init": momentum_init,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with the optimizer's defaults for what it leaves out; both are checked."""
+        for key, value in {**self.defaults, **param_group}.items():
+            if key in ("lr", "weight_decay"):
+                check_non_negative(key, value)
+            elif key == "betas":
+                check_betas(value)
+            elif key == "momentum_init":
+                check_choice(key, value, MOMENTUM_INITS)
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if not param.is_floating_point():
+                raise LionError(f"Lion needs real floating-point parameters, got {param.dtype} of shape {tuple(param.shape)}")
+
+    def init_state(self) -> None:
+        """Give every parameter that has no state yet m = 0, as loading a checkpoint into fresh state needs."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if not self.state[param]:
+                    self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient, in place; gradients are left as they are.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = [param for param in group["params"] if param.grad is not None]
+        grads = [self._gradient(param, maximize=group["maximize"]) for param in params]
+        for param, grad in zip(params, grads, strict=True):
+            if not self.state[param]:
+                start = grad if group["momentum_init"] == "gradient" else torch.zeros_like(param)
+                self.state[param]["exp_avg"] = torch.empty_like(param, memory_format=torch.preserve_format).copy_(start)
+        exp_avgs = [self.state[param]["exp_avg"] for param in params]
+        beta1, beta2 = group["betas"]
+        kernels.choose(self.kernel, params, grads, exp_avgs)(
+            params,
+            grads,
+            exp_avgs,
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+        )
+
+    @staticmethod
+    def _gradient(param: Tensor, *, maximize: bool) -> Tensor:
+        grad = param.grad
+        assert grad is not None
+        if grad.is_sparse:
+            raise LionError(
+                f"Lion does not take sparse gradients (parameter of shape {tuple(param.shape)}): "
+                "build the embedding with sparse=False"
+            )
+        return -grad if maximize else grad
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict()`` returned: the next steps equal, bit for bit, those of an optimizer never saved.
+
+        Raises LionError, changing nothing, where the groups are those of another optimizer.
+        """
+        for group in state_dict["param_groups"]:
+            missing = sorted(self.defaults.keys() - group.keys())
+            if missing:
+                raise LionError(
+                    f"this optimizer state was not written by Lion: its parameter groups lack {', '.join(missing)} and "
+                    f"have {', '.join(sorted(group.keys() - {'params'}))}. Load the weights alone and start Lion's "
+                    "momentum at zero (in Megatron: --no-load-optim)"
+                )
+        super().load_state_dict(state_dict)

@@ -1,0 +1,90 @@
+"""Lion's update rule: the readable truth that every faster version must equal bit for bit.
+
+Algorithm 1 of Dong, Li, Lin (2025), "Convergence Rate Analysis of LION", after Chen et al. (2023), arXiv 2302.06675::
+
+    c_k         = beta1 * m_{k-1} + (1 - beta1) * g_k
+    theta_{k+1} = theta_k - lr * (sign(c_k) + weight_decay * theta_k)
+    m_k         = beta2 * m_{k-1} + (1 - beta2) * g_k
+
+with sign(0) = 0, and decoupled weight decay on the old theta.
+
+Rounding is part of the definition. Every product and every sum is rounded on its own, in the order written: no
+``alpha=``, no ``lerp``, no fused multiply-add, because each of those rounds differently, and where c is within
+rounding of zero another rounding is another sign. Arithmetic is fp32, for fp64 parameters fp64; parameter and momentum
+are rounded to the dtypes in which they are stored once, at the end.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class LionUpdate(Protocol):
+    """The signature shared by :func:`lion_update_` and every kernel that stands in for it."""
+
+    def __call__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+    ) -> None: ...
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic for ``param``: fp64 for fp64, otherwise fp32."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def lion_step(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, *, lr: float, beta1: float, beta2: float, weight_decay: float
+) -> tuple[Tensor, Tensor]:
+    """One step of Lion for one tensor, out of place.
+
+    Args:
+        param: theta_k, any shape, a floating-point dtype.
+        grad: g_k, the same shape, any floating-point dtype.
+        exp_avg: m_{k-1}, the same shape, any floating-point dtype.
+        lr: the step size; every element with c != 0 moves by lr, up to weight decay.
+        beta1: weight of the momentum in the direction c_k.
+        beta2: decay of the momentum.
+        weight_decay: decoupled, multiplied by lr.
+
+    Returns:
+        theta_{k+1} and m_k in the dtype of the arithmetic (:func:`compute_dtype`), not yet rounded for storage.
+    """
+    dtype = compute_dtype(param)
+    theta, g, m = param.to(dtype), grad.to(dtype), exp_avg.to(dtype)
+    c = m * beta1 + g * (1.0 - beta1)
+    step = torch.sign(c) + theta * weight_decay
+    return theta - step * lr, m * beta2 + g * (1.0 - beta2)
+
+
+@torch.no_grad()
+def lion_update_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> None:
+    """Apply :func:`lion_step` to each tensor; ``params`` and ``exp_avgs`` are modified in place, ``grads`` is not.
+
+    The three sequences correspond element by element. Tensors may be empty. Issues no collective. Raises ValueError
+    where the sequences differ in length.
+    """
+    for param, grad, exp_avg in zip(params, grads, exp_avgs, strict=True):
+        new_param, new_exp_avg = lion_step(
+            param, grad, exp_avg, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay
+        )
+        param.copy_(new_param)
+        exp_avg.copy_(new_exp_avg)

@@ -1,0 +1,34 @@
+"""Packaging of megatron-lion. Tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="megatron-lion",
+    version="0.1.0",
+    description="Lion for Megatron-Core: every parameter, exact betas, state sharded over data-parallel ranks",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_lion", "megatron_lion.*"]),
+    package_data={"megatron_lion": ["py.typed"]},
+    install_requires=["torch>=2.6", "megatron-core>=0.19.2,<0.20"],
+    extras_require={
+        # What Megatron's own training loop asks for beyond megatron-core's hard dependencies.
+        "train": ["sentencepiece>=0.2", "tensorboard>=2.16", "psutil>=5.9", "datasets>=2.19", "matplotlib>=3.8"],
+        "test": ["pytest>=8", "ruff>=0.6", "mypy>=1.11"],
+        # NVIDIA's Apex is used where it is installed, and is never named here: PyPI's "apex" is another project.
+        "gpu": ["transformer-engine[pytorch]>=2.1"],
+    },
+    entry_points={"console_scripts": ["megatron-lion = megatron_lion.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
