@@ -1,10 +1,16 @@
 """Lion for Megatron-Core.
 
-``import megatron_lion`` needs torch alone. Megatron is imported when :func:`register` is called.
+``import megatron_lion`` needs nothing but Python: torch is imported with :class:`Lion`, Megatron with
+:func:`register`. So the import hook that ``megatron-lion enable`` sets costs an interpreter that trains nothing
+almost nothing.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from megatron_lion.config import LionError
-from megatron_lion.lion import Lion
+
+if TYPE_CHECKING:
+    from megatron_lion.lion import Lion
 
 __version__ = "0.1.0"
 __all__ = ["Lion", "LionError", "__version__", "register"]
@@ -18,3 +24,11 @@ def register() -> None:
     from megatron_lion.integration.register import register as register_with_megatron
 
     register_with_megatron()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Lion":
+        from megatron_lion.lion import Lion
+
+        return Lion
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,170 @@
+"""Pretrain a GPT with Megatron's own loop; needs nothing but the megatron-core wheel and this package.
+
+    torchrun --nproc-per-node 8 launch/pretrain_gpt.py --optimizer lion --lr 1e-5 <Megatron's own flags>
+
+Every flag is Megatron's (--help lists them). Sequence packing, SFT, fill-in-the-middle and multi-token prediction are
+for Megatron-LM's own pretrain_gpt.py: run that one with ``torchrun -m megatron_lion.run pretrain_gpt.py``.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+import megatron_lion
+from megatron_lion.config import LionError
+from megatron_lion.run import readable_errors
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+# Flags that need the parts of Megatron-LM's script that this one leaves out.
+LEFT_OUT = ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking", "mtp_num_layers")
+
+
+def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
+    """The next micro-batch: read on the first tensor-parallel rank, broadcast to the others, cut for context parallel.
+
+    Returns one entry for each of ``BATCH_KEYS``, of shape [micro batch, sequence length] or None; all None on a
+    pipeline stage that needs no tokens.
+    """
+    from megatron.core import mpu
+    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+    from megatron.training import get_args
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    args = get_args()
+    batch: dict[str, Any] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items() if key in BATCH_KEYS}
+        batch = {**dict.fromkeys((*BATCH_KEYS, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size")), **batch}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return {key: batch[key] for key in BATCH_KEYS}
+
+
+def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the tokens' losses, the number of tokens, and both for the log.
+
+    Args:
+        loss_mask: 1 for tokens that count, 0 for padding; [micro batch, sequence].
+        losses: each token's cross-entropy, the same shape.
+    """
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import get_args
+
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    num_tokens = mask.sum().detach().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for rejection, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=rejection,
+                message=f"found {what} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    return loss, num_tokens, {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
+
+
+def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """One micro-batch through the model; Megatron's schedule calls it, then the loss function that it returns."""
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_timers
+
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    losses = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return losses, partial(loss_func, batch["loss_mask"])
+
+
+def datasets_provider(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Train, validation and test datasets of ``num_samples`` sequences each, from Megatron's indexed files."""
+    from megatron.core import mpu
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training import get_args
+    from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+    def reads_data() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, reads_data, config).build()
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank builds its own
+
+
+def main() -> None:
+    """Parse Megatron's command line and pretrain."""
+    megatron_lion.register()
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    for name in LEFT_OUT:
+        if getattr(args, name, None):
+            raise LionError(
+                f"launch/pretrain_gpt.py leaves out --{name.replace('_', '-')}: use Megatron-LM's own script, "
+                "torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py"
+            )
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()

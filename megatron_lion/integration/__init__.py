@@ -1,0 +1,1 @@
+"""Everything that knows Megatron. Only :mod:`~megatron_lion.integration.compat` knows its versions and private names."""

@@ -1,0 +1,115 @@
+"""Lion on Megatron's own command line: ``--optimizer lion``, ``--lion-beta1``, ``--lion-beta2``, and their checks."""
+
+import argparse
+import functools
+import os
+from typing import Any
+
+from megatron_lion.config import LANGUAGE_MODEL_BETAS, LionConfig, LionError, did_you_mean
+from megatron_lion.integration import compat
+
+BETA_FLAGS = dict(zip(("lion_beta1", "lion_beta2"), LANGUAGE_MODEL_BETAS, strict=True))
+
+# Flags that this version does not carry out with Lion, and what to do instead. Refused, never ignored.
+REFUSED = {
+    "use_megatron_fsdp": "Megatron-FSDP has its own optimizer state layout. Use --use-distributed-optimizer",
+    "use_torch_fsdp2": "torch FSDP2 is not supported with Lion. Use --use-distributed-optimizer",
+    "use_precision_aware_optimizer": "Lion keeps fp32 momentum and master weights. Drop the flag",
+    "optimizer_cpu_offload": "Lion's state stays on the device. Drop the flag",
+    "optimizer_cuda_graph": "a captured step would keep the first learning rate for ever. Drop the flag",
+    "yaml_cfg": "the YAML configuration bypasses these checks. Give the flags on the command line",
+}
+
+
+def install() -> None:
+    """Wrap Megatron's parser and its validation, both of which it resolves by name at the call."""
+    import megatron.training.arguments as arguments
+
+    stock_add = arguments.add_megatron_arguments
+    stock_validate = arguments.validate_args
+    stock_betas: dict[str, Any] = {}
+
+    @functools.wraps(stock_add)
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = stock_add(parser)
+        stock_betas.update(_adapt(parser))
+        return parser
+
+    @functools.wraps(stock_validate)
+    def validate_args(args: Any, defaults: dict[str, Any] | None = None) -> Any:
+        _require_ranks(args)
+        is_lion = args.optimizer == "lion"
+        _fill_betas(args, BETA_FLAGS if is_lion else stock_betas)
+        if not is_lion:
+            return stock_validate(args, defaults or {})
+        _check_lion(args)
+        # Under its own name stock would turn --use-distributed-optimizer into a layer-wise optimizer (1671-1686); the
+        # arguments are printed after the name is restored, so that the log tells the truth.
+        with compat.substituted(args, optimizer="sgd"), compat.substituted(arguments, _print_args=lambda *_: None):
+            validated = stock_validate(args, defaults or {})
+        arguments._print_args("arguments", args)
+        return validated
+
+    compat.replace_everywhere(arguments, "add_megatron_arguments", add_megatron_arguments)
+    compat.replace_everywhere(arguments, "validate_args", validate_args)
+
+
+def _adapt(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Teach ``parser`` our names and errors. Returns Megatron's own default betas, which other optimizers keep."""
+    options = {action.dest: action for action in parser._actions}
+    optimizer = options["optimizer"]
+    names = tuple(dict.fromkeys([*(optimizer.choices or ()), "lion"]))
+    optimizer.choices = names
+
+    def optimizer_name(value: str) -> str:
+        if value not in names:
+            raise argparse.ArgumentTypeError(f"{value!r} is not an optimizer: {did_you_mean(value, names)}")
+        return value
+
+    optimizer.type = optimizer_name
+    stock_betas = {}
+    for dest, ours in BETA_FLAGS.items():
+        stock_betas[dest], options[dest].default = options[dest].default, None
+        options[dest].help = f"{options[dest].help} With --optimizer lion: {ours:g} unless given."
+
+    def error(message: str) -> None:
+        raise LionError(f"{message}. All flags: --help")
+
+    # argparse would print the message, and all of Megatron's usage, once for every rank.
+    parser.error = error  # type: ignore[method-assign, assignment]
+    return stock_betas
+
+
+def _fill_betas(args: Any, defaults: dict[str, Any]) -> None:
+    for dest, default in defaults.items():
+        if getattr(args, dest, None) is None:
+            setattr(args, dest, default)
+
+
+def _check_lion(args: Any) -> None:
+    for dest, instead in REFUSED.items():
+        if getattr(args, dest, None):
+            raise LionError(f"--{dest.replace('_', '-')} cannot be honoured with --optimizer lion: {instead}")
+    if not getattr(args, "decoupled_weight_decay", True):
+        raise LionError("--no-decoupled-weight-decay is not Lion: its weight decay is decoupled. Drop the flag")
+    if args.lr is None:
+        raise LionError("--optimizer lion needs --lr, 3 to 10 times lower than AdamW's (docs/coming-from-adamw.md)")
+    LionConfig(lr=args.lr, weight_decay=args.weight_decay, betas=(args.lion_beta1, args.lion_beta2))
+
+
+def _require_ranks(args: Any) -> None:
+    """Refuse a number of ranks that the model-parallel layout does not divide, saying how many would do."""
+    layout = {
+        "TP": args.tensor_model_parallel_size,
+        "PP": args.pipeline_model_parallel_size,
+        "CP": args.context_parallel_size,
+    }
+    needed = layout["TP"] * layout["PP"] * layout["CP"]
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size % needed:
+        sizes = " x ".join(f"{name} {size}" for name, size in layout.items() if size > 1)
+        raise LionError(
+            f"{sizes} needs a multiple of {needed} ranks, but {world_size} were started: use torchrun "
+            f"--nproc-per-node {needed} (or a multiple), or lower --tensor-model-parallel-size, "
+            "--pipeline-model-parallel-size or --context-parallel-size"
+        )

@@ -1,0 +1,154 @@
+"""The only file that knows Megatron's versions and private names.
+
+Each seam below is a name in Megatron that this package calls or replaces, with the parameters that it relies on. All
+of them are checked before anything is replaced, so that another Megatron is refused by name, never half-patched.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from megatron_lion.config import LionError
+
+SUPPORTED = "0.19"
+INSTALL_HINT = "pip install 'megatron-core==0.19.2'"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A callable in Megatron and the names of the parameters that this package passes to it or expects in it."""
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+
+    def problem(self) -> str | None:
+        """What is wrong with this seam in the Megatron that is installed, or None."""
+        target: Any = importlib.import_module(self.module)
+        for part in self.name.split("."):
+            target = getattr(target, part, None)
+        if target is None:
+            return f"{self.module}.{self.name} is gone"
+        found = tuple(inspect.signature(target).parameters)
+        missing = [parameter for parameter in self.parameters if parameter not in found]
+        return f"{self.module}.{self.name} has changed: no parameter {', '.join(missing)}" if missing else None
+
+
+CORE_SEAMS = (
+    Seam("megatron.core.optimizer", "get_megatron_optimizer", ("config", "model_chunks")),
+    Seam("megatron.core.optimizer", "_get_megatron_emerging_optimizer", ("config", "model_chunks")),
+    Seam("megatron.core.optimizer", "DistributedOptimizer", ("optimizer", "config", "grad_scaler", "init_state_fn")),
+    Seam("megatron.core.optimizer", "SGD", ("params", "lr", "momentum", "weight_decay")),
+    Seam("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.state_dict", ("self",)),
+    Seam("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.load_state_dict", ("self", "state_dict")),
+)
+TRAINING_SEAMS = (
+    Seam("megatron.training.arguments", "add_megatron_arguments", ("parser",)),
+    Seam("megatron.training.arguments", "validate_args", ("args", "defaults")),
+    Seam("megatron.training.arguments", "_print_args", ("title", "args")),
+    Seam("megatron.training.training", "get_megatron_optimizer", ("config",)),
+    Seam("megatron.training.training", "initialize_megatron", ("allow_no_cuda",)),
+)
+
+
+def _spec_origin(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def megatron_path() -> Path | None:
+    """The folder of the ``megatron.core`` that would be imported, without importing it; None where there is none."""
+    origin = _spec_origin("megatron.core")
+    return origin.parent if origin else None
+
+
+def megatron_version() -> str | None:
+    """The version of the ``megatron.core`` that would be imported, without importing it; None where there is none."""
+    folder = megatron_path()
+    if folder is None:
+        return None
+    text = (folder / "package_info.py").read_text(encoding="utf-8")
+    numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)", text, flags=re.MULTILINE))
+    return ".".join(numbers.get(part, "?") for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+def has_training() -> bool:
+    """Whether ``megatron.training``, Megatron's own loop, is there beside ``megatron.core``."""
+    try:
+        return importlib.util.find_spec("megatron.training") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def require_supported_version() -> None:
+    """Raise LionError where Megatron is missing or of a version that this package was not tested with."""
+    version = megatron_version()
+    if version is None:
+        raise LionError(
+            f"megatron-core is not installed in {sys.prefix}: {INSTALL_HINT}, or put a Megatron-LM checkout on PYTHONPATH"
+        )
+    if not version.startswith(SUPPORTED + "."):
+        raise LionError(
+            f"megatron-core {version} ({megatron_path()}) is not supported; supported: {SUPPORTED}.x. {INSTALL_HINT}"
+        )
+
+
+def require_seams(seams: tuple[Seam, ...]) -> None:
+    """Raise LionError naming every one of ``seams`` that is gone or changed in the installed Megatron."""
+    problems = [problem for seam in seams if (problem := seam.problem())]
+    if problems:
+        raise LionError(
+            f"megatron-core {megatron_version()} is not the one this package knows: {'; '.join(problems)}. "
+            f"Nothing was changed. Supported: {SUPPORTED}.x ({INSTALL_HINT})"
+        )
+
+
+def replace_everywhere(module: ModuleType, name: str, replacement: Callable[..., Any]) -> None:
+    """Replace ``module.name``, and every reference to it that another module took with ``from module import name``."""
+    original = getattr(module, name)
+    for holder in list(sys.modules.values()):
+        if getattr(holder, "__dict__", {}).get(name) is original:
+            setattr(holder, name, replacement)
+
+
+@contextlib.contextmanager
+def substituted(holder: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of ``holder`` for the duration of a call into Megatron, and put the old ones back whatever happens."""
+    old = {name: getattr(holder, name) for name in values}
+    for name, value in values.items():
+        setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            setattr(holder, name, value)
+
+
+def without_step() -> contextlib.AbstractContextManager[None]:
+    """Let DistributedOptimizer save and load an optimizer that has no ``step`` tensor.
+
+    Where neither Transformer Engine nor Apex is installed, its ``state_dict`` (0.19.2: distrib_optimizer 837) and
+    ``load_state_dict`` (1025) read torch Adam's ``step`` from every parameter's state. Lion and SGD have none. The
+    other branch reads ``step`` from the groups, where it is there. Goes when Megatron asks the optimizer instead.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    return substituted(distrib_optimizer, HAVE_APEX_OR_TE=True)
+
+
+def has_te_or_apex() -> bool:
+    """Whether Megatron took its Adam and SGD from Transformer Engine or NVIDIA's Apex, not from torch."""
+    from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
+
+    return not USING_PYTORCH_OPTIMIZER

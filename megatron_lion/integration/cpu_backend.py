@@ -1,0 +1,215 @@
+"""Real Megatron on gloo ranks, on a machine without a GPU: the replacements for CUDA, and nothing else.
+
+Opt-in with ``MEGATRON_LION_DEVICE=cpu``, refused where a GPU is present. Megatron's own loop, parallelism,
+checkpointing and distributed optimizer then run unmodified; only what names the CUDA device is answered by the CPU.
+``torch.cuda.is_available()`` stays False. Line numbers are megatron-core 0.19.2's.
+
+In two halves, because order matters: :func:`replace_cuda` before Megatron is first imported, :func:`adapt_core` and
+:func:`adapt_training` after.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_lion.config import LionError, check_choice
+
+DEVICE_VARIABLE = "MEGATRON_LION_DEVICE"
+CPU = torch.device("cpu")
+
+# Functions that make tensors where `device` says. Megatron passes "cuda" or torch.cuda.current_device() to these
+# (clip_grads 108, optimizer 315, training 1131, schedules 2292, param_and_grad_buffer 1162).
+FACTORIES = (
+    "tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint", "randperm", "eye",
+    "linspace", "tril_indices", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+)  # fmt: skip
+
+
+def wanted() -> bool:
+    """Whether ``MEGATRON_LION_DEVICE`` asks for the CPU. Raises LionError for a value other than cpu and cuda."""
+    return check_choice(DEVICE_VARIABLE, os.environ.get(DEVICE_VARIABLE, "cuda").lower(), ("cpu", "cuda")) == "cpu"
+
+
+def replace_cuda() -> None:
+    """Answer torch's CUDA calls with the CPU, for this process and for good. Idempotent.
+
+    Raises:
+        LionError: where a GPU is present (the replacements would hide it), or where Megatron is already imported
+            (it keeps what it imported from torch by name).
+    """
+    if torch.cuda.is_available():
+        raise LionError(
+            f"{DEVICE_VARIABLE}=cpu, but this machine has a GPU ({torch.cuda.get_device_name()}). Unset "
+            f"{DEVICE_VARIABLE} to train on it, or hide it with CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    if getattr(torch.cuda, "_replaced_by_megatron_lion", False):
+        return
+    if "megatron.core" in sys.modules:
+        raise LionError(f"{DEVICE_VARIABLE}=cpu must take effect before Megatron is imported: register megatron_lion first")
+    _replace_placement()
+    _replace_cuda_module()
+    # Megatron's jit_fuser is torch.compile, which would compile each fused function for seconds.
+    torch._dynamo.config.disable = True
+    torch.cuda._replaced_by_megatron_lion = True  # type: ignore[attr-defined]
+
+
+def _on_cpu(device: Any) -> Any:
+    """``device``, or the CPU where it names CUDA. Megatron names it by string, torch.device and index."""
+    names_cuda = isinstance(device, int) or (isinstance(device, str | torch.device) and str(device).startswith("cuda"))
+    return CPU if names_cuda else device
+
+
+def _replace_placement() -> None:
+    """Tensors and modules sent to CUDA stay where they are."""
+
+    def on_cpu_factory(make: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(make)
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            if "device" in kwargs:
+                kwargs["device"] = _on_cpu(kwargs["device"])
+            # Pinned memory speeds up copies to a GPU and needs one.
+            kwargs.pop("pin_memory", None)
+            return make(*args, **kwargs)
+
+        return factory
+
+    for name in FACTORIES:
+        setattr(torch, name, on_cpu_factory(getattr(torch, name)))
+
+    tensor_to = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and not isinstance(args[0], torch.Tensor):
+            args = (_on_cpu(args[0]), *args[1:])
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return tensor_to(self, *args, **kwargs)
+
+    def stay(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    tensor_type = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        """Megatron tells fp32 from 16-bit parameters by comparing "torch.cuda.FloatTensor" (distrib_optimizer 401)."""
+        if dtype is None:
+            return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+        return tensor_type(self, dtype.replace("torch.cuda.", "torch.") if isinstance(dtype, str) else dtype, **kwargs)
+
+    torch.Tensor.to = to  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = stay  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = stay  # type: ignore[method-assign]
+    torch.nn.Module.cuda = stay  # type: ignore[method-assign]
+
+
+class _Stream:
+    """The CPU's one stream: everything is already in order on it."""
+
+    device = CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def record_event(self, *args: Any) -> "_Event":
+        return _Event()
+
+    def synchronize(self) -> None: ...
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
+
+
+class _Event:
+    """An event of that stream: over as soon as it is recorded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _stream_context(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _replace_cuda_module() -> None:
+    """``torch.cuda``'s own functions, answered by the CPU."""
+
+    def answers(value: Any) -> Callable[..., Any]:
+        """A new function each time: torch's compiler keeps a table of torch functions and refuses one twice."""
+        return lambda *args, **kwargs: value
+
+    # Compute capability 10: below it Megatron insists on CUDA_DEVICE_MAX_CONNECTIONS=1 (arguments 1414).
+    properties = types.SimpleNamespace(name="cpu", major=10, minor=0, total_memory=0, multi_processor_count=1)
+    stream = _Stream()
+    replacements = {
+        "current_device": answers(CPU),
+        # With 0 devices Megatron skips model-parallel set-up and the RNG tracker (initialize 270, 447).
+        "device_count": answers(1),
+        "set_device": answers(None),
+        "device": _stream_context,
+        "get_device_properties": answers(properties),
+        "get_device_capability": answers((properties.major, properties.minor)),
+        "get_device_name": answers(properties.name),
+        "synchronize": answers(None),
+        "empty_cache": answers(None),
+        "ipc_collect": answers(None),
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": _stream_context,
+        "current_stream": answers(stream),
+        "default_stream": answers(stream),
+        "set_stream": answers(None),
+        "memory_allocated": answers(0),
+        "max_memory_allocated": answers(0),
+        "memory_reserved": answers(0),
+        "max_memory_reserved": answers(0),
+        "device_memory_used": answers(0),
+        "reset_peak_memory_stats": answers(None),
+        "memory_stats": answers({}),
+        # The CPU's generator stands in for the device's (random 118, 303, 490; checkpointing 417).
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "manual_seed_all": answers(None),
+        "seed": torch.seed,
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+    torch.cuda.random.get_rng_state = replacements["get_rng_state"]  # type: ignore[attr-defined, assignment]
+
+
+def adapt_core() -> None:
+    """The two places in ``megatron.core`` that ask for CUDA, or for what the wheel lacks, without asking torch."""
+    import megatron.core.datasets.utils as dataset_utils
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    # It calls torch._C directly (random 147).
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # The wheel ships the compiled helpers without the Makefile that this would run (initialize 178).
+    dataset_utils.compile_helpers = lambda: None
+
+
+def adapt_training() -> None:
+    """Megatron's loop insists on CUDA unless its own ``initialize_megatron`` is told otherwise (initialize 64)."""
+    import megatron.training.training as training
+
+    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)

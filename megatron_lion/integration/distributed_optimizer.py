@@ -1,0 +1,103 @@
+"""Megatron's distributed optimizer around Lion, and around torch's SGD and Adam where stock cannot save or load them.
+
+Nothing of the sharding is written again here. The subclasses say what the state of the inner optimizer is, so that
+Megatron's own code allocates, saves, loads and reshards it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_lion.integration import compat
+
+
+def init_lion_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """Give every parameter its zero momentum: what Megatron calls before it loads a checkpoint."""
+    optimizer.init_state()  # type: ignore[attr-defined]
+
+
+def init_sgd_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """Give every parameter of SGD with momentum its buffer. Zero is where torch's own first step starts from."""
+    for group in optimizer.param_groups:
+        for param in group["params"] if group["momentum"] != 0 else ():
+            if optimizer.state[param].get("momentum_buffer") is None:
+                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+
+
+def init_adam_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """Give every parameter of torch's Adam its state, with the ``step`` that Megatron's own function leaves out."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if not optimizer.state[param]:
+                optimizer.state[param] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+
+
+class StatelessStepDistributedOptimizer(DistributedOptimizer):
+    """DistributedOptimizer around an optimizer whose state is one tensor per parameter and key, and no ``step``.
+
+    Subclasses name the keys and how the state begins. Collectives are Megatron's own: a reduce-scatter of gradients
+    before the step, an all-gather of parameters after it.
+    """
+
+    state_keys: tuple[str, ...]
+    init_state: Callable[..., None]
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer | None, config: Any, grad_scaler: Any, init_state_fn: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(optimizer, config, grad_scaler, type(self).init_state, **kwargs)
+
+    @property
+    def optimizer_state_keys(self) -> tuple[str, ...]:
+        return self.state_keys
+
+    def state_dict(self) -> dict[str, Any]:
+        with compat.without_step():
+            return super().state_dict()
+
+    @torch.no_grad()  # in fp32 the shards are views of parameters, which autograd would not let it write (1225)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        with compat.without_step():
+            super().load_state_dict(state_dict)
+
+
+class LionDistributedOptimizer(StatelessStepDistributedOptimizer):
+    """Megatron's distributed optimizer around Lion: fp32 main parameters and ``exp_avg``, each sharded over DP."""
+
+    state_keys = ("exp_avg",)
+    init_state = staticmethod(init_lion_state)
+
+
+class SGDDistributedOptimizer(StatelessStepDistributedOptimizer):
+    """Megatron's distributed optimizer around SGD, which stock refuses because SGD has no ``init_state_fn`` (688)."""
+
+    init_state = staticmethod(init_sgd_state)
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("momentum_buffer",) if self.config.sgd_momentum != 0 else ()
+
+
+class TorchAdamDistributedOptimizer(DistributedOptimizer):
+    """Megatron's distributed optimizer around torch's Adam, made able to resume.
+
+    Stock saves such a run but cannot load it: the fresh state has no ``step`` to read (839), and the one that is loaded
+    is one tensor shared by all parameters, which every parameter's step would then increment (1028).
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.optimizer is not None:
+            init_adam_state(self.optimizer)
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()

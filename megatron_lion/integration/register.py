@@ -1,0 +1,59 @@
+"""Registration: the one call after which Megatron's ``--optimizer lion`` is ours."""
+
+from megatron_lion.config import LionError
+from megatron_lion.integration import compat, cpu_backend
+
+_done: set[str] = set()
+
+
+def register() -> None:
+    """Make ``--optimizer lion`` mean this package's Lion in this process. Calling it again does nothing.
+
+    Replaces, after checking that each is what this package knows: the parser's set-up and validation in
+    ``megatron.training.arguments``, and ``get_megatron_optimizer`` wherever it was imported. With
+    ``MEGATRON_LION_DEVICE=cpu`` it first lets Megatron run without a GPU. SGD and Adam are touched only where stock
+    Megatron refuses or cannot resume them (docs/sgd-and-adam.md). Issues no collective.
+
+    Raises:
+        LionError: Megatron is missing, of an unsupported version or changed; the CPU was asked for beside a GPU.
+    """
+    before_megatron()
+    register_core()
+    if compat.has_training():
+        register_training()
+
+
+def before_megatron() -> None:
+    """What must happen before Megatron is first imported: the version check and the CPU backend."""
+    compat.require_supported_version()
+    if cpu_backend.wanted():
+        cpu_backend.replace_cuda()
+
+
+def register_core() -> None:
+    """The optimizer factory in ``megatron.core``."""
+    if "core" in _done:
+        return
+    compat.require_seams(compat.CORE_SEAMS)
+    from megatron_lion.integration import factory
+
+    factory.install()
+    if cpu_backend.wanted():
+        cpu_backend.adapt_core()
+    _done.add("core")
+
+
+def register_training() -> None:
+    """The command line of ``megatron.training``."""
+    if "training" in _done:
+        return
+    try:
+        compat.require_seams(compat.TRAINING_SEAMS)
+    except ImportError as error:
+        raise LionError(f"megatron.training cannot be imported: {error}. pip install 'megatron-lion[train]'") from error
+    from megatron_lion.integration import arguments
+
+    arguments.install()
+    if cpu_backend.wanted():
+        cpu_backend.adapt_training()
+    _done.add("training")

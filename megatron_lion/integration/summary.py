@@ -1,0 +1,124 @@
+"""The start-up line: what is really active, counted over all ranks rather than read off the flags."""
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+from megatron_lion.config import LionConfig
+from megatron_lion.lion import Lion
+
+PREFIX = "megatron-lion:"
+
+
+def say(message: str) -> None:
+    """Print one line on rank 0, as Megatron does."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{PREFIX} {message}", flush=True)
+
+
+def warn(message: str) -> None:
+    """Print one warning line on rank 0's stderr."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{PREFIX} warning: {message}", file=sys.stderr, flush=True)
+
+
+def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimizer: Any) -> None:
+    """Say on rank 0 which parameters are on Lion and how large its state is. Issues two small all-reduces.
+
+    A parameter that Lion was not given is named in a warning: no parameter is left out without a word.
+    """
+    covered = _parameters_on_lion(optimizer)
+    trainable = {
+        name: param for chunk in model_chunks for name, param in chunk.named_parameters() if param.requires_grad
+    }
+    missed = sorted(name for name, param in trainable.items() if param not in covered)
+    counts = _count_over_ranks(list(trainable.values()), [trainable[name] for name in missed])
+    tensors, missed_tensors, elements = counts
+    sharding, state = _state_bytes(config, optimizer)
+    say(
+        f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
+        f"betas ({lion_config.betas[0]:g}, {lion_config.betas[1]:g}), weight decay {lion_config.weight_decay:g}, "
+        f"{sharding}: {state} per rank"
+    )
+    if missed_tensors:
+        warn(f"{missed_tensors} trainable parameters are not on Lion; on rank 0: {', '.join(missed) or 'none'}")
+    if lion_config.lr_warning:
+        warn(lion_config.lr_warning)
+
+
+def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:
+    """The model's parameters (not the optimizer's shards of them) whose update Lion makes."""
+    covered: set[torch.nn.Parameter] = set()
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not isinstance(part.optimizer, Lion):
+            continue
+        if hasattr(part, "model_param_group_index_map"):  # the distributed optimizer owns whole buffers
+            covered.update(param for buffer in part.buffers for param in buffer.params)
+        elif hasattr(part, "float16_groups"):
+            covered.update(param for group in part.float16_groups + part.fp32_from_fp32_groups for param in group)
+        else:
+            covered.update(part.get_parameters())
+    return covered
+
+
+def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int, int]:
+    """Numbers of trainable tensors, of missed tensors and of elements in the whole model, each parameter once.
+
+    Every data-parallel replica adds 1/replicas of what it holds. A tensor-parallel parameter adds its elements on
+    every rank of its group but counts as a tensor on the first one only; a tied copy on another stage adds nothing.
+    """
+    from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+    from megatron.core.transformer.module import param_is_not_shared
+
+    sums = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    for params, column in ((trainable, 0), (missed, 1)):
+        for param in params:
+            is_expert = not getattr(param, "allreduce", True)
+            replicas = (
+                mpu.get_expert_data_parallel_world_size()
+                if is_expert
+                else mpu.get_data_parallel_world_size(with_context_parallel=True)
+            )
+            tp_rank = mpu.get_expert_tensor_parallel_rank() if is_expert else mpu.get_tensor_model_parallel_rank()
+            if not param_is_not_shared(param):
+                continue
+            sums[column] += (tp_rank == 0) / replicas
+            if column == 0 and param_is_not_tensor_parallel_duplicate(param):
+                sums[2] += param.numel() / replicas
+    torch.distributed.all_reduce(sums)
+    tensors, missed_tensors, elements = (round(value) for value in sums.tolist())
+    return tensors, missed_tensors, elements
+
+
+def _state_bytes(config: Any, optimizer: Any) -> tuple[str, str]:
+    """How the state is laid out, and its bytes on the fullest rank."""
+    momentum = master = dp = 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is None:
+            continue
+        momentum += sum(p.numel() * p.element_size() for p in part.get_parameters())
+        copies = getattr(part, "shard_fp32_from_float16_groups", getattr(part, "fp32_from_float16_groups", []))
+        master += sum(p.numel() * p.element_size() for group in copies for p in group if p is not None)
+        if config.use_distributed_optimizer:
+            dp = max(dp, part.data_parallel_group.size())
+    largest = torch.tensor([momentum, master, dp], dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    momentum, master, dp = largest.tolist()
+    state = f"momentum {_megabytes(momentum)}" + (
+        f" + fp32 master {_megabytes(master)}" if master else " (fp32 parameters are their own master)"
+    )
+    return (f"state sharded over DP={dp}" if config.use_distributed_optimizer else "state on every rank, not sharded"), state
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,47 @@
+"""``torchrun -m megatron_lion.run SCRIPT ARGS``: register, then run the user's own Megatron script, unmodified."""
+
+import contextlib
+import os
+import runpy
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import megatron_lion
+from megatron_lion.config import LionError
+
+# How long the other ranks wait for rank 0's message: torchrun ends all ranks once one has ended.
+GRACE_SECONDS = 5.0
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn LionError into one line on rank 0's stderr and exit status 2 on every rank."""
+    try:
+        yield
+    except LionError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"megatron-lion: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(GRACE_SECONDS)
+        sys.exit(2)
+
+
+def main() -> None:
+    """Run ``sys.argv[1]`` as ``__main__`` with the rest as its arguments, as ``python SCRIPT ARGS`` would."""
+    with readable_errors():
+        if len(sys.argv) < 2:
+            raise LionError("no script given: torchrun -m megatron_lion.run /path/to/pretrain_gpt.py --optimizer lion ...")
+        script = Path(sys.argv[1])
+        if not script.is_file():
+            raise LionError(f"{script} is not a file: give the path of your Megatron script, such as pretrain_gpt.py")
+        # As Python does for a script: its folder comes first, so that the modules beside it are found.
+        sys.path.insert(0, str(script.resolve().parent))
+        megatron_lion.register()
+        sys.argv = sys.argv[1:]
+        runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

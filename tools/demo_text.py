@@ -1,0 +1,325 @@
+#!/usr/bin/env python3
+"""Make a small training corpus for Megatron out of text that every machine with Python already has.
+
+The text is Python's own documentation: its help topics and the docstrings of its standard library; with --text,
+plain text files take its place. Under --output it leaves
+
+    tokenizer.model                        a SentencePiece tokenizer (BPE), trained on the training documents only
+    {train,valid,test}_text_document.bin   the tokens of each split; Megatron's end-of-document token closes each text
+    {train,valid,test}_text_document.idx   where each document begins
+    manifest.json                          sizes, checksums, options; written last, so its presence means "complete"
+
+A complete folder made with the same options and Python version is reused.
+"""
+
+import argparse
+import ast
+import hashlib
+import inspect
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+FORMAT = 1  # raise it when the same options would give other files, so that folders of older versions are rebuilt
+SPLITS = ("train", "valid", "test")
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+TOKENIZER_TRAINING_MEGABYTES = 32.0  # more changes a small vocabulary little, and costs memory and time
+SHORTEST_DOCSTRING = 40  # characters; shorter ones ("Return self.") say the same thing in a thousand places
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+
+
+class DemoTextError(Exception):
+    """Something the user can put right; the message is one line that names the value and the remedy."""
+
+
+def docstrings(source: bytes) -> list[str]:
+    """Return the docstrings in a Python source file; none if this Python cannot parse it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in somebody else's string literals
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node, clean=True) for node in ast.walk(tree) if isinstance(node, documented))
+    # A docstring may spell a lone surrogate, which UTF-8 cannot hold.
+    return [text.encode("utf-8", "replace").decode("utf-8") for text in found if text]
+
+
+def standard_library_docstrings(folder: Path) -> list[str]:
+    """Return the docstrings of the sources under `folder`, parsed and not imported, in the order of the files' names.
+
+    Raises DemoTextError if there are none, as in a Python that ships only compiled files.
+    """
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
+    names = [name for name in names if not SKIPPED_FOLDERS.intersection(name.parts)]
+    found = [text for name in names for text in docstrings((folder / name).read_bytes())]
+    if not found:
+        raise DemoTextError(f"no Python sources with docstrings under {folder}: pass your own text with --text FILE")
+    return [text for text in found if len(text) >= SHORTEST_DOCSTRING]
+
+
+def python_documents() -> list[str]:
+    """Return Python's help topics and its docstrings; raises DemoTextError where this Python comes without them."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DemoTextError(f"this Python has no help topics ({error}): pass your own text with --text FILE") from error
+    cleaned = [inspect.cleandoc(topics[name]) for name in sorted(topics)]
+    return cleaned + standard_library_docstrings(Path(sysconfig.get_path("stdlib")))
+
+
+def read_text(path: Path) -> str:
+    """Return what the file holds; raises DemoTextError if it cannot be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DemoTextError(f"--text {path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
+    except OSError as error:
+        raise DemoTextError(f"--text {path}: {error.strerror}; give a readable UTF-8 text file") from error
+
+
+def paragraphs(text: str) -> list[str]:
+    """Return the parts of `text` between blank lines, with their indentation."""
+    return [part.strip("\n") for part in re.split(r"\n[^\S\n]*(?=\n)", text) if part.strip()]
+
+
+def utf8_bytes(documents: Iterable[str]) -> int:
+    """Return the size of the texts in UTF-8."""
+    return sum(len(document.encode("utf-8")) for document in documents)
+
+
+def digest_number(document: str, part: int) -> int:
+    """Return a number that depends on the text alone; part 0 and part 1 are independent of each other."""
+    digest = hashlib.sha256(document.encode("utf-8")).digest()
+    return int.from_bytes(digest[8 * part : 8 * part + 8], "big")
+
+
+def at_most(documents: list[str], megabytes: float) -> list[str]:
+    """Return a sample of the documents, in their order, of at most so many megabytes.
+
+    A text's hash decides and not its place, so that the sample is spread over all of the text.
+    """
+    kept, budget = set(), megabytes * 1e6
+    for document in sorted(documents, key=lambda document: digest_number(document, 0)):
+        size = utf8_bytes([document])
+        if size <= budget:
+            kept.add(document)
+            budget -= size
+    return [document for document in documents if document in kept]
+
+
+def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:
+    """Return about 90, 5 and 5 % of the documents as train, valid and test.
+
+    A text's own hash decides, so it stays in its split whatever is added around it.
+    """
+    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
+    for document in documents:
+        bucket = digest_number(document, 1) % 20
+        splits["valid" if bucket == 0 else "test" if bucket == 1 else "train"].append(document)
+    return splits
+
+
+def select_documents(texts: list[str] | None, max_megabytes: float | None) -> dict[str, list[str]]:
+    """Return each split's documents, taken from `texts` or, if None, from Python; identical documents count once.
+
+    Raises DemoTextError if there is too little text to give every split a document.
+    """
+    documents = python_documents() if texts is None else [part for text in texts for part in paragraphs(text)]
+    documents = list(dict.fromkeys(documents))
+    limit = ""
+    if max_megabytes is not None:
+        documents, limit = at_most(documents, max_megabytes), f" within --max-megabytes {max_megabytes:g}"
+    splits = split_documents(documents)
+    if empty := [name for name in SPLITS if not splits[name]]:
+        message = f"only {len(documents)} distinct documents{limit}, which leaves none for {' and '.join(empty)}"
+        raise DemoTextError(f"{message}: give a hundred documents or more (a blank line ends a document)")
+    return splits
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
+    """Return a SentencePiece model of exactly `vocab_size` pieces, the same bytes for the same documents.
+
+    Any text encodes, as bytes if need be, and decodes to itself (but U+2581, SentencePiece's sign for a space).
+    Raises DemoTextError if the documents cannot give a vocabulary of that size.
+    """
+    model = io.BytesIO()
+    sample = at_most(documents, TOKENIZER_TRAINING_MEGABYTES)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for document in sample for line in document.split("\n")),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",  # this and the next three keep line breaks, indentation, alignment
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 30,  # longer lines would be left out without a word
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OverflowError) as error:
+        raise vocabulary_error(str(error), vocab_size, utf8_bytes(sample)) from error
+    return model.getvalue()
+
+
+def vocabulary_error(message: str, vocab_size: int, text_bytes: int) -> DemoTextError:
+    """Return what to tell the user about SentencePiece's refusal to train."""
+    given = f"--vocab-size {vocab_size}"
+    if limit := re.search(r"set it to a value <= (\d+)", message):
+        remedy = f"use --vocab-size {limit[1]} or smaller, or give more text"
+        return DemoTextError(f"{given} is too large for {text_bytes:,} bytes of training text: {remedy}")
+    if needed := re.search(r"required_chars\. -?\d+ vs (\d+)", message):
+        remedy = f"use --vocab-size {needed[1]} or larger"
+        return DemoTextError(f"{given} is too small for the characters of this text: {remedy}")
+    return DemoTextError(f"{given}: SentencePiece cannot train on {text_bytes:,} bytes of text: {message.strip()}")
+
+
+def megatron_tokenizer(model: Path) -> Any:
+    """Return Megatron's tokenizer for the model: what `--tokenizer-type SentencePieceTokenizer` builds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Megatron names the accelerators it misses; none is needed here
+        from megatron.core.tokenizers import MegatronTokenizer
+    return MegatronTokenizer.from_pretrained(tokenizer_path=str(model), metadata_path={"library": "sentencepiece"})
+
+
+def write_indexed_dataset(prefix: Path, documents: list[str], tokenizer: Any) -> int:
+    """Write `prefix`.bin and `prefix`.idx, a sequence per document; return the number of tokens, with their EODs."""
+    import torch  # here and not above: with Megatron it takes seconds, which --help and reuse can do without
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
+    for document in documents:
+        ids = torch.tensor([*tokenizer.tokenize(document), tokenizer.eod])
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+    return sum(builder.sequence_lengths)
+
+
+def prefix_name(split: str) -> str:
+    """Return the name by which Megatron's --train-data-path and its kin know a split's two files."""
+    return f"{split}_text_document"
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Return the manifest's entry for a file, by which its content is recognised."""
+    content = path.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def build(staging: Path, splits: dict[str, list[str]], vocab_size: int) -> dict[str, Any]:
+    """Write all files but the manifest into `staging`, and return the manifest's part about them."""
+    model = staging / TOKENIZER
+    model.write_bytes(train_tokenizer(splits["train"], vocab_size))
+    tokenizer = megatron_tokenizer(model)
+    print(f"tokenizer: {tokenizer.vocab_size:,} pieces, of which {tokenizer.eod} ends a document")
+    summary = {}
+    for name, documents in splits.items():
+        tokens = write_indexed_dataset(staging / prefix_name(name), documents, tokenizer)
+        summary[name] = {"documents": len(documents), "bytes": utf8_bytes(documents), "tokens": tokens}
+        print("{:>9}: {documents:,} documents, {bytes:,} bytes, {tokens:,} tokens".format(name, **summary[name]))
+    entries = {path.name: file_entry(path) for path in sorted(staging.iterdir())}
+    described = {"vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod, "sha256": entries[TOKENIZER]["sha256"]}
+    return {"splits": summary, "tokenizer": described, "files": entries}
+
+
+def complete_manifest(output: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the folder's manifest if it answers `request` and every file in it is as recorded, otherwise None."""
+    try:
+        manifest: dict[str, Any] = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+        same_request = all(manifest[key] == value for key, value in request.items())
+        same_files = all(file_entry(output / name) == entry for name, entry in manifest["files"].items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # absent, cut short or not ours: all of them mean "build it"
+    return manifest if same_request and same_files else None
+
+
+def publish(staging: Path, output: Path, manifest: dict[str, Any]) -> None:
+    """Move the finished files from `staging` into `output`, the manifest last."""
+    (output / MANIFEST).unlink(missing_ok=True)
+    for split in SPLITS:
+        # Megatron keeps its sample index beside the data under a hash of names and settings, not of content
+        # (GPTDataset._build_document_sample_shuffle_indices, 0.19): left there, it would be applied to the new tokens.
+        if (cache := output / prefix_name(split) / "cache").exists():
+            shutil.rmtree(cache)
+    for name in manifest["files"]:
+        os.replace(staging / name, output / name)
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    os.replace(staging / MANIFEST, output / MANIFEST)
+
+
+def prepare(
+    output: Path,
+    vocab_size: int = 2048,
+    max_megabytes: float | None = None,
+    text: list[Path] | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Make the corpus under `output`, unless it is there already, and return its manifest.
+
+    Raises DemoTextError if an option or the text does not allow it; what `output` held before is then untouched.
+    """
+    texts = None if text is None else [read_text(path) for path in text]
+    sources = None if texts is None else [hashlib.sha256(content.encode("utf-8")).hexdigest() for content in texts]
+    options = {"vocab_size": vocab_size, "max_megabytes": max_megabytes, "text_sha256": sources}
+    request = {"format": FORMAT, "python": platform.python_version(), "options": options}
+    if not force and (manifest := complete_manifest(output, request)):
+        print(f"reusing the complete corpus in {output} (--force rebuilds it)")
+        return manifest
+    print("reading: " + ("Python's help topics and docstrings" if text is None else " ".join(map(str, text))))
+    splits = select_documents(texts, max_megabytes)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as staging:
+        manifest = request | build(Path(staging), splits, vocab_size)
+        publish(Path(staging), output, manifest)
+    return manifest
+
+
+def training_flags(output: Path) -> str:
+    """Return the flags with which Megatron trains on the corpus, ready to be pasted into a shell."""
+    flags = {"--tokenizer-type": "SentencePieceTokenizer", "--tokenizer-model": str(output / TOKENIZER)}
+    flags |= {f"--{split}-data-path": str(output / prefix_name(split)) for split in SPLITS}
+    return " \\\n    ".join(map(shlex.join, flags.items()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, or 2 with one line on standard error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for the corpus")
+    add("--vocab-size", type=int, default=2048, metavar="N", help="pieces in the tokenizer (default 2048)")
+    add("--max-megabytes", type=float, metavar="N", help="keep a sample of the text of at most N megabytes")
+    add("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text, documents separated by blank lines")
+    add("--force", action="store_true", help="rebuild a complete corpus (clear any --data-cache-path of it yourself)")
+    args = parser.parse_args(arguments)
+    start = time.monotonic()
+    try:
+        prepare(**vars(args))
+    except (DemoTextError, OSError) as error:
+        where = f"--output {args.output}: " if isinstance(error, OSError) else ""
+        print(f"demo_text.py: error: {where}{error}", file=sys.stderr)
+        return 2
+    print(f"done in {time.monotonic() - start:.1f} s; to train on it, give Megatron\n    {training_flags(args.output)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
