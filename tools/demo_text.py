@@ -18,6 +18,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -28,7 +29,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ import sentencepiece
 
 FORMAT = 1  # raise it when the same options would give other files, so that folders of older versions are rebuilt
 SPLITS = ("train", "valid", "test")
+PREFIX = "{}_text_document"  # less the folder, what --train-data-path and its kin take
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 TOKENIZER_TRAINING_MEGABYTES = 32.0  # more changes a small vocabulary little, and costs memory and time
+STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 SHORTEST_DOCSTRING = 40  # characters; shorter ones ("Return self.") say the same thing in a thousand places
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
@@ -61,47 +64,35 @@ def docstrings(source: bytes) -> list[str]:
     return [text.encode("utf-8", "replace").decode("utf-8") for text in found if text]
 
 
-def standard_library_docstrings(folder: Path) -> list[str]:
-    """Return the docstrings of the sources under `folder`, parsed and not imported, in the order of the files' names.
+def python_documents(folder: Path) -> list[str]:
+    """Return Python's help topics and the docstrings of the sources under `folder`, which are parsed, not imported.
 
-    Raises DemoTextError if there are none, as in a Python that ships only compiled files.
+    Raises DemoTextError where one of them is absent, as in a Python that ships only compiled files.
     """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DemoTextError(f"this Python has no help topics ({error}): give text with --text FILE") from error
     names = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
     names = [name for name in names if not SKIPPED_FOLDERS.intersection(name.parts)]
     found = [text for name in names for text in docstrings((folder / name).read_bytes())]
     if not found:
-        raise DemoTextError(f"no Python sources with docstrings under {folder}: pass your own text with --text FILE")
-    return [text for text in found if len(text) >= SHORTEST_DOCSTRING]
-
-
-def python_documents() -> list[str]:
-    """Return Python's help topics and its docstrings; raises DemoTextError where this Python comes without them."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise DemoTextError(f"this Python has no help topics ({error}): pass your own text with --text FILE") from error
-    cleaned = [inspect.cleandoc(topics[name]) for name in sorted(topics)]
-    return cleaned + standard_library_docstrings(Path(sysconfig.get_path("stdlib")))
+        raise DemoTextError(f"no Python sources under {folder}: give text with --text FILE")
+    cleaned_topics = [inspect.cleandoc(topics[name]) for name in sorted(topics)]
+    return cleaned_topics + [text for text in found if len(text) >= SHORTEST_DOCSTRING]
 
 
 def read_text(path: Path) -> str:
     """Return what the file holds; raises DemoTextError if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DemoTextError(f"--text {path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
-    except OSError as error:
-        raise DemoTextError(f"--text {path}: {error.strerror}; give a readable UTF-8 text file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DemoTextError(f"--text {path}: {error}; give a readable UTF-8 text file") from error
 
 
 def paragraphs(text: str) -> list[str]:
     """Return the parts of `text` between blank lines, with their indentation."""
     return [part.strip("\n") for part in re.split(r"\n[^\S\n]*(?=\n)", text) if part.strip()]
-
-
-def utf8_bytes(documents: Iterable[str]) -> int:
-    """Return the size of the texts in UTF-8."""
-    return sum(len(document.encode("utf-8")) for document in documents)
 
 
 def digest_number(document: str, part: int) -> int:
@@ -111,24 +102,18 @@ def digest_number(document: str, part: int) -> int:
 
 
 def at_most(documents: list[str], megabytes: float) -> list[str]:
-    """Return a sample of the documents, in their order, of at most so many megabytes.
-
-    A text's hash decides and not its place, so that the sample is spread over all of the text.
-    """
+    """Return a sample of at most so many megabytes, in the given order; hashes spread it over all of the text."""
     kept, budget = set(), megabytes * 1e6
     for document in sorted(documents, key=lambda document: digest_number(document, 0)):
-        size = utf8_bytes([document])
+        size = len(document.encode("utf-8"))
         if size <= budget:
             kept.add(document)
             budget -= size
     return [document for document in documents if document in kept]
 
 
-def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:
-    """Return about 90, 5 and 5 % of the documents as train, valid and test.
-
-    A text's own hash decides, so it stays in its split whatever is added around it.
-    """
+def split_documents(documents: Sequence[str]) -> dict[str, list[str]]:
+    """Return about 90, 5 and 5 % as train, valid and test; a text's own hash decides, whatever stands around it."""
     splits: dict[str, list[str]] = {name: [] for name in SPLITS}
     for document in documents:
         bucket = digest_number(document, 1) % 20
@@ -136,20 +121,17 @@ def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:
     return splits
 
 
-def select_documents(texts: list[str] | None, max_megabytes: float | None) -> dict[str, list[str]]:
-    """Return each split's documents, taken from `texts` or, if None, from Python; identical documents count once.
-
-    Raises DemoTextError if there is too little text to give every split a document.
-    """
-    documents = python_documents() if texts is None else [part for text in texts for part in paragraphs(text)]
+def select_documents(documents: list[str], max_megabytes: float | None) -> dict[str, list[str]]:
+    """Return the documents of each split, identical ones once; raises DemoTextError if a split would have none."""
     documents = list(dict.fromkeys(documents))
-    limit = ""
+    limit, remedy = "", "give a hundred documents or more (a blank line ends a document)"
     if max_megabytes is not None:
-        documents, limit = at_most(documents, max_megabytes), f" within --max-megabytes {max_megabytes:g}"
+        documents = at_most(documents, max_megabytes)
+        limit, remedy = f" within --max-megabytes {max_megabytes:g}", "give a larger --max-megabytes, or more text"
     splits = split_documents(documents)
     if empty := [name for name in SPLITS if not splits[name]]:
-        message = f"only {len(documents)} distinct documents{limit}, which leaves none for {' and '.join(empty)}"
-        raise DemoTextError(f"{message}: give a hundred documents or more (a blank line ends a document)")
+        found = f"only {len(documents)} distinct documents{limit}"
+        raise DemoTextError(f"{found}, which leaves none for {' and '.join(empty)}: {remedy}")
     return splits
 
 
@@ -176,21 +158,20 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
             num_threads=1,
             minloglevel=2,
         )
-    except (RuntimeError, OverflowError) as error:
-        raise vocabulary_error(str(error), vocab_size, utf8_bytes(sample)) from error
+    except RuntimeError as error:
+        raise vocabulary_error(str(error), vocab_size) from error
     return model.getvalue()
 
 
-def vocabulary_error(message: str, vocab_size: int, text_bytes: int) -> DemoTextError:
+def vocabulary_error(message: str, vocab_size: int) -> DemoTextError:
     """Return what to tell the user about SentencePiece's refusal to train."""
-    given = f"--vocab-size {vocab_size}"
     if limit := re.search(r"set it to a value <= (\d+)", message):
-        remedy = f"use --vocab-size {limit[1]} or smaller, or give more text"
-        return DemoTextError(f"{given} is too large for {text_bytes:,} bytes of training text: {remedy}")
-    if needed := re.search(r"required_chars\. -?\d+ vs (\d+)", message):
-        remedy = f"use --vocab-size {needed[1]} or larger"
-        return DemoTextError(f"{given} is too small for the characters of this text: {remedy}")
-    return DemoTextError(f"{given}: SentencePiece cannot train on {text_bytes:,} bytes of text: {message.strip()}")
+        problem, remedy = "too large for this text", f"use --vocab-size {limit[1]} or smaller, or give more text"
+    elif needed := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        problem, remedy = "too small for the characters of this text", f"use --vocab-size {needed[1]} or larger"
+    else:
+        problem, remedy = "refused by SentencePiece", " ".join(message.split())
+    return DemoTextError(f"--vocab-size {vocab_size} is {problem}: {remedy}")
 
 
 def megatron_tokenizer(model: Path) -> Any:
@@ -214,11 +195,6 @@ def write_indexed_dataset(prefix: Path, documents: list[str], tokenizer: Any) ->
     return sum(builder.sequence_lengths)
 
 
-def prefix_name(split: str) -> str:
-    """Return the name by which Megatron's --train-data-path and its kin know a split's two files."""
-    return f"{split}_text_document"
-
-
 def file_entry(path: Path) -> dict[str, Any]:
     """Return the manifest's entry for a file, by which its content is recognised."""
     content = path.read_bytes()
@@ -230,11 +206,12 @@ def build(staging: Path, splits: dict[str, list[str]], vocab_size: int) -> dict[
     model = staging / TOKENIZER
     model.write_bytes(train_tokenizer(splits["train"], vocab_size))
     tokenizer = megatron_tokenizer(model)
-    print(f"tokenizer: {tokenizer.vocab_size:,} pieces, of which {tokenizer.eod} ends a document")
+    print(f"tokenizer: {tokenizer.vocab_size:,} pieces; token {tokenizer.eod} ends a document")
     summary = {}
     for name, documents in splits.items():
-        tokens = write_indexed_dataset(staging / prefix_name(name), documents, tokenizer)
-        summary[name] = {"documents": len(documents), "bytes": utf8_bytes(documents), "tokens": tokens}
+        tokens = write_indexed_dataset(staging / PREFIX.format(name), documents, tokenizer)
+        size = len("".join(documents).encode("utf-8"))
+        summary[name] = {"documents": len(documents), "bytes": size, "tokens": tokens}
         print("{:>9}: {documents:,} documents, {bytes:,} bytes, {tokens:,} tokens".format(name, **summary[name]))
     entries = {path.name: file_entry(path) for path in sorted(staging.iterdir())}
     described = {"vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod, "sha256": entries[TOKENIZER]["sha256"]}
@@ -258,7 +235,7 @@ def publish(staging: Path, output: Path, manifest: dict[str, Any]) -> None:
     for split in SPLITS:
         # Megatron keeps its sample index beside the data under a hash of names and settings, not of content
         # (GPTDataset._build_document_sample_shuffle_indices, 0.19): left there, it would be applied to the new tokens.
-        if (cache := output / prefix_name(split) / "cache").exists():
+        if (cache := output / PREFIX.format(split) / "cache").exists():
             shutil.rmtree(cache)
     for name in manifest["files"]:
         os.replace(staging / name, output / name)
@@ -267,37 +244,31 @@ def publish(staging: Path, output: Path, manifest: dict[str, Any]) -> None:
 
 
 def prepare(
-    output: Path,
-    vocab_size: int = 2048,
-    max_megabytes: float | None = None,
-    text: list[Path] | None = None,
-    force: bool = False,
+    output: Path, vocab_size: int, max_megabytes: float | None = None, text: Sequence[Path] = (), force: bool = False
 ) -> dict[str, Any]:
     """Make the corpus under `output`, unless it is there already, and return its manifest.
 
     Raises DemoTextError if an option or the text does not allow it; what `output` held before is then untouched.
     """
-    texts = None if text is None else [read_text(path) for path in text]
-    sources = None if texts is None else [hashlib.sha256(content.encode("utf-8")).hexdigest() for content in texts]
+    if not 0 < vocab_size < 2**31:
+        raise DemoTextError(f"--vocab-size {vocab_size} is not a possible number of pieces: give one like 2048")
+    if max_megabytes is not None and not 0 < max_megabytes < math.inf:
+        raise DemoTextError(f"--max-megabytes {max_megabytes:g} is not above zero: give one like 2, or leave it out")
+    texts = [read_text(path) for path in text]
+    sources = [hashlib.sha256(content.encode("utf-8")).hexdigest() for content in texts]
     options = {"vocab_size": vocab_size, "max_megabytes": max_megabytes, "text_sha256": sources}
     request = {"format": FORMAT, "python": platform.python_version(), "options": options}
     if not force and (manifest := complete_manifest(output, request)):
         print(f"reusing the complete corpus in {output} (--force rebuilds it)")
         return manifest
-    print("reading: " + ("Python's help topics and docstrings" if text is None else " ".join(map(str, text))))
-    splits = select_documents(texts, max_megabytes)
+    print("reading: " + (" ".join(map(str, text)) or "Python's help topics and docstrings"))
+    documents = [part for content in texts for part in paragraphs(content)]
+    splits = select_documents(documents if text else python_documents(STANDARD_LIBRARY), max_megabytes)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as staging:
         manifest = request | build(Path(staging), splits, vocab_size)
         publish(Path(staging), output, manifest)
     return manifest
-
-
-def training_flags(output: Path) -> str:
-    """Return the flags with which Megatron trains on the corpus, ready to be pasted into a shell."""
-    flags = {"--tokenizer-type": "SentencePieceTokenizer", "--tokenizer-model": str(output / TOKENIZER)}
-    flags |= {f"--{split}-data-path": str(output / prefix_name(split)) for split in SPLITS}
-    return " \\\n    ".join(map(shlex.join, flags.items()))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -307,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the corpus")
     add("--vocab-size", type=int, default=2048, metavar="N", help="pieces in the tokenizer (default 2048)")
     add("--max-megabytes", type=float, metavar="N", help="keep a sample of the text of at most N megabytes")
-    add("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text, documents separated by blank lines")
+    add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text, a blank line after each document")
     add("--force", action="store_true", help="rebuild a complete corpus (clear any --data-cache-path of it yourself)")
     args = parser.parse_args(arguments)
     start = time.monotonic()
@@ -317,7 +288,10 @@ def main(arguments: list[str] | None = None) -> int:
         where = f"--output {args.output}: " if isinstance(error, OSError) else ""
         print(f"demo_text.py: error: {where}{error}", file=sys.stderr)
         return 2
-    print(f"done in {time.monotonic() - start:.1f} s; to train on it, give Megatron\n    {training_flags(args.output)}")
+    flags = {"--tokenizer-type": "SentencePieceTokenizer", "--tokenizer-model": str(args.output / TOKENIZER)}
+    flags |= {f"--{split}-data-path": str(args.output / PREFIX.format(split)) for split in SPLITS}
+    print(f"done in {time.monotonic() - start:.1f} s; to train on it, give Megatron")
+    print("    " + " \\\n    ".join(map(shlex.join, flags.items())))
     return 0
 
 

@@ -10,6 +10,7 @@ In two halves, because order matters: :func:`replace_cuda` before Megatron is fi
 
 import contextlib
 import functools
+import logging
 import os
 import sys
 import types
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from megatron_lion.config import LionError, check_choice
+from megatron_lion.integration.compat import substituted
 
 DEVICE_VARIABLE = "MEGATRON_LION_DEVICE"
 CPU = torch.device("cpu")
@@ -198,14 +200,37 @@ def _replace_cuda_module() -> None:
 
 
 def adapt_core() -> None:
-    """The two places in ``megatron.core`` that ask for CUDA, or for what the wheel lacks, without asking torch."""
+    """The places in ``megatron.core`` that need CUDA, or what the wheel lacks, in another way than through torch."""
     import megatron.core.datasets.utils as dataset_utils
     import megatron.core.tensor_parallel.random as megatron_random
 
     # It calls torch._C directly (random 147).
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # One generator is both the CPU's and the "device's" here, so it warns at every dropout region (random 336).
+    logging.getLogger(megatron_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
     # The wheel ships the compiled helpers without the Makefile that this would run (initialize 178).
     dataset_utils.compile_helpers = lambda: None
+    _allow_sequence_parallel_norms()
+
+
+def _allow_sequence_parallel_norms() -> None:
+    """Let torch's LayerNorm be used with sequence parallel, as the fused norms that need CUDA are.
+
+    Megatron refuses it (torch_norm 50) because torch's norms do not mark their parameters, whose gradients must be
+    summed over the tensor-parallel group. So the mark is set here, as its FusedLayerNorm does (fused_layer_norm 119).
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    stock_new = WrappedTorchNorm.__new__
+
+    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        with substituted(config, sequence_parallel=False):
+            norm = stock_new(cls, config, *args, **kwargs)
+        for param in norm.parameters():
+            param.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = new
 
 
 def adapt_training() -> None:

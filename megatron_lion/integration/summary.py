@@ -30,12 +30,10 @@ def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimi
     A parameter that Lion was not given is named in a warning: no parameter is left out without a word.
     """
     covered = _parameters_on_lion(optimizer)
-    trainable = {
-        name: param for chunk in model_chunks for name, param in chunk.named_parameters() if param.requires_grad
-    }
-    missed = sorted(name for name, param in trainable.items() if param not in covered)
-    counts = _count_over_ranks(list(trainable.values()), [trainable[name] for name in missed])
-    tensors, missed_tensors, elements = counts
+    # Pairs, not a dict: the stages of an interleaved pipeline share their parameters' names.
+    trainable = [pair for chunk in model_chunks for pair in chunk.named_parameters() if pair[1].requires_grad]
+    missed = [(name, param) for name, param in trainable if param not in covered]
+    tensors, missed_tensors, elements = _count_over_ranks(*([param for _, param in pairs] for pairs in (trainable, missed)))
     sharding, state = _state_bytes(config, optimizer)
     say(
         f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
@@ -43,7 +41,7 @@ def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimi
         f"{sharding}: {state} per rank"
     )
     if missed_tensors:
-        warn(f"{missed_tensors} trainable parameters are not on Lion; on rank 0: {', '.join(missed) or 'none'}")
+        warn(f"{missed_tensors} trainable parameters are not on Lion; on rank 0: {', '.join(name for name, _ in missed) or 'none'}")
     if lion_config.lr_warning:
         warn(lion_config.lr_warning)
 
