@@ -10,6 +10,9 @@ from torch.optim.optimizer import ParamsT
 from megatron_lion import kernels
 from megatron_lion.config import MOMENTUM_INITS, PAPER_BETAS, LionError, check_betas, check_choice, check_non_negative
 
+# What tells Lion's parameter groups from another optimizer's.
+LION_GROUP_KEYS = frozenset({"lr", "betas", "weight_decay", "momentum_init", "maximize"})
+
 
 class Lion(torch.optim.Optimizer):
     """Lion (evolved sign momentum), Algorithm 1 of Dong, Li, Lin (2025) after Chen et al. (2023), arXiv 2302.06675::
@@ -141,7 +144,7 @@ class Lion(torch.optim.Optimizer):
         Raises LionError, changing nothing, where the groups are those of another optimizer.
         """
         for group in state_dict["param_groups"]:
-            missing = sorted(self.defaults.keys() - group.keys())
+            missing = sorted(LION_GROUP_KEYS - group.keys())
             if missing:
                 raise LionError(
                     f"this optimizer state was not written by Lion: its parameter groups lack {', '.join(missing)} and "

@@ -184,12 +184,12 @@ def megatron_tokenizer(model: Path) -> Any:
 
 def write_indexed_dataset(prefix: Path, documents: list[str], tokenizer: Any) -> int:
     """Write `prefix`.bin and `prefix`.idx, a sequence per document; return the number of tokens, with their EODs."""
-    import torch  # here and not above: with Megatron it takes seconds, which --help and reuse can do without
+    # Imported here, not above: Megatron takes seconds, which --help and reuse can do without.
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
     for document in documents:
-        ids = torch.tensor([*tokenizer.tokenize(document), tokenizer.eod])
+        ids = [*tokenizer.tokenize(document), tokenizer.eod]
         builder.add_document(ids, [len(ids)])
     builder.finalize(f"{prefix}.idx")
     return sum(builder.sequence_lengths)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.data
 
 from megatron_lion.config import LionError, check_choice
 from megatron_lion.integration.compat import substituted
@@ -56,6 +57,7 @@ def replace_cuda() -> None:
         raise LionError(f"{DEVICE_VARIABLE}=cpu must take effect before Megatron is imported: register megatron_lion first")
     _replace_placement()
     _replace_cuda_module()
+    _separate_data_loaders()
     # Megatron's jit_fuser is torch.compile, which would compile each fused function for seconds.
     torch._dynamo.config.disable = True
     torch.cuda._replaced_by_megatron_lion = True  # type: ignore[attr-defined]
@@ -197,6 +199,21 @@ def _replace_cuda_module() -> None:
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
     torch.cuda.random.get_rng_state = replacements["get_rng_state"]  # type: ignore[attr-defined, assignment]
+
+
+def _separate_data_loaders() -> None:
+    """Give every data loader a random generator of its own.
+
+    On a GPU dropout draws from the device's generator and a new loader draws its seed from the CPU's. Here the two are
+    one, so the loader that a resumed run makes after it has restored the generator would shift dropout's draws.
+    """
+    stock_init = torch.utils.data.DataLoader.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("generator", torch.Generator())
+        stock_init(self, *args, **kwargs)
+
+    torch.utils.data.DataLoader.__init__ = init  # type: ignore[method-assign]
 
 
 def adapt_core() -> None:

@@ -87,8 +87,9 @@ class SGDDistributedOptimizer(StatelessStepDistributedOptimizer):
 class TorchAdamDistributedOptimizer(DistributedOptimizer):
     """Megatron's distributed optimizer around torch's Adam, made able to resume.
 
-    Stock saves such a run but cannot load it: the fresh state has no ``step`` to read (839), and the one that is loaded
-    is one tensor shared by all parameters, which every parameter's step would then increment (1028).
+    Stock saves such a run but cannot load it: the fresh state has no ``step`` to read (839). With that mended, the step
+    would be one tensor shared by all parameters, which each parameter's update increments (1028), and then be
+    overwritten with the fresh state's zero (1219).
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -99,5 +100,6 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        (step,) = {float(group["step"]) for group in state_dict["optimizer"]["param_groups"]}
         for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
+            state["step"] = torch.tensor(step)
