@@ -9,8 +9,8 @@ PAPER_BETAS = (0.9, 0.99)
 LANGUAGE_MODEL_BETAS = (0.9, 0.95)
 MOMENTUM_INITS = ("zero", "gradient")
 
-# Lion's learning rates for language models lie at 1e-5 .. 2e-4 (docs/coming-from-adamw.md has the sources);
-# AdamW's begin about here.
+# Where AdamW's rates for language models begin. Small models have been tuned to higher ones with Lion too
+# (docs/coming-from-adamw.md has the sources), so what follows is a hint, not a refusal.
 ADAMW_LIKE_LR = 3e-4
 
 

@@ -1,5 +1,7 @@
 """The update rule against an independent reference in numpy, and the properties that follow from Algorithm 1."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -64,9 +66,9 @@ def reference_step(theta, g, m, e_theta, e_m, *, u, lr, beta1, beta2, weight_dec
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.9), (0.0, 0.9)])
 @pytest.mark.parametrize("dtype", [FP64, FP32])
 def test_a_thousand_steps_follow_algorithm_1(dtype, betas):
-    """Tolerance: the running bound of each element. It grows by about u |theta| a step, in fp32 to some 1e-4 over 1,000
-    steps of parameters of size 1: far below lr, so that one wrong sign in 1,000 steps is seen. Elements whose c came
-    within rounding of zero once (fewer than 1 %) may be off by 2 lr ever after and are left out from then on."""
+    """Tolerance: the running bound of each element. It grows by 2u |theta| a step, in fp32 over 1,000 steps to some 1e-4
+    where theta is of size 1: below lr, so that a single wrong sign in 1,000 steps is seen. Elements whose c came within
+    rounding of zero once (fewer than 1 %) may be off by 2 lr ever after and are left out from then on."""
     hyper = {**HYPER, "beta1": betas[0], "beta2": betas[1]}
     u = torch.finfo(dtype).eps / 2 + 2.0**-53  # the tested arithmetic's and the reference's own
     rng = np.random.default_rng(1)
@@ -80,7 +82,7 @@ def test_a_thousand_steps_follow_algorithm_1(dtype, betas):
         theta, m, e_theta, e_m, tie = reference_step(theta, g, m, e_theta, e_m, u=u, **hyper)
         excluded |= tie
     assert excluded.mean() < (0.01 if dtype == FP32 else 1e-6)
-    assert e_theta.max() < HYPER["lr"] / 2
+    assert e_theta.max() < HYPER["lr"]
     assert (np.abs(flat(params) - theta) <= e_theta)[~excluded].all()
     assert (np.abs(flat(exp_avgs) - m) <= e_m).all()
 
@@ -114,7 +116,7 @@ def test_each_of_a_thousand_low_precision_steps_is_rounded_once(param_dtype, gra
         assert (inside(flat(params), theta, e_theta, param_dtype) | tie).all()
         assert inside(flat(exp_avgs), m, e_m, momentum_dtype).all()
         ties += int(tie.sum())
-    assert ties < 0.0001 * 1000 * COUNT
+    assert ties < 0.001 * 1000 * COUNT
 
 
 def documented_step(theta, g, m, *, real, lr, beta1, beta2, weight_decay):
@@ -143,7 +145,7 @@ def awkward(dtype, hyper, count=4096):
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.99), (0.95, 0.98), (0.5, 0.75)])
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16])
 def test_no_operation_is_fused_or_reordered(dtype, betas):
-    """alpha=, lerp and fused multiply-add round otherwise: one step must have the documented bits, not only be close."""
+    """alpha=, lerp and fused multiply-add round otherwise: a step must have the documented bits, not only be close."""
     hyper = {**HYPER, "beta1": betas[0], "beta2": betas[1]}
     theta, g, m = awkward(dtype, hyper)
     real = np.float64 if dtype == FP64 else np.float32
@@ -165,7 +167,7 @@ def test_exact_ties_move_the_parameter_by_weight_decay_alone(dtype):
     assert tie.sum() == 17
     sign = (m + g > 0).double() - (m + g < 0).double()
     expected_theta = theta - 2**-4 * sign - 2**-5 * theta
-    param, exp_avg = theta.to(dtype), m.to(dtype)
+    param, exp_avg = theta.to(dtype, copy=True), m.to(dtype, copy=True)
     lion_update_([param], [g.to(dtype)], [exp_avg], **DYADIC)
     assert torch.equal(param.double(), expected_theta)
     assert torch.equal(param.double()[tie], theta[tie] * (1 - 2**-5))
@@ -278,7 +280,7 @@ def test_shards_equal_the_whole(dtype):
     theta, grads, m = random_problem(dtype)
     whole_param, whole_exp_avg = trajectory(theta, grads, m, **HYPER)
     cuts = [0, 0, 1, 4, 4, 333, 1000, 5001, 10_007, 10_007]
-    sizes = [stop - start for start, stop in zip(cuts, cuts[1:], strict=False)]
+    sizes = [stop - start for start, stop in itertools.pairwise(cuts)]
     assert sizes.count(0) == 3
     for grad in grads:
         lion_update_(theta.split(sizes), grad.split(sizes), m.split(sizes), **HYPER)

@@ -88,8 +88,9 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
     """Megatron's distributed optimizer around torch's Adam, made able to resume.
 
     Stock saves such a run but cannot load it: the fresh state has no ``step`` to read (839). With that mended, the step
-    would be one tensor shared by all parameters, which each parameter's update increments (1028), and then be
-    overwritten with the fresh state's zero (1219).
+    would be one tensor shared by all parameters, which each parameter's update increments (1028), then be overwritten
+    with the fresh state's zero (1219), or looked for in a format that does not hold it. So the groups' step, which
+    every format holds, is the one that counts.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,3 +104,6 @@ class TorchAdamDistributedOptimizer(DistributedOptimizer):
         (step,) = {float(group["step"]) for group in state_dict["optimizer"]["param_groups"]}
         for state in self.optimizer.state.values():
             state["step"] = torch.tensor(step)
+
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
+        super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": None})

@@ -1,0 +1,85 @@
+"""The opt-in import hook: ``megatron-lion enable`` makes every Megatron of this environment register by itself.
+
+``enable`` writes one line into the environment's site-packages, which Python runs at start. It puts a finder in front
+that waits for Megatron's imports: before ``megatron.core`` it checks the version, after ``megatron.core.optimizer`` and
+``megatron.training`` it registers. An interpreter that never imports Megatron pays for one small import and no torch.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+PTH_NAME = "megatron_lion_hook.pth"
+# Python prints a traceback at every start if this line fails, so it asks first whether the package is still there.
+PTH_LINE = "import importlib.util; importlib.util.find_spec('megatron_lion') and __import__('megatron_lion.hook').hook.install()\n"
+
+
+def pth_path() -> Path:
+    """Where the hook's line lives in this environment."""
+    return Path(sysconfig.get_path("purelib")) / PTH_NAME
+
+
+def is_enabled() -> bool:
+    """Whether the hook is set in this environment."""
+    return pth_path().is_file()
+
+
+def enable() -> None:
+    """Set the hook: from the next interpreter on, ``--optimizer lion`` is ours in every Megatron of this environment."""
+    pth_path().write_text(PTH_LINE, encoding="utf-8")
+
+
+def disable() -> None:
+    """Take the hook away; nothing happens where it is not set."""
+    pth_path().unlink(missing_ok=True)
+
+
+def install() -> None:
+    """Start to wait for Megatron's imports in this interpreter."""
+    sys.meta_path.insert(0, MegatronFinder())
+
+
+class MegatronFinder(importlib.abc.MetaPathFinder):
+    """Finds nothing itself; runs our steps around the import of three of Megatron's modules, once each."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, str] = {"megatron.core": "before_megatron"}
+        self._after: dict[str, str] = {
+            "megatron.core.optimizer": "register_core",
+            "megatron.training": "register_training",
+        }
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if step := self._before.pop(fullname, None):
+            _run(step)
+        if step := self._after.pop(fullname, None):
+            # The name is no longer waited for, so this asks the other finders.
+            spec = importlib.util.find_spec(fullname)
+            if spec is not None and spec.loader is not None:
+                _run_after(spec.loader, step)
+            return spec
+        return None
+
+
+def _run(step: str) -> None:
+    from megatron_lion.integration import register
+
+    getattr(register, step)()
+
+
+def _run_after(loader: importlib.abc.Loader, step: str) -> None:
+    """Let ``loader`` run ``step`` once it has executed its module."""
+    execute: Callable[[ModuleType], None] = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        _run(step)
+
+    loader.exec_module = exec_module  # type: ignore[method-assign]

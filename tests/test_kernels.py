@@ -1,0 +1,178 @@
+"""Every faster kernel has the bits of the reference, and ``choose`` takes the one that it says."""
+
+import pytest
+import torch
+
+from megatron_lion.kernels import choose, foreach
+from megatron_lion.kernels.foreach import foreach_supports, lion_update_foreach_
+from megatron_lion.update import lion_update_
+
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+LANGUAGE = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
+DYADIC = {"lr": 2**-4, "beta1": 0.5, "beta2": 0.75, "weight_decay": 0.5}
+EXTREMES = [0.0, 1.0, 1e-3, 1e30, float("inf")]
+
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+def problem(numels, dtype, device="cpu", seed=0):
+    """Parameters, gradients and momenta on a grid of sixteenths with many zeros: c == 0 often, exactly or nearly."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def grid(numel):
+        return (torch.randint(-32, 33, (numel,), generator=generator) / 16).to(device, dtype)
+
+    return tuple([grid(numel) for numel in numels] for _ in range(3))
+
+
+def with_special_values(lists):
+    """The same lists with every combination of zeros, denormals, infinities and NaN put at the ends of the tensors."""
+    dtype = lists[0][0].dtype
+    tiny = torch.finfo(dtype).tiny
+    values = [tiny, -tiny / 8, *EXTREMES, *(-x for x in EXTREMES), float("nan")]
+    special = torch.tensor(values, dtype=dtype)
+    tail = torch.cartesian_prod(special, special, special)
+    for position, tensors in enumerate(lists):
+        for tensor in tensors:
+            if tensor.numel() >= len(tail):
+                tensor[-len(tail) :] = tail[:, position].to(tensor)
+    return lists
+
+
+def assert_same_bits(actual, expected):
+    """NaN where the other is NaN, elsewhere the same bits, so that -0.0 is not 0.0."""
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(a.signbit() | a.isnan(), b.signbit() | b.isnan())
+
+
+def compare(kernel, lists, steps=3, **hyper):
+    """Run ``kernel`` and the reference ``steps`` times from the same start and compare every bit of all three lists."""
+    expected = [[tensor.clone() for tensor in tensors] for tensors in lists]
+    for _ in range(steps):
+        kernel(*lists, **hyper)
+        lion_update_(*expected, **hyper)
+        for actual, right in zip(lists, expected, strict=True):
+            assert_same_bits(actual, right)
+
+
+@pytest.mark.parametrize("hyper", [LANGUAGE, DYADIC, {**LANGUAGE, "beta1": 0.95, "beta2": 0.98}])
+@pytest.mark.parametrize("dtype", [FP64, FP32])
+def test_uneven_and_empty_tensors_have_the_bits_of_the_reference(device, dtype, hyper):
+    compare(lion_update_foreach_, problem([1, 0, 17, 1023, 1, 4099, 0], dtype, device), **hyper)
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32])
+def test_a_million_elements_have_the_bits_of_the_reference(device, dtype):
+    compare(lion_update_foreach_, problem([1_000_003, 5], dtype, device), steps=1, **LANGUAGE)
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32])
+def test_gradients_that_nearly_cancel_the_momentum_have_the_bits_of_the_reference(device, dtype):
+    """Here the rounding of c decides its sign: alpha=, lerp or a fused multiply-add would show."""
+    generator = torch.Generator().manual_seed(1)
+    m = torch.randn(10_001, generator=generator, dtype=FP64)
+    wiggle = 1 + torch.randint(-3, 4, m.shape, generator=generator) * torch.finfo(dtype).eps
+    lists = [[tensor.to(device, dtype)] for tensor in (torch.randn_like(m), -9 * m * wiggle, m)]
+    compare(lion_update_foreach_, lists, steps=1, **LANGUAGE)
+
+
+@pytest.mark.parametrize("hyper", [LANGUAGE, DYADIC, {**LANGUAGE, "weight_decay": 0.0}])
+@pytest.mark.parametrize("dtype", [FP64, FP32])
+def test_zeros_denormals_infinities_and_nan_have_the_bits_of_the_reference(device, dtype, hyper):
+    lists = with_special_values(problem([4099, 3, 5003], dtype, device))
+    assert all(tensors[0].isnan().any() and tensors[0].isinf().any() for tensors in lists)
+    compare(lion_update_foreach_, lists, **hyper)
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32])
+def test_exact_ties_only_decay(device, dtype):
+    """Seen against the rule itself, not the reference: with g = -m and beta1 = 1/2 the direction is zero."""
+    params, _, exp_avgs = problem([1, 33, 0, 1000], dtype, device)
+    expected = [param - (0.5 * param) * 2**-4 for param in params]
+    lion_update_foreach_(params, [-m for m in exp_avgs], exp_avgs, **DYADIC)
+    assert_same_bits(params, expected)
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32])
+def test_unaligned_slices_of_a_buffer_have_the_bits_of_the_reference(device, dtype):
+    """Shards of a flat buffer start anywhere; the elements between them must not be touched."""
+    flats = [tensors[0] for tensors in with_special_values(problem([20_011], dtype, device))]
+    before = [flat.clone() for flat in flats]
+    cuts = [(1, 4), (4, 4), (5, 1030), (1031, 9004), (9007, 20_010)]
+    compare(lion_update_foreach_, [[flat[start:stop] for start, stop in cuts] for flat in flats], **LANGUAGE)
+    for flat, old in zip(flats, before, strict=True):
+        for gap in (0, 4, 1030, 9004, 9005, 9006, 20_010):
+            assert_same_bits([flat[gap]], [old[gap]])
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32])
+def test_matrices_scalars_and_transposes_have_the_bits_of_the_reference(device, dtype):
+    lists = [
+        [flat[0:1].view(()), flat[1:13].view(3, 4).t(), flat[13:].view(2, 3, 5)]
+        for (flat,) in problem([43], dtype, device)
+    ]
+    compare(lion_update_foreach_, lists, **LANGUAGE)
+
+
+@pytest.mark.parametrize("limit", [1, 10, 1000])
+def test_lists_longer_than_one_chunk_update_every_tensor_once(device, limit, monkeypatch):
+    monkeypatch.setattr(foreach, "MAX_NUMEL_PER_CALL", limit)
+    compare(lion_update_foreach_, problem([3, 0, 7, 1, 25, 0, 0, 10, 9, 2], FP32, device), **LANGUAGE)
+    compare(lion_update_foreach_, problem([], FP32, device), **LANGUAGE)
+
+
+def test_chunks_keep_to_the_limit_unless_one_tensor_exceeds_it(device, monkeypatch):
+    monkeypatch.setattr(foreach, "MAX_NUMEL_PER_CALL", 10)
+    params, _, _ = problem([3, 7, 0, 1, 25, 9, 1, 1], FP32, device)
+    sizes = [[param.numel() for param in params[chunk]] for chunk in foreach._chunks(params)]
+    assert sizes == [[3, 7, 0], [1], [25], [9, 1], [1]]
+
+
+def test_gradients_keep_their_bits(device):
+    """Guards against a kernel that uses the gradients as its scratch space."""
+    params, grads, exp_avgs = with_special_values(problem([4099], FP32, device))
+    before, version = grads[0].clone(), grads[0]._version
+    lion_update_foreach_(params, grads, exp_avgs, **LANGUAGE)
+    assert_same_bits(grads, [before])
+    assert grads[0]._version == version
+
+
+@pytest.mark.parametrize("kernel", ["auto", "foreach"])
+@pytest.mark.parametrize("dtype", [FP64, FP32])
+def test_foreach_is_chosen_for_uniform_tensors(device, kernel, dtype):
+    assert choose(kernel, *problem([3, 0, 4], dtype, device)) is lion_update_foreach_
+
+
+def test_the_reference_is_chosen_when_asked_for(device):
+    assert choose("reference", *problem([3, 4], FP32, device)) is lion_update_
+
+
+@pytest.mark.parametrize("kernel", ["auto", "foreach"])
+@pytest.mark.parametrize(
+    "dtypes", [(BF16, BF16, BF16), (FP16, FP16, FP16), (BF16, FP32, FP32), (FP32, BF16, FP32), (FP32, FP32, FP64)]
+)
+def test_other_and_mixed_dtypes_fall_back_to_the_reference(device, kernel, dtypes):
+    """In bf16 foreach would compute in bf16: the learning rate and every product would be rounded to 8 bits."""
+    lists = [[t.to(dtype) for t in ts] for ts, dtype in zip(problem([3, 4], FP32, device), dtypes, strict=True)]
+    assert not foreach_supports(*lists)
+    assert choose(kernel, *lists) is lion_update_
+
+
+def test_one_parameter_of_another_dtype_sends_the_list_to_the_reference(device):
+    params, grads, exp_avgs = problem([3, 4], FP32, device)
+    lists = [[first, second.double()] for first, second in (params, grads, exp_avgs)]
+    assert choose("auto", *lists) is lion_update_
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_parameters_on_two_devices_fall_back_to_the_reference(device):
+    lists = [[t.to(place) for t, place in zip(ts, ("cpu", "cuda"), strict=True)] for ts in problem([3, 4], FP32)]
+    assert choose("auto", *lists) is lion_update_
+
+
+def test_nothing_to_update_is_no_error(device):
+    choose("auto", [], [], [])([], [], [], **LANGUAGE)
+    lion_update_foreach_([], [], [], **LANGUAGE)
