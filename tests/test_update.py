@@ -66,7 +66,7 @@ def reference_step(theta, g, m, e_theta, e_m, *, u, lr, beta1, beta2, weight_dec
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.9), (0.0, 0.9)])
 @pytest.mark.parametrize("dtype", [FP64, FP32])
 def test_a_thousand_steps_follow_algorithm_1(dtype, betas):
-    """Tolerance: the running bound of each element. It grows by 2u |theta| a step, in fp32 over 1,000 steps to some 1e-4
+    """Tolerance: each element's running bound. It grows by 2u |theta| a step, in fp32 over 1,000 steps to some 1e-4
     where theta is of size 1: below lr, so that a single wrong sign in 1,000 steps is seen. Elements whose c came within
     rounding of zero once (fewer than 1 %) may be off by 2 lr ever after and are left out from then on."""
     hyper = {**HYPER, "beta1": betas[0], "beta2": betas[1]}
