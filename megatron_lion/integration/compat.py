@@ -135,6 +135,23 @@ def substituted(holder: Any, **values: Any) -> Iterator[None]:
             setattr(holder, name, value)
 
 
+def allow_wheel_without_makefile() -> None:
+    """Let training start from the wheel, which ships the compiled dataset helpers but no Makefile to compile them with.
+
+    Stock runs ``make`` all the same and exits when it fails (0.19.2: initialize 178). A checkout, which has the
+    Makefile, still compiles. Goes when the wheel's own loop starts without it.
+    """
+    import megatron.core.datasets.utils as dataset_utils
+
+    stock_compile = dataset_utils.compile_helpers
+
+    def compile_helpers() -> None:
+        if (Path(dataset_utils.__file__).parent / "Makefile").is_file():
+            stock_compile()
+
+    dataset_utils.compile_helpers = compile_helpers
+
+
 def without_step() -> contextlib.AbstractContextManager[None]:
     """Let DistributedOptimizer save and load an optimizer that has no ``step`` tensor.
 

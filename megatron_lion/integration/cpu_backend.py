@@ -217,16 +217,13 @@ def _separate_data_loaders() -> None:
 
 
 def adapt_core() -> None:
-    """The places in ``megatron.core`` that need CUDA, or what the wheel lacks, in another way than through torch."""
-    import megatron.core.datasets.utils as dataset_utils
+    """The places in ``megatron.core`` that need CUDA in another way than through torch."""
     import megatron.core.tensor_parallel.random as megatron_random
 
     # It calls torch._C directly (random 147).
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # One generator is both the CPU's and the "device's" here, so it warns at every dropout region (random 336).
     logging.getLogger(megatron_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
-    # The wheel ships the compiled helpers without the Makefile that this would run (initialize 178).
-    dataset_utils.compile_helpers = lambda: None
     _allow_sequence_parallel_norms()
 
 

@@ -44,7 +44,7 @@ def register_core() -> None:
 
 
 def register_training() -> None:
-    """The command line of ``megatron.training``."""
+    """The command line of ``megatron.training``, and what its start-up asks of the wheel."""
     if "training" in _done:
         return
     try:
@@ -54,6 +54,7 @@ def register_training() -> None:
     from megatron_lion.integration import arguments
 
     arguments.install()
+    compat.allow_wheel_without_makefile()
     if cpu_backend.wanted():
         cpu_backend.adapt_training()
     _done.add("training")
