@@ -65,9 +65,19 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: An
         inner.register_load_state_dict_post_hook(functools.partial(_keep_betas, lion_config))
         return inner
 
+    stock_log = optimizers.log_single_rank
+
+    def log_single_rank(logger: Any, level: int, message: str, *args: Any, **kwargs: Any) -> None:
+        stock_log(logger, level, message.replace("optimizer='sgd'", "optimizer='lion'"), *args, **kwargs)
+
     with (
         compat.substituted(config, optimizer="sgd"),
-        compat.substituted(optimizers, SGD=lion_in_place_of_sgd, DistributedOptimizer=LionDistributedOptimizer),
+        compat.substituted(
+            optimizers,
+            SGD=lion_in_place_of_sgd,
+            DistributedOptimizer=LionDistributedOptimizer,
+            log_single_rank=log_single_rank,
+        ),
     ):
         optimizer = _with_init_state(build(), init_lion_state)
     summary.report(lion_config, config, model_chunks, optimizer)

@@ -1,0 +1,148 @@
+"""The demo's two training runs: what launch/demo.sh does between the text and the figures.
+
+Lion is killed with SIGKILL in the middle and resumed from its last checkpoint; SGD runs through. Each run's output goes
+to OUTPUT/{lion,sgd}/log.txt. A run that is complete there is kept.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_lion.config import LionError
+from megatron_lion.integration.training_log import TrainingLog, read_training_log
+from megatron_lion.run import readable_errors
+
+ROOT = Path(__file__).resolve().parent.parent
+RANKS = 4
+MODEL = "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128"
+LAYOUT = "--tensor-model-parallel-size 2 --use-distributed-optimizer"
+BATCH = "--micro-batch-size 4 --global-batch-size 16 --lr-decay-style cosine --lr-warmup-iters 20 --num-workers 0"
+# What a CPU lacks: fused kernels and NCCL.
+CPU = (
+    "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion --no-rope-fusion "
+    "--no-persist-layer-norm --no-masked-softmax-fusion"
+)
+# Each the best of a small sweep at this size (docs/demo.md); a tiny model takes larger steps than a real one.
+OPTIMIZERS = {
+    "lion": "--optimizer lion --lr 1e-3 --min-lr 1e-4 --weight-decay 0.1",
+    "sgd": "--optimizer sgd --lr 0.5 --min-lr 0.05 --weight-decay 1e-4",
+}
+
+
+def command(name: str, text: Path, folder: Path, iterations: int, save_interval: int) -> list[str]:
+    """The torchrun line of one run; the same line starts it and resumes it."""
+    data = [
+        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(text / "tokenizer.model")),
+        *(part for split in ("train", "valid", "test") for part in (f"--{split}-data-path", str(text / f"{split}_text_document"))),
+    ]
+    run = f"--train-iters {iterations} --log-interval 1 --eval-interval {save_interval} --eval-iters 8"
+    checkpoints = folder / "checkpoints"
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)),
+        *(str(ROOT / "launch" / "pretrain_gpt.py"), *f"{MODEL} {LAYOUT} {BATCH} {CPU} {run} {OPTIMIZERS[name]}".split()),
+        *(*data, "--save", str(checkpoints), "--load", str(checkpoints), "--save-interval", str(save_interval)),
+    ]
+
+
+def train(name: str, line: list[str], log_path: Path, kill_at: int | None = None) -> TrainingLog:
+    """Run ``line``, append its output to ``log_path`` and show progress; SIGKILL all of it at iteration ``kill_at``.
+
+    Raises LionError, with the end of the log, where the run ends by itself with an error.
+    """
+    log = TrainingLog()
+    environment = {**os.environ, "MEGATRON_LION_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    try:
+        for iteration in follow(process, log_path, log):
+            show_progress(name, iteration, log)
+            if iteration == kill_at:
+                os.killpg(process.pid, signal.SIGKILL)
+    finally:
+        if process.poll() is None:
+            process.wait() if sys.exc_info()[0] is None else os.killpg(process.pid, signal.SIGKILL)
+    print(flush=True)
+    if process.wait() != 0 and kill_at is None:
+        tail = "".join(log_path.read_text(errors="replace").splitlines(keepends=True)[-15:])
+        raise LionError(f"the {name} run failed with exit status {process.returncode}; {log_path} ends with\n{tail}")
+    return log
+
+
+def follow(process: "subprocess.Popen[str]", log_path: Path, log: TrainingLog) -> Iterator[int]:
+    """Yield each iteration that ``process`` reports, writing its output to ``log_path`` on the way."""
+    assert process.stdout is not None
+    with log_path.open("a") as file:
+        for text in process.stdout:
+            file.write(text)
+            file.flush()
+            if text.startswith("megatron-lion:"):
+                print(f"  {text.rstrip()}", flush=True)
+            if (iteration := log.add_line(text)) is not None:
+                yield iteration
+
+
+def show_progress(name: str, iteration: int, log: TrainingLog) -> None:
+    """One line that overwrites itself on a terminal, one line in 25 elsewhere."""
+    remaining = (log.iterations - iteration) * log.milliseconds[iteration] / 1000
+    text = f"  {name}: iteration {iteration}/{log.iterations}  loss {log.loss[iteration]:.3f}  about {remaining:.0f} s left"
+    if sys.stdout.isatty():
+        print(f"\r{text}   ", end="", flush=True)
+    elif iteration % 25 == 0:
+        print(text, flush=True)
+
+
+def count_equal(before: TrainingLog, after: TrainingLog) -> tuple[int, int]:
+    """How many iterations both runs of an interrupted training logged, and how many of their losses are equal.
+
+    The second one after a restart is left out: Megatron logs there the mean of the first two.
+    """
+    shared = sorted(before.loss.keys() & after.loss.keys())
+    compared = shared[:1] + shared[2:]
+    return sum(before.loss[i] == after.loss[i] for i in compared), len(compared)
+
+
+def is_complete(folder: Path, iterations: int) -> bool:
+    """Whether the run in ``folder`` went to its end."""
+    log_path = folder / "log.txt"
+    return log_path.is_file() and "test" in read_training_log(log_path).final and iterations in read_training_log(log_path).loss
+
+
+def main() -> None:
+    """Train with Lion, killed and resumed, then with SGD."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="folder made by tools/demo_text.py")
+    parser.add_argument("--output", type=Path, required=True, help="folder for logs and checkpoints")
+    parser.add_argument("--iterations", type=int, default=300, help="optimizer steps of each run (default 300)")
+    options = parser.parse_args()
+    save_interval = max(options.iterations // 3, 1)
+    kill_at = save_interval + save_interval // 2
+    for name in OPTIMIZERS:
+        folder = options.output / name
+        if is_complete(folder, options.iterations):
+            print(f"  {name}: complete in {folder}, kept (remove the folder to train again)")
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        line = command(name, options.text, folder, options.iterations, save_interval)
+        started = time.monotonic()
+        if name == "lion":
+            before = train(name, line, folder / "log.txt", kill_at=kill_at)
+            print(f"  lion: killed with SIGKILL at iteration {kill_at}; resuming from its checkpoint at {save_interval}")
+            after = train(name, line, folder / "log.txt")
+            equal, compared = count_equal(before, after)
+            print(f"  lion: {equal} of {compared} losses after the resume equal the killed run's, bit for bit as logged")
+        else:
+            train(name, line, folder / "log.txt")
+        print(f"  {name}: done in {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# From a fresh clone, with no GPU: make the environment, prepare text that every machine has, pretrain a tiny GPT through
+# Megatron's own loop with Lion (killed and resumed once) and with SGD, and leave figures and a table in runs/demo/.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+OUTPUT="$ROOT/runs/demo"
+source "$ROOT/launch/environment.sh"
+
+make_environment "$ROOT"
+
+say "text: the documentation that ships with Python"
+"$PYTHON" "$ROOT/tools/demo_text.py" --output "$OUTPUT/text"
+
+say "training: a tiny GPT on 4 gloo ranks, TP 2 x DP 2, distributed optimizer"
+"$PYTHON" "$ROOT/launch/demo.py" --text "$OUTPUT/text" --output "$OUTPUT" "$@"
+
+say "figures"
+"$PYTHON" "$ROOT/tools/compare_runs.py" --run "Lion=$OUTPUT/lion/log.txt" --run "SGD=$OUTPUT/sgd/log.txt" \
+    --figure "$OUTPUT/loss.png" --table "$OUTPUT/table.md"

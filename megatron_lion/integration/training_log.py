@@ -1,0 +1,54 @@
+"""Read what Megatron's own loop prints, so that a run can be watched, drawn and compared from its log alone."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_lion.config import LionError
+
+_ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|.*?elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: (\S+)")
+_VALIDATION = re.compile(r"(validation) loss at iteration (\d+) \| lm loss value: (\S+)")
+_FINAL = re.compile(r"validation loss at iteration (\d+) on (validation|test) set \| lm loss value: (\S+)")
+
+
+@dataclass
+class TrainingLog:
+    """One run's record. Iterations that were run again after a resume hold the later run's values.
+
+    ``loss`` and ``milliseconds`` are keyed by iteration, ``validation`` by the iteration that it was evaluated at, and
+    ``final`` by ``"validation"`` and ``"test"``. Losses are means over tokens, in nats.
+    """
+
+    iterations: int = 0
+    loss: dict[int, float] = field(default_factory=dict)
+    milliseconds: dict[int, float] = field(default_factory=dict)
+    validation: dict[int, float] = field(default_factory=dict)
+    final: dict[str, float] = field(default_factory=dict)
+
+    def add_line(self, line: str) -> int | None:
+        """Take in one line of the log. Returns the iteration that it reports, or None for any other line."""
+        if match := _ITERATION.search(line):
+            iteration, self.iterations = int(match[1]), int(match[2])
+            self.milliseconds[iteration] = float(match[3])
+            self.loss[iteration] = float(match[4])
+            return iteration
+        if match := _FINAL.search(line):
+            self.final[match[2]] = float(match[3])
+        elif match := _VALIDATION.search(line):
+            self.validation[int(match[2])] = float(match[3])
+        return None
+
+
+def read_training_log(path: Path) -> TrainingLog:
+    """The record of the run whose output is in ``path``.
+
+    Raises LionError where the file is missing or reports no iteration.
+    """
+    if not path.is_file():
+        raise LionError(f"{path} does not exist: give the file that the training run's output was written to")
+    log = TrainingLog()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        log.add_line(line)
+    if not log.loss:
+        raise LionError(f"{path} reports no training iteration: did the run start, with --log-interval set?")
+    return log

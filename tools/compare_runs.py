@@ -1,0 +1,98 @@
+"""Draw the loss of one or more Megatron runs, and write their table, from their logs.
+
+    python tools/compare_runs.py --run Lion=runs/demo/lion/log.txt --run SGD=runs/demo/sgd/log.txt --figure loss.png
+"""
+
+import argparse
+import math
+import statistics
+from pathlib import Path
+
+from megatron_lion.config import LionError
+from megatron_lion.integration.training_log import TrainingLog, read_training_log
+from megatron_lion.run import readable_errors
+
+
+def named_run(value: str) -> tuple[str, Path]:
+    """Split ``NAME=LOG``."""
+    name, separator, path = value.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=LOG, for example Lion=runs/demo/lion/log.txt")
+    return name, Path(path)
+
+
+def draw(runs: dict[str, TrainingLog], path: Path) -> None:
+    """Training loss as lines and validation loss as points, one colour for each run; the format follows the suffix."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for name, log in runs.items():
+        iterations = sorted(log.loss)
+        (line,) = axes.plot(iterations, [log.loss[i] for i in iterations], label=f"{name}, training", linewidth=1.2)
+        if log.validation:
+            points = sorted(log.validation)
+            axes.plot(
+                points, [log.validation[i] for i in points], "o", color=line.get_color(), label=f"{name}, validation"
+            )
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("Pretraining loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def table(runs: dict[str, TrainingLog]) -> str:
+    """A Markdown table, one row for each run."""
+    rows = [
+        "| run | iterations | last training loss | validation loss | test loss | test perplexity | ms per iteration (median) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, log in runs.items():
+        test = log.final.get("test")
+        cells = [
+            name,
+            f"{max(log.loss)} of {log.iterations}",
+            _number(log.loss[max(log.loss)]),
+            _number(log.final.get("validation")),
+            _number(test),
+            f"{math.exp(test):.1f}" if test is not None else "-",
+            f"{statistics.median(log.milliseconds.values()):.0f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def main() -> None:
+    """Read the logs, print the table, write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=named_run, action="append", required=True, metavar="NAME=LOG", help="repeatable")
+    parser.add_argument("--figure", type=Path, help="picture to write (.png, .svg or .pdf)")
+    parser.add_argument("--table", type=Path, help="Markdown file to write")
+    options = parser.parse_args()
+    runs = {name: read_training_log(path) for name, path in options.run}
+    if len(runs) < len(options.run):
+        raise LionError("two runs have the same name; give each its own")
+    text = table(runs)
+    print(text)
+    if options.table:
+        options.table.parent.mkdir(parents=True, exist_ok=True)
+        options.table.write_text(text, encoding="utf-8")
+        print(f"table:  {options.table}")
+    if options.figure:
+        draw(runs, options.figure)
+        print(f"figure: {options.figure}")
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()
