@@ -7,12 +7,13 @@ to OUTPUT/{lion,sgd}/log.txt. A run that is complete there is kept.
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 from megatron_lion.config import LionError
 from megatron_lion.integration.training_log import TrainingLog, read_training_log
@@ -57,22 +58,26 @@ def train(name: str, line: list[str], log_path: Path, kill_at: int | None = None
     """
     log = TrainingLog()
     environment = {**os.environ, "MEGATRON_LION_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         for iteration in follow(process, log_path, log):
             show_progress(name, iteration, log)
             if iteration == kill_at:
-                os.killpg(process.pid, signal.SIGKILL)
-    finally:
-        if process.poll() is None:
-            process.wait() if sys.exc_info()[0] is None else os.killpg(process.pid, signal.SIGKILL)
+                kill(process)
+    except BaseException:  # Ctrl-C above all: leave no ranks behind
+        kill(process)
+        raise
     print(flush=True)
     if process.wait() != 0 and kill_at is None:
         tail = "".join(log_path.read_text(errors="replace").splitlines(keepends=True)[-15:])
         raise LionError(f"the {name} run failed with exit status {process.returncode}; {log_path} ends with\n{tail}")
     return log
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """SIGKILL the launcher and its ranks, which torchrun puts into sessions of their own."""
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.kill()
 
 
 def follow(process: "subprocess.Popen[str]", log_path: Path, log: TrainingLog) -> Iterator[int]:
