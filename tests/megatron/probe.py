@@ -1,0 +1,137 @@
+"""Run under torchrun in the place of a pretraining script: build model and optimizer as Megatron's own loop does, then
+inspect them instead of training.
+
+    torchrun tests/megatron/probe.py WHAT <Megatron's flags>
+
+PROBE_OUTPUT names a folder, in which each rank leaves its answer as ``rank<N>.json``. WHAT is ``parameters`` (which optimizer, betas and state each parameter has), ``stock-parameters`` (the same without
+this package's registration) or ``sharded-step`` (the step inside Megatron against plain Lion).
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+
+import pretrain_gpt
+
+import megatron_lion
+from megatron_lion.integration import compat, cpu_backend
+from megatron_lion.lion import Lion
+
+
+def run_on_cpu_without_registering() -> None:
+    """Stock Megatron on a CPU: the backend alone."""
+    cpu_backend.replace_cuda()
+    cpu_backend.adapt_core()
+    cpu_backend.adapt_training()
+    compat.allow_wheel_without_makefile()
+
+
+def owners(model: list[Any], optimizer: Any) -> dict[str, dict[str, Any]]:
+    """For each of this rank's parameters: the class of the optimizer that updates it, and its group's settings."""
+    names = {param: f"{index}.{name}" for index, chunk in enumerate(model) for name, param in chunk.named_parameters()}
+    found: dict[str, dict[str, Any]] = {}
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for model_param, group in _groups(part):
+            found[names[model_param]] = {
+                "optimizer": type(part.optimizer).__name__,
+                "wrapper": type(part).__name__,
+                "betas": list(group.get("betas", ())),
+                "weight_decay": group.get("weight_decay"),
+            }
+    return found
+
+
+def _groups(part: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Pairs of model parameter and parameter group, for each of Megatron's wrappers."""
+    groups = part.optimizer.param_groups
+    if hasattr(part, "model_param_group_index_map"):
+        return [(param, groups[index]) for param, (index, _) in part.model_param_group_index_map.items()]
+    if hasattr(part, "float16_groups"):
+        model_groups = zip(part.float16_groups, part.fp32_from_fp32_groups, groups, strict=True)
+        return [(param, group) for half, full, group in model_groups for param in (*half, *full)]
+    return [(param, group) for group in groups for param in group["params"]]
+
+
+def set_gradients(model: list[Any], seed: int) -> dict[str, torch.Tensor]:
+    """Fill every gradient buffer with the same values on every data-parallel rank; averaging copies of a number over a
+    power of two of ranks gives that number back exactly. Returns the gradients by name."""
+    gradients = {}
+    for index, chunk in enumerate(model):
+        chunk.zero_grad_buffer()
+        for position, (name, param) in enumerate(chunk.named_parameters()):
+            generator = torch.Generator().manual_seed(10_000 * seed + 100 * index + position)
+            gradient = torch.randn(param.shape, generator=generator).to(param.main_grad.dtype)
+            param.main_grad.copy_(gradient)
+            gradients[f"{index}.{name}"] = gradient
+        chunk.finish_grad_sync()
+    return gradients
+
+
+def sharded_step(model: list[Any], optimizer: Any, steps: int = 5) -> dict[str, Any]:
+    """Some steps of the optimizer inside Megatron, against :class:`Lion` on whole fp32 copies of the parameters."""
+    params = {f"{i}.{name}": param for i, chunk in enumerate(model) for name, param in chunk.named_parameters()}
+    settings = {param: group for part in optimizer.chained_optimizers for param, group in _groups(part)}
+    weight_decay = {name: settings[param]["weight_decay"] for name, param in params.items() if param in settings}
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, weight_decay)  # a rank knows only the groups of its own shards
+    weight_decay = {name: value for part in gathered for name, value in part.items()}
+
+    copies = {name: torch.nn.Parameter(param.detach().float().clone()) for name, param in params.items()}
+    groups = [{"params": [copies[name]], "weight_decay": weight_decay[name]} for name in copies]
+    group = optimizer.param_groups[0]
+    plain = Lion(groups, lr=group["lr"], betas=group["betas"], kernel="reference")
+    for seed in range(steps):
+        gradients = set_gradients(model, seed)
+        for name, copy in copies.items():
+            copy.grad = gradients[name].float()
+        optimizer.step()
+        plain.step()
+    different = [name for name, param in params.items() if not torch.equal(param, copies[name].to(param.dtype))]
+    return {"parameters": len(params), "different": different}
+
+
+def state_bytes(optimizer: Any) -> int:
+    """Bytes of optimizer state on this rank after a step: master weights that are copies, and every state tensor."""
+    total = 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        copies = getattr(part, "shard_fp32_from_float16_groups", getattr(part, "fp32_from_float16_groups", []))
+        tensors = [copy for group in copies for copy in group if copy is not None]
+        tensors += [value for state in part.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return total
+
+
+def main() -> None:
+    what = sys.argv.pop(1)
+    if what == "stock-parameters":
+        run_on_cpu_without_registering()
+        megatron_lion.register = lambda: None
+    else:
+        megatron_lion.register()
+    import megatron.training.training as training
+
+    def inspect(forward_step: Any, model: list[Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if what == "sharded-step":
+            answer = sharded_step(model, optimizer)
+        else:
+            answer = {"owners": owners(model, optimizer), "trainable": sum(len(list(c.parameters())) for c in model)}
+            if what == "parameters":
+                set_gradients(model, seed=0)
+                optimizer.step()
+                answer["state_bytes"] = state_bytes(optimizer)
+        path = Path(os.environ["PROBE_OUTPUT"]) / f"rank{torch.distributed.get_rank()}.json"
+        path.write_text(json.dumps(answer))
+        return 0, 0
+
+    training.train = inspect
+    pretrain_gpt.main()
+
+
+if __name__ == "__main__":
+    main()
