@@ -32,7 +32,7 @@ CPU = (
 # Each the best of a small sweep at this size (docs/demo.md); a tiny model takes larger steps than a real one.
 OPTIMIZERS = {
     "lion": "--optimizer lion --lr 1e-3 --min-lr 1e-4 --weight-decay 0.1",
-    "sgd": "--optimizer sgd --lr 0.5 --min-lr 0.05 --weight-decay 1e-4",
+    "sgd": "--optimizer sgd --lr 0.1 --min-lr 0.01 --weight-decay 1e-4",
 }
 
 

@@ -316,7 +316,9 @@ def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(other):
 
 
 @pytest.mark.xfail(strict=True, raises=AttributeError, reason="BUG: the kernel is lost, torch pickles groups and state")
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["deepcopy", "pickle"]
+)
 def test_a_copied_optimizer_can_step(duplicate):
     params = make_params()
     optimizer = Lion(params, **HYPER)

@@ -69,6 +69,8 @@ def set_gradients(model: list[Any], seed: int) -> dict[str, torch.Tensor]:
             gradient = torch.randn(param.shape, generator=generator).to(param.main_grad.dtype)
             param.main_grad.copy_(gradient)
             gradients[f"{index}.{name}"] = gradient
+        if chunk.ddp_config.overlap_grad_reduce:  # else finish_grad_sync starts it
+            chunk.start_grad_sync()
         chunk.finish_grad_sync()
     return gradients
 
@@ -92,6 +94,9 @@ def sharded_step(model: list[Any], optimizer: Any, steps: int = 5) -> dict[str, 
             copy.grad = gradients[name].float()
         optimizer.step()
         plain.step()
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:  # else step() gathers; here the next forward pass would
+            chunk.start_param_sync(force_sync=True)
     different = [name for name, param in params.items() if not torch.equal(param, copies[name].to(param.dtype))]
     return {"parameters": len(params), "different": different}
 

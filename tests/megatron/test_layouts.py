@@ -1,0 +1,68 @@
+"""Every layout computes what one process computes, started from one checkpoint."""
+
+from pathlib import Path
+
+import pytest
+from harness import HORIZON, NO_DROPOUT, Run, pretrain, relative_difference
+
+DISTRIBUTED = "--use-distributed-optimizer"
+START = 2
+END = 12
+RUN = f"--optimizer lion --num-layers 4 --micro-batch-size 1 --train-iters {END} {HORIZON} {NO_DROPOUT}"
+
+# fp32 sums over ranks are rounded in another order: 1e-7 in a gradient, now and then the sign of an element of c that
+# is within that of zero, and then 2 lr in one weight. Over ten steps the loss moves by less than this.
+FP32_TOLERANCE = 5e-6
+# bf16 activations are rounded to 8 bits; a sum over tensor-parallel ranks in another order moves the loss by less.
+BF16_TOLERANCE = 4e-3
+
+LAYOUTS = {
+    "DP 2": (2, DISTRIBUTED, FP32_TOLERANCE),
+    "DP 2, not sharded": (2, "", FP32_TOLERANCE),
+    "DP 4, overlap": (4, f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather", FP32_TOLERANCE),
+    "TP 2": (2, f"{DISTRIBUTED} --tensor-model-parallel-size 2", FP32_TOLERANCE),
+    "TP 2, sequence parallel": (2, f"{DISTRIBUTED} --tensor-model-parallel-size 2 --sequence-parallel", FP32_TOLERANCE),
+    "PP 2": (2, f"{DISTRIBUTED} --pipeline-model-parallel-size 2", FP32_TOLERANCE),
+    "PP 2, interleaved": (
+        2,
+        f"{DISTRIBUTED} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        FP32_TOLERANCE,
+    ),
+    "TP 2 x PP 2 x DP 2": (
+        8,
+        f"{DISTRIBUTED} --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2",
+        FP32_TOLERANCE,
+    ),
+    "TP 2 x DP 2, bf16": (4, f"{DISTRIBUTED} --tensor-model-parallel-size 2 --bf16", BF16_TOLERANCE),
+}
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def one_process(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Run]:
+    """Flags for tied or untied embeddings, a checkpoint after two steps, and one process's run from it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    # Equal padded vocabularies: it is padded to a multiple of 128 x TP.
+    flags = "--make-vocab-size-divisible-by 256"
+    if request.param == "untied":
+        flags += " --untie-embeddings-and-output-weights"
+    save = f"{DISTRIBUTED} --dist-ckpt-optim-fully-reshardable --save {folder} --exit-interval {START}"
+    pretrain(text, RUN, flags, save)
+    return flags, folder, pretrain(text, RUN, flags, DISTRIBUTED, f"--load {folder}")
+
+
+@pytest.mark.parametrize(("ranks", "layout", "tolerance"), LAYOUTS.values(), ids=LAYOUTS)
+def test_a_layout_gives_the_one_process_loss_curve(
+    text: Path, one_process: tuple[str, Path, Run], ranks: int, layout: str, tolerance: float, record_property: pytest.FixtureRequest
+) -> None:
+    flags, folder, reference = one_process
+    tied = "untie" not in flags
+    if not tied and ranks not in (2, 8):
+        pytest.skip("untied embeddings matter to tensor and pipeline parallel only")
+    optimizer_state = "" if DISTRIBUTED in layout else "--no-load-optim"
+    if optimizer_state:
+        reference = pretrain(text, RUN, flags, f"--load {folder} --no-load-optim")
+    run = pretrain(text, RUN, flags, layout, f"--load {folder} {optimizer_state} --no-load-rng", ranks=ranks)
+    assert sorted(run.log.loss) == list(range(START + 1, END + 1))
+    assert relative_difference(reference.log, run.log) < tolerance
+    count = 52 if tied else 53
+    assert any(f"lion on {count} of {count} parameters" in line for line in run.ours())
