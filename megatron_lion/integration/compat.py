@@ -125,14 +125,17 @@ def replace_everywhere(module: ModuleType, name: str, replacement: Callable[...,
 @contextlib.contextmanager
 def substituted(holder: Any, **values: Any) -> Iterator[None]:
     """Set attributes of ``holder`` for the duration of a call into Megatron, and put the old ones back whatever happens."""
-    old = {name: getattr(holder, name) for name in values}
+    old = {name: vars(holder)[name] for name in values if name in vars(holder)}
     for name, value in values.items():
         setattr(holder, name, value)
     try:
         yield
     finally:
-        for name, value in old.items():
-            setattr(holder, name, value)
+        for name in values:
+            if name in old:
+                setattr(holder, name, old[name])
+            else:  # it came from the class
+                delattr(holder, name)
 
 
 def allow_wheel_without_makefile() -> None:

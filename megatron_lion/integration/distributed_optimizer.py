@@ -38,8 +38,49 @@ def init_adam_state(optimizer: torch.optim.Optimizer, config: Any = None) -> Non
                 }
 
 
-class StatelessStepDistributedOptimizer(DistributedOptimizer):
-    """DistributedOptimizer around an optimizer whose state is one tensor per parameter and key, and no ``step``.
+class RepairedDistributedOptimizer(DistributedOptimizer):
+    """DistributedOptimizer whose ``fully_reshardable`` checkpoints hold what was trained.
+
+    Up to 0.19.2 the state gathered for such a checkpoint has the padding between buckets taken out, and is then cut at
+    offsets that count it, so every parameter behind the first bucket is saved shifted: with several buckets, which tied
+    embeddings on two pipeline stages already make (Megatron issue 5077, fixed in 0.20). Here the padding is put back
+    before it is cut.
+    """
+
+    def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
+        gather_state = self.get_parameter_state_dp_zero
+
+        def gather_state_with_padding(**options: Any) -> Any:
+            return self._put_padding_back(gather_state(**options))
+
+        with compat.substituted(self, get_parameter_state_dp_zero=gather_state_with_padding):
+            return super().sharded_param_state_fully_reshardable(*args, **kwargs)
+
+    def _put_padding_back(self, state: dict[Any, Any] | None) -> dict[Any, Any] | None:
+        """Turn each whole tensor of ``state`` into the coordinates of its buffer; None on ranks that gathered nothing."""
+        if state is None:
+            return None
+        for index, buffer in enumerate(self.buffers):
+            for tensors in state[index].values():
+                for key, compact in list(tensors.items()):
+                    if isinstance(compact, torch.Tensor):
+                        tensors[key] = self._padded(compact, buffer)
+        return state
+
+    @staticmethod
+    def _padded(compact: torch.Tensor, buffer: Any) -> torch.Tensor:
+        padded = compact.new_zeros(sum(bucket.grad_data.numel() for bucket in buffer.buckets))
+        start_compact = start_padded = 0
+        for bucket in buffer.buckets:
+            numel = bucket.numel_unpadded
+            padded[start_padded : start_padded + numel] = compact[start_compact : start_compact + numel]
+            start_compact += numel
+            start_padded += bucket.grad_data.numel()
+        return padded
+
+
+class StatelessStepDistributedOptimizer(RepairedDistributedOptimizer):
+    """The distributed optimizer around an optimizer whose state is one tensor per parameter and key, and no ``step``.
 
     Subclasses name the keys and how the state begins. Collectives are Megatron's own: a reduce-scatter of gradients
     before the step, an all-gather of parameters after it.
@@ -84,7 +125,7 @@ class SGDDistributedOptimizer(StatelessStepDistributedOptimizer):
         return ("momentum_buffer",) if self.config.sgd_momentum != 0 else ()
 
 
-class TorchAdamDistributedOptimizer(DistributedOptimizer):
+class TorchAdamDistributedOptimizer(RepairedDistributedOptimizer):
     """Megatron's distributed optimizer around torch's Adam, made able to resume.
 
     Stock saves such a run but cannot load it: the fresh state has no ``step`` to read (839). With that mended, the step

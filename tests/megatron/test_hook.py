@@ -1,0 +1,175 @@
+"""`megatron-lion enable` and `disable` for real: in an environment of its own, with scripts that never name this package."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from harness import BATCH, CPU, MODEL, PRETRAIN_GPT, RATE, text_flags
+
+import megatron_lion
+
+CLONE = Path(megatron_lion.__file__).resolve().parent.parent
+
+# From which files come the two names under which Megatron builds the optimizer, and its parser's check of the name?
+WHICH = """
+import argparse, pathlib
+import megatron.training
+import megatron.core.optimizer, megatron.training.training
+from megatron.training.arguments import add_megatron_arguments
+
+options = {action.dest: action for action in add_megatron_arguments(argparse.ArgumentParser())._actions}
+for function in (
+    megatron.training.training.get_megatron_optimizer,
+    megatron.core.optimizer.get_megatron_optimizer,
+    options["optimizer"].type,
+):
+    code = getattr(function, "__code__", None)
+    print("/".join(pathlib.Path(code.co_filename).parts[-2:]) if code else function)
+"""
+OURS = ["integration/factory.py", "integration/factory.py", "integration/arguments.py"]
+STOCK = ["optimizer/__init__.py", "optimizer/__init__.py", "<class 'str'>"]
+
+
+@dataclass
+class Environment:
+    """A virtual environment that sees the packages of the environment that runs the tests."""
+
+    folder: Path
+
+    @property
+    def site_packages(self) -> Path:
+        return next(self.folder.glob("lib/python*/site-packages"))
+
+    @property
+    def hook(self) -> Path:
+        return self.site_packages / "megatron_lion_hook.pth"
+
+    @property
+    def packages(self) -> Path:
+        """The file that lets it see them. Sorted before the hook, so read before it, as an editable install's is."""
+        return self.site_packages / "everything_else.pth"
+
+    def python(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run its interpreter outside the clone; on the CPU unless ``environment`` says otherwise."""
+        return subprocess.run(
+            [self.folder / "bin" / "python", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=self.folder,
+            env={
+                **os.environ,
+                **{"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", "MEGATRON_LION_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
+                **environment,
+            },
+        )
+
+    def megatron_lion(self, command: str) -> str:
+        """Run one command of ours, which must succeed. Returns what it said."""
+        result = self.python("-m", "megatron_lion.cli", command)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def which(self, before: str = "") -> list[str]:
+        """The answers of ``WHICH``, run after the lines ``before``."""
+        result = self.python("-c", before + WHICH)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    made = Environment(tmp_path / "environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", made.folder], check=True)
+    installed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    made.packages.write_text("\n".join([str(CLONE), *installed]))
+    return made
+
+
+def test_enable_makes_a_plain_script_ours_and_disable_makes_it_stock_again(environment: Environment) -> None:
+    assert "enabled in" in environment.megatron_lion("enable")
+    assert environment.hook.is_file()
+    assert environment.which() == OURS
+    assert "disabled in" in environment.megatron_lion("disable")
+    assert not environment.hook.exists()
+    assert environment.which() == STOCK
+
+
+def test_a_script_that_first_asks_whether_megatron_is_there_still_gets_ours(environment: Environment) -> None:
+    environment.megatron_lion("enable")
+    ask = "\n".join(
+        f"import importlib.util; importlib.util.find_spec({module!r})"
+        for module in ("megatron.core", "megatron.core.optimizer", "megatron.training")
+    )
+    assert environment.which(before=ask) == OURS
+
+
+def test_an_enabled_hook_trains_every_parameter_with_lion_under_a_script_that_registers_nothing(
+    environment: Environment, text: Path
+) -> None:
+    environment.megatron_lion("enable")
+    script = environment.folder / "pretrain_gpt.py"
+    source = PRETRAIN_GPT.read_text()
+    assert source.count("    megatron_lion.register()\n") == 1
+    script.write_text(source.replace("    megatron_lion.register()\n", ""))
+    flags = f"{MODEL} {BATCH} {RATE} {CPU} {text_flags(text)} --optimizer lion --train-iters 2".split()
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
+    result = environment.python(*torchrun, str(script), *flags)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "megatron-lion: lion on 28 of 28 parameters" in result.stdout
+    assert "betas (0.9, 0.95)" in result.stdout
+
+
+def test_an_interpreter_that_never_imports_megatron_does_not_pay_for_torch(environment: Environment) -> None:
+    environment.megatron_lion("enable")
+    result = environment.python("-c", "import sys; print({'megatron_lion.hook', 'torch', 'megatron'} & set(sys.modules))")
+    assert result.stdout.strip() == "{'megatron_lion.hook'}"
+
+
+def test_enabling_twice_and_disabling_twice_do_no_harm(environment: Environment) -> None:
+    environment.megatron_lion("enable")
+    once = environment.hook.read_text()
+    environment.megatron_lion("enable")
+    assert environment.hook.read_text() == once
+    assert [path.name for path in environment.site_packages.glob("*lion*")] == [environment.hook.name]
+    environment.megatron_lion("disable")
+    environment.megatron_lion("disable")
+    assert not environment.hook.exists()
+
+
+def test_a_hook_left_behind_by_an_uninstalled_package_breaks_no_interpreter(environment: Environment) -> None:
+    environment.megatron_lion("enable")
+    environment.packages.write_text("")
+    result = environment.python("-c", "import importlib.util; print(importlib.util.find_spec('megatron_lion'))")
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "None", "")
+
+
+def test_an_unsupported_megatron_is_refused_at_its_import_with_the_versions_that_work(
+    environment: Environment, tmp_path: Path
+) -> None:
+    environment.megatron_lion("enable")
+    old = tmp_path / "old" / "megatron" / "core"
+    old.mkdir(parents=True)
+    (old / "__init__.py").touch()
+    (old / "package_info.py").write_text("MAJOR = 0\nMINOR = 12\nPATCH = 1\n")
+    result = environment.python("-c", "import megatron.core", PYTHONPATH=str(tmp_path / "old"))
+    assert result.returncode != 0
+    assert "megatron-core 0.12.1" in result.stderr
+    assert "supported: 0.19.x" in result.stderr
+
+
+def test_doctor_says_that_a_plain_script_is_ours_where_the_hook_is_set(environment: Environment) -> None:
+    environment.megatron_lion("enable")
+    result = environment.python("-m", "megatron_lion.cli", "doctor", MEGATRON_LION_DEVICE="cuda")
+    (plain,) = [line for line in result.stdout.splitlines() if line.startswith("  torchrun pretrain_gpt.py ")]
+    assert plain.endswith(" megatron-lion, every parameter")
+
+
+def test_doctor_gives_its_reason_where_the_hook_refuses_to_import_megatron(environment: Environment) -> None:
+    environment.megatron_lion("enable")
+    result = environment.python("-m", "megatron_lion.cli", "doctor", MEGATRON_LION_DEVICE="gpu")
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1].startswith("NOT READY: MEGATRON_LION_DEVICE 'gpu'"), result.stderr
