@@ -40,13 +40,20 @@ def command(name: str, text: Path, folder: Path, iterations: int, save_interval:
     """The torchrun line of one run; the same line starts it and resumes it."""
     data = [
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(text / "tokenizer.model")),
-        *(part for split in ("train", "valid", "test") for part in (f"--{split}-data-path", str(text / f"{split}_text_document"))),
+        *(
+            part
+            for split in ("train", "valid", "test")
+            for part in (f"--{split}-data-path", str(text / f"{split}_text_document"))
+        ),
     ]
     run = f"--train-iters {iterations} --log-interval 1 --eval-interval {save_interval} --eval-iters 8"
     checkpoints = folder / "checkpoints"
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)),
-        *(str(ROOT / "launch" / "pretrain_gpt.py"), *f"{MODEL} {LAYOUT} {BATCH} {CPU} {run} {OPTIMIZERS[name]}".split()),
+        *(
+            str(ROOT / "launch" / "pretrain_gpt.py"),
+            *f"{MODEL} {LAYOUT} {BATCH} {CPU} {run} {OPTIMIZERS[name]}".split(),
+        ),
         *(*data, "--save", str(checkpoints), "--load", str(checkpoints), "--save-interval", str(save_interval)),
     ]
 
@@ -96,7 +103,8 @@ def follow(process: "subprocess.Popen[str]", log_path: Path, log: TrainingLog) -
 def show_progress(name: str, iteration: int, log: TrainingLog) -> None:
     """One line that overwrites itself on a terminal, one line in 25 elsewhere."""
     remaining = (log.iterations - iteration) * log.milliseconds[iteration] / 1000
-    text = f"  {name}: iteration {iteration}/{log.iterations}  loss {log.loss[iteration]:.3f}  about {remaining:.0f} s left"
+    text = f"  {name}: iteration {iteration}/{log.iterations}  loss {log.loss[iteration]:.3f}"
+    text += f"  about {remaining:.0f} s left"
     if sys.stdout.isatty():
         print(f"\r{text}   ", end="", flush=True)
     elif iteration % 25 == 0:
@@ -116,7 +124,11 @@ def count_equal(before: TrainingLog, after: TrainingLog) -> tuple[int, int]:
 def is_complete(folder: Path, iterations: int) -> bool:
     """Whether the run in ``folder`` went to its end."""
     log_path = folder / "log.txt"
-    return log_path.is_file() and "test" in read_training_log(log_path).final and iterations in read_training_log(log_path).loss
+    return (
+        log_path.is_file()
+        and "test" in read_training_log(log_path).final
+        and iterations in read_training_log(log_path).loss
+    )
 
 
 def main() -> None:
@@ -139,10 +151,14 @@ def main() -> None:
         started = time.monotonic()
         if name == "lion":
             before = train(name, line, folder / "log.txt", kill_at=kill_at)
-            print(f"  lion: killed with SIGKILL at iteration {kill_at}; resuming from its checkpoint at {save_interval}")
+            print(
+                f"  lion: killed with SIGKILL at iteration {kill_at}; resuming from its checkpoint at {save_interval}"
+            )
             after = train(name, line, folder / "log.txt")
             equal, compared = count_equal(before, after)
-            print(f"  lion: {equal} of {compared} losses after the resume equal the killed run's, bit for bit as logged")
+            print(
+                f"  lion: {equal} of {compared} losses after the resume equal the killed run's, bit for bit as logged"
+            )
         else:
             train(name, line, folder / "log.txt")
         print(f"  {name}: done in {time.monotonic() - started:.0f} s")

@@ -38,7 +38,10 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tenso
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items() if key in BATCH_KEYS}
-        batch = {**dict.fromkeys((*BATCH_KEYS, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size")), **batch}
+        batch = {
+            **dict.fromkeys((*BATCH_KEYS, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size")),
+            **batch,
+        }
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
@@ -59,7 +62,9 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tenso
     return {key: batch[key] for key in BATCH_KEYS}
 
 
-def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def loss_func(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the tokens' losses, the number of tokens, and both for the log.
 
     Args:

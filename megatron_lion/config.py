@@ -40,7 +40,10 @@ def check_betas(betas: tuple[float, float], names: tuple[str, str] = ("beta1", "
 
 def check_non_negative(name: str, value: float) -> float:
     """Return ``value`` as a finite float >= 0, or raise :class:`LionError` naming ``name``."""
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
     if not (math.isfinite(number) and number >= 0.0):
         raise LionError(f"{name} must be a finite number >= 0, got {value}")
     return number

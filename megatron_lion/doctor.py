@@ -43,7 +43,10 @@ def _print_versions() -> None:
     _row("torch", _version("torch") or "missing")
     core = compat.megatron_version()
     _row("megatron-core", f"{core} ({compat.megatron_path()})" if core else "missing")
-    _row("megatron.training", "there" if compat.has_training() else "not in this Megatron: core-level training loops only")
+    _row(
+        "megatron.training",
+        "there" if compat.has_training() else "not in this Megatron: core-level training loops only",
+    )
     _row("transformer-engine", _version("transformer-engine") or "not installed")
     _row("apex (NVIDIA's)", "there" if _has_nvidia_apex() else "not installed")
     _row("emerging-optimizers", _version("emerging-optimizers") or "not installed (not needed)")
@@ -79,7 +82,9 @@ def _first_problem() -> str | None:
     except (LionError, ImportError) as error:
         return str(error)
     if not (on_cpu or torch.cuda.is_available()):
-        return f"no GPU is visible to torch {torch.__version__}; to train on the CPU set {cpu_backend.DEVICE_VARIABLE}=cpu"
+        return (
+            f"no GPU is visible to torch {torch.__version__}; to train on the CPU set {cpu_backend.DEVICE_VARIABLE}=cpu"
+        )
     return None
 
 

@@ -16,7 +16,10 @@ from types import ModuleType
 
 PTH_NAME = "megatron_lion_hook.pth"
 # Python prints a traceback at every start if this line fails, so it asks first whether the package is still there.
-PTH_LINE = "import importlib.util; importlib.util.find_spec('megatron_lion') and __import__('megatron_lion.hook').hook.install()\n"
+PTH_LINE = (
+    "import importlib.util; "
+    "importlib.util.find_spec('megatron_lion') and __import__('megatron_lion.hook').hook.install()\n"
+)
 
 
 def pth_path() -> Path:
@@ -30,7 +33,7 @@ def is_enabled() -> bool:
 
 
 def enable() -> None:
-    """Set the hook: from the next interpreter on, ``--optimizer lion`` is ours in every Megatron of this environment."""
+    """Set the hook: from the next interpreter on, this environment's ``--optimizer lion`` is ours."""
     pth_path().write_text(PTH_LINE, encoding="utf-8")
 
 

@@ -59,29 +59,34 @@ class Lion(torch.optim.Optimizer):
         maximize: bool = False,
         kernel: str = "auto",
     ) -> None:
-        self.kernel = check_choice("kernel", kernel, kernels.KERNELS)
         defaults = {
             "lr": lr,
             "betas": betas,
             "weight_decay": weight_decay,
             "momentum_init": momentum_init,
             "maximize": maximize,
+            "kernel": kernel,
         }
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with the optimizer's defaults for what it leaves out; both are checked."""
-        for key, value in {**self.defaults, **param_group}.items():
-            if key in ("lr", "weight_decay"):
-                check_non_negative(key, value)
-            elif key == "betas":
-                check_betas(value)
-            elif key == "momentum_init":
-                check_choice(key, value, MOMENTUM_INITS)
-        super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if not param.is_floating_point():
-                raise LionError(f"Lion needs real floating-point parameters, got {param.dtype} of shape {tuple(param.shape)}")
+        """Add a group of parameters, with the defaults for what it leaves out; nothing is added if a check fails."""
+        group = {**self.defaults, **param_group}
+        group["betas"] = check_betas(group["betas"])
+        for key in ("lr", "weight_decay"):
+            if not torch.is_tensor(group[key]):  # a learning rate in a tensor is read at each step
+                group[key] = check_non_negative(key, group[key])
+        check_choice("momentum_init", group["momentum_init"], MOMENTUM_INITS)
+        check_choice("kernel", group["kernel"], kernels.KERNELS)
+        params = group["params"]
+        group["params"] = [params] if torch.is_tensor(params) else list(params)
+        for entry in group["params"]:
+            param = entry[1] if isinstance(entry, tuple) else entry  # torch takes (name, parameter) too
+            if torch.is_tensor(param) and not param.is_floating_point():
+                raise LionError(
+                    f"Lion needs real floating-point parameters, got {param.dtype} of shape {tuple(param.shape)}"
+                )
+        super().add_param_group(group)
 
     def init_state(self) -> None:
         """Give every parameter that has no state yet m = 0, as loading a checkpoint into fresh state needs."""
@@ -91,7 +96,7 @@ class Lion(torch.optim.Optimizer):
                     self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, in place; gradients are left as they are.
 
         Args:
@@ -104,39 +109,34 @@ class Lion(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:  # before anything is updated
+            for param in group["params"]:
+                if param.grad is not None and param.grad.is_sparse:
+                    raise LionError(
+                        f"Lion does not take sparse gradients (parameter of shape {tuple(param.shape)}): "
+                        "build the embedding with sparse=False. Nothing was updated"
+                    )
         for group in self.param_groups:
             self._step_group(group)
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = [param for param in group["params"] if param.grad is not None]
-        grads = [self._gradient(param, maximize=group["maximize"]) for param in params]
+        grads: list[Tensor] = [-param.grad if group["maximize"] else param.grad for param in params]  # type: ignore[operator, misc]
         for param, grad in zip(params, grads, strict=True):
             if not self.state[param]:
                 start = grad if group["momentum_init"] == "gradient" else torch.zeros_like(param)
                 self.state[param]["exp_avg"] = torch.empty_like(param, memory_format=torch.preserve_format).copy_(start)
         exp_avgs = [self.state[param]["exp_avg"] for param in params]
         beta1, beta2 = group["betas"]
-        kernels.choose(self.kernel, params, grads, exp_avgs)(
-            params,
-            grads,
-            exp_avgs,
-            lr=float(group["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-        )
-
-    @staticmethod
-    def _gradient(param: Tensor, *, maximize: bool) -> Tensor:
-        grad = param.grad
-        assert grad is not None
-        if grad.is_sparse:
-            raise LionError(
-                f"Lion does not take sparse gradients (parameter of shape {tuple(param.shape)}): "
-                "build the embedding with sparse=False"
-            )
-        return -grad if maximize else grad
+        update = kernels.choose(group.get("kernel", "auto"), params, grads, exp_avgs)
+        hyperparameters = {
+            "lr": float(group["lr"]),
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": float(group["weight_decay"]),
+        }
+        update(params, grads, exp_avgs, **hyperparameters)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict()`` returned: the next steps equal, bit for bit, those of an optimizer never saved.

@@ -32,7 +32,9 @@ def main() -> None:
     """Run ``sys.argv[1]`` as ``__main__`` with the rest as its arguments, as ``python SCRIPT ARGS`` would."""
     with readable_errors():
         if len(sys.argv) < 2:
-            raise LionError("no script given: torchrun -m megatron_lion.run /path/to/pretrain_gpt.py --optimizer lion ...")
+            raise LionError(
+                "no script given: torchrun -m megatron_lion.run /path/to/pretrain_gpt.py --optimizer lion ..."
+            )
         script = Path(sys.argv[1])
         if not script.is_file():
             raise LionError(f"{script} is not a file: give the path of your Megatron script, such as pretrain_gpt.py")

@@ -18,7 +18,9 @@ from megatron_lion.integration.training_log import TrainingLog
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN_GPT = ROOT / "launch" / "pretrain_gpt.py"
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32"
-BATCH = "--micro-batch-size 2 --global-batch-size 8 --num-workers 0 --eval-iters 0 --eval-interval 1000 --log-interval 1"
+BATCH = (
+    "--micro-batch-size 2 --global-batch-size 8 --num-workers 0 --eval-iters 0 --eval-interval 1000 --log-interval 1"
+)
 RATE = "--lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1"
 CPU = (
     "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion --no-rope-fusion "

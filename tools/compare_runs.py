@@ -1,6 +1,6 @@
 """Draw the loss of one or more Megatron runs, and write their table, from their logs.
 
-    python tools/compare_runs.py --run Lion=runs/demo/lion/log.txt --run SGD=runs/demo/sgd/log.txt --figure loss.png
+python tools/compare_runs.py --run Lion=runs/demo/lion/log.txt --run SGD=runs/demo/sgd/log.txt --figure loss.png
 """
 
 import argparse
@@ -50,7 +50,7 @@ def draw(runs: dict[str, TrainingLog], path: Path) -> None:
 def table(runs: dict[str, TrainingLog]) -> str:
     """A Markdown table, one row for each run."""
     rows = [
-        "| run | iterations | last training loss | validation loss | test loss | test perplexity | ms per iteration (median) |",
+        "| run | iterations | last loss | validation loss | test loss | test perplexity | median ms/iteration |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, log in runs.items():

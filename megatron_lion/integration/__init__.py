@@ -1,1 +1,1 @@
-"""Everything that knows Megatron. Only :mod:`~megatron_lion.integration.compat` knows its versions and private names."""
+"""Everything that knows Megatron. Only :mod:`.compat` knows its versions and private names."""

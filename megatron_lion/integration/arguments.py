@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from megatron_lion.config import LANGUAGE_MODEL_BETAS, LionConfig, LionError, did_you_mean
-from megatron_lion.integration import compat
+from megatron_lion.integration import checkpoints, compat
 
 BETA_FLAGS = dict(zip(("lion_beta1", "lion_beta2"), LANGUAGE_MODEL_BETAS, strict=True))
 
@@ -47,6 +47,7 @@ def install() -> None:
         # arguments are printed after the name is restored, so that the log tells the truth.
         with compat.substituted(args, optimizer="sgd"), compat.substituted(arguments, _print_args=lambda *_: None):
             validated = stock_validate(args, defaults or {})
+        checkpoints.mark(args)
         arguments._print_args("arguments", args)
         return validated
 

@@ -54,6 +54,7 @@ TRAINING_SEAMS = (
     Seam("megatron.training.arguments", "add_megatron_arguments", ("parser",)),
     Seam("megatron.training.arguments", "validate_args", ("args", "defaults")),
     Seam("megatron.training.arguments", "_print_args", ("title", "args")),
+    Seam("megatron.training.checkpointing", "_load_base_checkpoint", ("load_dir", "args", "rank0")),
     Seam("megatron.training.training", "get_megatron_optimizer", ("config",)),
     Seam("megatron.training.training", "initialize_megatron", ("allow_no_cuda",)),
 )
@@ -96,7 +97,8 @@ def require_supported_version() -> None:
     version = megatron_version()
     if version is None:
         raise LionError(
-            f"megatron-core is not installed in {sys.prefix}: {INSTALL_HINT}, or put a Megatron-LM checkout on PYTHONPATH"
+            f"megatron-core is not installed in {sys.prefix}: {INSTALL_HINT}, or put a Megatron-LM checkout on "
+            "PYTHONPATH"
         )
     if not version.startswith(SUPPORTED + "."):
         raise LionError(
@@ -124,7 +126,7 @@ def replace_everywhere(module: ModuleType, name: str, replacement: Callable[...,
 
 @contextlib.contextmanager
 def substituted(holder: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of ``holder`` for the duration of a call into Megatron, and put the old ones back whatever happens."""
+    """Set attributes of ``holder`` during a call into Megatron, and put the old ones back whatever happens."""
     old = {name: vars(holder)[name] for name in values if name in vars(holder)}
     for name, value in values.items():
         setattr(holder, name, value)

@@ -54,7 +54,9 @@ def replace_cuda() -> None:
     if getattr(torch.cuda, "_replaced_by_megatron_lion", False):
         return
     if "megatron.core" in sys.modules:
-        raise LionError(f"{DEVICE_VARIABLE}=cpu must take effect before Megatron is imported: register megatron_lion first")
+        raise LionError(
+            f"{DEVICE_VARIABLE}=cpu must take effect before Megatron is imported: register megatron_lion first"
+        )
     _replace_placement()
     _replace_cuda_module()
     _separate_data_loaders()
@@ -198,7 +200,7 @@ def _replace_cuda_module() -> None:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
-    torch.cuda.random.get_rng_state = replacements["get_rng_state"]  # type: ignore[attr-defined, assignment]
+    torch.cuda.random.get_rng_state = replacements["get_rng_state"]  # type: ignore[assignment]
 
 
 def _separate_data_loaders() -> None:
@@ -223,7 +225,9 @@ def adapt_core() -> None:
     # It calls torch._C directly (random 147).
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # One generator is both the CPU's and the "device's" here, so it warns at every dropout region (random 336).
-    logging.getLogger(megatron_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    logging.getLogger(megatron_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
     _allow_sequence_parallel_norms()
 
 

@@ -57,7 +57,7 @@ class RepairedDistributedOptimizer(DistributedOptimizer):
             return super().sharded_param_state_fully_reshardable(*args, **kwargs)
 
     def _put_padding_back(self, state: dict[Any, Any] | None) -> dict[Any, Any] | None:
-        """Turn each whole tensor of ``state`` into the coordinates of its buffer; None on ranks that gathered nothing."""
+        """Each whole tensor of ``state`` in the coordinates of its buffer; None where a rank gathered nothing."""
         if state is None:
             return None
         for index, buffer in enumerate(self.buffers):

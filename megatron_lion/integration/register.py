@@ -10,7 +10,7 @@ def register() -> None:
     """Make ``--optimizer lion`` mean this package's Lion in this process. Calling it again does nothing.
 
     Replaces, after checking that each is what this package knows: the parser's set-up and validation in
-    ``megatron.training.arguments``, and ``get_megatron_optimizer`` wherever it was imported. With
+    ``megatron.training.arguments``, the first read of a checkpoint, and ``get_megatron_optimizer`` wherever imported. With
     ``MEGATRON_LION_DEVICE=cpu`` it first lets Megatron run without a GPU. SGD and Adam are touched only where stock
     Megatron refuses or cannot resume them (docs/sgd-and-adam.md). Issues no collective.
 
@@ -51,9 +51,10 @@ def register_training() -> None:
         compat.require_seams(compat.TRAINING_SEAMS)
     except ImportError as error:
         raise LionError(f"megatron.training cannot be imported: {error}. pip install 'megatron-lion[train]'") from error
-    from megatron_lion.integration import arguments
+    from megatron_lion.integration import arguments, checkpoints
 
     arguments.install()
+    checkpoints.install()
     compat.allow_wheel_without_makefile()
     if cpu_backend.wanted():
         cpu_backend.adapt_training()

@@ -33,7 +33,9 @@ def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimi
     # Pairs, not a dict: the stages of an interleaved pipeline share their parameters' names.
     trainable = [pair for chunk in model_chunks for pair in chunk.named_parameters() if pair[1].requires_grad]
     missed = [(name, param) for name, param in trainable if param not in covered]
-    tensors, missed_tensors, elements = _count_over_ranks(*([param for _, param in pairs] for pairs in (trainable, missed)))
+    tensors, missed_tensors, elements = _count_over_ranks(
+        *([param for _, param in pairs] for pairs in (trainable, missed))
+    )
     sharding, state = _state_bytes(config, optimizer)
     say(
         f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
@@ -41,7 +43,8 @@ def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimi
         f"{sharding}: {state} per rank"
     )
     if missed_tensors:
-        warn(f"{missed_tensors} trainable parameters are not on Lion; on rank 0: {', '.join(name for name, _ in missed) or 'none'}")
+        names = ", ".join(name for name, _ in missed) or "none"
+        warn(f"{missed_tensors} trainable parameters are not on Lion; on rank 0: {names}")
     if lion_config.lr_warning:
         warn(lion_config.lr_warning)
 
@@ -108,7 +111,8 @@ def _state_bytes(config: Any, optimizer: Any) -> tuple[str, str]:
     state = f"momentum {_megabytes(momentum)}" + (
         f" + fp32 master {_megabytes(master)}" if master else " (fp32 parameters are their own master)"
     )
-    return (f"state sharded over DP={dp}" if config.use_distributed_optimizer else "state on every rank, not sharded"), state
+    sharding = f"state sharded over DP={dp}" if config.use_distributed_optimizer else "state on every rank, not sharded"
+    return sharding, state
 
 
 def _count(number: int) -> str:

@@ -31,7 +31,7 @@ def lion_update_foreach_(
     Needs two temporaries of at most ``MAX_NUMEL_PER_CALL`` elements (or of the largest tensor, where that is larger).
     """
     for chunk in _chunks(params):
-        p, g, m = params[chunk], grads[chunk], exp_avgs[chunk]
+        p, g, m = list(params[chunk]), list(grads[chunk]), list(exp_avgs[chunk])
         step = torch._foreach_mul(m, beta1)
         term = torch._foreach_mul(g, 1.0 - beta1)
         torch._foreach_add_(step, term)

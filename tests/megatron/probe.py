@@ -3,8 +3,9 @@ inspect them instead of training.
 
     torchrun tests/megatron/probe.py WHAT <Megatron's flags>
 
-PROBE_OUTPUT names a folder, in which each rank leaves its answer as ``rank<N>.json``. WHAT is ``parameters`` (which optimizer, betas and state each parameter has), ``stock-parameters`` (the same without
-this package's registration) or ``sharded-step`` (the step inside Megatron against plain Lion).
+WHAT is ``parameters`` (which optimizer, betas and state each parameter has), ``stock-parameters`` (the same without
+this package's registration) or ``sharded-step`` (the step inside Megatron against plain Lion). PROBE_OUTPUT names a
+folder, in which each rank leaves its answer as ``rank<N>.json``.
 """
 
 import json
@@ -107,7 +108,9 @@ def state_bytes(optimizer: Any) -> int:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         copies = getattr(part, "shard_fp32_from_float16_groups", getattr(part, "fp32_from_float16_groups", []))
         tensors = [copy for group in copies for copy in group if copy is not None]
-        tensors += [value for state in part.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        tensors += [
+            value for state in part.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+        ]
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return total
 

@@ -69,7 +69,7 @@ WRONG = {
     "--optimizer lion": ("needs --lr", "lower than AdamW's"),
     "--optimizer lion --lr nan": ("--lr must be a finite number", "nan"),
     "--optimizer lion --lr inf": ("--lr must be a finite number", "inf"),
-    "--optimizer lion --lr -1e-4": ("--lr must be a finite number >= 0", "-0.0001"),
+    "--optimizer lion --lr -0.1": ("--lr must be a finite number >= 0", "-0.1"),
     "--optimizer lion --lr small": ("--lr", "'small'", "--help"),
     f"{LION} --lion-beta1 1.5": ("--lion-beta1 must lie in [0, 1)", "1.5", "usual value is 0.9"),
     f"{LION} --lion-beta2 1": ("--lion-beta2 must lie in [0, 1)", "got 1;"),
@@ -211,7 +211,7 @@ def test_without_megatron_it_says_how_to_get_it(tmp_path: Path) -> None:
     assert "PYTHONPATH" in message
 
 
-@pytest.mark.parametrize("version", ["0.12.1", "0.18.0", "0.20.0", "1.19.0", "0.190.0"])
+@pytest.mark.parametrize("version", ["0.12.1", "0.20.0", "0.190.0"])
 def test_an_unsupported_megatron_is_named_with_its_place_and_the_supported_versions(tmp_path: Path, version: str) -> None:
     core = tmp_path / "megatron" / "core"
     core.mkdir(parents=True)

@@ -38,7 +38,9 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
-def one_process(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Run]:
+def one_process(
+    request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Run]:
     """Flags for tied or untied embeddings, a checkpoint after two steps, and one process's run from it."""
     folder = tmp_path_factory.mktemp(request.param)
     # Equal padded vocabularies: it is padded to a multiple of 128 x TP.
@@ -52,7 +54,12 @@ def one_process(request: pytest.FixtureRequest, text: Path, tmp_path_factory: py
 
 @pytest.mark.parametrize(("ranks", "layout", "tolerance"), LAYOUTS.values(), ids=LAYOUTS)
 def test_a_layout_gives_the_one_process_loss_curve(
-    text: Path, one_process: tuple[str, Path, Run], ranks: int, layout: str, tolerance: float, record_property: pytest.FixtureRequest
+    text: Path,
+    one_process: tuple[str, Path, Run],
+    ranks: int,
+    layout: str,
+    tolerance: float,
+    record_property: pytest.FixtureRequest,
 ) -> None:
     flags, folder, reference = one_process
     tied = "untie" not in flags

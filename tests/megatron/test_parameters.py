@@ -78,7 +78,12 @@ def test_a_sharded_step_inside_megatron_equals_plain_lion_bit_for_bit(text: Path
 
 
 def test_optimizer_state_halves_as_data_parallel_doubles(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = ["", "optimizer state beside bf16 weights, bytes on the fullest rank", "| DP | Lion | Adam | Lion / Adam |", "|---|---|---|---|"]
+    rows = [
+        "",
+        "optimizer state beside bf16 weights, bytes on the fullest rank",
+        "| DP | Lion | Adam | Lion / Adam |",
+        "|---|---|---|---|",
+    ]
     sizes: dict[str, list[int]] = {"lion": [], "adam": []}
     for ranks in (1, 2, 4):
         for name, measured in sizes.items():

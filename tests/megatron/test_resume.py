@@ -54,25 +54,25 @@ def test_resume_at_another_data_parallel_size(text: Path, tmp_path: Path, other_
 
 
 def test_the_command_lines_betas_win_over_the_checkpoints_and_it_is_said(text: Path, tmp_path: Path) -> None:
-    flags = f"--optimizer lion {DISTRIBUTED} {HORIZON}"
-    pretrain(text, flags, f"--train-iters 2 --save {tmp_path}")
-    resumed = pretrain(text, flags, f"--train-iters 4 --load {tmp_path} --lion-beta2 0.98")
-    assert any("betas (0.9, 0.98) as asked; the checkpoint was written with (0.9, 0.95)" in line for line in resumed.ours())
+    flags = f"--optimizer lion {DISTRIBUTED} {HORIZON} --train-iters 4"
+    pretrain(text, flags, f"--save {tmp_path} --save-interval 2 --exit-interval 2")
+    resumed = pretrain(text, flags, f"--load {tmp_path} --lion-beta2 0.98")
+    assert any(
+        "betas (0.9, 0.98) as asked; the checkpoint was written with (0.9, 0.95)" in line for line in resumed.ours()
+    )
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [("adam", "lion"), ("sgd", "lion"), ("lion", "adam"), ("lion", "sgd")])
 def test_another_optimizers_checkpoint_is_refused(text: Path, tmp_path: Path, saved: str, loaded: str) -> None:
-    pretrain(text, f"--optimizer {saved} {DISTRIBUTED} {HORIZON} --train-iters 2 --save {tmp_path}")
-    run = pretrain(
-        text, f"--optimizer {loaded} {DISTRIBUTED} {HORIZON} --train-iters 4 --load {tmp_path}", kill_at=4
-    )
+    pretrain(text, f"--optimizer {saved} {DISTRIBUTED} {HORIZON} --train-iters 2 --save {tmp_path} --save-interval 2")
+    run = pretrain(text, f"--optimizer {loaded} {DISTRIBUTED} {HORIZON} --train-iters 4 --load {tmp_path}", kill_at=4)
     assert run.returncode not in (0, -9), run.output[-3000:]
     assert not run.log.loss, "it trained on another optimizer's state"
     assert "--no-load-optim" in run.output
 
 
 def test_the_weights_alone_of_an_adam_checkpoint_start_a_lion_run(text: Path, tmp_path: Path) -> None:
-    pretrain(text, f"--optimizer adam {DISTRIBUTED} {HORIZON} --train-iters 2 --save {tmp_path}")
+    pretrain(text, f"--optimizer adam {DISTRIBUTED} {HORIZON} --train-iters 2 --save {tmp_path} --save-interval 2")
     flags = f"--optimizer lion {DISTRIBUTED} {HORIZON} --train-iters 4 --load {tmp_path} --no-load-optim"
     run = pretrain(text, flags)
     assert sorted(run.log.loss) == [3, 4]
