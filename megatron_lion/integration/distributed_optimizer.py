@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 
 
@@ -104,8 +105,17 @@ class StatelessStepDistributedOptimizer(RepairedDistributedOptimizer):
 
     @torch.no_grad()  # in fp32 the shards are views of parameters, which autograd would not let it write (1225)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        with compat.without_step():
-            super().load_state_dict(state_dict)
+        try:
+            with compat.without_step():
+                super().load_state_dict(state_dict)
+        except KeyError as error:
+            if not isinstance(error.args[0], tuple):
+                raise
+            # Megatron finds each saved group by these settings, learning rates among them (0.19.2: 980).
+            raise LionError(
+                "no parameter group in the checkpoint has this run's learning rates and multipliers: resume with the "
+                "--lr, --min-lr and --decoupled-lr that it was saved with, or load the weights alone (--no-load-optim)"
+            ) from error
 
 
 class LionDistributedOptimizer(StatelessStepDistributedOptimizer):

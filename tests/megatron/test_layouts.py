@@ -47,7 +47,7 @@ def one_process(
     flags = "--make-vocab-size-divisible-by 256"
     if request.param == "untied":
         flags += " --untie-embeddings-and-output-weights"
-    save = f"{DISTRIBUTED} --dist-ckpt-optim-fully-reshardable --save {folder} --exit-interval {START}"
+    save = f"{DISTRIBUTED} --dist-ckpt-optim-fully-reshardable --save {folder} --save-interval {START} --exit-interval {START}"
     pretrain(text, RUN, flags, save)
     return flags, folder, pretrain(text, RUN, flags, DISTRIBUTED, f"--load {folder}")
 

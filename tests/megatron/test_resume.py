@@ -62,6 +62,14 @@ def test_the_command_lines_betas_win_over_the_checkpoints_and_it_is_said(text: P
     )
 
 
+def test_another_learning_rate_on_resume_is_refused_with_the_way_out(text: Path, tmp_path: Path) -> None:
+    flags = f"--optimizer lion {DISTRIBUTED} {HORIZON} --train-iters 4"
+    pretrain(text, flags, f"--save {tmp_path} --save-interval 2 --exit-interval 2")
+    run = pretrain(text, flags, f"--load {tmp_path} --lr 5e-5 --override-opt_param-scheduler", kill_at=4)
+    assert run.returncode not in (0, -9)
+    assert "resume with the --lr, --min-lr" in run.output
+
+
 @pytest.mark.parametrize(("saved", "loaded"), [("adam", "lion"), ("sgd", "lion"), ("lion", "adam"), ("lion", "sgd")])
 def test_another_optimizers_checkpoint_is_refused(text: Path, tmp_path: Path, saved: str, loaded: str) -> None:
     pretrain(text, f"--optimizer {saved} {DISTRIBUTED} {HORIZON} --train-iters 2 --save {tmp_path} --save-interval 2")
