@@ -1,14 +1,16 @@
 """Packaging of megatron-lion. Tool settings live in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_lion" / "version.py").read_text(encoding="utf-8"))[1]
 
 setup(
     name="megatron-lion",
-    version="0.1.0",
+    version=VERSION,
     description="Lion for Megatron-Core: every parameter, exact betas, state sharded over data-parallel ranks",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

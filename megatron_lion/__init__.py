@@ -8,11 +8,11 @@ almost nothing.
 from typing import TYPE_CHECKING, Any
 
 from megatron_lion.config import LionError
+from megatron_lion.version import __version__
 
 if TYPE_CHECKING:
     from megatron_lion.lion import Lion
 
-__version__ = "0.1.0"
 __all__ = ["Lion", "LionError", "__version__", "register"]
 
 

@@ -4,8 +4,9 @@ import argparse
 import sys
 from typing import NoReturn
 
-from megatron_lion import __version__, hook
+from megatron_lion import hook
 from megatron_lion.config import did_you_mean
+from megatron_lion.version import __version__
 
 COMMANDS = {
     "doctor": "say which Lion a training run here would use, and whether it would work; exit 1 where it would not",

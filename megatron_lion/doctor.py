@@ -9,9 +9,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from megatron_lion import __version__, hook
+from megatron_lion import hook
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, cpu_backend
+from megatron_lion.version import __version__
 
 
 def main() -> int:

@@ -492,19 +492,20 @@ def test_importing_the_package_imports_neither_torch_nor_numpy(module):
 # "megatron_lion" is the package itself, whose imports of torch and Megatron are inside functions.
 ALL_PURE = {"megatron_lion", "config", "update", "precision", "kernels", "lion", "stats", "theory", "torch"}
 MAY_IMPORT = {
-    "megatron_lion": {"config", "lion", "integration"},
+    "megatron_lion": {"config", "version", "lion", "integration"},
     "config": set(),
+    "version": set(),
     "update": {"torch"},
     "precision": {"torch"},
     "kernels": {"kernels", "update", "precision", "torch", "triton"},
     "lion": {"kernels", "config", "torch"},
     "stats": {"stats", "config", "torch"},
     "theory": {"torch"},
-    "integration": ALL_PURE | {"integration", "megatron", "transformer_engine"},
+    "integration": ALL_PURE | {"integration", "version", "megatron", "transformer_engine"},
     "run": {"megatron_lion", "config", "integration"},
     "hook": {"megatron_lion", "config", "integration"},
-    "doctor": ALL_PURE | {"hook", "integration"},
-    "cli": ALL_PURE | {"hook", "doctor", "integration"},
+    "doctor": ALL_PURE | {"hook", "integration", "version"},
+    "cli": ALL_PURE | {"hook", "doctor", "integration", "version"},
 }
 
 

@@ -7,9 +7,9 @@ optimizer's state.
 import functools
 from typing import Any
 
-from megatron_lion import __version__
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat
+from megatron_lion.version import __version__
 
 # Set on Megatron's arguments, which it saves in every checkpoint: tells our Lion's state from stock Megatron's.
 MARK = "megatron_lion_version"

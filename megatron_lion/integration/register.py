@@ -10,8 +10,8 @@ def register() -> None:
     """Make ``--optimizer lion`` mean this package's Lion in this process. Calling it again does nothing.
 
     Replaces, after checking that each is what this package knows: the parser's set-up and validation in
-    ``megatron.training.arguments``, the first read of a checkpoint, and ``get_megatron_optimizer`` wherever imported. With
-    ``MEGATRON_LION_DEVICE=cpu`` it first lets Megatron run without a GPU. SGD and Adam are touched only where stock
+    ``megatron.training.arguments``, the first read of a checkpoint, and ``get_megatron_optimizer`` wherever it was
+    imported. With ``MEGATRON_LION_DEVICE=cpu`` it first lets Megatron run without a GPU. SGD and Adam are touched only where stock
     Megatron refuses or cannot resume them (docs/sgd-and-adam.md). Issues no collective.
 
     Raises:

@@ -24,7 +24,7 @@ def ours() -> SimpleNamespace:
 
 
 def test_stock_megatrons_lion_is_told_from_ours() -> None:
-    with pytest.raises(LionError, match="written by stock Megatron's lion.*--no-load-optim"):
+    with pytest.raises(LionError, match=r"written by stock Megatron's lion.*--no-load-optim"):
         checkpoints.refuse_another_optimizers_state("runs/x", arguments("lion"), ours())
     checkpoints.refuse_another_optimizers_state("runs/x", ours(), ours())
 
