@@ -11,8 +11,8 @@ def register() -> None:
 
     Replaces, after checking that each is what this package knows: the parser's set-up and validation in
     ``megatron.training.arguments``, the first read of a checkpoint, and ``get_megatron_optimizer`` wherever it was
-    imported. With ``MEGATRON_LION_DEVICE=cpu`` it first lets Megatron run without a GPU. SGD and Adam are touched only where stock
-    Megatron refuses or cannot resume them (docs/sgd-and-adam.md). Issues no collective.
+    imported. With ``MEGATRON_LION_DEVICE=cpu`` it first lets Megatron run without a GPU. SGD and Adam are
+    touched only where stock Megatron refuses or cannot resume them (docs/sgd-and-adam.md). Issues no collective.
 
     Raises:
         LionError: Megatron is missing, of an unsupported version or changed; the CPU was asked for beside a GPU.

@@ -56,6 +56,8 @@ def outcome(line):
         validate_args(args)
     except megatron_lion.LionError as error:
         return str(error)
+    except (Exception, SystemExit) as error:
+        return {"crashed with": repr(error)}
     return {name: getattr(args, name) for name in KEPT}
 
 

@@ -11,8 +11,9 @@ SCRIPT = Path(compare_runs.__file__)
 
 # As Megatron 0.19.2 prints them.
 ITERATION = (
-    " [2026-11-23 20:22:33.1] iteration {at:8}/       6 | consumed samples:  8 | elapsed time per iteration (ms): {ms} | "
-    "learning rate: 9.397115E-05 | global batch size:     8 | lm loss: {loss:E} | loss scale: 1.0 | grad norm: 1.694 |\n"
+    " [2026-11-23 20:22:33.120767] iteration {at:8}/       6 | consumed samples:            8 | "
+    "elapsed time per iteration (ms): {ms} | learning rate: 9.397115E-05 | global batch size:     8 | "
+    "lm loss: {loss:E} | loss scale: 1.0 | grad norm: 1.694 | number of skipped iterations:   0 |\n"
 )
 VALIDATION = " validation loss at iteration {at} | lm loss value: {loss:E} | lm loss PPL: 4.983959E+02 | \n"
 FINAL = " validation loss at iteration 6 on {split} set | lm loss value: {loss:E} | lm loss PPL: 4.978287E+02 | \n"
@@ -22,7 +23,7 @@ FINAL = " validation loss at iteration 6 on {split} set | lm loss value: {loss:E
 def lion(tmp_path: Path) -> Path:
     """The log of a run that ended."""
     losses = {1: 6.5, 2: 6.25, 3: 6.0, 4: 5.75, 5: 5.5, 6: 5.25}
-    text = "".join(ITERATION.format(at=at, ms=10.0 * at, loss=loss) for at, loss in losses.items())
+    text = "".join(ITERATION.format(at=at, ms=10.0 * at**2, loss=loss) for at, loss in losses.items())
     text += VALIDATION.format(at=3, loss=6.1) + VALIDATION.format(at=6, loss=5.3)
     text += FINAL.format(split="validation", loss=5.3125) + FINAL.format(split="test", loss=5.0)
     path = tmp_path / "lion.txt"
@@ -55,9 +56,9 @@ def test_the_table_holds_each_runs_numbers_and_a_dash_where_one_is_missing(
     header, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert header[:3] == ["run", "iterations", "last loss"]
     assert len(header) == len(rule) == 7
-    # The perplexity is e^5; the median of 10 to 60 ms is 35.
+    # The perplexity is e^5; the median of 10, 40, 90, 160, 250 and 360 ms is 125.
     assert rows == [
-        ["Lion", "6 of 6", "5.2500", "5.3125", "5.0000", "148.4", "35"],
+        ["Lion", "6 of 6", "5.2500", "5.3125", "5.0000", "148.4", "125"],
         ["SGD", "3 of 6", "7.0000", "-", "-", "-", "40"],
     ]
 
