@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from megatron_lion import hook
 from megatron_lion.config import LionError
-from megatron_lion.integration import compat, cpu_backend
+from megatron_lion.integration import compat
 from megatron_lion.version import __version__
 
 
@@ -63,30 +63,35 @@ def _has_nvidia_apex() -> bool:
 
 def _first_problem() -> str | None:
     """Check device, version and seams in the order in which a run would meet them; None where all is well."""
-    import torch
-
     try:
-        on_cpu = cpu_backend.wanted()
-        if torch.cuda.is_available():
+        import torch
+
+        from megatron_lion.integration import cpu_backend
+
+        on_cpu, on_gpu = cpu_backend.wanted(), torch.cuda.is_available()
+        use_cpu = f"{cpu_backend.DEVICE_VARIABLE}=cpu"
+        if on_gpu:
             _row("device", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
         else:
-            _row("device", f"CPU ({cpu_backend.DEVICE_VARIABLE}=cpu)" if on_cpu else "no GPU")
+            _row("device", f"CPU ({use_cpu})" if on_cpu else "no GPU")
         compat.require_supported_version()
         if on_cpu:
             cpu_backend.replace_cuda()
-        seams = compat.CORE_SEAMS + (compat.TRAINING_SEAMS if compat.has_training() else ())
-        with _quiet():
-            problems = {seam: seam.problem() for seam in seams}
-        for seam, problem in problems.items():
-            _row("seam", f"{'ok ' if problem is None else 'BAD'} {seam.module}.{seam.name}")
-        compat.require_seams(seams)
+        _check_seams()
     except (LionError, ImportError) as error:
         return str(error)
-    if not (on_cpu or torch.cuda.is_available()):
-        return (
-            f"no GPU is visible to torch {torch.__version__}; to train on the CPU set {cpu_backend.DEVICE_VARIABLE}=cpu"
-        )
+    if not (on_cpu or on_gpu):
+        return f"no GPU is visible to torch {torch.__version__}; to train on the CPU set {use_cpu}"
     return None
+
+
+def _check_seams() -> None:
+    seams = compat.CORE_SEAMS + (compat.TRAINING_SEAMS if compat.has_training() else ())
+    with _quiet():
+        problems = {seam: seam.problem() for seam in seams}
+    for seam, problem in problems.items():
+        _row("seam", f"{'ok ' if problem is None else 'BAD'} {seam.module}.{seam.name}")
+    compat.require_seams(seams)
 
 
 @contextlib.contextmanager
@@ -116,6 +121,7 @@ def _stock_lion() -> str:
     version = compat.megatron_version()
     if version is None:
         return "none"
-    if tuple(int(part) for part in version.split(".")[:2]) < (0, 18):
+    minor = version.split(".")[1]
+    if minor.isdigit() and int(minor) < 18:
         return "refused by stock Megatron"
     return "STOCK Megatron's: --lion-beta1/2 ignored, embeddings and 1-D parameters on Adam, no distributed optimizer"

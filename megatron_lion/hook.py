@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 PTH_NAME = "megatron_lion_hook.pth"
 # Python prints a traceback at every start if this line fails, so it asks first whether the package is still there.
@@ -43,46 +44,50 @@ def disable() -> None:
 
 
 def install() -> None:
-    """Start to wait for Megatron's imports in this interpreter."""
-    sys.meta_path.insert(0, MegatronFinder())
+    """Start to wait for Megatron's imports in this interpreter. Calling it again does nothing."""
+    if not any(isinstance(finder, MegatronFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, MegatronFinder())
 
 
 class MegatronFinder(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; runs our steps around the import of three of Megatron's modules, once each."""
+    """Finds nothing itself; lets three of Megatron's modules run our steps before or after they are executed.
+
+    The steps run at execution, not at the search: asking whether a module is there registers nothing.
+    """
+
+    BEFORE: ClassVar = {"megatron.core": "before_megatron"}
+    AFTER: ClassVar = {"megatron.core.optimizer": "register_core", "megatron.training": "register_training"}
 
     def __init__(self) -> None:
-        self._before: dict[str, str] = {"megatron.core": "before_megatron"}
-        self._after: dict[str, str] = {
-            "megatron.core.optimizer": "register_core",
-            "megatron.training": "register_training",
-        }
+        self._asking_the_others = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if step := self._before.pop(fullname, None):
-            _run(step)
-        if step := self._after.pop(fullname, None):
-            # The name is no longer waited for, so this asks the other finders.
+        before, after = self.BEFORE.get(fullname), self.AFTER.get(fullname)
+        if self._asking_the_others or not (before or after):
+            return None
+        self._asking_the_others = True
+        try:
             spec = importlib.util.find_spec(fullname)
-            if spec is not None and spec.loader is not None:
-                _run_after(spec.loader, step)
-            return spec
-        return None
+        finally:
+            self._asking_the_others = False
+        if spec is not None and spec.loader is not None:
+            _run_around(spec.loader, before, after)
+        return spec
 
 
-def _run(step: str) -> None:
-    from megatron_lion.integration import register
-
-    getattr(register, step)()
-
-
-def _run_after(loader: importlib.abc.Loader, step: str) -> None:
-    """Let ``loader`` run ``step`` once it has executed its module."""
+def _run_around(loader: importlib.abc.Loader, before: str | None, after: str | None) -> None:
+    """Let ``loader`` run our steps around the execution of its module."""
     execute: Callable[[ModuleType], None] = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
+        from megatron_lion.integration import register
+
+        if before:
+            getattr(register, before)()
         execute(module)
-        _run(step)
+        if after:
+            getattr(register, after)()
 
     loader.exec_module = exec_module  # type: ignore[method-assign]

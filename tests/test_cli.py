@@ -83,7 +83,6 @@ def test_doctor_without_megatron_exits_1_and_says_how_to_install_it(tmp_path: Pa
     assert rows(report)["megatron-core"] == "missing"
 
 
-@pytest.mark.xfail(strict=True, reason="doctor imports torch before it can report that it is missing")
 def test_doctor_without_torch_exits_1_and_says_so(tmp_path: Path) -> None:
     status, report = doctor(tmp_path=tmp_path, hidden="torch", **CPU)
     assert status == 1
@@ -102,7 +101,6 @@ def test_doctor_with_an_old_megatron_exits_1_and_says_which_and_where(tmp_path: 
     assert rows(report)["megatron-core"] == f"0.17.0 ({core})"
 
 
-@pytest.mark.xfail(strict=True, reason="megatron_version() reads a package_info.py that is not there")
 def test_doctor_with_a_megatron_whose_version_cannot_be_read_exits_1(tmp_path: Path) -> None:
     core = tmp_path / "megatron" / "core"
     core.mkdir(parents=True)

@@ -17,13 +17,13 @@ REFUSED = {
     "use_precision_aware_optimizer": "Lion keeps fp32 momentum and master weights. Drop the flag",
     "optimizer_cpu_offload": "Lion's state stays on the device. Drop the flag",
     "optimizer_cuda_graph": "a captured step would keep the first learning rate for ever. Drop the flag",
-    "yaml_cfg": "the YAML configuration bypasses these checks. Give the flags on the command line",
 }
 
 
 def install() -> None:
     """Wrap Megatron's parser and its validation, both of which it resolves by name at the call."""
     import megatron.training.arguments as arguments
+    import megatron.training.yaml_arguments as yaml_arguments
 
     stock_add = arguments.add_megatron_arguments
     stock_validate = arguments.validate_args
@@ -51,6 +51,18 @@ def install() -> None:
         arguments._print_args("arguments", args)
         return validated
 
+    stock_validate_yaml = yaml_arguments.validate_yaml
+
+    @functools.wraps(stock_validate_yaml)
+    def validate_yaml(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        if getattr(args, "optimizer", None) == "lion":
+            raise LionError(
+                "--yaml-cfg cannot be honoured with --optimizer lion: it bypasses the checks of the command line. "
+                "Give Megatron's flags instead"
+            )
+        return stock_validate_yaml(args, *rest, **kwargs)
+
+    compat.replace_everywhere(yaml_arguments, "validate_yaml", validate_yaml)
     compat.replace_everywhere(arguments, "add_megatron_arguments", add_megatron_arguments)
     compat.replace_everywhere(arguments, "validate_args", validate_args)
 

@@ -32,7 +32,10 @@ class Seam:
 
     def problem(self) -> str | None:
         """What is wrong with this seam in the Megatron that is installed, or None."""
-        target: Any = importlib.import_module(self.module)
+        try:
+            target: Any = importlib.import_module(self.module)
+        except ImportError as error:
+            return f"{self.module} cannot be imported ({error}; pip install 'megatron-lion[train]' has what it needs)"
         for part in self.name.split("."):
             target = getattr(target, part, None)
         if target is None:
@@ -75,11 +78,15 @@ def megatron_path() -> Path | None:
 
 
 def megatron_version() -> str | None:
-    """The version of the ``megatron.core`` that would be imported, without importing it; None where there is none."""
+    """The version of the ``megatron.core`` that would be imported, without importing it.
+
+    None where there is none, "?" for each part that it does not state.
+    """
     folder = megatron_path()
     if folder is None:
         return None
-    text = (folder / "package_info.py").read_text(encoding="utf-8")
+    info = folder / "package_info.py"
+    text = info.read_text(encoding="utf-8") if info.is_file() else ""
     numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)", text, flags=re.MULTILINE))
     return ".".join(numbers.get(part, "?") for part in ("MAJOR", "MINOR", "PATCH"))
 

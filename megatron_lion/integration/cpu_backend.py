@@ -53,7 +53,7 @@ def replace_cuda() -> None:
         )
     if getattr(torch.cuda, "_replaced_by_megatron_lion", False):
         return
-    if "megatron.core" in sys.modules:
+    if any(name.startswith("megatron.core.") for name in sys.modules):
         raise LionError(
             f"{DEVICE_VARIABLE}=cpu must take effect before Megatron is imported: register megatron_lion first"
         )

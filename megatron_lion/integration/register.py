@@ -1,6 +1,5 @@
 """Registration: the one call after which Megatron's ``--optimizer lion`` is ours."""
 
-from megatron_lion.config import LionError
 from megatron_lion.integration import compat, cpu_backend
 
 _done: set[str] = set()
@@ -18,8 +17,11 @@ def register() -> None:
         LionError: Megatron is missing, of an unsupported version or changed; the CPU was asked for beside a GPU.
     """
     before_megatron()
+    has_training = compat.has_training()
+    if not _done:  # every seam before the first replacement: never half-patched
+        compat.require_seams(compat.CORE_SEAMS + (compat.TRAINING_SEAMS if has_training else ()))
     register_core()
-    if compat.has_training():
+    if has_training:
         register_training()
 
 
@@ -47,10 +49,7 @@ def register_training() -> None:
     """The command line of ``megatron.training``, and what its start-up asks of the wheel."""
     if "training" in _done:
         return
-    try:
-        compat.require_seams(compat.TRAINING_SEAMS)
-    except ImportError as error:
-        raise LionError(f"megatron.training cannot be imported: {error}. pip install 'megatron-lion[train]'") from error
+    compat.require_seams(compat.TRAINING_SEAMS)
     from megatron_lion.integration import arguments, checkpoints
 
     arguments.install()

@@ -1,0 +1,235 @@
+"""The norm ratio of any plain PyTorch model, measured in one call and leaving no trace."""
+
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lion.config import LionError, check_non_negative
+from megatron_lion.stats.convergence import PREFIXES, check_prefixes, has_converged, noise_estimate
+from megatron_lion.stats.sums import GradientSums, MeanGradient
+
+Loss = Tensor | tuple[Tensor, float]
+WeightDecay = float | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientRecord:
+    """What :func:`full_gradient` measured; the keys are those of ``norm_ratio.jsonl``."""
+
+    batches: int
+    loss: float
+    """mean over the batches"""
+    l1: float
+    l2: float
+    d: int
+    """parameters counted, each once"""
+    ratio: float
+    """l1 / l2; NaN for a zero gradient"""
+    ratio_over_sqrt_d: float
+    nonfinite: int
+    """elements whose gradient or value is NaN or infinite; above 0 no other number can be trusted"""
+    linf_param: float
+    linf_weighted: float
+    """max lambda * |theta|, at most 1 inside the box"""
+    kkt_residual: float
+    prefixes: dict[int, float]
+    """the ratio after the first 10, 25, 50 batches, as far as there were so many"""
+    sigma2: float | None
+    """of one batch, as noise_scale (in batches) and snr (of the mean) estimated by :func:`stats.noise_estimate`"""
+    noise_scale: float | None
+    snr: float | None
+    converged: bool | None
+    """the rule of :func:`stats.has_converged`; None where it cannot be said"""
+    seconds: float
+
+    def to_json(self) -> str:
+        """One line of JSON. NaN and infinities, which JSON lacks, become null; ``nonfinite`` tells of bad elements."""
+        return json.dumps(_finite_or_null(asdict(self)), allow_nan=False)
+
+
+def full_gradient(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Loss],
+    *,
+    weight_decay: WeightDecay = 0.0,
+    prefixes: Iterable[int] = PREFIXES,
+) -> GradientRecord:
+    """Measure loss, gradient norms, their ratio and noise over ``batches``, with the parameters held fixed.
+
+    The gradient is the mean over batches, each of equal weight, or of the weight that ``loss_fn`` returns with the
+    loss: with a mean loss per sample and weight = samples in the batch, a smaller last batch counts as it should. It is
+    accumulated outside ``.grad``, in float32 (:class:`stats.MeanGradient` says how that is right to 1e-6). A tied
+    parameter counts once, with its whole gradient; frozen ones are left out; one that the loss does not reach counts
+    as zeros.
+
+    The model runs in the mode that it is in: call ``eval()`` first to measure without dropout. Afterwards ``.grad`` of
+    every parameter, modes, buffers (BatchNorm's statistics), the random states of torch, CUDA, Python and numpy, and
+    those of a loader's own generator, are what they were, also after an error. An iterator that is passed is used up.
+
+    Args:
+        model: any module on one process; not one that is sharded or wrapped for data-parallel training.
+        batches: anything to iterate over: a DataLoader, a list.
+        loss_fn: ``loss_fn(model, batch)`` returns the mean loss, a scalar with a graph, or ``(loss, weight)``. It
+            neither calls ``backward()`` nor changes parameters.
+        weight_decay: lambda for the KKT residual, one for all, or ``optimizer.param_groups`` for each group's own.
+        prefixes: after how many batches the ratio is also recorded.
+
+    Raises:
+        LionError: for no batches, a loss that is no scalar, is not finite or has no gradient, a weight that is not
+            positive, a parameter in no group, two parameters in one memory, or a ``loss_fn`` that changed one.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> record = full_gradient(layer, [torch.ones(4, 2)], lambda model, batch: model(batch).mean())
+        >>> record.d, record.batches, record.ratio <= record.d ** 0.5
+        (3, 1, True)
+    """
+    start = time.perf_counter()
+    recorded = check_prefixes(prefixes)
+    named = _counted_parameters(model)
+    params = list(named.values())
+    decays = _decays(named, weight_decay)
+    mean = MeanGradient(params)
+    weighted_loss = 0.0
+    ratios: dict[int, float] = {}
+    versions = [param._version for param in params]
+    with _undisturbed(model, batches), torch.enable_grad():
+        for index, batch in enumerate(batches):
+            loss, weight = _checked_loss(loss_fn(model, batch), index)
+            mean.add(torch.autograd.grad(loss, params, allow_unused=True), weight)
+            weighted_loss += weight * float(loss.detach())
+            del loss  # or two graphs would be alive at a time
+            if mean.batches in recorded:
+                ratios[mean.batches] = _sums(mean, params, decays).ratio
+    for (name, param), version in zip(named.items(), versions, strict=True):
+        if param._version != version:
+            raise LionError(f"loss_fn changed parameter {name}; it must only compute the loss")
+    if mean.batches == 0:
+        raise LionError("full_gradient got no batches; an iterator can be used only once")
+    sums = _sums(mean, params, decays)
+    noise = noise_estimate(mean.batches, mean.sum_squared, sums.l2_squared)
+    snr = noise.snr if noise else None
+    return GradientRecord(
+        batches=mean.batches,
+        loss=weighted_loss / mean.weight,
+        l1=sums.l1,
+        l2=sums.l2,
+        d=sums.d,
+        ratio=sums.ratio,
+        ratio_over_sqrt_d=sums.ratio_over_sqrt_d,
+        nonfinite=sums.nonfinite,
+        linf_param=sums.linf_param,
+        linf_weighted=sums.linf_weighted,
+        kkt_residual=sums.kkt_residual,
+        prefixes=ratios,
+        sigma2=noise.sigma2 if noise else None,
+        noise_scale=noise.noise_scale if noise else None,
+        snr=snr,
+        converged=has_converged(mean.batches, sums.ratio, ratios, snr),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _counted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, each once, by the first of its names."""
+    named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    if not named:
+        raise LionError("the model has no parameter with requires_grad=True, so there is no gradient to measure")
+    at: dict[tuple[torch.device, int], str] = {}
+    for name, param in named.items():
+        # Tied by memory alone, each of the two would get a part of the gradient, and be counted.
+        if param.numel() and (other := at.setdefault((param.device, param.data_ptr()), name)) != name:
+            raise LionError(
+                f"{other} and {name} are two parameters in one memory: tie them by giving both modules the same Parameter"
+            )
+    return named
+
+
+def _decays(named: Mapping[str, nn.Parameter], weight_decay: WeightDecay) -> list[float]:
+    """lambda of each parameter, in order."""
+    if isinstance(weight_decay, int | float):
+        return [check_non_negative("weight_decay", weight_decay)] * len(named)
+    by_param = {
+        param: check_non_negative("weight_decay", group.get("weight_decay", 0.0))
+        for group in weight_decay
+        for param in group["params"]
+    }
+    missing = [name for name, param in named.items() if param not in by_param]
+    if missing:
+        raise LionError(f"no group of weight_decay holds {', '.join(missing)}; give one number, or freeze these")
+    return [by_param[param] for param in named.values()]
+
+
+def _checked_loss(returned: Loss, index: int) -> tuple[Tensor, float]:
+    """The loss and the batch's weight, or LionError naming the batch."""
+    loss, weight = returned if isinstance(returned, tuple) else (returned, 1.0)
+    where = f"loss_fn of batch {index} (counted from 0)"
+    if not torch.is_tensor(loss) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
+        raise LionError(f"{where} must return one number in a tensor, got {got}; take the mean over the batch")
+    if not math.isfinite(float(loss.detach())):
+        raise LionError(f"{where} returned {float(loss.detach())}; a mean over it would say nothing")
+    if not loss.requires_grad:
+        raise LionError(f"{where} returned a loss without a graph: do not detach it, nor compute it under no_grad")
+    weight = float(weight)
+    if not (math.isfinite(weight) and weight > 0.0):
+        raise LionError(f"{where} returned the weight {weight}; it must be finite and > 0")
+    return loss.reshape(()), weight
+
+
+def _sums(mean: MeanGradient, params: Sequence[Tensor], decays: Sequence[float]) -> GradientSums:
+    parts = map(GradientSums.from_tensors, mean.means, params, decays)
+    return sum(parts, GradientSums())
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, batches: object) -> Iterator[None]:
+    """On leaving, put back modes, buffers and random states; gradients are not touched in the first place."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    # The generator of a DataLoader shuffles the training that follows, too.
+    owners = (batches, getattr(batches, "sampler", None))
+    own = {owner.generator for owner in owners if isinstance(getattr(owner, "generator", None), torch.Generator)}
+    generators = [(generator, generator.get_state()) for generator in own]
+    numpy = sys.modules.get("numpy")  # not imported for this: who never imported it has no state in it
+    numpy_state = numpy.random.get_state() if numpy else None
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if buffer is not None:
+                    buffer.copy_(value)
+        for generator, state in generators:
+            generator.set_state(state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _finite_or_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite_or_null(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
