@@ -14,7 +14,7 @@ setup(
     description="Lion for Megatron-Core: every parameter, exact betas, state sharded over data-parallel ranks",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_lion", "megatron_lion.*"]),
@@ -29,7 +29,6 @@ setup(
     },
     entry_points={"console_scripts": ["megatron-lion = megatron_lion.cli:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

@@ -5,6 +5,7 @@ that waits for Megatron's imports: before ``megatron.core`` it checks the versio
 ``megatron.training`` it registers. An interpreter that never imports Megatron pays for one small import and no torch.
 """
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -14,6 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
+
+from megatron_lion.config import LionError
+from megatron_lion.run import report_on_rank_0
 
 PTH_NAME = "megatron_lion_hook.pth"
 # Python prints a traceback at every start if this line fails, so it asks first whether the package is still there.
@@ -47,6 +51,15 @@ def install() -> None:
     """Start to wait for Megatron's imports in this interpreter. Calling it again does nothing."""
     if not any(isinstance(finder, MegatronFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, MegatronFinder())
+        sys.excepthook = functools.partial(_report_once, sys.excepthook)
+
+
+def _report_once(previous: Callable[..., None], kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Our errors as one line on rank 0, as megatron_lion.run prints them; everything else as before."""
+    if isinstance(error, LionError):
+        report_on_rank_0(error)
+    else:
+        previous(kind, error, trace)
 
 
 class MegatronFinder(importlib.abc.MetaPathFinder):

@@ -11,8 +11,15 @@ from pathlib import Path
 import megatron_lion
 from megatron_lion.config import LionError
 
-# How long the other ranks wait for rank 0's message: torchrun ends all ranks once one has ended.
 GRACE_SECONDS = 5.0
+
+
+def report_on_rank_0(error: LionError) -> None:
+    """Print one line on rank 0; let the other ranks wait for it, since torchrun ends all once one has ended."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"megatron-lion: error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(GRACE_SECONDS)
 
 
 @contextlib.contextmanager
@@ -21,10 +28,7 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except LionError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"megatron-lion: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(GRACE_SECONDS)
+        report_on_rank_0(error)
         sys.exit(2)
 
 

@@ -26,6 +26,8 @@ CPU = (
     "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion --no-rope-fusion "
     "--no-persist-layer-norm --no-masked-softmax-fusion"
 )
+# Also on a machine with a GPU, which the CPU backend would otherwise refuse to hide.
+CPU_ENVIRONMENT = {"MEGATRON_LION_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 # Without dropout, whose draws differ with the layout, two layouts compute the same function.
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 # A start and a resume must give the scheduler the same horizon, whatever --train-iters says.
@@ -72,7 +74,7 @@ def torchrun(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "MEGATRON_LION_DEVICE": "cpu", "OMP_NUM_THREADS": "1", **(environment or {})},
+        env={**os.environ, **CPU_ENVIRONMENT, **(environment or {})},
     )
     assert process.stdout is not None
     deadline, output, log = time.monotonic() + timeout, [], TrainingLog()

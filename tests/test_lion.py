@@ -503,7 +503,7 @@ MAY_IMPORT = {
     "theory": {"torch"},
     "integration": ALL_PURE | {"integration", "version", "megatron", "transformer_engine"},
     "run": {"megatron_lion", "config", "integration"},
-    "hook": {"megatron_lion", "config", "integration"},
+    "hook": {"megatron_lion", "config", "run", "integration"},
     "doctor": ALL_PURE | {"hook", "integration", "version"},
     "cli": ALL_PURE | {"hook", "doctor", "integration", "version"},
 }

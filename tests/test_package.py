@@ -48,6 +48,17 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def run_installed(installed: Path, *arguments: str | Path, cwd: Path) -> str:
+    """Run a Python that finds the wheel, and all other packages where they are.
+
+    Without ``-S`` an editable install would answer for a module that the wheel lacks.
+    """
+    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    environment = {"MEGATRON_LION_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join([str(installed), *packages])
+    return run(sys.executable, "-S", "-W", "ignore", *arguments, cwd=cwd, PYTHONPATH=path, **environment)
+
+
 def test_the_wheel_holds_every_module_and_the_marker_that_it_is_typed(wheel: Path) -> None:
     modules = {str(path.relative_to(CLONE)) for path in PACKAGE.rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
@@ -84,16 +95,13 @@ def test_the_installed_wheel_gives_lion_outside_the_clone(installed: Path, tmp_p
         "lion.step()\n"
         "print(megatron_lion.__file__, *parameter.tolist(), sep='|')"
     )
-    output = run(sys.executable, "-W", "ignore", "-c", script, cwd=tmp_path, PYTHONPATH=str(installed))
-    file, *values = output.strip().split("|")
+    file, *values = run_installed(installed, "-c", script, cwd=tmp_path).strip().split("|")
     assert Path(file).resolve().is_relative_to(installed.resolve())
     assert values == ["0.5", "0.5", "0.5"]
 
 
 def test_the_installed_command_diagnoses_megatron_outside_the_clone(installed: Path, tmp_path: Path) -> None:
-    environment = {"PYTHONPATH": str(installed), "MEGATRON_LION_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    report = run(installed / "bin" / "megatron-lion", "doctor", cwd=tmp_path, **environment)
+    report = run_installed(installed, installed / "bin" / "megatron-lion", "doctor", cwd=tmp_path)
     assert report.splitlines()[-1].startswith("READY: ")
-    script = "import megatron_lion.cli; print(megatron_lion.cli.__file__)"
-    file = run(sys.executable, "-c", script, cwd=tmp_path, **environment)
+    file = run_installed(installed, "-c", "import megatron_lion.cli as cli; print(cli.__file__)", cwd=tmp_path)
     assert Path(file.strip()).resolve().is_relative_to(installed.resolve())

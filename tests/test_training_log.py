@@ -84,5 +84,5 @@ def test_a_missing_log_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "Traceback (most recent call last):\n", " validation loss at iteration 3 | no\n"])
 def test_a_log_without_iterations_says_what_may_be_wrong(tmp_path: Path, text: str) -> None:
-    with pytest.raises(LionError, match=r"log\.txt reports no training iteration: did the run start"):
+    with pytest.raises(LionError, match=r"log\.txt reports no loss: did the run start"):
         record(text, tmp_path)

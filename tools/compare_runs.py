@@ -12,6 +12,8 @@ from megatron_lion.config import LionError
 from megatron_lion.integration.training_log import TrainingLog, read_training_log
 from megatron_lion.run import readable_errors
 
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+
 
 def named_run(value: str) -> tuple[str, Path]:
     """Split ``NAME=LOG``."""
@@ -19,6 +21,14 @@ def named_run(value: str) -> tuple[str, Path]:
     if not (name and separator and path):
         raise argparse.ArgumentTypeError(f"{value!r} is not NAME=LOG, for example Lion=runs/demo/lion/log.txt")
     return name, Path(path)
+
+
+def figure_path(value: str) -> Path:
+    """A path whose suffix says which format to draw."""
+    path = Path(value)
+    if path.suffix not in FIGURE_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{value!r} ends in none of {', '.join(FIGURE_SUFFIXES)}")
+    return path
 
 
 def draw(runs: dict[str, TrainingLog], path: Path) -> None:
@@ -76,7 +86,7 @@ def main() -> None:
     """Read the logs, print the table, write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=named_run, action="append", required=True, metavar="NAME=LOG", help="repeatable")
-    parser.add_argument("--figure", type=Path, help="picture to write (.png, .svg or .pdf)")
+    parser.add_argument("--figure", type=figure_path, help="picture to write (.png, .svg or .pdf)")
     parser.add_argument("--table", type=Path, help="Markdown file to write")
     options = parser.parse_args()
     runs = {name: read_training_log(path) for name, path in options.run}

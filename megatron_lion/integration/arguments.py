@@ -103,11 +103,11 @@ def _check_lion(args: Any) -> None:
     for dest, instead in REFUSED.items():
         if getattr(args, dest, None):
             raise LionError(f"--{dest.replace('_', '-')} cannot be honoured with --optimizer lion: {instead}")
-    if not getattr(args, "decoupled_weight_decay", True):
-        raise LionError("--no-decoupled-weight-decay is not Lion: its weight decay is decoupled. Drop the flag")
     if args.lr is None:
         raise LionError("--optimizer lion needs --lr, 3 to 10 times lower than AdamW's (docs/coming-from-adamw.md)")
     LionConfig(lr=args.lr, weight_decay=args.weight_decay, betas=(args.lion_beta1, args.lion_beta2))
+    if args.min_lr is not None and args.min_lr > args.lr:
+        raise LionError(f"--min-lr {args.min_lr:g} lies above --lr {args.lr:g}: lower it with Lion's --lr")
 
 
 def _require_ranks(args: Any) -> None:

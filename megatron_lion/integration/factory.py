@@ -56,6 +56,8 @@ def install() -> None:
 
 
 def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: Any) -> Any:
+    if not config.decoupled_weight_decay:
+        raise LionError("decoupled_weight_decay=False is not Lion, whose weight decay is decoupled: leave it True")
     lion_config = LionConfig(
         lr=config.lr, weight_decay=config.weight_decay, betas=(config.lion_beta1, config.lion_beta2)
     )

@@ -50,5 +50,7 @@ def read_training_log(path: Path) -> TrainingLog:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         log.add_line(line)
     if not log.loss:
-        raise LionError(f"{path} reports no training iteration: did the run start, with --log-interval set?")
+        raise LionError(
+            f"{path} reports no loss: did the run start? (In fp16 the first iterations are skipped and report none.)"
+        )
     return log

@@ -72,6 +72,7 @@ WRONG = {
     "--optimizer lion --lr nan": ("--lr must be a finite number", "nan"),
     "--optimizer lion --lr inf": ("--lr must be a finite number", "inf"),
     "--optimizer lion --lr -0.1": ("--lr must be a finite number >= 0", "-0.1"),
+    "--optimizer lion --lr 1e-5 --min-lr 1e-4": ("--min-lr 0.0001 lies above --lr 1e-05", "lower it"),
     "--optimizer lion --lr small": ("--lr", "'small'", "--help"),
     f"{LION} --lion-beta1 1.5": ("--lion-beta1 must lie in [0, 1)", "1.5", "usual value is 0.9"),
     f"{LION} --lion-beta2 1": ("--lion-beta2 must lie in [0, 1)", "got 1;"),

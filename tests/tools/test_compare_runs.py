@@ -115,7 +115,6 @@ def test_a_log_that_is_not_there_is_named_before_anything_is_written(lion: Path,
     assert not table.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="matplotlib's traceback, after the table has been written")
 def test_a_figure_of_an_unknown_format_is_refused_with_those_that_are_known(lion: Path, tmp_path: Path) -> None:
     result = run("--run", f"Lion={lion}", "--figure", tmp_path / "loss.foo")
     assert result.returncode == 2
