@@ -1,12 +1,12 @@
 """Has the estimate of the gradient converged, or is it still the noise that is measured?
 
-A mean of B batch gradients is gbar = grad f + noise, E||noise||^2 = sigma^2 / B. While the noise outweighs grad f, gbar's
-elements are, by the central limit theorem, nearly N(0, sigma_i^2 / B), and for such
+A mean of B batch gradients is gbar = grad f + noise, E||noise||^2 = sigma^2 / B. While the noise outweighs grad f,
+gbar's elements are, by the central limit theorem, nearly N(0, sigma_i^2 / B), and for such
 
     E|x| / sqrt(E x^2) = sqrt(2 / pi) = 0.798     of each element x, so     r / sqrt(d) -> sqrt(2 / pi)
 
-for elements of one scale (times mean(sigma_i) / rms(sigma_i) <= 1 otherwise): r = Theta(sqrt(d)) whatever grad f is. So a
-ratio near 0.798 sqrt(d) says something about grad f only together with a signal-to-noise well above 1.
+for elements of one scale (times mean(sigma_i) / rms(sigma_i) <= 1 otherwise): r = Theta(sqrt(d)) whatever grad f is.
+So a ratio near 0.798 sqrt(d) says something about grad f only together with a signal-to-noise well above 1.
 """
 
 import math
@@ -57,8 +57,8 @@ def noise_estimate(batches: int, sum_squared: float, mean_squared: float) -> Noi
     Rounding: the difference keeps sigma^2 only above about 1e-6 B ||gbar||^2 / (B - 1) where gbar is float32; below it
     sigma^2 may come out 0 and snr inf, and neither changes what :func:`has_converged` says.
 
-    Batches of unequal weight: pass sum_b (w_b / mean w) ||g_b||^2 and the weighted mean. Where a batch's covariance goes
-    as 1 / w_b, as with w_b samples in it, the formulas hold unchanged, sigma^2 that of a batch of mean weight.
+    Batches of unequal weight: pass sum_b (w_b / mean w) ||g_b||^2 and the weighted mean. Where a batch's covariance
+    goes as 1 / w_b, as with w_b samples in it, the formulas hold unchanged, sigma^2 that of a batch of mean weight.
 
     If the batches are the whole training set, each sample once, gbar is the training loss's exact gradient; the numbers
     then say how near it is to that of the distribution the set was drawn from.
@@ -87,11 +87,11 @@ def noise_estimate(batches: int, sum_squared: float, mean_squared: float) -> Noi
 def has_converged(batches: int, ratio: float, prefixes: Mapping[int, float], snr: float | None) -> bool | None:
     """Whether the ratio is that of grad f rather than that of the noise: both conditions, as each misses a case.
 
-    1. snr >= MIN_SNR = 10. Noise adds sigma^2 / B to ||gbar||^2, so ||gbar||_2 is at most sqrt(1 + 1/10), 5 %, too large.
-       Alone it misses a sparse grad f: noise in d elements may add up to sqrt(d / snr) times ||grad f||_2 to the l1 norm.
-    2. The ratio of the latest prefix of at most half the batches differs from the final one by at most MAX_CHANGE = 2 %.
-       What noise adds to l1 falls at best as 1/sqrt(B), so an excess x at B was sqrt(2) x at B/2: a change of 2 % leaves
-       x = 5 %. Alone it misses pure noise, whose ratio stands still at sqrt(2 d / pi).
+    1. snr >= MIN_SNR = 10. Noise adds sigma^2 / B to ||gbar||^2, so ||gbar||_2 is at most sqrt(1 + 1/10), 5 %, too
+       large. Alone it misses a sparse grad f: noise may add up to sqrt(d / snr) times ||grad f||_2 to the l1 norm.
+    2. The ratio of the latest prefix of at most half the batches differs from the final one by at most MAX_CHANGE = 2 %
+       of it. What noise adds to l1 falls as 1/sqrt(B) or faster, so an excess x at B was at least sqrt(2) x at B/2: a
+       change of 2 % leaves x = 5 % at most. Alone it misses pure noise, whose ratio stands still at sqrt(2 d / pi).
 
     The prefix of 50 decides a round of 100 batches. For longer rounds give a prefix near half of them: an earlier one
     makes the rule stricter, never laxer, as long as noise only adds to the ratio.
