@@ -49,6 +49,8 @@ CORE_SEAMS = (
     Seam("megatron.core.optimizer", "get_megatron_optimizer", ("config", "model_chunks")),
     Seam("megatron.core.optimizer", "_get_megatron_emerging_optimizer", ("config", "model_chunks")),
     Seam("megatron.core.optimizer", "DistributedOptimizer", ("optimizer", "config", "grad_scaler", "init_state_fn")),
+    Seam("megatron.core.optimizer", "ChainedOptimizer.get_grad_norm", ("self",)),
+    Seam("megatron.core.optimizer", "ChainedOptimizer.step_with_ready_grads", ("self",)),
     Seam("megatron.core.optimizer", "SGD", ("params", "lr", "momentum", "weight_decay")),
     Seam("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.state_dict", ("self",)),
     Seam("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.load_state_dict", ("self", "state_dict")),

@@ -4,14 +4,16 @@ Nothing of the sharding is written again here. The subclasses say what the state
 Megatron's own code allocates, saves, loads and reshards it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_lion.config import LionError
-from megatron_lion.integration import compat
+from megatron_lion.integration import compat, summary
 
 
 def init_lion_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
@@ -116,6 +118,25 @@ class StatelessStepDistributedOptimizer(RepairedDistributedOptimizer):
                 "no parameter group in the checkpoint has this run's learning rates and multipliers: resume with the "
                 "--lr, --min-lr and --decoupled-lr that it was saved with, or load the weights alone (--no-load-optim)"
             ) from error
+
+
+class LionChainedOptimizer(ChainedOptimizer):
+    """Megatron's chain of dense and expert optimizers, which skips an update whose gradient norm is not finite.
+
+    The norm is reduced over all ranks, so every rank skips, and no parameter or momentum changes: torch's sign(NaN) is
+    0, so Lion would otherwise keep a NaN momentum and stop moving those elements, without a word. Megatron counts the iteration as
+    skipped. Its own check (``check_for_nan_in_loss_and_grad``, on by default) ends the run before it comes to that.
+    """
+
+    def get_grad_norm(self) -> Any:
+        self._grad_norm = super().get_grad_norm()
+        return self._grad_norm
+
+    def step_with_ready_grads(self) -> bool:
+        if not math.isfinite(self._grad_norm):
+            summary.warn(f"gradient norm {float(self._grad_norm)}: this update is skipped, nothing was changed")
+            return False
+        return bool(super().step_with_ready_grads())
 
 
 class LionDistributedOptimizer(StatelessStepDistributedOptimizer):

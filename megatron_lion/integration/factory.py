@@ -13,6 +13,7 @@ import torch
 from megatron_lion.config import LionConfig, LionError
 from megatron_lion.integration import compat, summary
 from megatron_lion.integration.distributed_optimizer import (
+    LionChainedOptimizer,
     LionDistributedOptimizer,
     SGDDistributedOptimizer,
     TorchAdamDistributedOptimizer,
@@ -78,6 +79,7 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: An
             optimizers,
             SGD=lion_in_place_of_sgd,
             DistributedOptimizer=LionDistributedOptimizer,
+            ChainedOptimizer=LionChainedOptimizer,
             log_single_rank=log_single_rank,
         ),
     ):

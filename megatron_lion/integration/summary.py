@@ -74,9 +74,9 @@ def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
     from megatron.core.transformer.module import param_is_not_shared
 
-    sums = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-    for params, column in ((trainable, 0), (missed, 1)):
-        for param in params:
+    counts = [0.0, 0.0, 0.0]
+    for column, params in enumerate((trainable, missed)):
+        for param in filter(param_is_not_shared, params):
             is_expert = not getattr(param, "allreduce", True)
             replicas = (
                 mpu.get_expert_data_parallel_world_size()
@@ -84,11 +84,10 @@ def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int
                 else mpu.get_data_parallel_world_size(with_context_parallel=True)
             )
             tp_rank = mpu.get_expert_tensor_parallel_rank() if is_expert else mpu.get_tensor_model_parallel_rank()
-            if not param_is_not_shared(param):
-                continue
-            sums[column] += (tp_rank == 0) / replicas
-            if column == 0 and param_is_not_tensor_parallel_duplicate(param):
-                sums[2] += param.numel() / replicas
+            counts[column] += (tp_rank == 0) / replicas
+            if params is trainable and param_is_not_tensor_parallel_duplicate(param):
+                counts[2] += param.numel() / replicas
+    sums = torch.tensor(counts, dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(sums)
     tensors, missed_tensors, elements = (round(value) for value in sums.tolist())
     return tensors, missed_tensors, elements

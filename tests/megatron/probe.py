@@ -4,8 +4,9 @@ inspect them instead of training.
     torchrun tests/megatron/probe.py WHAT <Megatron's flags>
 
 WHAT is ``parameters`` (which optimizer, betas and state each parameter has), ``stock-parameters`` (the same without
-this package's registration) or ``sharded-step`` (the step inside Megatron against plain Lion). PROBE_OUTPUT names a
-folder, in which each rank leaves its answer as ``rank<N>.json``.
+this package's registration), ``sharded-step`` (the step inside Megatron against plain Lion) or ``non-finite`` (what a
+bad gradient on the last rank alone changes). PROBE_OUTPUT names a folder, in which each rank leaves its answer as
+``rank<N>.json``.
 """
 
 import json
@@ -59,9 +60,10 @@ def _groups(part: Any) -> list[tuple[Any, dict[str, Any]]]:
     return [(param, group) for group in groups for param in group["params"]]
 
 
-def set_gradients(model: list[Any], seed: int) -> dict[str, torch.Tensor]:
+def set_gradients(model: list[Any], seed: int, bad: float | None = None) -> dict[str, torch.Tensor]:
     """Fill every gradient buffer with the same values on every data-parallel rank; averaging copies of a number over a
-    power of two of ranks gives that number back exactly. Returns the gradients by name."""
+    power of two of ranks gives that number back exactly. ``bad`` takes the place of one element, on the last rank
+    alone. Returns the gradients by name."""
     gradients = {}
     for index, chunk in enumerate(model):
         chunk.zero_grad_buffer()
@@ -70,6 +72,8 @@ def set_gradients(model: list[Any], seed: int) -> dict[str, torch.Tensor]:
             gradient = torch.randn(param.shape, generator=generator).to(param.main_grad.dtype)
             param.main_grad.copy_(gradient)
             gradients[f"{index}.{name}"] = gradient
+        if bad is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            next(chunk.parameters()).main_grad.view(-1)[0] = bad
         if chunk.ddp_config.overlap_grad_reduce:  # else finish_grad_sync starts it
             chunk.start_grad_sync()
         chunk.finish_grad_sync()
@@ -102,6 +106,29 @@ def sharded_step(model: list[Any], optimizer: Any, steps: int = 5) -> dict[str, 
     return {"parameters": len(params), "different": different}
 
 
+def everything(model: list[Any], optimizer: Any) -> list[torch.Tensor]:
+    """Copies of this rank's model parameters, main parameters and momenta."""
+    tensors = [param for chunk in model for param in chunk.parameters()] + optimizer.get_parameters()
+    for part in optimizer.chained_optimizers:
+        tensors += [value for state in part.optimizer.state.values() for value in state.values()]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def non_finite(model: list[Any], optimizer: Any) -> dict[str, Any]:
+    """A good step, then one with NaN and one with inf in a single element on the last rank, then a good one."""
+    answer: dict[str, Any] = {"applied": [], "changed": []}
+    for seed, bad in enumerate((None, float("nan"), float("inf"), None)):
+        if seed == 0:
+            set_gradients(model, seed)
+            optimizer.step()  # so that there is momentum to lose
+        before = everything(model, optimizer)
+        set_gradients(model, seed, bad=bad)
+        answer["applied"].append(bool(optimizer.step()[0]))
+        after = everything(model, optimizer)
+        answer["changed"].append(any(not torch.equal(one, two) for one, two in zip(before, after, strict=True)))
+    return answer
+
+
 def state_bytes(optimizer: Any) -> int:
     """Bytes of optimizer state on this rank after a step: master weights that are copies, and every state tensor."""
     total = 0
@@ -125,8 +152,8 @@ def main() -> None:
     import megatron.training.training as training
 
     def inspect(forward_step: Any, model: list[Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if what == "sharded-step":
-            answer = sharded_step(model, optimizer)
+        if what in ("sharded-step", "non-finite"):
+            answer = {"sharded-step": sharded_step, "non-finite": non_finite}[what](model, optimizer)
         else:
             answer = {"owners": owners(model, optimizer), "trainable": sum(len(list(c.parameters())) for c in model)}
             if what == "parameters":

@@ -77,6 +77,13 @@ def test_a_sharded_step_inside_megatron_equals_plain_lion_bit_for_bit(text: Path
         assert answer["different"] == []
 
 
+@pytest.mark.parametrize("flags", [f"{DISTRIBUTED} --bf16", "", f"{DISTRIBUTED} --clip-grad 0"])
+def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any(text: Path, flags: str) -> None:
+    for answer in probe(text, "non-finite", "--optimizer lion", flags, ranks=2):
+        assert answer["applied"] == [True, False, False, True]
+        assert answer["changed"] == [True, False, False, True]
+
+
 def test_optimizer_state_halves_as_data_parallel_doubles(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         "",
