@@ -123,9 +123,10 @@ class StatelessStepDistributedOptimizer(RepairedDistributedOptimizer):
 class LionChainedOptimizer(ChainedOptimizer):
     """Megatron's chain of dense and expert optimizers, which skips an update whose gradient norm is not finite.
 
-    The norm is reduced over all ranks, so every rank skips, and no parameter or momentum changes: torch's sign(NaN) is
-    0, so Lion would otherwise keep a NaN momentum and stop moving those elements, without a word. Megatron counts the
-    iteration as skipped. Its own check (``check_for_nan_in_loss_and_grad``, on by default) ends the run before it comes to that.
+    The norm is reduced over all ranks, so every rank skips, and no parameter or momentum changes. Without this, as
+    torch's sign(NaN) is 0, Lion would keep a NaN momentum and stop moving those elements without a word. Megatron
+    counts the iteration as skipped. Its own check (``check_for_nan_in_loss_and_grad``, on by default) ends the run
+    before it comes to that.
     """
 
     def get_grad_norm(self) -> Any:
