@@ -4,19 +4,16 @@ import copy
 import io
 import itertools
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-import megatron_lion
 from megatron_lion import LionError
 from megatron_lion.kernels import KERNELS
 from megatron_lion.lion import Lion
 from megatron_lion.update import lion_step
 
-PACKAGE = Path(megatron_lion.__file__).parent
 FP32, BF16 = torch.float32, torch.bfloat16
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
