@@ -26,7 +26,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("ranks", "flags"), CASES.values(), ids=CASES)
+# What these two show beside the others is rare enough for tests/full.sh.
+SLOW = ("sgd without momentum, DP 2, sharded", "adam, DP 2, sharded, bf16, canonical")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, case in CASES.items()],
+)
 def test_a_run_killed_after_a_checkpoint_and_resumed_equals_the_uninterrupted_one(
     text: Path, tmp_path: Path, ranks: int, flags: str
 ) -> None:
