@@ -29,6 +29,8 @@ CPU = (
     "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion --no-rope-fusion "
     "--no-persist-layer-norm --no-masked-softmax-fusion"
 )
+# Also on a machine with a GPU, which the CPU backend would otherwise refuse to hide.
+CPU_ENVIRONMENT = {"MEGATRON_LION_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 # Each the best of a small sweep at this size (docs/demo.md); a tiny model takes larger steps than a real one.
 OPTIMIZERS = {
     "lion": "--optimizer lion --lr 1e-3 --min-lr 1e-4 --weight-decay 0.1",
@@ -64,7 +66,7 @@ def train(name: str, line: list[str], log_path: Path, kill_at: int | None = None
     Raises LionError, with the end of the log, where the run ends by itself with an error.
     """
     log = TrainingLog()
-    environment = {**os.environ, "MEGATRON_LION_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **CPU_ENVIRONMENT, "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         for iteration in follow(process, log_path, log):
@@ -75,7 +77,7 @@ def train(name: str, line: list[str], log_path: Path, kill_at: int | None = None
         kill(process)
         raise
     print(flush=True)
-    if process.wait() != 0 and kill_at is None:
+    if process.wait() != 0 and kill_at not in log.loss:  # it ended by itself
         tail = "".join(log_path.read_text(errors="replace").splitlines(keepends=True)[-15:])
         raise LionError(f"the {name} run failed with exit status {process.returncode}; {log_path} ends with\n{tail}")
     return log
@@ -123,12 +125,11 @@ def count_equal(before: TrainingLog, after: TrainingLog) -> tuple[int, int]:
 
 def is_complete(folder: Path, iterations: int) -> bool:
     """Whether the run in ``folder`` went to its end."""
-    log_path = folder / "log.txt"
-    return (
-        log_path.is_file()
-        and "test" in read_training_log(log_path).final
-        and iterations in read_training_log(log_path).loss
-    )
+    try:
+        log = read_training_log(folder / "log.txt")
+    except LionError:  # never started, or ended before its first iteration
+        return False
+    return "test" in log.final and iterations in log.loss
 
 
 def main() -> None:
