@@ -112,6 +112,11 @@ def has_converged(batches: int, ratio: float, prefixes: Mapping[int, float], snr
     return bool(snr >= MIN_SNR and change <= MAX_CHANGE * ratio)
 
 
+def round_prefixes(batches: int) -> tuple[int, ...]:
+    """The prefixes to record in a round of ``batches``: 10, 25 and 50 as far as it has more, and half of it."""
+    return tuple(sorted({count for count in PREFIXES if count < batches} | {max(batches // 2, 1)}))
+
+
 def check_prefixes(prefixes: Iterable[int]) -> tuple[int, ...]:
     """Return ``prefixes`` sorted, each once, or raise LionError for one that is not a positive whole number."""
     prefixes = tuple(prefixes)

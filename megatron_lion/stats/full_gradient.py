@@ -1,59 +1,22 @@
 """The norm ratio of any plain PyTorch model, measured in one call and leaving no trace."""
 
-import json
 import math
 import random
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_lion.config import LionError, check_non_negative
-from megatron_lion.stats.convergence import PREFIXES, check_prefixes, has_converged, noise_estimate
-from megatron_lion.stats.sums import GradientSums, MeanGradient
+from megatron_lion.stats.convergence import PREFIXES
+from megatron_lion.stats.record import GradientRecord
+from megatron_lion.stats.round import Counted, GradientRound
 
 Loss = Tensor | tuple[Tensor, float]
 WeightDecay = float | Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientRecord:
-    """What :func:`full_gradient` measured; the keys are those of ``norm_ratio.jsonl``."""
-
-    batches: int
-    loss: float
-    """mean over the batches"""
-    l1: float
-    l2: float
-    d: int
-    """parameters counted, each once"""
-    ratio: float
-    """l1 / l2; NaN for a zero gradient"""
-    ratio_over_sqrt_d: float
-    nonfinite: int
-    """elements whose gradient or value is NaN or infinite; above 0 no other number can be trusted"""
-    linf_param: float
-    linf_weighted: float
-    """max lambda * |theta|, at most 1 inside the box"""
-    kkt_residual: float
-    prefixes: dict[int, float]
-    """the ratio after the first 10, 25, 50 batches, as far as there were so many"""
-    sigma2: float | None
-    """of one batch, as noise_scale (in batches) and snr (of the mean) estimated by :func:`stats.noise_estimate`"""
-    noise_scale: float | None
-    snr: float | None
-    converged: bool | None
-    """the rule of :func:`stats.has_converged`; None where it cannot be said"""
-    seconds: float
-
-    def to_json(self) -> str:
-        """One line of JSON. NaN and infinities, which JSON lacks, become null; ``nonfinite`` tells of bad elements."""
-        return json.dumps(_finite_or_null(asdict(self)), allow_nan=False)
 
 
 def full_gradient(
@@ -94,50 +57,23 @@ def full_gradient(
         >>> record.d, record.batches, round(record.ratio, 3)
         (3, 1, 1.732)
     """
-    start = time.perf_counter()
-    recorded = check_prefixes(prefixes)
     named = _counted_parameters(model)
     params = list(named.values())
     decays = _decays(named, weight_decay)
-    mean = MeanGradient(params)
-    weighted_loss = 0.0
-    ratios: dict[int, float] = {}
+    counted = [Counted(name=n, value=p, weight_decay=d) for (n, p), d in zip(named.items(), decays, strict=True)]
+    measured = GradientRound(counted, prefixes=prefixes)
     versions = [param._version for param in params]
     with _undisturbed(model, batches), torch.enable_grad():
         for index, batch in enumerate(batches):
             loss, weight = _checked_loss(loss_fn(model, batch), index)
-            mean.add(torch.autograd.grad(loss, params, allow_unused=True), weight)
-            weighted_loss += weight * float(loss.detach())
+            measured.add(torch.autograd.grad(loss, params, allow_unused=True), loss=loss.detach(), weight=weight)
             del loss  # or two graphs would be alive at a time
-            if mean.batches in recorded:
-                ratios[mean.batches] = _sums(mean, params, decays).ratio
     for (name, param), version in zip(named.items(), versions, strict=True):
         if param._version != version:
             raise LionError(f"loss_fn changed parameter {name}; it must only compute the loss")
-    if mean.batches == 0:
+    if measured.mean.batches == 0:
         raise LionError("full_gradient got no batches; an iterator can be used only once")
-    sums = _sums(mean, params, decays)
-    noise = noise_estimate(mean.batches, mean.sum_squared, sums.l2_squared)
-    snr = noise.snr if noise else None
-    return GradientRecord(
-        batches=mean.batches,
-        loss=weighted_loss / mean.weight,
-        l1=sums.l1,
-        l2=sums.l2,
-        d=sums.d,
-        ratio=sums.ratio,
-        ratio_over_sqrt_d=sums.ratio_over_sqrt_d,
-        nonfinite=sums.nonfinite,
-        linf_param=sums.linf_param,
-        linf_weighted=sums.linf_weighted,
-        kkt_residual=sums.kkt_residual,
-        prefixes=ratios,
-        sigma2=noise.sigma2 if noise else None,
-        noise_scale=noise.noise_scale if noise else None,
-        snr=snr,
-        converged=has_converged(mean.batches, sums.ratio, ratios, snr),
-        seconds=time.perf_counter() - start,
-    )
+    return measured.finish()
 
 
 def _counted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -187,11 +123,6 @@ def _checked_loss(returned: Loss, index: int) -> tuple[Tensor, float]:
     return loss.reshape(()), weight
 
 
-def _sums(mean: MeanGradient, params: Sequence[Tensor], decays: Sequence[float]) -> GradientSums:
-    parts = map(GradientSums.from_tensors, mean.means, params, decays)
-    return sum(parts, GradientSums())
-
-
 @contextmanager
 def _undisturbed(model: nn.Module, batches: object) -> Iterator[None]:
     """On leaving, put back modes, buffers and random states; gradients are not touched in the first place."""
@@ -227,9 +158,3 @@ def _undisturbed(model: nn.Module, batches: object) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
-
-
-def _finite_or_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite_or_null(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
