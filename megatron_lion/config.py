@@ -83,3 +83,28 @@ class LionConfig:
             f"wants a 3 to 10 times lower one ({self.lr / 10:g} to {self.lr / 3:g}) with a 3 to 10 times higher "
             "--weight-decay; see docs/coming-from-adamw.md"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormRatioConfig:
+    """When and how the norm ratio is measured during training, checked."""
+
+    interval: int = 0
+    """a round after every so many iterations; 0 for none"""
+    batches: int = 100
+    """global batches of a round"""
+    at_start: bool = False
+    """a round before the first iteration, too"""
+    file: str = "norm_ratio.jsonl"
+    """where the rounds are written"""
+
+    def __post_init__(self) -> None:
+        if self.interval < 0:
+            raise LionError(f"--norm-ratio-interval must be >= 0 iterations (0 is off), got {self.interval}")
+        if self.batches < 1:
+            raise LionError(f"--norm-ratio-batches must be >= 1 global batches, got {self.batches}; the paper has 100")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there will be any round."""
+        return self.interval > 0 or self.at_start

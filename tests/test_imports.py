@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "lion": {"kernels", "config", "torch"},
     "stats": {"stats", "config", "torch"},
     "theory": {"torch"},
-    "integration": ALL_PURE | {"integration", "version", "megatron", "transformer_engine"},
+    "integration": ALL_PURE | {"integration", "version", "megatron", "transformer_engine", "numpy"},
     "run": {"megatron_lion", "config", "integration"},
     "hook": {"megatron_lion", "config", "run", "integration"},
     "doctor": ALL_PURE | {"hook", "integration", "version"},

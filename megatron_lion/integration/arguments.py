@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from megatron_lion.config import LANGUAGE_MODEL_BETAS, LionConfig, LionError, did_you_mean
-from megatron_lion.integration import checkpoints, compat
+from megatron_lion.integration import checkpoints, compat, norm_ratio_arguments
 
 BETA_FLAGS = dict(zip(("lion_beta1", "lion_beta2"), LANGUAGE_MODEL_BETAS, strict=True))
 
@@ -33,6 +33,7 @@ def install() -> None:
     def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = stock_add(parser)
         stock_betas.update(_adapt(parser))
+        norm_ratio_arguments.add(parser)
         return parser
 
     @functools.wraps(stock_validate)
@@ -41,12 +42,15 @@ def install() -> None:
         is_lion = args.optimizer == "lion"
         _fill_betas(args, BETA_FLAGS if is_lion else stock_betas)
         if not is_lion:
-            return stock_validate(args, defaults or {})
+            validated = stock_validate(args, defaults or {})
+            norm_ratio_arguments.check(args)
+            return validated
         _check_lion(args)
         # Under its own name stock would turn --use-distributed-optimizer into a layer-wise optimizer (1671-1686); the
         # arguments are printed after the name is restored, so that the log tells the truth.
         with compat.substituted(args, optimizer="sgd"), compat.substituted(arguments, _print_args=lambda *_: None):
             validated = stock_validate(args, defaults or {})
+        norm_ratio_arguments.check(args)
         checkpoints.mark(args)
         arguments._print_args("arguments", args)
         return validated
@@ -55,9 +59,12 @@ def install() -> None:
 
     @functools.wraps(stock_validate_yaml)
     def validate_yaml(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        if getattr(args, "optimizer", None) == "lion":
+        unchecked = "--optimizer lion" if getattr(args, "optimizer", None) == "lion" else None
+        if norm_ratio_arguments.config_from(args).is_on:
+            unchecked = unchecked or "--norm-ratio-interval"
+        if unchecked:
             raise LionError(
-                "--yaml-cfg cannot be honoured with --optimizer lion: it bypasses the checks of the command line. "
+                f"--yaml-cfg cannot be honoured with {unchecked}: it bypasses the checks of the command line. "
                 "Give Megatron's flags instead"
             )
         return stock_validate_yaml(args, *rest, **kwargs)

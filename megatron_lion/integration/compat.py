@@ -54,6 +54,13 @@ CORE_SEAMS = (
     Seam("megatron.core.optimizer", "SGD", ("params", "lr", "momentum", "weight_decay")),
     Seam("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.state_dict", ("self",)),
     Seam("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.load_state_dict", ("self", "state_dict")),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer._get_model_param_range_map",
+        ("self", "param"),
+    ),
+    Seam("megatron.core.tensor_parallel.random", "_fork_rng", ()),
+    Seam("megatron.core.transformer.moe.moe_logging", "set_moe_metrics_tracker", ("tracker",)),
 )
 TRAINING_SEAMS = (
     Seam("megatron.training.arguments", "add_megatron_arguments", ("parser",)),
@@ -62,6 +69,19 @@ TRAINING_SEAMS = (
     Seam("megatron.training.checkpointing", "_load_base_checkpoint", ("load_dir", "args", "rank0")),
     Seam("megatron.training.training", "get_megatron_optimizer", ("config",)),
     Seam("megatron.training.training", "initialize_megatron", ("allow_no_cuda",)),
+    Seam(
+        "megatron.training.training", "build_train_valid_test_datasets", ("build_train_valid_test_datasets_provider",)
+    ),
+    Seam(
+        "megatron.training.training",
+        "train_step",
+        ("forward_step_func", "data_iterator", "model", "optimizer", "config", "forward_backward_func", "iteration"),
+    ),
+    Seam("megatron.training.training", "post_training_step_callbacks", ("model", "optimizer", "iteration")),
+    Seam("megatron.training.training", "should_disable_forward_pre_hook", ("args",)),
+    Seam("megatron.training.training", "disable_forward_pre_hook", ("model_chunks", "optimizer")),
+    Seam("megatron.training.training", "enable_forward_pre_hook", ("model_chunks",)),
+    Seam("megatron.training.training", "force_param_sync", ("model_chunks", "optimizer")),
 )
 
 
@@ -183,3 +203,52 @@ def has_te_or_apex() -> bool:
     from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 
     return not USING_PYTORCH_OPTIMIZER
+
+
+def model_params_with_groups(part: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Each of the model's parameters that an optimizer of Megatron's chain updates, with its parameter group.
+
+    The distributed optimizer and the one with fp32 copies of 16-bit parameters hold the model's parameters beside the
+    inner optimizer's; the fp32 one hands them over as they are.
+    """
+    groups = part.optimizer.param_groups
+    if hasattr(part, "model_param_group_index_map"):
+        yield from ((param, groups[index]) for param, (index, _) in part.model_param_group_index_map.items())
+    elif hasattr(part, "float16_groups"):
+        for half, full, group in zip(part.float16_groups, part.fp32_from_fp32_groups, groups, strict=True):
+            yield from ((param, group) for param in (*half, *full))
+    else:
+        yield from ((param, group) for group in groups for param in group["params"])
+
+
+def shard_range(part: Any, param: Any) -> tuple[int, int]:
+    """Start and stop, in the flattened ``param``, of the shard that the distributed optimizer ``part`` holds here."""
+    shard = part._get_model_param_range_map(param)["param"]
+    return shard.start, shard.end
+
+
+def rerun_disabled() -> contextlib.AbstractContextManager[None]:
+    """Megatron's rerun state machine off, as in its own evaluation, without the line that ``set_mode`` logs."""
+    from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+
+    return substituted(get_rerun_state_machine(), mode=RerunMode.DISABLED)
+
+
+@contextlib.contextmanager
+def moe_metrics_kept() -> Iterator[None]:
+    """Let routers record their metrics elsewhere: the log's are summed up until they are printed."""
+    from megatron.core.transformer.moe import moe_logging
+
+    kept = moe_logging.get_moe_metrics_tracker()
+    moe_logging.set_moe_metrics_tracker(moe_logging.MoEMetricsTracker())
+    try:
+        yield
+    finally:
+        moe_logging.set_moe_metrics_tracker(kept)
+
+
+def forked_random_states() -> contextlib.AbstractContextManager[None]:
+    """Put back the random states of torch, the device and Megatron's tensor-parallel tracker on leaving."""
+    from megatron.core.tensor_parallel.random import _fork_rng
+
+    return _fork_rng()

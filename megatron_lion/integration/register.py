@@ -50,10 +50,11 @@ def register_training() -> None:
     if "training" in _done:
         return
     compat.require_seams(compat.TRAINING_SEAMS)
-    from megatron_lion.integration import arguments, checkpoints
+    from megatron_lion.integration import arguments, checkpoints, norm_ratio
 
     arguments.install()
     checkpoints.install()
+    norm_ratio.install()
     compat.allow_wheel_without_makefile()
     if cpu_backend.wanted():
         cpu_backend.adapt_training()

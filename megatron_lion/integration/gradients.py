@@ -1,0 +1,190 @@
+"""Each parameter's gradient, shard by shard, and whether this rank is the one that counts it.
+
+After a backward pass every gradient lies in Megatron's buffers, reduced over data-parallel ranks: whole on each of
+them, or, with the distributed optimizer, right in this rank's shard alone. Over a model of any layout each element is
+counted by exactly one rank:
+
+- data parallel: a rank counts its shard; without the distributed optimizer it counts an even slice, which makes no
+  difference to a sum and spreads memory and work. Expert parameters have a data-parallel group of their own.
+- several distributed-optimizer instances hold the same shards: the first one counts.
+- tensor parallel: a parameter that is split counts everywhere, one that every rank holds (norms, biases of row-parallel
+  layers, the router) on the first rank of its group. For experts that is the expert-tensor-parallel group, whose ranks
+  are others than the dense one's where the two sizes differ (Megatron issue 5916).
+- pipeline: the copy of a tied embedding on the last stage does not count (issue 7228); the first stage's holds the
+  whole gradient.
+- frozen parameters have no gradient and are left out.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_lion.integration import compat
+from megatron_lion.stats import Counted
+
+# Which kind a parameter is of: the first whose pattern is found in its name. Norms first: Transformer Engine keeps a
+# norm's weight inside the linear layer behind it.
+KINDS = {
+    "norm": r"norm",
+    "embedding": r"embedding",
+    "output": r"output_layer|lm_head|binary_head|pooler",
+    "router": r"\.router\.",
+    "attention": r"attention",
+    "mlp": r"\.mlp\.",
+    "other": r"",
+}
+VOCABULARY = re.compile(r"(word_embeddings\.weight|output_layer\.(weight|bias))$")
+LAYER = re.compile(r"^(.*\blayers\.\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The elements ``start`` to ``stop`` of one flattened parameter, whose reduced gradient this rank holds."""
+
+    name: str
+    param: Any  # a torch.nn.Parameter, to which Megatron gives a main_grad
+    start: int
+    stop: int
+    weight_decay: float
+    counted: bool
+    kind: str
+    layer: int | None
+    """counted from 1 over the whole model; None outside the layers"""
+    padding: int
+    """how many of the elements lie in padded vocabulary rows"""
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """A view of Megatron's buffer, in its dtype: what the last backward pass left, loss scale included."""
+        return self.param.main_grad.view(-1)[self.start : self.stop]
+
+    def as_counted(self) -> Counted:
+        """The shard as a round takes it. Theta is the model's own parameter, where the gradient was taken, not the
+        optimizer's fp32 copy of it."""
+        layers = () if self.layer is None else (("layers", str(self.layer)),)
+        return Counted(
+            name=self.name,
+            value=self.param.detach().view(-1)[self.start : self.stop],
+            weight_decay=self.weight_decay,
+            padding=self.padding,
+            tags=(("kinds", self.kind), *layers),
+        )
+
+
+def tags(num_layers: int) -> list[tuple[str, str]]:
+    """Every tag that a shard of a model with ``num_layers`` layers may have, in an order that all ranks share."""
+    return [("kinds", kind) for kind in KINDS] + [("layers", str(layer + 1)) for layer in range(num_layers)]
+
+
+def local_shards(model_chunks: list[Any], optimizer: Any, vocabulary: tuple[int, int]) -> list[Shard]:
+    """What this rank holds of the gradient of all trained parameters. Issues no collective.
+
+    Args:
+        model_chunks: the model of this rank, one chunk for each of its pipeline stages.
+        optimizer: Megatron's optimizer around Lion, SGD or Adam, with or without sharded state.
+        vocabulary: the tokenizer's number of words, and the padded number.
+    """
+    owned = {owned.param: owned for owned in _owned(optimizer)}
+    return [
+        Shard(
+            name=name,
+            param=param,
+            start=owned[param].start,
+            stop=owned[param].stop,
+            weight_decay=owned[param].weight_decay,
+            counted=owned[param].first_instance and is_counted(param),
+            kind=kind_of(name),
+            layer=layer,
+            padding=_padding(name, param, owned[param].start, owned[param].stop, vocabulary),
+        )
+        for chunk in model_chunks
+        for name, param, layer in named_parameters(chunk)
+        if param in owned
+    ]
+
+
+def expected_elements(model_chunks: list[Any]) -> int:
+    """This rank's share of the number of elements to count: all of what it holds, on the first data-parallel rank."""
+    params = (param for chunk in model_chunks for param in chunk.parameters() if param.requires_grad)
+    return sum(param.numel() for param in params if is_counted(param) and data_parallel_group(param).rank() == 0)
+
+
+def is_counted(param: torch.nn.Parameter) -> bool:
+    """Whether this rank's copy of ``param`` is the one, over tensor-parallel ranks and pipeline stages, that counts."""
+    from megatron.core import parallel_state as mpu
+
+    if getattr(param, "shared", False):
+        return False
+    if getattr(param, "tensor_model_parallel", False):
+        return True
+    rank = mpu.get_expert_tensor_parallel_rank() if is_expert(param) else mpu.get_tensor_model_parallel_rank()
+    return bool(rank == 0)
+
+
+def is_expert(param: torch.nn.Parameter) -> bool:
+    """Whether ``param`` belongs to one expert and is reduced over the experts' own groups."""
+    return not getattr(param, "allreduce", True)
+
+
+def data_parallel_group(param: torch.nn.Parameter) -> Any:
+    """The ranks that hold the same copy of ``param`` and see other batches."""
+    from megatron.core import parallel_state as mpu
+
+    if is_expert(param):
+        return mpu.get_expert_data_parallel_group()
+    return mpu.get_data_parallel_group(with_context_parallel=True)
+
+
+def kind_of(name: str) -> str:
+    """The first of ``KINDS`` whose pattern ``name`` has."""
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
+
+
+def named_parameters(chunk: Any) -> Iterator[tuple[str, torch.nn.Parameter, int | None]]:
+    """Name without the wrappers' prefixes, parameter and layer of each trained parameter in a chunk."""
+    modules = dict(chunk.named_modules())
+    for full_name, param in chunk.named_parameters():
+        if param.requires_grad:
+            match = LAYER.match(full_name)
+            layer = getattr(modules[match[1]], "layer_number", None) if match else None
+            yield re.sub(r"^(module\.)+", "", full_name), param, layer
+
+
+class _Owned(NamedTuple):
+    """What this rank holds of the gradient of ``param``, by what the optimizer says."""
+
+    param: torch.nn.Parameter
+    start: int
+    stop: int
+    weight_decay: float
+    first_instance: bool
+
+
+def _owned(optimizer: Any) -> Iterator[_Owned]:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is None:  # this rank holds none of the part's parameters
+            continue
+        for param, group in compat.model_params_with_groups(part):
+            if hasattr(part, "distributed_optimizer_instance_id"):
+                start, stop = compat.shard_range(part, param)
+                first_instance = part.distributed_optimizer_instance_id == 0
+            else:
+                dp, numel = data_parallel_group(param), param.numel()
+                start, stop = (numel * rank // dp.size() for rank in (dp.rank(), dp.rank() + 1))
+                first_instance = True
+            yield _Owned(param, start, stop, float(group.get("weight_decay", 0.0)), first_instance)
+
+
+def _padding(name: str, param: torch.nn.Parameter, start: int, stop: int, vocabulary: tuple[int, int]) -> int:
+    """How many of the elements ``start`` to ``stop`` belong to words that the tokenizer does not have."""
+    from megatron.core import parallel_state as mpu
+
+    words, padded_words = vocabulary
+    rows = param.shape[0]
+    if not VOCABULARY.search(name) or rows * mpu.get_tensor_model_parallel_world_size() != padded_words:
+        return 0
+    real_rows = min(max(words - mpu.get_tensor_model_parallel_rank() * rows, 0), rows)
+    return stop - max(start, min(stop, real_rows * (param.numel() // rows)))

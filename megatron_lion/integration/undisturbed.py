@@ -1,0 +1,95 @@
+"""Forward and backward passes in the middle of training that leave no trace in it."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+import torch
+
+from megatron_lion.integration import compat
+
+
+@contextlib.contextmanager
+def undisturbed(model_chunks: list[Any], optimizer: Any, config: Any, *, stepped: bool) -> Iterator[None]:
+    """On leaving, training is what it would be without what happened inside, bit for bit.
+
+    Kept: the random states of Python, numpy, torch, the device and Megatron's tracker; the model's buffers (a router's
+    expert bias, for one); the mixture-of-experts metrics; the iteration timer, which stands still meanwhile; the rerun
+    state machine, which is off. Parameters are gathered first where their all-gather overlaps with the forward pass,
+    and its hooks are off inside, as in Megatron's own evaluation. Gradient buffers are left zeroed, as each step begins
+    by zeroing them. Issues the collectives of that all-gather and of the timer's barrier.
+
+    Args:
+        model_chunks: the model of this rank, wrapped in Megatron's DistributedDataParallel.
+        optimizer: Megatron's.
+        config: the model's, which the schedule reads.
+        stepped: whether this process has made an optimizer step, after which parameters may wait for their gather.
+    """
+    with (
+        _interval_timer_stopped(),
+        _parameters_gathered(model_chunks, optimizer, stepped=stepped),
+        compat.substituted(config, timers=None, param_sync_func=None),
+        compat.rerun_disabled(),
+        compat.moe_metrics_kept(),
+        _buffers_kept(model_chunks),
+        _random_states_kept(),
+    ):
+        try:
+            yield
+        finally:
+            for chunk in model_chunks:
+                chunk.zero_grad_buffer()
+
+
+@contextlib.contextmanager
+def _interval_timer_stopped() -> Iterator[None]:
+    from megatron.training import get_timers
+
+    timer = get_timers()("interval-time", log_level=0)
+    timer.stop()
+    yield
+    timer.start(barrier=True)  # not after an error, which other ranks may not share
+
+
+@contextlib.contextmanager
+def _parameters_gathered(model_chunks: list[Any], optimizer: Any, *, stepped: bool) -> Iterator[None]:
+    import megatron.training.training as training
+    from megatron.training import get_args
+
+    overlapped = training.should_disable_forward_pre_hook(get_args())
+    # Megatron itself keeps the hooks off until the first step of a process is over.
+    hooked = overlapped and len(model_chunks[0].remove_forward_pre_hook_handles) > 0
+    if hooked:
+        training.disable_forward_pre_hook(model_chunks, optimizer=optimizer)
+    elif overlapped and stepped:
+        training.force_param_sync(model_chunks, optimizer=optimizer)
+    try:
+        yield
+    finally:
+        if hooked:
+            training.enable_forward_pre_hook(model_chunks)
+
+
+@contextlib.contextmanager
+def _buffers_kept(model_chunks: list[Any]) -> Iterator[None]:
+    # Of the module inside: DistributedDataParallel has gradient buffers by this name.
+    kept = [(buffer, buffer.clone()) for chunk in model_chunks for buffer in chunk.module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    try:
+        with compat.forked_random_states():
+            yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
