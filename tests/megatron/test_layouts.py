@@ -1,6 +1,8 @@
-"""Every layout computes what one process computes, started from one checkpoint."""
+"""Every layout computes what one process computes, started from one checkpoint: losses, gradient norms and noise."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import HORIZON, NO_DROPOUT, Run, pretrain, relative_difference
@@ -36,6 +38,30 @@ LAYOUTS = {
     "TP 2 x DP 2, bf16": (4, f"{DISTRIBUTED} --tensor-model-parallel-size 2 --bf16", BF16_TOLERANCE),
 }
 
+# A round before the first step from the checkpoint, and one after the last.
+ROUNDS = f"--norm-ratio-at-start --norm-ratio-interval {END} --norm-ratio-batches 4"
+# What a record holds of a gradient that every layout computes with the same parameters: l1 and l2 of sums that are
+# rounded in another order, so to a few 1e-7.
+EXACT = ("iteration", "batches", "tokens", "d", "d_padding", "nonfinite")
+MEASURED = ("loss", "l1", "l2", "ratio", "kkt_residual", "sigma2", "linf_param")
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The rounds that a run left in ``folder``."""
+    return [json.loads(line) for line in (folder / "norm_ratio.jsonl").read_text().splitlines()]
+
+
+def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest relative difference between what two rounds measured, in the whole and in each part."""
+    pairs = [(one[key], other[key]) for key in MEASURED]
+    assert one["parts"].keys() == other["parts"].keys()
+    for what, parts in one["parts"].items():
+        assert parts.keys() == other["parts"][what].keys()
+        for name, part in parts.items():
+            assert part["d"] == other["parts"][what][name]["d"]
+            pairs += [(part[key], other["parts"][what][name][key]) for key in ("l1", "l2")]
+    return max(abs(a - b) / abs(a) for a, b in pairs)
+
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def one_process(
@@ -49,7 +75,8 @@ def one_process(
         flags += " --untie-embeddings-and-output-weights"
     save = f"--save {folder} --save-interval {START} --exit-interval {START}"
     pretrain(text, RUN, flags, f"{DISTRIBUTED} --dist-ckpt-optim-fully-reshardable", save)
-    return flags, folder, pretrain(text, RUN, flags, DISTRIBUTED, f"--load {folder}")
+    rounds = f"{ROUNDS} --norm-ratio-file {folder}/norm_ratio.jsonl"
+    return flags, folder, pretrain(text, RUN, flags, DISTRIBUTED, rounds, f"--load {folder}")
 
 
 @pytest.mark.parametrize(("ranks", "layout", "tolerance"), LAYOUTS.values(), ids=LAYOUTS)
@@ -59,6 +86,7 @@ def test_a_layout_gives_the_one_process_loss_curve(
     ranks: int,
     layout: str,
     tolerance: float,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
@@ -69,11 +97,20 @@ def test_a_layout_gives_the_one_process_loss_curve(
     optimizer_state = "" if DISTRIBUTED in layout else "--no-load-optim"
     if optimizer_state:
         reference = pretrain(text, RUN, flags, f"--load {folder} --no-load-optim")
-    run = pretrain(text, RUN, flags, layout, f"--load {folder} {optimizer_state} --no-load-rng", ranks=ranks)
+    rounds = f"{ROUNDS} --norm-ratio-file {tmp_path}/norm_ratio.jsonl"
+    run = pretrain(text, RUN, flags, layout, rounds, f"--load {folder} {optimizer_state} --no-load-rng", ranks=ranks)
     assert sorted(run.log.loss) == list(range(START + 1, END + 1))
     difference = relative_difference(reference.log, run.log)
+    expected, measured = records(folder)[0], records(tmp_path)[0]
+    in_round = largest_difference(expected, measured)
     with capsys.disabled():
-        print(f"\n{request.node.callspec.id}: losses differ from one process's by {difference:.1e} at most")
+        print(
+            f"\n{request.node.callspec.id}: differs from one process by {difference:.1e} in losses, {in_round:.1e} in "
+        )
+        print("the norms, loss and noise of a round")
     assert difference < tolerance
+    assert [measured[key] for key in EXACT] == [expected[key] for key in EXACT]
+    assert in_round < (FP32_TOLERANCE if "bf16" not in layout else 1.0)
+    assert [record["iteration"] for record in records(tmp_path)] == [START, END]
     count = 52 if tied else 53
     assert any(f"lion on {count} of {count} parameters" in line for line in run.ours())
