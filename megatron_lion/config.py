@@ -94,7 +94,7 @@ class NormRatioConfig:
     batches: int = 100
     """global batches of a round"""
     at_start: bool = False
-    """a round before the first iteration, too"""
+    """a round before the first iteration too, if the file has none yet"""
     file: str = "norm_ratio.jsonl"
     """where the rounds are written"""
 

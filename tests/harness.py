@@ -1,16 +1,18 @@
 """Start real Megatron runs on gloo ranks and read what they leave behind."""
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from ranks import Ranks
 from torch import Tensor
 
 from megatron_lion.integration.training_log import TrainingLog
@@ -28,6 +30,9 @@ CPU = (
 )
 # Also on a machine with a GPU, which the CPU backend would otherwise refuse to hide.
 CPU_ENVIRONMENT = {"MEGATRON_LION_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+# The server that ranks are forked from inherits it, and a thread count is read when torch is loaded.
+PATHS = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
+os.environ.update(CPU_ENVIRONMENT, PYTHONPATH=os.pathsep.join(filter(None, PATHS)))
 # Without dropout, whose draws differ with the layout, two layouts compute the same function.
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 # A start and a resume must give the scheduler the same horizon, whatever --train-iters says.
@@ -68,28 +73,59 @@ def torchrun(
     """
     target = ["-m", script[3:]] if isinstance(script, str) and script.startswith("-m ") else [str(script)]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *target]
-    line += [word for flag in flags for word in flag.split()]
     process = subprocess.Popen(
-        line,
+        [*line, *_words(flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, **CPU_ENVIRONMENT, **(environment or {})},
     )
     assert process.stdout is not None
+
+    def kill() -> None:
+        for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+            victim.kill()
+
+    output, log = _follow(process.stdout, kill, kill_at, timeout)
+    return Run(process.wait(), output, log)
+
+
+def run_ranks(
+    *flags: str,
+    ranks: int = 1,
+    script: Path = PRETRAIN_GPT,
+    environment: dict[str, str] | None = None,
+    kill_at: int | None = None,
+    timeout: float = 300.0,
+) -> Run:
+    """As :func:`torchrun`, with ranks that start at once (``ranks.py``) and no launcher around them."""
+    if os.environ.get("MEGATRON_LION_TESTS_TORCHRUN"):
+        return torchrun(*flags, ranks=ranks, script=script, environment=environment, kill_at=kill_at, timeout=timeout)
+    started = Ranks(script, _words(flags), ranks, {**CPU_ENVIRONMENT, **(environment or {})})
+    output, log = _follow(started.lines(), started.kill, kill_at, timeout)
+    return Run(started.wait(), output, log)
+
+
+def _words(flags: Iterable[str]) -> list[str]:
+    return [word for flag in flags for word in flag.split()]
+
+
+def _follow(
+    lines: Iterable[str], kill: Callable[[], None], kill_at: int | None, timeout: float
+) -> tuple[str, TrainingLog]:
+    """Read a run's output to its end; kill it at iteration ``kill_at`` or after ``timeout`` seconds."""
     deadline, output, log = time.monotonic() + timeout, [], TrainingLog()
-    for text in process.stdout:
+    for text in lines:
         output.append(text)
         iteration = log.add_line(text)
         if (iteration is not None and iteration == kill_at) or time.monotonic() > deadline:
-            for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-                victim.kill()
-    return Run(process.wait(), "".join(output), log)
+            kill()
+    return "".join(output), log
 
 
 def pretrain(text: Path, *flags: str, ranks: int = 1, **kwargs: Any) -> Run:
-    """:func:`torchrun` of the tiny GPT on real text; fails where the run does, unless it was to be killed."""
-    run = torchrun(MODEL, BATCH, RATE, CPU, text_flags(text), *flags, ranks=ranks, **kwargs)
+    """:func:`run_ranks` of the tiny GPT on real text; fails where the run does, unless it was to be killed."""
+    run = run_ranks(MODEL, BATCH, RATE, CPU, text_flags(text), *flags, ranks=ranks, **kwargs)
     if kwargs.get("kill_at") is None:
         assert run.returncode == 0, run.output[-6000:]
     return run
@@ -131,3 +167,24 @@ def relative_difference(one: TrainingLog, other: TrainingLog) -> float:
     compared = shared[:1] + shared[2:]
     assert len(compared) >= 2, f"only {shared} were logged by both runs"
     return max(abs(one.loss[i] - other.loss[i]) / abs(one.loss[i]) for i in compared)
+
+
+def records(folder: Path, name: str = "norm_ratio.jsonl") -> list[dict[str, Any]]:
+    """The rounds that a run left in ``folder``."""
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+# What every layout measures alike of the same parameters, but for the order in which sums are rounded.
+MEASURED = ("loss", "l1", "l2", "ratio", "kkt_residual", "sigma2", "linf_param")
+
+
+def record_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest relative difference between what two rounds measured, in the whole and in each part."""
+    pairs = [(one[key], other[key]) for key in MEASURED]
+    assert one["parts"].keys() == other["parts"].keys()
+    for what, parts in one["parts"].items():
+        assert parts.keys() == other["parts"][what].keys()
+        for name, part in parts.items():
+            assert part["d"] == other["parts"][what][name]["d"]
+            pairs += [(part[key], other["parts"][what][name][key]) for key in ("l1", "l2")]
+    return max(abs(a - b) / abs(a) for a, b in pairs)

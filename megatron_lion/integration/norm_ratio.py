@@ -121,13 +121,13 @@ class Rounds:
             return
         round_data.check_datasets(self.datasets)
         config = norm_ratio_arguments.config_from(get_args())
-        file, missing = RecordFile(Path(config.file)), [True]
+        file, is_new = RecordFile(Path(config.file)), [True]
         if torch.distributed.get_rank() == 0:
             if moved := file.resume(iteration):
                 summary.say(moved)
-            missing = [not file.holds(iteration)]
-        torch.distributed.broadcast_object_list(missing, src=0)
-        if config.at_start and missing[0]:
+            is_new = [file.is_empty()]
+        torch.distributed.broadcast_object_list(is_new, src=0)
+        if config.at_start and is_new[0]:
             self.measure(config, iteration, stepped=False)
 
     def after_step(self, iteration: int) -> None:

@@ -57,7 +57,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--norm-ratio-at-start",
         action="store_true",
-        help="Measure before the first iteration too, unless the file already has that round.",
+        help="Measure before the first iteration too, unless the file already has a round: a resumed run does not.",
     )
 
 

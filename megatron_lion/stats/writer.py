@@ -62,9 +62,9 @@ class RecordFile:
             raise LionError(f"--norm-ratio-file {self.path} cannot be written: {error}") from error
         return f"{len(moved)} lines of {self.path} lie after iteration {iteration}: moved to {self.superseded}"
 
-    def holds(self, iteration: int) -> bool:
-        """Whether the round at ``iteration`` is in the file."""
-        return any(record["iteration"] == iteration for _, record in _split(self.path)[0])
+    def is_empty(self) -> bool:
+        """Whether no round is in the file yet."""
+        return not _split(self.path)[0]
 
     def append(self, line: str) -> None:
         """Append one line of JSON, and have it on disk before this returns."""

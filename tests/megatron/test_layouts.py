@@ -1,11 +1,9 @@
 """Every layout computes what one process computes, started from one checkpoint: losses, gradient norms and noise."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from harness import HORIZON, NO_DROPOUT, Run, pretrain, relative_difference
+from harness import HORIZON, NO_DROPOUT, Run, pretrain, record_difference, records, relative_difference
 
 DISTRIBUTED = "--use-distributed-optimizer"
 START = 2
@@ -40,27 +38,7 @@ LAYOUTS = {
 
 # A round before the first step from the checkpoint, and one after the last.
 ROUNDS = f"--norm-ratio-at-start --norm-ratio-interval {END} --norm-ratio-batches 4"
-# What a record holds of a gradient that every layout computes with the same parameters: l1 and l2 of sums that are
-# rounded in another order, so to a few 1e-7.
 EXACT = ("iteration", "batches", "tokens", "d", "d_padding", "nonfinite")
-MEASURED = ("loss", "l1", "l2", "ratio", "kkt_residual", "sigma2", "linf_param")
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """The rounds that a run left in ``folder``."""
-    return [json.loads(line) for line in (folder / "norm_ratio.jsonl").read_text().splitlines()]
-
-
-def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest relative difference between what two rounds measured, in the whole and in each part."""
-    pairs = [(one[key], other[key]) for key in MEASURED]
-    assert one["parts"].keys() == other["parts"].keys()
-    for what, parts in one["parts"].items():
-        assert parts.keys() == other["parts"][what].keys()
-        for name, part in parts.items():
-            assert part["d"] == other["parts"][what][name]["d"]
-            pairs += [(part[key], other["parts"][what][name][key]) for key in ("l1", "l2")]
-    return max(abs(a - b) / abs(a) for a, b in pairs)
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -102,7 +80,7 @@ def test_a_layout_gives_the_one_process_loss_curve(
     assert sorted(run.log.loss) == list(range(START + 1, END + 1))
     difference = relative_difference(reference.log, run.log)
     expected, measured = records(folder)[0], records(tmp_path)[0]
-    in_round = largest_difference(expected, measured)
+    in_round = record_difference(expected, measured)
     with capsys.disabled():
         print(
             f"\n{request.node.callspec.id}: differs from one process by {difference:.1e} in losses, {in_round:.1e} in "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import BATCH, CPU, MODEL, RATE, text_flags, torchrun
+from harness import BATCH, CPU, MODEL, RATE, run_ranks, text_flags
 
 PROBE = Path(__file__).with_name("probe.py")
 # The probe makes gradients by hand, outside the schedule that the NaN check belongs to.
@@ -18,7 +18,7 @@ def probe(text: Path, what: str, *flags: str, ranks: int) -> list[dict[str, Any]
     """The probe's answer on each rank."""
     lines = (what, MODEL, BATCH, RATE, CPU, text_flags(text), PROBE_FLAGS, *flags)
     with tempfile.TemporaryDirectory() as folder:
-        run = torchrun(*lines, ranks=ranks, script=PROBE, environment={"PROBE_OUTPUT": folder})
+        run = run_ranks(*lines, ranks=ranks, script=PROBE, environment={"PROBE_OUTPUT": folder})
         assert run.returncode == 0, run.output[-6000:]
         return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 

@@ -1,0 +1,171 @@
+"""Run under torchrun in the place of a pretraining script: train, and at each round look into what it counts.
+
+    torchrun tests/megatron/probe_round.py <Megatron's flags>
+
+Each round's place is taken by one that leaves, as ``rank<N>.json`` in the folder PROBE_OUTPUT:
+
+- ``record``: what the package's own round measured;
+- ``counted``: l1, l2 squared and d of known integers put into the gradient buffers, each parameter another;
+- ``with_defect``: the same with one known defect of other frameworks put into the counting at a time;
+- ``reference``, on one process: the record's numbers by float64 autograd on a copy of the model, over the same samples.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+
+import pretrain_gpt
+
+import megatron_lion
+from megatron_lion.integration import compat, gradients, norm_ratio, round_data
+from megatron_lion.stats import GradientRound
+
+VOCABULARY = (1 << 30, 0)  # no padding
+
+
+def integer_of(name: str, layer: int | None) -> int:
+    """A number from 1 to 9 for each parameter of the whole model; all experts of a layer share theirs."""
+    name = re.sub(r"layers\.\d+|local_experts\.\d+", "", name)
+    # A tied embedding is one parameter under two names.
+    name = re.sub(r"embedding\.word_embeddings|output_layer", "vocabulary", name)
+    return zlib.crc32(f"{name} {layer}".encode()) % 9 + 1
+
+
+def count(model: list[Any], optimizer: Any, all_reduce: Callable[[torch.Tensor], None]) -> list[float]:
+    """l1, l2 squared and d of the integers, as a round counts them."""
+    from megatron.core import parallel_state as mpu
+
+    for chunk in model:
+        for name, param, layer in gradients.named_parameters(chunk):
+            param.main_grad.fill_(-integer_of(name, layer))
+            if gradients.is_expert(param) and mpu.get_expert_tensor_parallel_world_size() == 1:
+                param.tensor_model_parallel = False  # as Transformer Engine's layers mark an expert that is not split
+    shards = [shard for shard in gradients.local_shards(model, optimizer, VOCABULARY) if shard.counted]
+    measured = GradientRound([shard.as_counted() for shard in shards], tags=gradients.tags(99))
+    measured.add([shard.gradient for shard in shards], loss=0.0)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    record = measured.finish(all_reduce, rank=rank, world=world)
+    return [record.l1, round(record.l2**2, 3), record.d]
+
+
+def _dense_rank_for_experts(param: Any) -> bool:
+    """Megatron up to 0.18.2: the dense tensor-parallel rank decides for experts too (issue 5916)."""
+    from megatron.core import parallel_state as mpu
+
+    split = getattr(param, "tensor_model_parallel", False)
+    return not getattr(param, "shared", False) and (split or mpu.get_tensor_model_parallel_rank() == 0)
+
+
+def _tied_copy_counts(param: Any) -> bool:
+    """The copy of the embedding on the last stage is counted again (issue 7228)."""
+    return bool(getattr(param, "shared", False)) or STOCK_IS_COUNTED(param)
+
+
+def _tensor_parallel_copies_count(param: Any) -> bool:
+    """What every tensor-parallel rank holds is counted on each (as issue 6470, in the other direction)."""
+    return not getattr(param, "shared", False)
+
+
+def _without_tensor_parallel_sum(vector: torch.Tensor) -> None:
+    """gpt-neox's noise scale: the sum over tensor-parallel ranks is forgotten."""
+    from megatron.core import parallel_state as mpu
+
+    norm_ratio._all_reduce(vector)
+    vector /= mpu.get_tensor_model_parallel_world_size()
+
+
+def _divided_by_pipeline_size(vector: torch.Tensor) -> None:
+    """gpt-neox's noise scale: the sum over pipeline stages is divided by their number."""
+    from megatron.core import parallel_state as mpu
+
+    norm_ratio._all_reduce(vector)
+    vector /= mpu.get_pipeline_model_parallel_world_size()
+
+
+STOCK_IS_COUNTED = gradients.is_counted
+DEFECTS: dict[str, Callable[..., Any]] = {
+    "dense rank for experts": _dense_rank_for_experts,
+    "tied copy counts": _tied_copy_counts,
+    "tensor-parallel copies count": _tensor_parallel_copies_count,
+    "no tensor-parallel sum": _without_tensor_parallel_sum,
+    "divided by the pipeline's size": _divided_by_pipeline_size,
+}
+
+
+def count_with(defect: Callable[..., Any], model: list[Any], optimizer: Any) -> list[float]:
+    """:func:`count` with one of ``DEFECTS``."""
+    if defect in (_without_tensor_parallel_sum, _divided_by_pipeline_size):
+        return count(model, optimizer, defect)
+    with mock.patch.object(gradients, "is_counted", defect):
+        return count(model, optimizer, norm_ratio._all_reduce)
+
+
+def reference(step: norm_ratio.Step, dataset: Any, batches: int, iteration: int) -> dict[str, float]:
+    """Loss, l1, l2 and KKT residual of the round's samples by float64 autograd, one process, no DDP, no schedule."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.training import get_args
+
+    args = get_args()
+    model = step.model[0].module
+    stock = dict(model.named_parameters())
+    double = {name: param.detach().double().requires_grad_() for name, param in stock.items()}
+    samples = batches * get_num_microbatches() * args.micro_batch_size
+    indices = round_data.draw_indices(len(dataset), seed=args.seed, iteration=iteration, count=samples)
+    total = torch.zeros((), dtype=torch.float64)
+    for index in indices.tolist():
+        sample = {key: torch.as_tensor(value)[None] for key, value in dataset[index].items()}
+        inputs = (sample["tokens"], sample["position_ids"], sample.get("attention_mask"))
+        losses = torch.func.functional_call(model, double, inputs, {"labels": sample["labels"]})
+        loss = losses.double().mean() / samples
+        loss.backward()
+        total += loss.detach()
+    decay = {
+        param: group["weight_decay"]
+        for part in getattr(step.optimizer, "chained_optimizers", [step.optimizer])
+        for param, group in compat.model_params_with_groups(part)
+    }
+    l1 = sum(float(copied.grad.abs().sum()) for copied in double.values())
+    l2 = sum(float(copied.grad.square().sum()) for copied in double.values()) ** 0.5
+    inner = sum(decay[stock[name]] * float((copied.grad * copied.detach()).sum()) for name, copied in double.items())
+    return {"loss": float(total), "l1": l1, "l2": l2, "kkt_residual": l1 + inner}
+
+
+def run_round_and_look(step: norm_ratio.Step, datasets: list[Any], batches: int, iteration: int) -> Any:
+    """In the place of :func:`norm_ratio.run_round`."""
+    record, tokens = STOCK_RUN_ROUND(step, datasets, batches, iteration)
+    answer = {
+        "record": json.loads(record.to_json()),
+        "counted": count(step.model, step.optimizer, norm_ratio._all_reduce),
+        "with_defect": {name: count_with(defect, step.model, step.optimizer) for name, defect in DEFECTS.items()},
+    }
+    if torch.distributed.get_world_size() == 1 and "PROBE_REFERENCE" in os.environ:
+        answer["reference"] = reference(step, datasets[0], batches, iteration)
+    path = Path(os.environ["PROBE_OUTPUT"]) / f"rank{torch.distributed.get_rank()}.json"
+    path.write_text(json.dumps(answer))
+    return record, tokens
+
+
+STOCK_RUN_ROUND = norm_ratio.run_round
+
+
+@contextlib.contextmanager
+def looking() -> Iterator[None]:
+    with mock.patch.object(norm_ratio, "run_round", run_round_and_look):
+        yield
+
+
+if __name__ == "__main__":
+    megatron_lion.register()
+    with looking():
+        pretrain_gpt.main()

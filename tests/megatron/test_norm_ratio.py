@@ -1,0 +1,238 @@
+"""The norm ratio inside Megatron's loop: the number is right on every layout, and training does not notice."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import (
+    BATCH,
+    CPU,
+    HORIZON,
+    MODEL,
+    NO_DROPOUT,
+    RATE,
+    Run,
+    assert_same_checkpoint,
+    pretrain,
+    read_checkpoint,
+    record_difference,
+    records,
+    run_ranks,
+    text_flags,
+)
+
+from megatron_lion.integration.norm_ratio import METRICS
+
+PROBE = Path(__file__).with_name("probe_round.py")
+DISTRIBUTED = "--use-distributed-optimizer"
+ONE_ROUND = "--optimizer lion --train-iters 1 --norm-ratio-at-start --norm-ratio-batches 4"
+# Local layers have experts without biases only. No auxiliary loss, which each layout would take over other tokens.
+MOE = (
+    "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 "
+    "--moe-token-dispatcher-type allgather --disable-bias-linear"
+)
+TP2_EP2 = f"{DISTRIBUTED} --tensor-model-parallel-size 2 --expert-model-parallel-size 2 --sequence-parallel"
+
+
+def look(text: Path, *flags: str, ranks: int, reference: bool = False) -> list[dict[str, Any]]:
+    """What the probe found at the round before the first step, on each rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"PROBE_OUTPUT": folder} | ({"PROBE_REFERENCE": "1"} if reference else {})
+        where = f"--norm-ratio-file {folder}/norm_ratio.jsonl"
+        lines = (MODEL, BATCH, RATE, CPU, text_flags(text), ONE_ROUND, NO_DROPOUT, where, *flags)
+        run = run_ranks(*lines, ranks=ranks, script=PROBE, environment=environment)
+        assert run.returncode == 0, run.output[-6000:]
+        return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("flags", ["", f"{DISTRIBUTED} --calculate-per-token-loss"])
+def test_a_round_equals_float64_autograd_over_the_same_samples(
+    text: Path, flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (answer,) = look(text, flags, ranks=1, reference=True)
+    expected = answer["reference"]
+    difference = {key: abs(answer["record"][key] / value - 1) for key, value in expected.items()}
+    with capsys.disabled():
+        print(f"\n{flags or 'mean of micro-batches'}: from float64 autograd {max(difference.values()):.1e}")
+    assert max(difference.values()) < 1e-5, difference
+
+
+# ---- each parameter once: known integers in the buffers ----
+
+TENSOR_PARALLEL_DEFECTS = ("tensor-parallel copies count", "no tensor-parallel sum")
+COUNTS = {
+    "dense, tied, TP 2 x PP 2": (
+        "",
+        4,
+        f"{DISTRIBUTED} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+        (
+            "tied copy counts",
+            "tensor-parallel copies count",
+            "no tensor-parallel sum",
+            "divided by the pipeline's size",
+        ),
+    ),
+    "experts, TP 2 x EP 2, expert TP 1": (
+        MOE,
+        2,
+        f"{TP2_EP2} --expert-tensor-parallel-size 1",
+        (*TENSOR_PARALLEL_DEFECTS, "dense rank for experts"),
+    ),
+    "experts, TP 2 x EP 2 x DP 2, expert TP 2": (
+        MOE,
+        4,
+        f"{TP2_EP2} --expert-tensor-parallel-size 2",
+        TENSOR_PARALLEL_DEFECTS,
+    ),
+    "experts, not sharded, DP 2 x EP 2": (MOE, 2, "--expert-model-parallel-size 2", ()),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(text: Path) -> dict[str, dict[str, Any]]:
+    """The count without anything sharded, for each of the models in ``COUNTS``."""
+    same_vocabulary = "--make-vocab-size-divisible-by 256"
+    return {model: look(text, model, same_vocabulary, ranks=1)[0] for model in ("", MOE)}
+
+
+@pytest.mark.parametrize(("model", "ranks", "layout", "defects"), COUNTS.values(), ids=COUNTS)
+def test_each_parameter_is_counted_once_and_each_known_defect_is_noticed(
+    text: Path,
+    one_process: dict[str, dict[str, Any]],
+    model: str,
+    ranks: int,
+    layout: str,
+    defects: tuple[str, ...],
+) -> None:
+    expected = one_process[model]["counted"]
+    answers = look(text, model, layout, ranks=ranks)
+    for answer in answers:
+        assert answer["counted"] == expected, "integers are summed exactly, on every rank"
+        assert answer["record"]["d"] == expected[2]
+        wrong = {name: answer["with_defect"][name] for name in defects}
+        assert all(counted != expected for counted in wrong.values()), wrong
+
+
+# ---- experts: from one checkpoint, every layout the same number ----
+
+
+def test_layouts_of_experts_measure_what_one_process_measures(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"{MOE} --optimizer lion --train-iters 2 {HORIZON} {NO_DROPOUT} --make-vocab-size-divisible-by 256"
+    pretrain(text, flags, f"--save {tmp_path} --save-interval 1 --exit-interval 1")
+    layouts = {
+        "one process": (1, ""),
+        "EP 2": (2, f"{DISTRIBUTED} --expert-model-parallel-size 2"),
+        "TP 2 x EP 2, expert TP 1": (2, f"{TP2_EP2} --expert-tensor-parallel-size 1"),
+        "TP 2 x EP 2, expert TP 2": (4, f"{TP2_EP2} --expert-tensor-parallel-size 2"),
+    }
+    measured = {}
+    for name, (ranks, layout) in layouts.items():
+        where = tmp_path / f"{len(measured)}.jsonl"
+        rounds = f"--norm-ratio-at-start --norm-ratio-batches 4 --norm-ratio-file {where}"
+        pretrain(text, flags, layout, rounds, f"--load {tmp_path} --no-load-optim --no-load-rng", ranks=ranks)
+        measured[name] = records(tmp_path, where.name)[0]
+    reference = measured.pop("one process")
+    for name, record in measured.items():
+        difference = record_difference(reference, record)
+        with capsys.disabled():
+            print(f"\n{name}: a round differs from one process's by {difference:.1e}")
+        assert (record["d"], record["d_padding"]) == (reference["d"], reference["d_padding"])
+        assert difference < 5e-6
+
+
+# ---- training does not notice ----
+
+MOE_UNDISTURBED = "experts with a balancing bias and auxiliary loss, EP 2"
+UNDISTURBED = {
+    "TP 2 x DP 2, sequence parallel, bf16, overlap": (
+        4,
+        f"--optimizer lion {DISTRIBUTED} --tensor-model-parallel-size 2 --sequence-parallel --bf16 "
+        "--overlap-grad-reduce --overlap-param-gather",
+    ),
+    "PP 2, fp32": (2, f"--optimizer lion {DISTRIBUTED} --pipeline-model-parallel-size 2"),
+    "TP 2 x DP 2, fp32, overlap": (
+        4,
+        f"--optimizer lion {DISTRIBUTED} --tensor-model-parallel-size 2 --overlap-grad-reduce --overlap-param-gather",
+    ),
+    "PP 2 interleaved, bf16, aligned overlap": (
+        4,
+        f"--optimizer lion {DISTRIBUTED} --bf16 --pipeline-model-parallel-size 2 --num-layers 4 "
+        "--num-layers-per-virtual-pipeline-stage 1 --overlap-grad-reduce --overlap-param-gather --micro-batch-size 1",
+    ),
+    "DP 2, not sharded, bf16": (2, "--optimizer lion --bf16"),
+    "DP 2, fp16 with a loss scale": (2, f"--optimizer lion {DISTRIBUTED} --fp16 --initial-loss-scale 1024"),
+    MOE_UNDISTURBED: (
+        2,
+        f"--optimizer lion {DISTRIBUTED} --num-experts 4 --expert-model-parallel-size 2 --disable-bias-linear "
+        "--moe-token-dispatcher-type allgather --moe-router-enable-expert-bias --moe-router-score-function sigmoid",
+    ),
+    "sgd, DP 2, bf16": (2, f"--optimizer sgd {DISTRIBUTED} --bf16"),
+    "adam, DP 2, fp32": (2, f"--optimizer adam {DISTRIBUTED}"),
+}
+# The rest goes to tests/full.sh.
+IN_CI = ("TP 2 x DP 2, sequence parallel, bf16, overlap", "PP 2, fp32", MOE_UNDISTURBED)
+STEPS, EVERY = 50, 10
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        pytest.param(*case, id=name, marks=[] if name in IN_CI else [pytest.mark.slow])
+        for name, case in UNDISTURBED.items()
+    ],
+)
+def test_a_run_with_rounds_equals_one_without_bit_for_bit_also_over_a_resume(
+    text: Path, tmp_path: Path, ranks: int, flags: str
+) -> None:
+    canonical = "--dist-ckpt-optim-fully-reshardable" if DISTRIBUTED in flags else ""
+    flags = f"{flags} {canonical} --lr-decay-iters {STEPS} --train-iters {STEPS} --save-interval {STEPS // 2}"
+    rounds = f"--norm-ratio-interval {EVERY} --norm-ratio-at-start --norm-ratio-batches 2"
+    with_rounds = f"{flags} {rounds} --save {tmp_path}/with --load {tmp_path}/with"
+    plain = pretrain(text, flags, f"--save {tmp_path}/without", ranks=ranks)
+    killed = pretrain(text, with_rounds, ranks=ranks, kill_at=STEPS // 2 + EVERY)
+    assert killed.returncode != 0
+    assert exactly(plain) | exactly(killed) == exactly(plain), "the losses of every step, as logged"
+    resumed = pretrain(text, with_rounds, ranks=ranks)
+    assert exactly(plain) | exactly(resumed, first=STEPS // 2 + 3) == exactly(plain)
+    assert_same_checkpoint(read_checkpoint(tmp_path / "without", STEPS), read_checkpoint(tmp_path / "with", STEPS))
+    rounds_left = records(tmp_path / "with")
+    assert [record["iteration"] for record in rounds_left] == list(range(0, STEPS + 1, EVERY))
+    assert all(record["nonfinite"] == 0 for record in rounds_left)
+
+
+def exactly(run: Run, first: int = 1) -> dict[int, float]:
+    """The losses that a run logged from iteration ``first`` on."""
+    return {iteration: loss for iteration, loss in run.log.loss.items() if iteration >= first}
+
+
+def test_a_round_that_is_measured_again_after_a_resume_gives_the_same_numbers(text: Path, tmp_path: Path) -> None:
+    """Batches follow the seed and the iteration, not where the training stream is."""
+    rounds = "--norm-ratio-interval 2 --norm-ratio-batches 3"
+    flags = f"--optimizer lion {HORIZON} --train-iters 4 --save-interval 2 {rounds}"
+    pretrain(text, flags, f"--save {tmp_path}")
+    first = records(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    run = pretrain(text, flags, f"--save {tmp_path} --load {tmp_path}")
+    assert any("1 lines of" in line and "moved to" in line for line in run.ours())
+    again = records(tmp_path)
+    for record in first + again:
+        del record["seconds"]
+    assert [record["iteration"] for record in again] == [2, 4]
+    assert again == first
+    assert again[0]["loss"] != again[1]["loss"]
+
+
+def test_rounds_are_in_tensorboard_under_their_names(text: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = f"--optimizer sgd {DISTRIBUTED} --train-iters 2 --norm-ratio-interval 1 --norm-ratio-batches 2"
+    pretrain(text, flags, f"--tensorboard-dir {tmp_path}", ranks=2)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name, key in METRICS.items():
+        assert [event.step for event in events.Scalars(name)] == [1, 2], name
+        values = [event.value for event in events.Scalars(name)]
+        assert values == pytest.approx([record[key] for record in records(tmp_path)], rel=1e-6)

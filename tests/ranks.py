@@ -1,0 +1,97 @@
+"""Ranks of a run, forked from a server that has imported Megatron once (``preloaded.py``).
+
+A rank is a process of its own with the environment that torchrun would give it; torch.distributed, Megatron and the
+script are the real ones. Only the start is another: no launcher, no imports. MEGATRON_LION_TESTS_TORCHRUN=1 starts
+every run with torchrun instead, as users do.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+POLL_SECONDS = 0.05
+
+
+class Ranks:
+    """Running ranks, whose output comes line by line. The first that fails ends the others, as under torchrun."""
+
+    def __init__(self, script: Path, arguments: list[str], count: int, environment: dict[str, str]) -> None:
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["preloaded"])
+        self._folder = tempfile.TemporaryDirectory()
+        self._output = Path(self._folder.name) / "output"
+        self._output.touch()
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count)}
+        self._processes: list[BaseProcess] = []
+        for rank in range(count):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count), **rendezvous}
+            what = (str(self._output), str(script), arguments, {**environment, **place}, os.getcwd())
+            self._processes.append(server.Process(target=_run, args=what))
+        for process in self._processes:
+            process.start()
+
+    def lines(self) -> Iterator[str]:
+        """Each line as it is written, until all ranks have ended."""
+        with self._output.open(errors="replace") as file:
+            partial = ""
+            while True:
+                alive = self._watch()
+                for text in file:
+                    partial += text
+                    if partial.endswith("\n"):
+                        yield partial
+                        partial = ""
+                if not alive:
+                    break
+                time.sleep(POLL_SECONDS)
+            if partial:
+                yield partial
+
+    def kill(self) -> None:
+        """SIGKILL every rank."""
+        for process in self._processes:
+            process.kill()
+
+    def wait(self) -> int:
+        """The exit status of the first rank that failed, else 0."""
+        for process in self._processes:
+            process.join()
+        self._folder.cleanup()
+        return next((code for process in self._processes if (code := process.exitcode)), 0)
+
+    def _watch(self) -> bool:
+        """Whether a rank is still running; kills the rest once one has failed."""
+        failed = any(process.exitcode for process in self._processes)
+        alive = [process for process in self._processes if process.is_alive()]
+        if failed and alive:
+            time.sleep(1.0)  # for the message of another rank
+            self.kill()
+        return bool(alive)
+
+
+def _run(output: str, script: str, arguments: list[str], environment: dict[str, str], folder: str) -> None:
+    """One rank's life: its output to the file, its environment, then the script."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
