@@ -1,7 +1,8 @@
 """The demo's two training runs: what launch/demo.sh does between the text and the figures.
 
 Lion is killed with SIGKILL in the middle and resumed from its last checkpoint; SGD runs through. Each run's output goes
-to OUTPUT/{lion,sgd}/log.txt. A run that is complete there is kept.
+to OUTPUT/{lion,sgd}/log.txt, the norm ratio that it measured on the way to norm_ratio.jsonl beside it. A run that is
+complete there is kept.
 """
 
 import argparse
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = 4
 MODEL = "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128"
 LAYOUT = "--tensor-model-parallel-size 2 --use-distributed-optimizer"
+ROUNDS = "--norm-ratio-interval 60 --norm-ratio-batches 20 --norm-ratio-at-start"
 BATCH = "--micro-batch-size 4 --global-batch-size 16 --lr-decay-style cosine --lr-warmup-iters 20 --num-workers 0"
 # What a CPU lacks: fused kernels and NCCL.
 CPU = (
@@ -54,9 +56,10 @@ def command(name: str, text: Path, folder: Path, iterations: int, save_interval:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)),
         *(
             str(ROOT / "launch" / "pretrain_gpt.py"),
-            *f"{MODEL} {LAYOUT} {BATCH} {CPU} {run} {OPTIMIZERS[name]}".split(),
+            *f"{MODEL} {LAYOUT} {BATCH} {CPU} {run} {ROUNDS} {OPTIMIZERS[name]}".split(),
         ),
         *(*data, "--save", str(checkpoints), "--load", str(checkpoints), "--save-interval", str(save_interval)),
+        *("--norm-ratio-file", str(folder / "norm_ratio.jsonl")),
     ]
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone, with no GPU: make the environment, prepare text that every machine has, pretrain a tiny GPT through
-# Megatron's own loop with Lion (killed and resumed once) and with SGD, and leave figures and a table in runs/demo/.
+# Megatron's own loop with Lion (killed and resumed once) and with SGD, measuring the norm ratio on the way, and leave
+# figures and a table in runs/demo/.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -18,3 +19,5 @@ say "training: a tiny GPT on 4 gloo ranks, TP 2 x DP 2, distributed optimizer"
 say "figures"
 "$PYTHON" "$ROOT/tools/compare_runs.py" --run "Lion=$OUTPUT/lion/log.txt" --run "SGD=$OUTPUT/sgd/log.txt" \
     --figure "$OUTPUT/loss.png" --table "$OUTPUT/table.md"
+"$PYTHON" "$ROOT/tools/norm_ratio_figure.py" --run "Lion=$OUTPUT/lion/norm_ratio.jsonl" \
+    --run "SGD=$OUTPUT/sgd/norm_ratio.jsonl" --figure "$OUTPUT/norm_ratio.png"

@@ -7,11 +7,7 @@ mode, dropout on: it is the gradient of the training loss. Routers' auxiliary lo
 the recorded loss. Training then goes on as if nothing had happened (:mod:`.undisturbed`).
 """
 
-import contextlib
 import functools
-import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +15,10 @@ from typing import Any
 import torch
 
 from megatron_lion.config import NormRatioConfig
-from megatron_lion.integration import compat, gradients, norm_ratio_arguments, round_data, summary
-from megatron_lion.integration.round_loss import BatchLoss
+from megatron_lion.integration import compat, norm_ratio_arguments, round_data, summary
+from megatron_lion.integration.round import Step, run_round
 from megatron_lion.integration.undisturbed import undisturbed
-from megatron_lion.stats import GradientRecord, GradientRound, round_prefixes
+from megatron_lion.stats import GradientRecord
 from megatron_lion.stats.writer import RecordFile
 
 # What of a record is drawn: its name in TensorBoard and Weights & Biases.
@@ -30,7 +26,6 @@ METRICS = {
     f"norm-ratio/{key}": key
     for key in ("ratio", "ratio_over_sqrt_d", "l1", "l2", "loss", "snr", "noise_scale", "kkt_residual", "linf_param")
 }
-HEARTBEAT_SECONDS = 30.0
 
 
 def install() -> None:
@@ -90,19 +85,6 @@ def install() -> None:
     compat.replace_everywhere(training, "post_training_step_callbacks", post_training_step_callbacks)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What Megatron's loop hands to a training step."""
-
-    forward_step_func: Callable[..., Any]
-    data_iterator: Any
-    model: list[Any]
-    optimizer: Any
-    config: Any
-    forward_backward_func: Callable[..., Any]
-    schedule_options: dict[str, Any]
-
-
 @dataclass
 class Rounds:
     """The rounds of one process's training: when each is due, and what it needs."""
@@ -146,75 +128,6 @@ class Rounds:
         report(record, config, iteration, tokens)
 
 
-def run_round(step: Step, datasets: list[Any], batches: int, iteration: int) -> tuple[GradientRecord, int]:
-    """Measure the mean gradient of ``batches`` global batches; returns the record and the number of tokens read.
-
-    Issues each batch's own collectives, then one all-reduce of all the round's scalars over all ranks.
-
-    Raises:
-        LionError: where not every parameter was counted exactly once, or a batch counted no token.
-    """
-    from megatron.core import parallel_state as mpu
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.training import get_args, get_tokenizer
-
-    args = get_args()
-    vocabulary = (get_tokenizer().vocab_size, args.padded_vocab_size)
-    shards = [shard for shard in gradients.local_shards(step.model, step.optimizer, vocabulary) if shard.counted]
-    measured = GradientRound(
-        [shard.as_counted() for shard in shards],
-        tags=gradients.tags(args.num_layers),
-        prefixes=round_prefixes(batches),
-    )
-    count = get_num_microbatches()
-    dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    samples = batches * count * args.micro_batch_size * dp_size
-    size = next((len(dataset) for dataset in datasets if dataset is not None), 1)
-    indices = round_data.micro_batches(
-        round_data.draw_indices(size, seed=args.seed, iteration=iteration, count=samples),
-        micro_batch_size=args.micro_batch_size,
-        data_parallel_rank=dp_rank,
-        data_parallel_size=dp_size,
-    )
-    iterator = round_data.iterators(datasets, step.data_iterator, indices, args)
-    scale = 1.0 / float(step.optimizer.get_loss_scale())
-    loss = BatchLoss(step.config, num_micro_batches=count)
-    forward_step = loss.recording(step.forward_step_func)
-    with loss.tokens_counted(), _progress(iteration, batches) as show:
-        for done in range(batches):
-            for chunk in step.model:
-                chunk.zero_grad_buffer()
-            step.forward_backward_func(
-                forward_step_func=forward_step,
-                data_iterator=iterator,
-                model=step.model,
-                num_microbatches=count,
-                seq_length=args.seq_length,
-                micro_batch_size=args.micro_batch_size,
-                decoder_seq_length=args.decoder_seq_length,
-                forward_only=False,
-                **step.schedule_options,
-            )
-            grads = [shard.gradient if scale == 1.0 else shard.gradient * scale for shard in shards]
-            share, weight = loss.take()
-            measured.add(grads, loss=share, weight=weight)
-            show(done + 1)
-    record = measured.finish(
-        _all_reduce,
-        rank=torch.distributed.get_rank(),
-        world=torch.distributed.get_world_size(),
-        expected=gradients.expected_elements(step.model),
-    )
-    return record, samples * args.seq_length
-
-
-def _all_reduce(vector: torch.Tensor) -> None:
-    """Sum a vector that lies on the CPU over all ranks, in place."""
-    on_device = vector.to(torch.cuda.current_device())
-    torch.distributed.all_reduce(on_device)
-    vector.copy_(on_device)
-
-
 def report(record: GradientRecord, config: NormRatioConfig, iteration: int, tokens: int) -> None:
     """Append the record to its file and say it on rank 0; write it to TensorBoard and Weights & Biases, if on."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
@@ -241,25 +154,3 @@ def line(record: GradientRecord, iteration: int) -> str:
         f"l1 {record.l1:.6g}, l2 {record.l2:.6g}, d {record.d}, loss {record.loss:.6f}, signal to noise {snr}, "
         f"{verdict} ({record.batches} batches, {record.seconds:.1f} s)"
     )
-
-
-@contextlib.contextmanager
-def _progress(iteration: int, batches: int) -> Iterator[Callable[[int], None]]:
-    """A function to call after each batch: a bar on a terminal, elsewhere a line every half a minute, on rank 0."""
-    start = last = time.monotonic()
-    bar = sys.stdout.isatty() and torch.distributed.get_rank() == 0
-
-    def show(done: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        left = (now - start) / done * (batches - done)
-        text = f"norm ratio at iteration {iteration}: {done} of {batches} batches, about {left:.0f} s left"
-        if bar:
-            print(f"\r[{'#' * (20 * done // batches):<20}] {text}   ", end="", flush=True)
-        elif now - last > HEARTBEAT_SECONDS and done < batches:
-            last = now
-            summary.say(text)
-
-    yield show
-    if bar:
-        print(flush=True)

@@ -21,17 +21,17 @@ class BatchLoss:
 
     Args:
         config: the model's.
-        num_micro_batches: of a batch, on each data-parallel rank.
     """
 
-    def __init__(self, config: Any, *, num_micro_batches: int) -> None:
+    def __init__(self, config: Any) -> None:
         from megatron.core import parallel_state as mpu
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
 
         self._config = config
         self._per_token = config.calculate_per_token_loss
         self._counts = mpu.get_tensor_model_parallel_rank() == 0  # the others have the same loss
         self._context_ranks = mpu.get_context_parallel_world_size()
-        self._parts = num_micro_batches * mpu.get_data_parallel_world_size(with_context_parallel=True)
+        self._parts = get_num_microbatches() * mpu.get_data_parallel_world_size(with_context_parallel=True)
         self._sum: float | Tensor = 0.0
         self._tokens = 0.0
 

@@ -29,6 +29,7 @@ import pretrain_gpt
 
 import megatron_lion
 from megatron_lion.integration import compat, gradients, norm_ratio, round_data
+from megatron_lion.integration.round import Step, all_reduce, run_round
 from megatron_lion.stats import GradientRound
 
 VOCABULARY = (1 << 30, 0)  # no padding
@@ -42,7 +43,7 @@ def integer_of(name: str, layer: int | None) -> int:
     return zlib.crc32(f"{name} {layer}".encode()) % 9 + 1
 
 
-def count(model: list[Any], optimizer: Any, all_reduce: Callable[[torch.Tensor], None]) -> list[float]:
+def count(model: list[Any], optimizer: Any, reduce: Callable[[torch.Tensor], None]) -> list[float]:
     """l1, l2 squared and d of the integers, as a round counts them."""
     from megatron.core import parallel_state as mpu
 
@@ -55,7 +56,7 @@ def count(model: list[Any], optimizer: Any, all_reduce: Callable[[torch.Tensor],
     measured = GradientRound([shard.as_counted() for shard in shards], tags=gradients.tags(99))
     measured.add([shard.gradient for shard in shards], loss=0.0)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    record = measured.finish(all_reduce, rank=rank, world=world)
+    record = measured.finish(reduce, rank=rank, world=world)
     return [record.l1, round(record.l2**2, 3), record.d]
 
 
@@ -81,7 +82,7 @@ def _without_tensor_parallel_sum(vector: torch.Tensor) -> None:
     """gpt-neox's noise scale: the sum over tensor-parallel ranks is forgotten."""
     from megatron.core import parallel_state as mpu
 
-    norm_ratio._all_reduce(vector)
+    all_reduce(vector)
     vector /= mpu.get_tensor_model_parallel_world_size()
 
 
@@ -89,7 +90,7 @@ def _divided_by_pipeline_size(vector: torch.Tensor) -> None:
     """gpt-neox's noise scale: the sum over pipeline stages is divided by their number."""
     from megatron.core import parallel_state as mpu
 
-    norm_ratio._all_reduce(vector)
+    all_reduce(vector)
     vector /= mpu.get_pipeline_model_parallel_world_size()
 
 
@@ -108,10 +109,10 @@ def count_with(defect: Callable[..., Any], model: list[Any], optimizer: Any) -> 
     if defect in (_without_tensor_parallel_sum, _divided_by_pipeline_size):
         return count(model, optimizer, defect)
     with mock.patch.object(gradients, "is_counted", defect):
-        return count(model, optimizer, norm_ratio._all_reduce)
+        return count(model, optimizer, all_reduce)
 
 
-def reference(step: norm_ratio.Step, dataset: Any, batches: int, iteration: int) -> dict[str, float]:
+def reference(step: Step, dataset: Any, batches: int, iteration: int) -> dict[str, float]:
     """Loss, l1, l2 and KKT residual of the round's samples by float64 autograd, one process, no DDP, no schedule."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import get_args
@@ -141,12 +142,12 @@ def reference(step: norm_ratio.Step, dataset: Any, batches: int, iteration: int)
     return {"loss": float(total), "l1": l1, "l2": l2, "kkt_residual": l1 + inner}
 
 
-def run_round_and_look(step: norm_ratio.Step, datasets: list[Any], batches: int, iteration: int) -> Any:
+def run_round_and_look(step: Step, datasets: list[Any], batches: int, iteration: int) -> Any:
     """In the place of :func:`norm_ratio.run_round`."""
-    record, tokens = STOCK_RUN_ROUND(step, datasets, batches, iteration)
+    record, tokens = run_round(step, datasets, batches, iteration)
     answer = {
         "record": json.loads(record.to_json()),
-        "counted": count(step.model, step.optimizer, norm_ratio._all_reduce),
+        "counted": count(step.model, step.optimizer, all_reduce),
         "with_defect": {name: count_with(defect, step.model, step.optimizer) for name, defect in DEFECTS.items()},
     }
     if torch.distributed.get_world_size() == 1 and "PROBE_REFERENCE" in os.environ:
@@ -154,9 +155,6 @@ def run_round_and_look(step: norm_ratio.Step, datasets: list[Any], batches: int,
     path = Path(os.environ["PROBE_OUTPUT"]) / f"rank{torch.distributed.get_rank()}.json"
     path.write_text(json.dumps(answer))
     return record, tokens
-
-
-STOCK_RUN_ROUND = norm_ratio.run_round
 
 
 @contextlib.contextmanager

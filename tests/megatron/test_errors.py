@@ -17,6 +17,7 @@ ERROR = "megatron-lion: error: "
 LION = "--optimizer lion --lr 1e-4"
 DISTRIBUTED = "--use-distributed-optimizer"
 RUN = "-m megatron_lion.run"
+ROUNDS = "--norm-ratio-interval 10"
 
 
 def python(*arguments: str, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -82,6 +83,18 @@ WRONG = {
     f"{LION} --lion-beta3 0.9": ("--lion-beta3", "--help"),
     f"{LION} --pipeline-model-parallel-size 3": ("PP 3", "multiple of 3 ranks", "1 were started", "--nproc-per-node 3"),
     f"{LION} --context-parallel-size 2": ("CP 2", "multiple of 2 ranks", "--context-parallel-size"),
+    f"{LION} --norm-ratio-interval -1": ("--norm-ratio-interval must be >= 0", "-1"),
+    f"{LION} --norm-ratio-interval 10 --norm-ratio-batches 0": ("--norm-ratio-batches must be >= 1", "got 0"),
+    f"{LION} --norm-ratio-batches 5": ("--norm-ratio-batches has no effect without --norm-ratio-interval",),
+    f"{LION} --norm-ratio-file x.jsonl": ("--norm-ratio-file has no effect without",),
+    f"{LION} --norm-ratio-interval ten": ("--norm-ratio-interval", "'ten'", "--help"),
+    f"--optimizer muon --lr 1e-4 {ROUNDS}": ("lion, sgd, adam, not with muon", "drop --norm-ratio-interval"),
+    f"{LION} {ROUNDS} --dataloader-type external": (
+        "--dataloader-type external cannot be honoured",
+        "single or cyclic",
+    ),
+    f"{LION} {ROUNDS} --cuda-graph-impl full_iteration": ("--cuda-graph-impl full_iteration cannot be honoured",),
+    f"--optimizer sgd --lr 1e-4 {ROUNDS} --mtp-num-layers 1": ("--mtp-num-layers cannot be honoured", "drop"),
 }
 WRONG |= {
     f"{LION} --{dest.replace('_', '-')}": (f"--{dest.replace('_', '-')} cannot be honoured", "lion", REFUSED[dest])

@@ -60,11 +60,11 @@ def test_files_that_are_not_of_rounds_are_refused_by_name(tmp_path: Path) -> Non
     with pytest.raises(LionError, match="holds no round"):
         read_records(path)
     path.write_text("iteration 1 | lm loss: 2.0\niteration 2 | lm loss: 1.9\n")
-    with pytest.raises(LionError, match="is no norm_ratio.jsonl: it has the line 'iteration 1"):
+    with pytest.raises(LionError, match=r"is no norm_ratio\.jsonl: it has the line 'iteration 1"):
         read_records(path)
 
 
 def test_a_file_that_cannot_be_written_is_an_error_before_training(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    with pytest.raises(LionError, match="--norm-ratio-file .* cannot be written"):
+    with pytest.raises(LionError, match=r"--norm-ratio-file .* cannot be written"):
         RecordFile(tmp_path / "taken" / "norm_ratio.jsonl").resume(0)
