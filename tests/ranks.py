@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
+
 POLL_SECONDS = 0.05
 
 
@@ -56,8 +58,11 @@ class Ranks:
                 yield partial
 
     def kill(self) -> None:
-        """SIGKILL every rank."""
+        """SIGKILL every rank, and the processes that it started itself, which would live on."""
         for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
             process.kill()
 
     def wait(self) -> int:
