@@ -4,6 +4,7 @@ Megatron as it is on a machine without a GPU, with nothing of this package regis
 """
 
 # ruff: noqa: F401
+import inspect
 import os
 
 from megatron_lion.integration import cpu_backend
@@ -22,4 +23,4 @@ import megatron_lion.integration.register
 import megatron_lion.lion
 
 # Each rank that saves a checkpoint starts a process that holds a queue. Spawned, it would import everything again.
-filesystem_async.get_write_results_queue.__defaults__ = ("fork",)
+inspect.unwrap(filesystem_async.get_write_results_queue).__defaults__ = ("fork",)
