@@ -7,16 +7,17 @@ Each round's place is taken by one that leaves, as ``rank<N>.json`` in the folde
 - ``record``: what the package's own round measured;
 - ``counted``: l1, l2 squared and d of known integers put into the gradient buffers, each parameter another;
 - ``with_defect``: the same with one known defect of other frameworks put into the counting at a time;
-- ``reference``, on one process: the record's numbers by float64 autograd on a copy of the model, over the same samples.
+- ``reference``, on one process and with PROBE_REFERENCE: the same numbers by float64 autograd over the same samples.
+
+PROBE_FREEZE names parameters that are frozen in the model, by a regular expression.
 """
 
-import contextlib
 import json
 import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -157,13 +158,23 @@ def run_round_and_look(step: Step, datasets: list[Any], batches: int, iteration:
     return record, tokens
 
 
-@contextlib.contextmanager
-def looking() -> Iterator[None]:
-    with mock.patch.object(norm_ratio, "run_round", run_round_and_look):
-        yield
+def freeze(pattern: str) -> None:
+    """Let every model be built with the parameters frozen in whose names ``pattern`` is found."""
+    from megatron.core.models.gpt import GPTModel
+
+    stock_init = GPTModel.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_init(self, *args, **kwargs)
+        for name, param in self.named_parameters():
+            param.requires_grad_(not re.search(pattern, name))
+
+    GPTModel.__init__ = init
 
 
 if __name__ == "__main__":
     megatron_lion.register()
-    with looking():
-        pretrain_gpt.main()
+    norm_ratio.run_round = run_round_and_look
+    if "PROBE_FREEZE" in os.environ:
+        freeze(os.environ["PROBE_FREEZE"])
+    pretrain_gpt.main()

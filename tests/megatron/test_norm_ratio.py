@@ -36,10 +36,10 @@ MOE = (
 TP2_EP2 = f"{DISTRIBUTED} --tensor-model-parallel-size 2 --expert-model-parallel-size 2 --sequence-parallel"
 
 
-def look(text: Path, *flags: str, ranks: int, reference: bool = False) -> list[dict[str, Any]]:
+def look(text: Path, *flags: str, ranks: int, **environment: str) -> list[dict[str, Any]]:
     """What the probe found at the round before the first step, on each rank."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"PROBE_OUTPUT": folder} | ({"PROBE_REFERENCE": "1"} if reference else {})
+        environment = {"PROBE_OUTPUT": folder, **environment}
         where = f"--norm-ratio-file {folder}/norm_ratio.jsonl"
         lines = (MODEL, BATCH, RATE, CPU, text_flags(text), ONE_ROUND, NO_DROPOUT, where, *flags)
         run = run_ranks(*lines, ranks=ranks, script=PROBE, environment=environment)
@@ -51,7 +51,7 @@ def look(text: Path, *flags: str, ranks: int, reference: bool = False) -> list[d
 def test_a_round_equals_float64_autograd_over_the_same_samples(
     text: Path, flags: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (answer,) = look(text, flags, ranks=1, reference=True)
+    (answer,) = look(text, flags, ranks=1, PROBE_REFERENCE="1")
     expected = answer["reference"]
     difference = {key: abs(answer["record"][key] / value - 1) for key, value in expected.items()}
     with capsys.disabled():
@@ -73,6 +73,12 @@ COUNTS = {
             "no tensor-parallel sum",
             "divided by the pipeline's size",
         ),
+    ),
+    "dense, DP 4, two instances of the distributed optimizer": (
+        "",
+        4,
+        f"{DISTRIBUTED} --num-distributed-optimizer-instances 2",
+        (),
     ),
     "experts, TP 2 x EP 2, expert TP 1": (
         MOE,
@@ -113,6 +119,16 @@ def test_each_parameter_is_counted_once_and_each_known_defect_is_noticed(
         assert answer["record"]["d"] == expected[2]
         wrong = {name: answer["with_defect"][name] for name in defects}
         assert all(counted != expected for counted in wrong.values()), wrong
+
+
+def test_frozen_parameters_are_left_out(text: Path, one_process: dict[str, dict[str, Any]]) -> None:
+    """Position embeddings: 32 positions of 64 numbers."""
+    answers = look(text, f"{DISTRIBUTED} --tensor-model-parallel-size 2", ranks=2, PROBE_FREEZE="position_embeddings")
+    everything = one_process[""]["record"]
+    for answer in answers:
+        record = answer["record"]
+        assert record["d"] == everything["d"] - 32 * 64
+        assert record["parts"]["kinds"]["embedding"]["d"] == everything["parts"]["kinds"]["embedding"]["d"] - 32 * 64
 
 
 # ---- experts: from one checkpoint, every layout the same number ----
