@@ -24,9 +24,10 @@ import pretrain_gpt
 
 import megatron_lion
 from megatron_lion.config import LionError
-from megatron_lion.integration import norm_ratio, summary
-from megatron_lion.integration.round import Step, forward_backward, own_iterator, run_round
-from megatron_lion.integration.undisturbed import undisturbed
+from megatron_lion.integration import summary
+from megatron_lion.integration.norm_ratio.round import Step, forward_backward, own_iterator, run_round
+from megatron_lion.integration.norm_ratio.rounds import Rounds
+from megatron_lion.integration.norm_ratio.undisturbed import undisturbed
 from megatron_lion.run import readable_errors
 
 PAIRS = int(os.environ.get("BENCHMARK_PAIRS", "12"))
@@ -55,7 +56,7 @@ def seconds(work: Callable[..., None], *args: Any) -> float:
     return time.perf_counter() - start
 
 
-def benchmark(rounds: norm_ratio.Rounds, batches: int) -> None:
+def benchmark(rounds: Rounds, batches: int) -> None:
     """Measure the pairs and print what came of them."""
     step = rounds.step
     assert step is not None
@@ -83,11 +84,11 @@ def main() -> None:
     if "--norm-ratio-batches" not in sys.argv:
         sys.argv += ["--norm-ratio-batches", "10"]
 
-    def measure(self: norm_ratio.Rounds, config: Any, iteration: int, *, stepped: bool) -> None:
+    def measure(self: Rounds, config: Any, iteration: int, *, stepped: bool) -> None:
         if iteration == 1:
             benchmark(self, config.batches)
 
-    norm_ratio.Rounds.measure = measure  # type: ignore[method-assign]
+    Rounds.measure = measure  # type: ignore[method-assign]
     megatron_lion.register()
     pretrain_gpt.main()
 

@@ -6,7 +6,8 @@ import os
 from typing import Any
 
 from megatron_lion.config import LANGUAGE_MODEL_BETAS, LionConfig, LionError, did_you_mean
-from megatron_lion.integration import checkpoints, compat, norm_ratio_arguments
+from megatron_lion.integration import checkpoints, compat
+from megatron_lion.integration.norm_ratio import arguments as norm_ratio
 
 BETA_FLAGS = dict(zip(("lion_beta1", "lion_beta2"), LANGUAGE_MODEL_BETAS, strict=True))
 
@@ -33,7 +34,7 @@ def install() -> None:
     def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = stock_add(parser)
         stock_betas.update(_adapt(parser))
-        norm_ratio_arguments.add(parser)
+        norm_ratio.add(parser)
         return parser
 
     @functools.wraps(stock_validate)
@@ -43,14 +44,14 @@ def install() -> None:
         _fill_betas(args, BETA_FLAGS if is_lion else stock_betas)
         if not is_lion:
             validated = stock_validate(args, defaults or {})
-            norm_ratio_arguments.check(args)
+            norm_ratio.check(args)
             return validated
         _check_lion(args)
         # Under its own name stock would turn --use-distributed-optimizer into a layer-wise optimizer (1671-1686); the
         # arguments are printed after the name is restored, so that the log tells the truth.
         with compat.substituted(args, optimizer="sgd"), compat.substituted(arguments, _print_args=lambda *_: None):
             validated = stock_validate(args, defaults or {})
-        norm_ratio_arguments.check(args)
+        norm_ratio.check(args)
         checkpoints.mark(args)
         arguments._print_args("arguments", args)
         return validated
@@ -60,7 +61,7 @@ def install() -> None:
     @functools.wraps(stock_validate_yaml)
     def validate_yaml(args: Any, *rest: Any, **kwargs: Any) -> Any:
         unchecked = "--optimizer lion" if getattr(args, "optimizer", None) == "lion" else None
-        if norm_ratio_arguments.config_from(args).is_on:
+        if norm_ratio.config_from(args).is_on:
             unchecked = unchecked or "--norm-ratio-interval"
         if unchecked:
             raise LionError(

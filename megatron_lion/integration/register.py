@@ -50,11 +50,12 @@ def register_training() -> None:
     if "training" in _done:
         return
     compat.require_seams(compat.TRAINING_SEAMS)
-    from megatron_lion.integration import arguments, checkpoints, norm_ratio
+    from megatron_lion.integration import arguments, checkpoints
+    from megatron_lion.integration.norm_ratio import rounds
 
     arguments.install()
     checkpoints.install()
-    norm_ratio.install()
+    rounds.install()
     compat.allow_wheel_without_makefile()
     if cpu_backend.wanted():
         cpu_backend.adapt_training()

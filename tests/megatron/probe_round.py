@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 import pretrain_gpt
 
 import megatron_lion
-from megatron_lion.integration import compat, gradients, norm_ratio, round_data
-from megatron_lion.integration.round import Step, all_reduce, run_round
+from megatron_lion.integration import compat, gradients
+from megatron_lion.integration.norm_ratio import data, rounds
+from megatron_lion.integration.norm_ratio.round import Step, all_reduce, run_round
 from megatron_lion.stats import GradientRound
 
 VOCABULARY = (1 << 30, 0)  # no padding
@@ -123,7 +124,7 @@ def reference(step: Step, dataset: Any, batches: int, iteration: int) -> dict[st
     stock = dict(model.named_parameters())
     double = {name: param.detach().double().requires_grad_() for name, param in stock.items()}
     samples = batches * get_num_microbatches() * args.micro_batch_size
-    indices = round_data.draw_indices(len(dataset), seed=args.seed, iteration=iteration, count=samples)
+    indices = data.draw_indices(len(dataset), seed=args.seed, iteration=iteration, count=samples)
     total = torch.zeros((), dtype=torch.float64)
     for index in indices.tolist():
         sample = {key: torch.as_tensor(value)[None] for key, value in dataset[index].items()}
@@ -144,7 +145,7 @@ def reference(step: Step, dataset: Any, batches: int, iteration: int) -> dict[st
 
 
 def run_round_and_look(step: Step, datasets: list[Any], batches: int, iteration: int) -> Any:
-    """In the place of :func:`norm_ratio.run_round`."""
+    """In the place of :func:`rounds.run_round`."""
     record, tokens = run_round(step, datasets, batches, iteration)
     answer = {
         "record": json.loads(record.to_json()),
@@ -174,7 +175,7 @@ def freeze(pattern: str) -> None:
 
 if __name__ == "__main__":
     megatron_lion.register()
-    norm_ratio.run_round = run_round_and_look
+    rounds.run_round = run_round_and_look
     if "PROBE_FREEZE" in os.environ:
         freeze(os.environ["PROBE_FREEZE"])
     pretrain_gpt.main()

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from megatron_lion.config import NormRatioConfig
-from megatron_lion.integration import compat, norm_ratio_arguments, round_data, summary
-from megatron_lion.integration.round import Step, run_round
-from megatron_lion.integration.undisturbed import undisturbed
+from megatron_lion.integration import compat, summary
+from megatron_lion.integration.norm_ratio import arguments, data
+from megatron_lion.integration.norm_ratio.round import Step, run_round
+from megatron_lion.integration.norm_ratio.undisturbed import undisturbed
 from megatron_lion.stats import GradientRecord
 from megatron_lion.stats.writer import RecordFile
 
@@ -56,7 +57,7 @@ def install() -> None:
         iteration: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        if norm_ratio_arguments.config_from(get_args()).is_on:
+        if arguments.config_from(get_args()).is_on:
             rounds.before_step(
                 Step(forward_step_func, data_iterator, model, optimizer, config, forward_backward_func, kwargs),
                 iteration or 0,
@@ -101,8 +102,8 @@ class Rounds:
         first, self.step = self.step is None, step
         if not first:
             return
-        round_data.check_datasets(self.datasets)
-        config = norm_ratio_arguments.config_from(get_args())
+        data.check_datasets(self.datasets)
+        config = arguments.config_from(get_args())
         file, is_new = RecordFile(Path(config.file)), [True]
         if torch.distributed.get_rank() == 0:
             if moved := file.resume(iteration):
@@ -116,7 +117,7 @@ class Rounds:
         """Measure if a round is due after ``iteration`` steps."""
         from megatron.training import get_args
 
-        config = norm_ratio_arguments.config_from(get_args())
+        config = arguments.config_from(get_args())
         if config.interval and iteration % config.interval == 0:
             self.measure(config, iteration, stepped=True)
 

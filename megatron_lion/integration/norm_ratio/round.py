@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from megatron_lion.integration import gradients, round_data, summary
-from megatron_lion.integration.round_loss import BatchLoss
+from megatron_lion.integration import gradients, summary
+from megatron_lion.integration.norm_ratio import data
+from megatron_lion.integration.norm_ratio.loss import BatchLoss
 from megatron_lion.stats import GradientRecord, GradientRound, round_prefixes
 
 HEARTBEAT_SECONDS = 30.0
@@ -83,13 +84,13 @@ def own_iterator(step: Step, datasets: list[Any], batches: int, iteration: int) 
     dp_size = mpu.get_data_parallel_world_size()
     samples = batches * get_num_microbatches() * args.micro_batch_size * dp_size
     size = next((len(dataset) for dataset in datasets if dataset is not None), 1)
-    indices = round_data.micro_batches(
-        round_data.draw_indices(size, seed=args.seed, iteration=iteration, count=samples),
+    indices = data.micro_batches(
+        data.draw_indices(size, seed=args.seed, iteration=iteration, count=samples),
         micro_batch_size=args.micro_batch_size,
         data_parallel_rank=mpu.get_data_parallel_rank(),
         data_parallel_size=dp_size,
     )
-    return round_data.iterators(datasets, step.data_iterator, indices, args), samples
+    return data.iterators(datasets, step.data_iterator, indices, args), samples
 
 
 def forward_backward(step: Step, forward_step: Callable[..., Any], iterator: Any) -> None:
