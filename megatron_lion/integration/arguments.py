@@ -42,9 +42,10 @@ def install() -> None:
         _require_ranks(args)
         is_lion = args.optimizer == "lion"
         _fill_betas(args, BETA_FLAGS if is_lion else stock_betas)
+        norm_ratio.check(args)
         if not is_lion:
             validated = stock_validate(args, defaults or {})
-            norm_ratio.check(args)
+            norm_ratio.check(args)  # again, as Megatron derives some settings from others
             return validated
         _check_lion(args)
         # Under its own name stock would turn --use-distributed-optimizer into a layer-wise optimizer (1671-1686); the

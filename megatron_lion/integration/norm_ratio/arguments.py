@@ -74,11 +74,7 @@ def config_from(args: Any) -> NormRatioConfig:
 
 
 def check(args: Any) -> None:
-    """Raise LionError where the flags ask for what cannot be measured, or for nothing.
-
-    Args:
-        args: as Megatron's own validation left them, which derives some settings from others.
-    """
+    """Raise LionError where the flags ask for what cannot be measured, or for nothing. May be called again."""
     config = config_from(args)
     if not config.is_on:
         given = [dest for dest in FLAGS if getattr(args, dest) not in (0, None, False)]
