@@ -5,8 +5,15 @@ import importlib
 
 import pytest
 
+MODULES = (
+    "megatron_lion.lion",
+    "megatron_lion.stats.full_gradient",
+    "megatron_lion.theory.bounds",
+    "megatron_lion.theory.records",
+)
 
-@pytest.mark.parametrize("module", ["megatron_lion.lion", "megatron_lion.stats.full_gradient"])
+
+@pytest.mark.parametrize("module", MODULES)
 def test_the_examples_in_docstrings_run(module: str) -> None:
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted > 0

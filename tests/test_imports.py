@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "kernels": {"kernels", "update", "precision", "torch", "triton"},
     "lion": {"kernels", "config", "torch"},
     "stats": {"stats", "config", "torch"},
-    "theory": {"torch"},
+    "theory": {"theory", "torch"},
     "integration": ALL_PURE | {"integration", "version", "megatron", "transformer_engine", "numpy"},
     "run": {"megatron_lion", "config", "integration"},
     "hook": {"megatron_lion", "config", "run", "integration"},
