@@ -6,6 +6,7 @@ alone; every error is a ValueError.
 """
 
 from megatron_lion.theory.bounds import (
+    COROLLARY_FACTOR,
     Bound,
     Constants,
     Hyperparameters,
@@ -32,6 +33,7 @@ from megatron_lion.theory.records import (
 )
 
 __all__ = [
+    "COROLLARY_FACTOR",
     "Bound",
     "Constants",
     "Hyperparameters",

@@ -252,7 +252,7 @@ def rate(problem: Problem, steps: int) -> float:
     return math.sqrt(problem.dimension) * scale / _fourth_root(steps)
 
 
-def kkt_residual(grad: Tensor, theta: Tensor, weight_decay: float, *, dim: int | None = None) -> Tensor:
+def kkt_residual(grad: Tensor, theta: Tensor, weight_decay: float | Tensor, *, dim: int | None = None) -> Tensor:
     """lambda <grad f(theta), theta> + ||grad f(theta)||_1 in float64.
 
     Non-negative in the box ||theta||_inf <= 1/lambda (Theorem 2, i), and 0 there exactly at the KKT points (Lemma 1).
@@ -260,7 +260,7 @@ def kkt_residual(grad: Tensor, theta: Tensor, weight_decay: float, *, dim: int |
     Args:
         grad: grad f(theta), any shape.
         theta: the same shape.
-        weight_decay: lambda.
+        weight_decay: lambda, or a tensor of them that broadcasts.
         dim: the dimension to sum over; None sums over all.
 
     Example:
