@@ -1,0 +1,76 @@
+"""The recipes' own line on the cpu cluster, for real: a few steps with each optimizer, a preemption, and a resume."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from recipe_cases import ROOT
+
+from megatron_lion.integration.training_log import TrainingLog, read_training_log
+
+# So that a run takes seconds; the models, the optimizers and the cluster stay as they are.
+SHRUNK = ["gpus-per-node=1", "eval-iters=1", "norm-ratio-batches=2"]
+
+
+def start(text: Path, run: Path, optimizer: str, *overrides: str) -> "subprocess.Popen[str]":
+    line = [
+        sys.executable,
+        str(ROOT / "launch" / "launch.py"),
+        "tiny_gpt",
+        optimizer,
+        "cpu",
+        f"data={text}",
+        f"run={run}",
+    ]
+    return subprocess.Popen(
+        [*line, *SHRUNK, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+
+
+def finish(process: "subprocess.Popen[str]", timeout: float = 240.0) -> str:
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["lion", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "sgd_no_momentum", "adam"))]
+)
+def test_the_recipe_runs_and_leaves_what_it_says(text: Path, tmp_path: Path, optimizer: str) -> None:
+    steps = ["train-iters=4", "eval-interval=4", "save-interval=4", "norm-ratio-interval=2"]
+    output = finish(start(text, tmp_path / "run", optimizer, *steps))
+    log = read_training_log(tmp_path / "run" / "log.txt")
+    assert sorted(log.loss) == [1, 2, 3, 4]
+    assert log.final.keys() == {"validation", "test"}
+    assert ("megatron-lion: lion on 28 of 28 parameters" in output) == (optimizer == "lion")
+    assert len((tmp_path / "run" / "norm_ratio.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "4"
+    assert {"recipe.json", "tensorboard"} < {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_preempted_run_saves_at_once_and_the_same_line_goes_on_to_its_end(text: Path, tmp_path: Path) -> None:
+    steps = ["train-iters=30", "eval-interval=30", "save-interval=1000", "norm-ratio-interval=0"]
+    process, log = start(text, tmp_path / "run", "lion", *steps), TrainingLog()
+    assert process.stdout is not None
+    for line in process.stdout:
+        if log.add_line(line) == 3:
+            process.send_signal(signal.SIGTERM)
+            break
+    for line in process.stdout:
+        log.add_line(line)
+    assert process.wait(timeout=120) != 0, "a run that was cut short must not look complete"
+    saved = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= saved < 30
+    assert max(log.loss) == saved
+
+    finish(start(text, tmp_path / "run", "lion", *steps))
+    whole = read_training_log(tmp_path / "run" / "log.txt")
+    assert sorted(whole.loss) == list(range(1, 31))
+    assert "test" in whole.final

@@ -1,0 +1,269 @@
+"""Recipes as files and as command lines: golden lines, the paper's values, what is refused before anything starts."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from recipe_cases import CASES, GOLDEN, ROOT, commands, estimates, golden_lines, launch, recipe, recipe_checks, recipes
+
+from megatron_lion.config import LionError
+
+LAUNCH = ROOT / "launch" / "launch.py"
+
+
+def test_every_combination_gives_its_golden_command_line() -> None:
+    expected = GOLDEN.read_text().splitlines()
+    assert len(CASES) == len(expected) == 6 * 4 * 4
+    for line, found in zip(expected, golden_lines(), strict=True):
+        assert found == line
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("gpt2_small lion", {"lr": 1e-5, "lion-beta1": 0.9, "lion-beta2": 0.95}),
+        ("gpt2_medium sgd", {"lr": 1e-4, "num-layers": 24, "hidden-size": 1024, "num-attention-heads": 16}),
+        ("bert_small lion", {"num-layers": 4, "hidden-size": 512, "num-attention-heads": 8}),
+        ("bert_base sgd_no_momentum", {"sgd-momentum": 0.0, "num-layers": 12, "hidden-size": 768}),
+    ],
+)
+def test_the_papers_runs_have_the_papers_values(case: str, expected: dict[str, float]) -> None:
+    found = recipe(*case.split(), "a100x16")
+    assert {key: found[key] for key in expected} == expected
+    assert (found["global-batch-size"], found["train-iters"], found.ranks) == (640, 50_000, 16)
+    assert (found["norm-ratio-batches"], found["save-interval"], found["eval-interval"]) == (100, 10_000, 10_000)
+    assert found["min-lr"] < found["lr"]
+    assert found["min-lr"] < 1e-5 or found["optimizer"] != "lion"
+
+
+def test_every_value_of_the_papers_recipes_names_its_source() -> None:
+    files = [path for kind in ("models", "optimizers") for path in (recipes.CONFIGS / kind).glob("*.yaml")]
+    for path in files:
+        if path.stem.startswith("tiny"):
+            assert "ours" in path.read_text().splitlines()[0] or "ours" in path.read_text().splitlines()[1]
+            continue
+        for line in path.read_text().splitlines():
+            is_value = re.match(r" *[a-z0-9-]+: +[^ ]", line) and "{data}" not in line
+            names_what_it_is = line.startswith(("script:", "optimizer:")) or "its file" in line
+            assert not is_value or names_what_it_is or re.search(r"# .*\[(P|M|G|B|S|ours)\]", line), (
+                f"{path.name}: {line}"
+            )
+
+
+# ---- what is refused: command line, and words that the message must hold ----
+
+BROKEN = {
+    "tiny_gtp lion cpu": ("'tiny_gtp' is no model", "did you mean 'tiny_gpt'?", "gpt2_small"),
+    "tiny_gpt lino cpu": ("'lino' is no optimizer", "did you mean 'lion'?", "sgd_no_momentum"),
+    "tiny_gpt lion gpu": ("'gpu' is no cluster", "one_gpu"),
+    "tiny_gpt lion mine.yaml": ("mine.yaml does not exist",),
+    "tiny_gpt lion cpu hiden-size=64": ("'hiden-size' on the command line", "did you mean 'hidden-size'?", "after --"),
+    "tiny_gpt lion cpu lr": ("'lr' is not key=value",),
+    "tiny_gpt lion cpu num-layers=two": ("num-layers", "must be a whole number", "'two'"),
+    "tiny_gpt lion cpu num-layers=2.5": ("num-layers", "must be a whole number", "2.5"),
+    "tiny_gpt lion cpu lr=fast": ("lr", "must be a number", "'fast'"),
+    "tiny_gpt lion cpu bf16=1": ("bf16", "must be true or false", "got '1'"),
+    "tiny_gpt lion cpu train-iters=0": ("train-iters must be above 0",),
+    "tiny_gpt lion cpu lr=-1": ("lr must be a finite number >= 0", "-1"),
+    "tiny_gpt lion cpu lr=nan": ("lr must be a finite number", "nan"),
+    "tiny_gpt lion cpu lion-beta2=1": ("--lion-beta2 must lie in [0, 1)", "got 1"),
+    "tiny_gpt sgd cpu sgd-momentum=1": ("sgd-momentum must lie in [0, 1)", "got 1"),
+    "tiny_gpt lion cpu hidden-dropout=1.5": ("hidden-dropout must lie in [0, 1)",),
+    "tiny_gpt lion cpu optimizer=lamb": ("optimizer 'lamb' is unknown", "adam, lion, sgd"),
+    "tiny_gpt lion cpu lr-decay-style=cosin": ("lr-decay-style", "did you mean 'cosine'?"),
+    "tiny_gpt lion cpu min-lr=1": ("min-lr 1 lies above lr 0.001", "lower min-lr"),
+    "tiny_gpt lion cpu lr-warmup-iters=300": ("lr-warmup-iters 300", "lr-decay-iters 300"),
+    "tiny_gpt lion cpu num-attention-heads=3": ("hidden-size 128", "num-attention-heads 3", "1, 2, 4, 8, 16"),
+    "gpt2_small lion h100x8 tensor-model-parallel-size=8": ("num-attention-heads 12", "size 8", "1, 2, 3, 4, 6, 12"),
+    "gpt2_small lion h100x8 pipeline-model-parallel-size=8": ("num-layers 12", "pipeline-model-parallel-size 8"),
+    "tiny_gpt lion cpu seq-length=256": ("seq-length 256 is above max-position-embeddings 128",),
+    "gpt2_small lion h100x8 tensor-model-parallel-size=3": ("TP 3 x PP 1 x CP 1", "a multiple of 3 GPUs", "are 8"),
+    "gpt2_medium lion a100x16 tensor-model-parallel-size=16": ("size 16 reaches over the gpus-per-node 8", "pipeline"),
+    "gpt2_small lion a100x16 global-batch-size=600": ("global-batch-size 600", "8 x 16", "512 or 640"),
+    "gpt2_small lion a100x16 sequence-parallel=true": ("sequence-parallel needs tensor-model-parallel-size above 1",),
+    "gpt2_small lion a100x16 fp16=true": ("bf16 and fp16 are both true",),
+    "tiny_gpt lion cpu distributed-backend=nccl": ("device cpu with distributed-backend nccl", "backend=gloo"),
+    "tiny_gpt lion cpu transformer-impl=transformer_engine": ("needs a GPU", "transformer-impl=local"),
+    "gpt2_small lion one_gpu gpu-memory-gib=4": ("more than gpu-memory-gib 4", "lower micro-batch-size"),
+    "gpt2_small lion one_gpu gpu-memory-gib=1": ("more than gpu-memory-gib 1", "TP"),
+    "tiny_gpt lion cpu run={home}/x": ("run: '{home}/x' names {home}", "{data} and {run}"),
+    "tiny_gpt lion cpu norm-ratio-interval=-1": ("norm-ratio-interval must be >= 0",),
+}
+
+
+@pytest.mark.parametrize("line", BROKEN, ids=str)
+def test_a_broken_recipe_is_refused_with_the_key_and_the_fix(line: str) -> None:
+    with pytest.raises(LionError) as error:
+        recipe_checks.check(recipes.resolve(*line.split()[:3], line.split()[3:]))
+    assert [word for word in BROKEN[line] if word not in str(error.value)] == [], str(error.value)
+
+
+def test_files_that_are_not_there_are_named_by_their_keys(tmp_path: Path) -> None:
+    found = recipe("tiny_gpt", "lion", "cpu", f"data={tmp_path}")
+    (tmp_path / "valid_text_document.bin").touch()
+    with pytest.raises(
+        LionError, match=r"train-data-path: .*\.bin and \.idx; valid-data-path: .*document\.idx;.*data="
+    ) as e:
+        recipe_checks.check_files(found)
+    assert f"tokenizer-model: {tmp_path}/tokenizer.model" in str(e.value)
+    assert "tools/demo_text.py" in str(e.value)
+
+
+def test_a_key_in_two_files_and_a_file_that_is_no_table_are_refused(tmp_path: Path) -> None:
+    twice, text, cut = tmp_path / "twice.yaml", tmp_path / "text.yaml", tmp_path / "cut.yaml"
+    twice.write_text("optimizer: lion\nhidden-size: 3\n")
+    text.write_text("lion\n")
+    cut.write_text("lr: {1\n")
+    for path, words in ((twice, "hidden-size stands in"), (text, "must hold one table"), (cut, "cannot be read")):
+        with pytest.raises(LionError, match=words):
+            recipes.resolve("tiny_gpt", str(path), "cpu", [])
+
+
+def test_a_recipe_without_a_needed_key_says_which(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("optimizer: lion\n")
+    with pytest.raises(LionError, match=r"sets no lr, weight-decay: add it to a file, or as lr="):
+        recipe_checks.check(recipes.resolve("gpt2_small", str(own), "cpu", []))
+
+
+def test_overrides_win_over_the_models_own_values_and_those_over_the_optimizers() -> None:
+    assert recipe("gpt2_small", "adam", "a100x16")["lr"] == 1.5e-4
+    assert recipe("tiny_gpt", "lion", "cpu")["weight-decay"] == 0.1
+    assert recipe("tiny_gpt", "lion", "cpu", "weight-decay=0.3", "lr=2e-3")["lr"] == 2e-3
+
+
+# ---- estimates ----
+
+
+def test_parameter_counts_are_those_of_the_models() -> None:
+    """GPT-2 with its 50,257 rows padded to 50,304; BERT-Base's 109.48M without the head and with 30,522 rows."""
+    assert estimates.total_parameters(recipe("gpt2_small", "lion", "a100x16")) == 124_439_808 + 47 * 768
+    assert estimates.total_parameters(recipe("gpt2_medium", "lion", "a100x16")) == 354_823_168 + 47 * 1024
+    for model in ("gpt2_small", "bert_base"):
+        whole = estimates.parameters(recipe(model, "lion", "h100x8"))
+        split = recipe(model, "lion", "h100x8", "pipeline-model-parallel-size=2")
+        tied = estimates.padded_vocabulary(split) * split["hidden-size"]
+        assert sum(estimates.parameters(split)) == sum(whole) + tied
+        assert estimates.total_parameters(split) == sum(whole)
+
+
+def test_state_bytes_follow_optimizer_precision_and_sharding() -> None:
+    count = 124_475_904
+    for optimizer, moments in (("lion", 1), ("sgd", 1), ("sgd_no_momentum", 0), ("adam", 2)):
+        needed = estimates.memory(recipe("gpt2_small", optimizer, "a100x16"))
+        assert (needed.weights, needed.gradients) == (2 * count, 4 * count)
+        assert needed.state == pytest.approx(4 * (1 + moments) * count / 16, abs=32)
+        alone = estimates.memory(recipe("gpt2_small", optimizer, "a100x16", "use-distributed-optimizer=false"))
+        assert alone.state == 4 * (1 + moments) * count
+        fp32 = estimates.memory(recipe("gpt2_small", optimizer, "a100x16", "bf16=false"))
+        assert (fp32.weights, fp32.state) == (4 * count, pytest.approx(4 * moments * count / 16, abs=32))
+    off = estimates.memory(recipe("gpt2_small", "lion", "a100x16", "norm-ratio-interval=0"))
+    assert off.round_copy == 0 < needed.round_copy
+
+
+def test_bytes_on_the_wire_follow_the_layout() -> None:
+    alone = estimates.wire_bytes_per_step(recipe("gpt2_small", "lion", "one_gpu"))
+    assert set(alone.values()) == {0}
+    data = estimates.wire_bytes_per_step(recipe("gpt2_small", "lion", "a100x16"))
+    assert data["data parallel"] == pytest.approx(124_475_904 * 6 * 15 / 16, rel=1e-9)
+    mixed = recipe("gpt2_small", "lion", "h100x8", "tensor-model-parallel-size=2", "pipeline-model-parallel-size=2")
+    sent = estimates.wire_bytes_per_step(mixed)
+    block = 1024 * 8 * 768 * 2
+    assert sent["pipeline parallel"] == 2 * block * 40
+    assert sent["tensor parallel"] == 8 / 2 * block * 40 * 6  # 4 all-reduces x 2 passes x (t - 1) / t
+
+
+# ---- the command itself ----
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(LAUNCH), *arguments], capture_output=True, text=True, timeout=60, cwd=cwd
+    )
+
+
+def test_a_dry_run_says_what_it_needs_and_leaves_nothing(tmp_path: Path) -> None:
+    done = start("gpt2_small", "lion", "a100x16", "--dry-run", "seed=7", "--", "--log-params-norm", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "seed: 7",
+        "655,360 a step",
+        "50,000",
+        "124,475,904",
+        "of 40 GiB",
+        "5.23e+14",
+        "data parallel 0.65 GiB",
+    ):
+        assert words in done.stdout
+    assert "not on this machine:\n  train-data-path: data/openwebtext_train_text_document.bin and .idx" in done.stdout
+    assert done.stdout.rstrip().endswith("--log-params-norm")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    for arguments in (
+        ("tiny_gpt", "lion", "cpu", "lrr=1"),
+        ("tiny_gpt", "lion", "cpu"),
+        ("tiny_gpt", "lion", "cpu", "--slurm"),
+    ):
+        done = start(*arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.startswith("megatron-lion: error: ")
+        assert done.stderr.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_several_nodes_are_not_started_from_one(tmp_path: Path) -> None:
+    with pytest.raises(LionError, match=r"2 nodes cannot be started from here: use --slurm, or --print"):
+        launch.run_here(recipe("gpt2_small", "lion", "a100x16", f"run={tmp_path}/run"), [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_printed_lines_meet_at_the_address_given() -> None:
+    printed = commands.printed(recipe("gpt2_small", "lion", "a100x16", "master-address=node7", "master-port=1234"), [])
+    assert (
+        printed.count("--nnodes 2 --rdzv-backend c10d --rdzv-endpoint node7:1234 --rdzv-id gpt2_small-lion-a100x16")
+        == 2
+    )
+    assert [line for line in printed.splitlines() if line.startswith("#")] == ["# node 0 of 2", "# node 1 of 2"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Prepare the run's folder for a recipe with overrides."""
+
+    def prepare(*overrides: str) -> Path:
+        return launch.prepare_folder(recipe("tiny_gpt", "lion", "cpu", f"run={tmp_path}/run", *overrides), ["--x"])
+
+    return prepare
+
+
+def test_the_resolved_recipe_is_saved_with_versions_and_each_other_start_beside_it(saved: Callable[..., Path]) -> None:
+    folder = saved()
+    content = json.loads((folder / "recipe.json").read_text())
+    assert content["names"] == {"model": "tiny_gpt", "optimizer": "lion", "cluster": "cpu"}
+    assert content["settings"]["lr"] == 1e-3
+    assert content["extra"] == ["--x"]
+    assert content["command"].endswith("--x")
+    assert content["versions"]["megatron-core"]
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", content["versions"]["commit"])
+    saved()
+    assert [path.name for path in folder.iterdir()] == ["recipe.json"]
+    saved("log-interval=5")
+    assert sorted(path.name for path in folder.iterdir()) == ["recipe-2.json", "recipe.json"]
+
+
+def test_another_run_does_not_go_on_from_these_checkpoints(saved: Callable[..., Path]) -> None:
+    (saved() / "checkpoints").mkdir()
+    (saved() / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("100")
+    saved("log-interval=5")
+    for override, words in (
+        ("hidden-size=64", "hidden-size=128, not 64: give another folder as run=..., or hidden-size=128"),
+        ("lr=2e-3", "lr=0.001, not 0.002"),
+    ):
+        with pytest.raises(LionError, match=re.escape(words)):
+            saved(override)
