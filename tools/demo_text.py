@@ -16,7 +16,6 @@ import argparse
 import ast
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -33,10 +32,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
+from corpus.manifest import file_entry
+from corpus.splits import SPLITS, digest_number, split_of
+from corpus.tokenizers import TokenizerOptions
+from train_tokenizer import train_sentencepiece
+
+from megatron_lion.config import LionError
 
 FORMAT = 1  # raise it when the same options would give other files, so that folders of older versions are rebuilt
-SPLITS = ("train", "valid", "test")
+SHARES = (18, 1, 1)  # of train, valid and test
 PREFIX = "{}_text_document"  # less the folder, what --train-data-path and its kin take
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -44,10 +48,6 @@ TOKENIZER_TRAINING_MEGABYTES = 32.0  # more changes a small vocabulary little, a
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 SHORTEST_DOCSTRING = 40  # characters; shorter ones ("Return self.") say the same thing in a thousand places
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-
-
-class DemoTextError(Exception):
-    """Something the user can put right; the message is one line that names the value and the remedy."""
 
 
 def docstrings(source: bytes) -> list[str]:
@@ -67,38 +67,32 @@ def docstrings(source: bytes) -> list[str]:
 def python_documents(folder: Path) -> list[str]:
     """Return Python's help topics and the docstrings of the sources under `folder`, which are parsed, not imported.
 
-    Raises DemoTextError where one of them is absent, as in a Python that ships only compiled files.
+    Raises LionError where one of them is absent, as in a Python that ships only compiled files.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise DemoTextError(f"this Python has no help topics ({error}): give text with --text FILE") from error
+        raise LionError(f"this Python has no help topics ({error}): give text with --text FILE") from error
     names = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
     names = [name for name in names if not SKIPPED_FOLDERS.intersection(name.parts)]
     found = [text for name in names for text in docstrings((folder / name).read_bytes())]
     if not found:
-        raise DemoTextError(f"no Python sources under {folder}: give text with --text FILE")
+        raise LionError(f"no Python sources under {folder}: give text with --text FILE")
     cleaned_topics = [inspect.cleandoc(topics[name]) for name in sorted(topics)]
     return cleaned_topics + [text for text in found if len(text) >= SHORTEST_DOCSTRING]
 
 
 def read_text(path: Path) -> str:
-    """Return what the file holds; raises DemoTextError if it cannot be read or is not UTF-8."""
+    """Return what the file holds; raises LionError if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DemoTextError(f"--text {path}: {error}; give a readable UTF-8 text file") from error
+        raise LionError(f"--text {path}: {error}; give a readable UTF-8 text file") from error
 
 
 def paragraphs(text: str) -> list[str]:
     """Return the parts of `text` between blank lines, with their indentation."""
     return [part.strip("\n") for part in re.split(r"\n[^\S\n]*(?=\n)", text) if part.strip()]
-
-
-def digest_number(document: str, part: int) -> int:
-    """Return a number that depends on the text alone; part 0 and part 1 are independent of each other."""
-    digest = hashlib.sha256(document.encode("utf-8")).digest()
-    return int.from_bytes(digest[8 * part : 8 * part + 8], "big")
 
 
 def at_most(documents: list[str], megabytes: float) -> list[str]:
@@ -116,13 +110,12 @@ def split_documents(documents: Sequence[str]) -> dict[str, list[str]]:
     """Return about 90, 5 and 5 % as train, valid and test; a text's own hash decides, whatever stands around it."""
     splits: dict[str, list[str]] = {name: [] for name in SPLITS}
     for document in documents:
-        bucket = digest_number(document, 1) % 20
-        splits["valid" if bucket == 0 else "test" if bucket == 1 else "train"].append(document)
+        splits[split_of(document, SHARES)].append(document)
     return splits
 
 
 def select_documents(documents: list[str], max_megabytes: float | None) -> dict[str, list[str]]:
-    """Return the documents of each split, identical ones once; raises DemoTextError if a split would have none."""
+    """Return the documents of each split, identical ones once; raises LionError if a split would have none."""
     documents = list(dict.fromkeys(documents))
     limit, remedy = "", "give a hundred documents or more (a blank line ends a document)"
     if max_megabytes is not None:
@@ -131,55 +124,8 @@ def select_documents(documents: list[str], max_megabytes: float | None) -> dict[
     splits = split_documents(documents)
     if empty := [name for name in SPLITS if not splits[name]]:
         found = f"only {len(documents)} distinct documents{limit}"
-        raise DemoTextError(f"{found}, which leaves none for {' and '.join(empty)}: {remedy}")
+        raise LionError(f"{found}, which leaves none for {' and '.join(empty)}: {remedy}")
     return splits
-
-
-def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
-    """Return a SentencePiece model of exactly `vocab_size` pieces, the same bytes for the same documents.
-
-    Any text encodes, as bytes if need be, and decodes to itself (but U+2581, SentencePiece's sign for a space).
-    Raises DemoTextError if the documents cannot give a vocabulary of that size.
-    """
-    model = io.BytesIO()
-    sample = at_most(documents, TOKENIZER_TRAINING_MEGABYTES)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for document in sample for line in document.split("\n")),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",  # this and the next three keep line breaks, indentation, alignment
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 30,  # longer lines would be left out without a word
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise vocabulary_error(str(error), vocab_size) from error
-    return model.getvalue()
-
-
-def vocabulary_error(message: str, vocab_size: int) -> DemoTextError:
-    """Return what to tell the user about SentencePiece's refusal to train."""
-    if limit := re.search(r"set it to a value <= (\d+)", message):
-        problem, remedy = "too large for this text", f"use --vocab-size {limit[1]} or smaller, or give more text"
-    elif needed := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        problem, remedy = "too small for the characters of this text", f"use --vocab-size {needed[1]} or larger"
-    else:
-        problem, remedy = "refused by SentencePiece", " ".join(message.split())
-    return DemoTextError(f"--vocab-size {vocab_size} is {problem}: {remedy}")
-
-
-def megatron_tokenizer(model: Path) -> Any:
-    """Return Megatron's tokenizer for the model: what `--tokenizer-type SentencePieceTokenizer` builds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Megatron names the accelerators it misses; none is needed here
-        from megatron.core.tokenizers import MegatronTokenizer
-    return MegatronTokenizer.from_pretrained(tokenizer_path=str(model), metadata_path={"library": "sentencepiece"})
 
 
 def write_indexed_dataset(prefix: Path, documents: list[str], tokenizer: Any) -> int:
@@ -195,17 +141,12 @@ def write_indexed_dataset(prefix: Path, documents: list[str], tokenizer: Any) ->
     return sum(builder.sequence_lengths)
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """Return the manifest's entry for a file, by which its content is recognised."""
-    content = path.read_bytes()
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
 def build(staging: Path, splits: dict[str, list[str]], vocab_size: int) -> dict[str, Any]:
     """Write all files but the manifest into `staging`, and return the manifest's part about them."""
     model = staging / TOKENIZER
-    model.write_bytes(train_tokenizer(splits["train"], vocab_size))
-    tokenizer = megatron_tokenizer(model)
+    sample = at_most(splits["train"], TOKENIZER_TRAINING_MEGABYTES)
+    model.write_bytes(train_sentencepiece(sample, vocab_size))
+    tokenizer = TokenizerOptions(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model)).build()
     print(f"tokenizer: {tokenizer.vocab_size:,} pieces; token {tokenizer.eod} ends a document")
     summary = {}
     for name, documents in splits.items():
@@ -248,12 +189,12 @@ def prepare(
 ) -> dict[str, Any]:
     """Make the corpus under `output`, unless it is there already, and return its manifest.
 
-    Raises DemoTextError if an option or the text does not allow it; what `output` held before is then untouched.
+    Raises LionError if an option or the text does not allow it; what `output` held before is then untouched.
     """
     if not 0 < vocab_size < 2**31:
-        raise DemoTextError(f"--vocab-size {vocab_size} is not a possible number of pieces: give one like 2048")
+        raise LionError(f"--vocab-size {vocab_size} is not a possible number of pieces: give one like 2048")
     if max_megabytes is not None and not 0 < max_megabytes < math.inf:
-        raise DemoTextError(f"--max-megabytes {max_megabytes:g} is not above zero: give one like 2, or leave it out")
+        raise LionError(f"--max-megabytes {max_megabytes:g} is not above zero: give one like 2, or leave it out")
     texts = [read_text(path) for path in text]
     sources = [hashlib.sha256(content.encode("utf-8")).hexdigest() for content in texts]
     options = {"vocab_size": vocab_size, "max_megabytes": max_megabytes, "text_sha256": sources}
@@ -284,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     try:
         prepare(**vars(args))
-    except (DemoTextError, OSError) as error:
+    except (LionError, OSError) as error:
         where = f"--output {args.output}: " if isinstance(error, OSError) else ""
         print(f"demo_text.py: error: {where}{error}", file=sys.stderr)
         return 2

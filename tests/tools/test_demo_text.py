@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import train_tokenizer
+
+from megatron_lion.config import LionError
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "demo_text.py"
 VOCAB_SIZE = 400
@@ -260,10 +263,10 @@ def test_unusable_text_is_one_clear_line(
 
 @pytest.mark.parametrize(("vocab_size", "word"), [(10**6, "smaller"), (100, "larger")])
 def test_impossible_vocabulary_names_one_that_works(vocab_size: int, word: str, paragraphs: list[str]) -> None:
-    with pytest.raises(demo_text.DemoTextError, match=rf"--vocab-size {vocab_size} .*or {word}") as caught:
-        demo_text.train_tokenizer(paragraphs, vocab_size)
+    with pytest.raises(LionError, match=rf"--vocab-size {vocab_size} .*or {word}") as caught:
+        train_tokenizer.train_sentencepiece(paragraphs, vocab_size)
     advised = int(str(caught.value).split("use --vocab-size ")[1].split()[0])
-    model = demo_text.train_tokenizer(paragraphs, advised)
+    model = train_tokenizer.train_sentencepiece(paragraphs, advised)
     assert sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size() == advised
 
 

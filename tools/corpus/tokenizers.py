@@ -1,0 +1,132 @@
+"""The tokenizers that Megatron names, built by Megatron itself from flags that have Megatron's names."""
+
+import argparse
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.config import LionError, check_choice
+
+# The flags that each needs, in the order in which their files are hashed.
+REQUIRED = {
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "BertWordPieceLowerCase": ("vocab_file",),
+    "BertWordPieceCase": ("vocab_file",),
+    "SentencePieceTokenizer": ("tokenizer_model",),
+    "HuggingFaceTokenizer": ("tokenizer_model",),
+}
+# Of a Hugging Face folder, what decides how text becomes tokens.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """Which tokenizer, by Megatron's flags. Checked by :meth:`files`, built by :meth:`build`."""
+
+    tokenizer_type: str
+    tokenizer_model: str | None = None
+    vocab_file: str | None = None
+    merge_file: str | None = None
+
+    def files(self) -> list[Path]:
+        """The files that make the tokenizer. Raises LionError for an unknown type and for a missing file."""
+        check_choice("--tokenizer-type", self.tokenizer_type, REQUIRED)
+        found = []
+        for name in REQUIRED[self.tokenizer_type]:
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            if value is None:
+                raise LionError(
+                    f"{self.tokenizer_type} needs {flag}: give its path (tools/train_tokenizer.py makes one from your "
+                    "own text)"
+                )
+            path = Path(value)
+            if self.tokenizer_type == "HuggingFaceTokenizer" and path.is_dir():
+                found += [path / part for part in TOKENIZER_FILES if (path / part).is_file()]
+            elif path.is_file():
+                found.append(path)
+            else:
+                raise LionError(f"{flag} {value} does not exist: give the path of {self.tokenizer_type}'s file")
+        if not found:
+            raise LionError(f"--tokenizer-model {self.tokenizer_model} holds none of {', '.join(TOKENIZER_FILES)}")
+        return found
+
+    def sha256(self) -> str:
+        """A hash of the type and of the files' contents, whatever they are called and wherever they lie."""
+        digest = hashlib.sha256(self.tokenizer_type.encode())
+        for path in self.files():
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+    def build(self) -> Any:
+        """Return Megatron's tokenizer: what the same flags give in training.
+
+        One thing is set apart from the flags' defaults: the BERT tokenizers add no [CLS] and [SEP] of their own, which
+        Megatron's BERT dataset puts where it wants them (bert_dataset 133). Raises LionError where it cannot be built.
+        """
+        self.files()
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Megatron names the accelerators it misses; none is needed here
+            from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+            from megatron_lion.integration.tokenizers import use_local_vocabularies
+        use_local_vocabularies()
+        logging.getLogger("transformers").setLevel(logging.ERROR)  # "sequence longer than 1024" for each document
+        args = argparse.Namespace(
+            **vars(self),
+            tokenizer_hf_no_use_fast=False,
+            tokenizer_hf_no_include_special_tokens=self.tokenizer_type.startswith("Bert"),
+            tokenizer_sentencepiece_ignore_extra_whitespaces=True,
+            tokenizer_sentencepiece_legacy=False,
+            trust_remote_code=False,
+            special_tokens=None,
+            chat_template=None,
+            metadata_path=None,
+            pad_vocab_size=False,
+        )
+        try:
+            return build_tokenizer(args)
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            message = " ".join(str(error).split())
+            raise LionError(f"{self.tokenizer_type} cannot be built from {self.files()}: {message}") from error
+
+
+def tokenize_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of each text, as ``tokenizer.tokenize`` gives them, with one call into a fast tokenizer."""
+    inner = tokenizer._tokenizer
+    fast = getattr(getattr(inner, "tokenizer", None), "backend_tokenizer", None)
+    if fast is None:
+        return [tokenizer.tokenize(text) for text in texts]
+    encodings = fast.encode_batch_fast(list(texts), add_special_tokens=inner.include_special_tokens)
+    return [encoding.ids for encoding in encodings]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add Megatron's tokenizer flags."""
+    group = parser.add_argument_group("tokenizer (Megatron's own flags)")
+    group.add_argument("--tokenizer-type", metavar="TYPE", help=", ".join(REQUIRED))
+    group.add_argument(
+        "--tokenizer-model", metavar="PATH", help="SentencePiece model, or folder of a Hugging Face tokenizer"
+    )
+    group.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT-2's BPE, vocab.txt of BERT's WordPiece")
+    group.add_argument("--merge-file", metavar="FILE", help="merges.txt of GPT-2's BPE")
+
+
+def options_from(args: argparse.Namespace) -> TokenizerOptions:
+    """The tokenizer that the command line asks for. Raises LionError where it names none."""
+    if args.tokenizer_type is None:
+        raise LionError(f"--tokenizer-type is missing: one of {', '.join(REQUIRED)}")
+    names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
+    return TokenizerOptions(**{name: getattr(args, name) for name in names})

@@ -1,0 +1,304 @@
+#!/usr/bin/env python3
+"""Turn text into Megatron's indexed data set: OpenWebText or any other, on any number of cores, in bounded memory.
+
+    python tools/prepare_text.py --input openwebtext/*.jsonl.zst --output-prefix data/owt --workers 32 --append-eod \\
+        --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --split 998,1,1
+    python tools/prepare_text.py --input Skylion007/openwebtext ...            a data set of the hub, streamed
+    python tools/prepare_text.py --output-prefix data/owt --verify             what is there against its manifest
+
+It leaves, beside each other (as Megatron's preprocess_data.py names them),
+
+    PREFIX_text_document.{bin,idx}                       the tokens; with --split one pair for each of
+    PREFIX_{train,valid,test}_text_document.{bin,idx}    train, valid and test; _sentence with --split-sentences
+    PREFIX_manifest.json                                 sources, tokenizer, counts, checksums; written last
+
+Run again after a kill, the same command goes on: finished shards are kept (in PREFIX.shards until all is done), and the
+files are the same bytes whatever --workers was and however often it was killed.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from corpus import manifest, shards, sources, splits, tokenizers
+from corpus.progress import Progress
+
+from megatron_lion.config import LionError
+from megatron_lion.run import readable_errors
+
+FORMAT = 1  # raise it when the same request would give other files
+
+_tokenizer: Any = None  # one for each process: built before the workers are forked, so that they share its memory
+
+
+def output_name(prefix: Path, part: str, encoding: shards.Encoding) -> Path:
+    """Less the suffix, where a part of the corpus goes: what Megatron's --data-path takes."""
+    middle = "" if part == shards.WHOLE else f"_{part}"
+    level = "sentence" if encoding.split_sentences else "document"
+    return prefix.with_name(f"{prefix.name}{middle}_{encoding.key}_{level}")
+
+
+def request_of(found: list[sources.Source], encoding: shards.Encoding, args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the files' bytes, for a run that goes on to compare. Sources count by name and size."""
+    tokenizer = encoding.tokenizer
+    settings = {name: value for name, value in asdict(encoding).items() if name != "tokenizer"}
+    settings["split"] = list(encoding.split) if encoding.split else None
+    return {
+        "format": FORMAT,
+        "sources": [{"name": source.name, "bytes": source.total} for source in found],
+        "tokenizer_sha256": tokenizer.sha256(),
+        "shard_megabytes": args.shard_megabytes,
+        "text_documents": args.text_documents,
+        **settings,
+    }
+
+
+def begin(prefix: Path, request: dict[str, Any], outputs: list[Path]) -> Path | None:
+    """Return the folder of shards to begin or continue in, or None where the corpus is complete.
+
+    Raises LionError, with nothing touched, where files of another corpus are in the way.
+    """
+    if manifest.manifest_path(prefix).exists():
+        if manifest.read_manifest(prefix)["request"] == request:
+            return None
+        raise LionError(
+            f"{manifest.manifest_path(prefix)} belongs to a corpus made otherwise: give another --output-prefix"
+        )
+    folder = prefix.with_name(f"{prefix.name}.shards")
+    begun = folder / "request.json"
+    if begun.exists():
+        old = json.loads(begun.read_text(encoding="utf-8"))
+        changed = sorted(name for name in request.keys() | old.keys() if request.get(name) != old.get(name))
+        if changed:
+            raise LionError(
+                f"{folder} was begun with other {', '.join(changed)}: remove it, or give what was given then"
+            )
+        return folder
+    if there := [
+        path for output in outputs for suffix in (".bin", ".idx") if (path := Path(f"{output}{suffix}")).exists()
+    ]:
+        raise LionError(f"{there[0]} exists and is not this tool's: give another --output-prefix, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards.write_json(begun, request)
+    return folder
+
+
+def make_shard(shard: shards.Shard, folder: Path, encoding: shards.Encoding, strict: bool) -> dict[str, Any]:
+    """One task of a worker: the record of the shard's parts."""
+    return shards.write_shard(shard, folder, encoding, _tokenizer, strict)
+
+
+def end_with_parent() -> None:
+    """Let this worker end within a second of a killed parent; left alone it would wait for work for ever."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def records(
+    found: list[sources.Source], folder: Path, encoding: shards.Encoding, args: argparse.Namespace
+) -> Iterator[tuple[shards.Shard, dict[str, Any], bool]]:
+    """Yield each shard with its record, in the order of completion, and whether it was made now.
+
+    At most ``workers + 2`` shards are in memory. With one worker the shards are made in this process.
+    """
+    stream = shards.cut(found, int(args.shard_megabytes * 1e6))
+    if args.workers == 1:
+        for shard in stream:
+            record = shards.finished_record(folder, shard)
+            yield shard, record or make_shard(shard, folder, encoding, args.strict), record is None
+        return
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(args.workers, mp_context=context, initializer=end_with_parent) as pool:
+        pool.submit(os.getpid).result()  # forks every worker now, before a reader of parquet starts its threads
+        running: dict[Future[dict[str, Any]], shards.Shard] = {}
+        try:
+            for shard in stream:
+                if record := shards.finished_record(folder, shard):
+                    yield shard, record, False
+                    continue
+                running[pool.submit(make_shard, shard, folder, encoding, args.strict)] = shard
+                if len(running) > args.workers + 1:
+                    yield from _finished(running)
+            while running:
+                yield from _finished(running)
+        except BrokenProcessPool as error:
+            raise LionError("a worker was killed (out of memory?): run the same command again, it goes on") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _finished(running: "dict[Future[Any], shards.Shard]") -> Iterator[tuple[shards.Shard, dict[str, Any], bool]]:
+    """Wait for at least one shard, and take those that are done out of ``running``."""
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        shard = running.pop(future)
+        yield shard, future.result(), True
+
+
+def finish(
+    prefix: Path, folder: Path, request: dict[str, Any], encoding: shards.Encoding, made: dict[int, dict[str, Any]]
+) -> dict[str, Any]:
+    """Join the parts, move them into place, write the manifest last, and return it.
+
+    Raises LionError where a part has no document: Megatron cannot open an empty file.
+    """
+    in_order = [made[index] for index in sorted(made)]
+    counts = {
+        part: {
+            name: sum(record["counts"][part][name] for record in in_order)
+            for name in ("documents", "sequences", "tokens", "text_bytes")
+        }
+        for part in encoding.parts()
+    }
+    if empty := [part for part, count in counts.items() if not count["documents"]]:
+        raise LionError(f"there is no document for {' and '.join(empty)}: give more text, or another --split")
+    files: dict[str, Any] = {}
+    for part in encoding.parts():
+        output = output_name(prefix, part, encoding)
+        files |= shards.join([shards.part_prefix(folder, index, part) for index in sorted(made)], folder / output.name)
+    for name in files:
+        os.replace(folder / name, prefix.with_name(name))
+    bad: dict[str, int] = {}
+    for record in in_order:
+        for kind, count in record["bad"].items():
+            bad[kind] = bad.get(kind, 0) + count
+    tokenizer = encoding.tokenizer
+    content = {
+        "request": request,
+        "tokenizer": {
+            "type": tokenizer.tokenizer_type,
+            "files": [path.name for path in tokenizer.files()],
+            "sha256": tokenizer.sha256(),
+            "vocab_size": _tokenizer.vocab_size,
+            "eod": _tokenizer.eod,
+        },
+        "counts": counts,
+        "skipped": bad,
+        "files": files,
+    }
+    shards.write_json(manifest.manifest_path(prefix), content)
+    shutil.rmtree(folder)
+    return content
+
+
+def prepare(args: argparse.Namespace) -> dict[str, Any]:
+    """Make the corpus that the command line asks for, unless it is there, and return its manifest."""
+    encoding = shards.Encoding(
+        tokenizer=tokenizers.options_from(args),
+        key=args.json_keys,
+        append_eod=args.append_eod,
+        split_sentences=args.split_sentences,
+        keep_newlines=args.keep_newlines,
+        split=splits.parse_split(args.split) if args.split else None,
+    )
+    if args.workers < 1 or not args.shard_megabytes > 0:
+        raise LionError(f"--workers {args.workers} and --shard-megabytes {args.shard_megabytes:g} must be above zero")
+    prefix = Path(args.output_prefix)
+    found = sources.find_sources(
+        args.input, key=encoding.key, documents=args.text_documents, dataset_split=args.dataset_split
+    )
+    request = request_of(found, encoding, args)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    folder = begin(prefix, request, [output_name(prefix, part, encoding) for part in encoding.parts()])
+    if folder is None:
+        print(f"complete already: {manifest.manifest_path(prefix)}")
+        return manifest.read_manifest(prefix)
+    global _tokenizer
+    _tokenizer = encoding.tokenizer.build()
+    if encoding.append_eod and (_tokenizer.eod is None or _tokenizer.eod < 0):
+        raise LionError(f"--append-eod: {encoding.tokenizer.tokenizer_type} has no end-of-document token here")
+    progress = Progress(sum(source.total for source in found))
+    made: dict[int, dict[str, Any]] = {}
+    for shard, record, made_now in records(found, folder, encoding, args):
+        progress.add(shard, record, made_now)
+        made[shard.index] = record
+    if not made:
+        raise LionError(f"--input {' '.join(args.input)} holds no text")
+    for where in [line for index in sorted(made) for line in made[index]["first_bad"]][: shards.FIRST_BAD]:
+        print(f"  skipped {where}")
+    content = finish(prefix, folder, request, encoding, made)
+    kept = f"; {progress.kept} finished shards kept" if progress.kept else ""
+    print(f"{progress.line()}{kept}")
+    report(content)
+    return content
+
+
+def report(content: dict[str, Any]) -> None:
+    """Print what a corpus holds."""
+    for part, count in content["counts"].items():
+        text = "{documents:,} documents, {sequences:,} sequences, {tokens:,} tokens, {text_bytes:,} bytes of text"
+        print(f"{part:>6}: {text.format(**count)}")
+    if content["skipped"]:
+        print("skipped: " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(content["skipped"].items())))
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Compare the files with the manifest, and the tokenizer where one is given; 0 where all is well, else 1."""
+    tokenizer = tokenizers.options_from(args) if args.tokenizer_type else None
+    found = manifest.problems(Path(args.output_prefix), tokenizer)
+    for problem in found:
+        print(f"problem: {problem}", file=sys.stderr)
+    if not found:
+        report(manifest.read_manifest(Path(args.output_prefix)))
+        print("as the manifest says" + ("" if tokenizer is None else ", tokenizer included"))
+    return 1 if found else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; --input and --tokenizer-type may only be left out with --verify."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="files (jsonl, txt, parquet; .gz, .zst), folders, data sets",
+    )
+    add("--output-prefix", required=True, metavar="PREFIX", help="path and first part of the names of what is written")
+    add("--append-eod", action="store_true", help="end each document with the tokenizer's end-of-document token")
+    add("--split-sentences", action="store_true", help="a sequence for each sentence, as BERT needs")
+    add("--keep-newlines", action="store_true", help="keep line breaks inside sentences")
+    add("--split", metavar="N,N,N", help="shares of train, valid and test, by each document's hash (default: no split)")
+    add(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that tokenize (default: cores)"
+    )
+    add("--shard-megabytes", type=float, default=16.0, metavar="N", help="text in a shard, the unit of resuming (16)")
+    add("--strict", action="store_true", help="stop at the first bad line instead of skipping and counting")
+    add("--verify", action="store_true", help="compare what is at --output-prefix with its manifest, and write nothing")
+    sources.add_arguments(parser)
+    tokenizers.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    if not args.verify and not args.input:
+        parser.error("--input is missing: give files, folders or data sets (or --verify)")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = parse(arguments)
+    if args.verify:
+        return verify(args)
+    prepare(args)
+    return 0
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        sys.exit(main())
