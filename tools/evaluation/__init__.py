@@ -1,0 +1,1 @@
+"""What the tools that read trained checkpoints share: finding and reading them, windows, scores."""

@@ -1,0 +1,83 @@
+"""Read what Megatron's ``torch_dist`` checkpoints say of themselves, without building a model."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.config import LionError
+
+ITERATION_FOLDER = re.compile(r"iter_(\d+)")
+
+
+def find_steps(folder: Path, steps: str) -> list[int]:
+    """Return the iterations to look at: ``steps`` is "all", "latest", or numbers such as 10000,20000.
+
+    Raises LionError where the folder has no checkpoint, or not the ones asked for. A checkpoint whose writing was cut
+    short has no metadata.json, which Megatron writes last, and does not count.
+    """
+    found = sorted(
+        int(match[1])
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := ITERATION_FOLDER.fullmatch(path.name)) and (path / "metadata.json").is_file()
+    )
+    if not found:
+        raise LionError(f"--checkpoints {folder} holds no complete torch_dist checkpoint (a folder iter_<N> for each)")
+    if steps in ("all", "latest"):
+        return found if steps == "all" else found[-1:]
+    try:
+        wanted = [int(part) for part in steps.split(",")]
+    except ValueError:
+        raise LionError(f"--steps {steps} is neither all, latest, nor numbers such as 10000,20000") from None
+    if missing := sorted(set(wanted) - set(found)):
+        raise LionError(f"--steps {missing[0]} is not in {folder}, which has {', '.join(map(str, found))}")
+    return wanted
+
+
+def iteration_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of one iteration is."""
+    return folder / f"iter_{step:07d}"
+
+
+def read_args(checkpoint: Path) -> Any:
+    """Return the command line of the run that wrote the checkpoint, as Megatron saved it. Reads no weights."""
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    try:
+        common = load_common_state_dict(str(checkpoint))
+    except Exception as error:  # damage shows itself as almost anything here
+        raise LionError(f"{checkpoint} cannot be read as a torch_dist checkpoint: {error}") from error
+    if "args" not in common:
+        raise LionError(f"{checkpoint} does not say how its model is built (no arguments in it)")
+    return common["args"]
+
+
+def tensor_sizes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Return the size of every tensor in the checkpoint, optimizer state included, by its key."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    metadata = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    return {key: tuple(entry.size) for key, entry in metadata.items() if hasattr(entry, "size")}
+
+
+def require_gpt(checkpoint: Path) -> None:
+    """Raise LionError where the checkpoint holds another architecture than a GPT."""
+    sizes = tensor_sizes(checkpoint)
+    if "embedding.word_embeddings.weight" not in sizes or "decoder.final_layernorm.weight" not in sizes:
+        what = "BERT" if "encoder.final_layernorm.weight" in sizes else "another architecture"
+        raise LionError(f"{checkpoint} holds {what}, not a GPT: this tool needs a GPT's checkpoint")
+
+
+def read_tensors(checkpoint: Path, keys: list[str]) -> dict[str, Any]:
+    """Return whole tensors of a checkpoint by key, whatever layout wrote them; needs no ranks.
+
+    Raises LionError naming a key that is not there.
+    """
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    metadata = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    if missing := [key for key in keys if key not in metadata]:
+        raise LionError(f"{checkpoint} has no {missing[0]}: is it a GPT of Megatron-Core?")
+    state = {key: torch.empty(metadata[key].size, dtype=metadata[key].properties.dtype) for key in keys}
+    load(state, storage_reader=FileSystemReader(str(checkpoint)), no_dist=True)
+    return state

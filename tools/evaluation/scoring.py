@@ -1,0 +1,185 @@
+"""Score windows with a GPT that Megatron builds and loads, at any tensor x pipeline x data parallel size."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaluation.windows import Window
+from megatron_lion.config import LionError
+
+# What else decides the function a model computes, beside what Megatron's own load_args_from_checkpoint takes over.
+FUNCTION_ARGS = (
+    "layernorm_epsilon",
+    "layernorm_zero_centered_gamma",
+    "apply_residual_connection_post_layernorm",
+    "softmax_type",
+    "bias_gelu_fusion",  # on: GELU by its tanh formula; off: by the error function
+    "openai_gelu",
+    "quick_geglu",
+    "qk_layernorm",
+    "qk_l2_norm",
+    "window_size",
+    "window_attn_skip_freq",
+    "no_rope_freq",
+    "glu_linear_offset",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
+)
+TOKENIZER_ARGS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
+
+
+def megatron_args(argv: list[str], checkpoints: Path, step: int, saved: Any) -> Any:
+    """Parse Megatron's flags, complete them with the model's own and the tokenizer's, and make them Megatron's.
+
+    Everything about the model comes from the checkpoint; ``argv`` brings the layout, the precision and the machine, and
+    may bring another place of the tokenizer's files. Raises LionError where the vocabulary cannot be cut into the
+    tensor-parallel size.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+    from megatron.training.global_vars import set_global_variables
+
+    sys.argv[1:] = [*argv, "--load", str(checkpoints), "--ckpt-step", str(step), "--no-load-optim", "--no-load-rng"]
+    args = parse_args()
+    args.exit_on_missing_checkpoint = True
+    load_args_from_checkpoint(args)
+    for name in FUNCTION_ARGS:
+        if hasattr(saved, name):
+            setattr(args, name, getattr(saved, name))
+    if args.tokenizer_type is None:
+        for name in TOKENIZER_ARGS:
+            setattr(args, name, getattr(saved, name, None))
+    if args.padded_vocab_size % args.tensor_model_parallel_size:
+        raise LionError(
+            f"the checkpoint's {args.padded_vocab_size} vocabulary rows cannot be cut into "
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: give a divisor"
+        )
+    validate_args(args, {})
+    set_global_variables(args, build_tokenizer=False)
+    return args
+
+
+def build_model(args: Any) -> torch.nn.Module:
+    """Return this rank's part of the GPT, without gradients."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    config = gpt_config_from_args(args)
+    builder = config.get_builder_cls()(config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    (model,) = builder.build_distributed_models(pg_collection=groups, wrap_with_ddp=False)
+    return model.eval().requires_grad_(False)
+
+
+def load_weights(model: torch.nn.Module, args: Any, step: int) -> None:
+    """Read the checkpoint of one step into the model, whatever layout wrote it. Collective."""
+    from megatron.training.checkpointing import load_checkpoint
+
+    args.ckpt_step = step
+    load_checkpoint([model], None, None)
+
+
+def token_losses(logits: Tensor, targets: Tensor, vocab_size: int | None) -> Tensor:
+    """Return -ln softmax(logits)[target] in float64, from logits whose last axis is cut over tensor-parallel ranks.
+
+    Args:
+        logits: [batch, sequence, this rank's vocabulary rows].
+        targets: token numbers; [batch, sequence].
+        vocab_size: rows from this number on are padding and take no part in the softmax; None lets them.
+
+    Three all-reduces over the tensor-parallel group, all of [batch, sequence]. float64 is made for one sequence at a
+    time, so that memory stays near that of the logits.
+    """
+    from megatron.core import mpu
+
+    group = mpu.get_tensor_model_parallel_group()
+    rows = logits.size(-1)
+    first = rows * mpu.get_tensor_model_parallel_rank()
+    if vocab_size is not None and vocab_size < first + rows:
+        logits = logits.clone()
+        logits[..., max(vocab_size - first, 0) :] = float("-inf")
+    largest = logits.amax(-1).double()
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+    sums = torch.stack(
+        [(row.double() - top.unsqueeze(-1)).exp().sum(-1) for row, top in zip(logits, largest, strict=True)]
+    )
+    torch.distributed.all_reduce(sums, group=group)
+    here = (targets >= first) & (targets < first + rows)
+    picked = logits.gather(-1, ((targets - first) * here).unsqueeze(-1)).squeeze(-1).double()
+    picked = torch.where(here, picked, torch.zeros_like(picked))
+    torch.distributed.all_reduce(picked, group=group)
+    return sums.log() + largest - picked
+
+
+def batches(tokens: Tensor, windows: list[Window], length: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield this data-parallel rank's micro-batches: inputs, targets, and 1.0 where a target is scored; [size, length].
+
+    Whole micro-batches go round the data-parallel ranks, so their content does not depend on how many ranks there are.
+    What fills up a short window, and a short micro-batch, is scored nowhere; causal attention looks at none of it. All
+    ranks get the same number of micro-batches.
+    """
+    from megatron.core import mpu
+
+    ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+    for begin in range(rank * size, -(-len(windows) // (size * ranks)) * size * ranks, size * ranks):
+        inputs = torch.zeros(size, length, dtype=torch.int64)
+        targets, scored = torch.zeros_like(inputs), torch.zeros(size, length, dtype=torch.float64)
+        for row, window in enumerate(windows[begin : begin + size]):
+            used = window.end - window.begin
+            inputs[row, :used] = tokens[window.begin : window.end]
+            targets[row, :used] = tokens[window.begin + 1 : window.end + 1]
+            scored[row, used - window.scored : used] = 1.0
+        yield inputs, targets, scored
+
+
+def score(
+    model: torch.nn.Module,
+    tokens: Tensor,
+    windows: list[Window],
+    *,
+    length: int,
+    micro_batch: int,
+    vocab_size: int | None,
+) -> tuple[float, int]:
+    """Return the sum of all scored losses, and how many were scored, the same numbers on every rank.
+
+    Runs Megatron's own pipeline schedule, forward only. Sums are float64; one all-reduce over all ranks at the end.
+    """
+    from megatron.core import mpu
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    device = next(model.parameters()).device
+    positions = torch.arange(length, device=device).unsqueeze(0).expand(micro_batch, -1)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
+    mine = list(batches(tokens, windows, length, micro_batch))
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def forward_step(iterator: Any, part: Any) -> tuple[Tensor, Any]:
+        inputs, targets, scored = (value.to(device) for value in next(iterator))
+
+        def add_losses(logits: Tensor, non_loss_data: bool = True) -> None:
+            losses = token_losses(logits, targets, vocab_size)
+            total.add_(torch.stack([(losses * scored).sum(), scored.sum()]))
+
+        return part(inputs, positions, mask), add_losses
+
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(mine),
+            model=[model],
+            num_microbatches=len(mine),
+            seq_length=length,
+            micro_batch_size=micro_batch,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        total.zero_()  # its ranks have the same sums, as those of other pipeline stages have none
+    torch.distributed.all_reduce(total)
+    return float(total[0]), int(total[1])
