@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from pretraining import check_loss, dataset_options, parse_command_line
 
-import megatron_lion
-from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -71,21 +70,10 @@ def loss_func(
         loss_mask: 1 for tokens that count, 0 for padding; [micro batch, sequence].
         losses: each token's cross-entropy, the same shape.
     """
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
-    from megatron.training import get_args
-
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
-    if get_args().check_for_nan_in_loss_and_grad:
-        for rejection, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            get_rerun_state_machine().validate_result(
-                result=loss,
-                rejection_func=rejection,
-                message=f"found {what} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
+    check_loss(loss)
     return loss, num_tokens, {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
 
 
@@ -113,29 +101,16 @@ def datasets_provider(num_samples: tuple[int, int, int], vp_stage: int | None = 
     from megatron.core import mpu
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training import get_args
-    from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+    from megatron.training.utils import is_first_or_last_pipeline_stage
 
     args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
+        **dataset_options(args),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
@@ -153,19 +128,11 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every r
 
 def main() -> None:
     """Parse Megatron's command line and pretrain."""
-    megatron_lion.register()
+    args = parse_command_line("launch/pretrain_gpt.py", LEFT_OUT, "GPT2BPETokenizer")
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
 
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    for name in LEFT_OUT:
-        if getattr(args, name, None):
-            raise LionError(
-                f"launch/pretrain_gpt.py leaves out --{name.replace('_', '-')}: use Megatron-LM's own script, "
-                "torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py"
-            )
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 

@@ -1,13 +1,14 @@
 """Megatron's GPT-2 and BERT tokenizers from the user's own vocabulary files, without asking the Hugging Face hub."""
 
 import functools
+import hashlib
 import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_lion.config import LionError
+from megatron_lion.config import LionError, check_choice
 
 # What the hub's "gpt2", "bert-large-uncased" and "bert-large-cased" say beside their vocabularies, and the name that
 # each class of tokenizer looks for its vocabulary under.
@@ -16,6 +17,82 @@ LOCAL = {
     "BertWordPieceLowerCase": ({"tokenizer_class": "BertTokenizer", "do_lower_case": True}, ("vocab.txt",)),
     "BertWordPieceCase": ({"tokenizer_class": "BertTokenizer", "do_lower_case": False}, ("vocab.txt",)),
 }
+
+# The flags that each tokenizer needs, in the order in which their files are hashed.
+REQUIRED = {
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "BertWordPieceLowerCase": ("vocab_file",),
+    "BertWordPieceCase": ("vocab_file",),
+    "SentencePieceTokenizer": ("tokenizer_model",),
+    "HuggingFaceTokenizer": ("tokenizer_model",),
+}
+# Of a Hugging Face folder, what decides how text becomes tokens.
+HUGGING_FACE_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
+
+
+def tokenizer_files(args: Any) -> list[Path]:
+    """The files that make the tokenizer that Megatron's ``args`` name.
+
+    Raises LionError for a type that is not one of ``REQUIRED`` and for a file that is missing.
+    """
+    kind = check_choice("--tokenizer-type", args.tokenizer_type, REQUIRED)
+    found: list[Path] = []
+    for name in REQUIRED[kind]:
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if value is None:
+            raise LionError(
+                f"{kind} needs {flag}: give its path (tools/train_tokenizer.py makes one from your own text)"
+            )
+        path = Path(value)
+        if kind == "HuggingFaceTokenizer" and path.is_dir():
+            found += [path / part for part in HUGGING_FACE_FILES if (path / part).is_file()]
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise LionError(f"{flag} {value} does not exist: give the path of {kind}'s file")
+    if not found:
+        raise LionError(f"--tokenizer-model {args.tokenizer_model} holds none of {', '.join(HUGGING_FACE_FILES)}")
+    return found
+
+
+def tokenizer_sha256(args: Any) -> str:
+    """A hash of the type and of the files' contents, whatever they are called and wherever they lie."""
+    digest = hashlib.sha256(args.tokenizer_type.encode())
+    for path in tokenizer_files(args):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def refuse_another_tokenizers_data(args: Any) -> None:
+    """Raise LionError where a manifest of tools/prepare_text.py says that the data is another tokenizer's.
+
+    Looks beside every prefix on the command line; data without a manifest passes, as does a tokenizer that is not a
+    local file.
+    """
+    given = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+    prefixes = [Path(word) for words in given for word in words or ()]
+    for folder in dict.fromkeys(prefix.parent for prefix in prefixes):
+        for path in sorted(folder.glob("*_manifest.json")):
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            concerned = [
+                prefix for prefix in prefixes if prefix.parent == folder and f"{prefix.name}.bin" in manifest["files"]
+            ]
+            if not concerned or args.tokenizer_type not in REQUIRED:
+                continue
+            made_with = manifest["tokenizer"]
+            if tokenizer_sha256(args) != made_with["sha256"]:
+                raise LionError(
+                    f"{concerned[0]} was made with {made_with['type']} {' and '.join(made_with['files'])} (SHA-256 "
+                    f"{made_with['sha256'][:12]}, says {path.name}), and --tokenizer-type {args.tokenizer_type} with "
+                    "the files given here is another one. Give that tokenizer, or prepare the text with this one"
+                )
 
 
 def use_local_vocabularies() -> None:

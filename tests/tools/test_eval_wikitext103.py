@@ -29,7 +29,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pydoc_data.topics import topics
 
     path = tmp_path_factory.mktemp("sample") / "test.tokens"
-    words = topics["classes"][:6000].replace(",", " ,").replace("-", " @-@ ").replace(". ", " . ")
+    words = topics["specialnames"][:6000].replace(",", " ,").replace("-", " @-@ ").replace(". ", " . ")
     path.write_text(f" = Classes = \n \n {words}\n", encoding="utf-8")
     return path
 

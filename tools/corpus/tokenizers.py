@@ -1,7 +1,6 @@
 """The tokenizers that Megatron names, built by Megatron itself from flags that have Megatron's names."""
 
 import argparse
-import hashlib
 import logging
 import os
 import warnings
@@ -10,24 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lion.config import LionError, check_choice
-
-# The flags that each needs, in the order in which their files are hashed.
-REQUIRED = {
-    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
-    "BertWordPieceLowerCase": ("vocab_file",),
-    "BertWordPieceCase": ("vocab_file",),
-    "SentencePieceTokenizer": ("tokenizer_model",),
-    "HuggingFaceTokenizer": ("tokenizer_model",),
-}
-# Of a Hugging Face folder, what decides how text becomes tokens.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer_config.json",
+from megatron_lion.config import LionError
+from megatron_lion.integration.tokenizers import (
+    REQUIRED,
+    tokenizer_files,
+    tokenizer_sha256,
+    use_local_vocabularies,
 )
 
 
@@ -42,32 +29,11 @@ class TokenizerOptions:
 
     def files(self) -> list[Path]:
         """The files that make the tokenizer. Raises LionError for an unknown type and for a missing file."""
-        check_choice("--tokenizer-type", self.tokenizer_type, REQUIRED)
-        found = []
-        for name in REQUIRED[self.tokenizer_type]:
-            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
-            if value is None:
-                raise LionError(
-                    f"{self.tokenizer_type} needs {flag}: give its path (tools/train_tokenizer.py makes one from your "
-                    "own text)"
-                )
-            path = Path(value)
-            if self.tokenizer_type == "HuggingFaceTokenizer" and path.is_dir():
-                found += [path / part for part in TOKENIZER_FILES if (path / part).is_file()]
-            elif path.is_file():
-                found.append(path)
-            else:
-                raise LionError(f"{flag} {value} does not exist: give the path of {self.tokenizer_type}'s file")
-        if not found:
-            raise LionError(f"--tokenizer-model {self.tokenizer_model} holds none of {', '.join(TOKENIZER_FILES)}")
-        return found
+        return tokenizer_files(self)
 
     def sha256(self) -> str:
         """A hash of the type and of the files' contents, whatever they are called and wherever they lie."""
-        digest = hashlib.sha256(self.tokenizer_type.encode())
-        for path in self.files():
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()
+        return tokenizer_sha256(self)
 
     def build(self) -> Any:
         """Return Megatron's tokenizer: what the same flags give in training.
@@ -80,8 +46,6 @@ class TokenizerOptions:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Megatron names the accelerators it misses; none is needed here
             from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
-            from megatron_lion.integration.tokenizers import use_local_vocabularies
         use_local_vocabularies()
         logging.getLogger("transformers").setLevel(logging.ERROR)  # "sequence longer than 1024" for each document
         args = argparse.Namespace(

@@ -1,0 +1,195 @@
+"""launch/pretrain_bert.py: Megatron-Core's BERT and its data set, in Megatron's own loop, on real sentences."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy
+import prepare_text
+import pytest
+import torch
+import train_tokenizer
+from harness import BATCH, CPU, HORIZON, NO_DROPOUT, ROOT, Run, relative_difference, torchrun
+
+SCRIPT = ROOT / "launch" / "pretrain_bert.py"
+MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64"
+RATE = "--lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --weight-decay 0.1"
+# Equal padded vocabularies at TP 1 and 2, and a checkpoint that can change its layout.
+LAYOUT_FREE = (
+    f"{NO_DROPOUT} --make-vocab-size-divisible-by 256 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+)
+START, END = 2, 8
+LOGGED = re.compile(r"iteration\s+(\d+)/.*\| lm loss: (\S+) \| sop loss: (\S+) \| loss: (\S+) \|")
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python's help as sentences, in three splits, with a WordPiece vocabulary of 1,000."""
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("sentences")
+    source = folder / "help.jsonl"
+    source.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)))
+    kind = ["--tokenizer-type", "BertWordPieceLowerCase"]
+    train_tokenizer.main(["--input", str(source), *kind, "--vocab-size", "1000", "--output", str(folder)])
+    line = ["--input", str(source), "--output-prefix", str(folder / "help"), "--workers", "1", "--split", "8,1,1"]
+    prepare_text.main([*line, "--split-sentences", *kind, "--vocab-file", str(folder / "vocab.txt")])
+    return folder
+
+
+def data_flags(folder: Path) -> str:
+    splits = " ".join(
+        f"--{split}-data-path {folder}/help_{split}_text_sentence" for split in ("train", "valid", "test")
+    )
+    return f"--tokenizer-type BertWordPieceLowerCase --vocab-file {folder}/vocab.txt {splits}"
+
+
+def pretrain(folder: Path, *flags: str, ranks: int = 1) -> Run:
+    run = torchrun(MODEL, BATCH, RATE, CPU, data_flags(folder), *flags, ranks=ranks, script=SCRIPT)
+    assert run.returncode == 0, run.output[-6000:]
+    return run
+
+
+def losses(run: Run) -> dict[int, tuple[float, float, float]]:
+    """Iteration to masked-token, sentence-order and summed loss, as logged."""
+    found = (LOGGED.search(line) for line in run.output.splitlines())
+    return {int(m[1]): (float(m[2]), float(m[3]), float(m[4])) for m in found if m}
+
+
+@pytest.fixture(scope="module")
+def one_process(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
+    """A checkpoint after two steps, and the run that goes on from there."""
+    folder = tmp_path_factory.mktemp("bert")
+    run = f"--optimizer lion --lr 1e-4 --train-iters {END} {HORIZON} {LAYOUT_FREE}"
+    pretrain(sentences, run, f"--save {folder} --save-interval {START} --exit-interval {START}")
+    return folder, pretrain(sentences, run, f"--load {folder}")
+
+
+def test_tp2_pp2_gives_the_one_process_losses(sentences: Path, one_process: tuple[Path, Run]) -> None:
+    folder, reference = one_process
+    run = pretrain(
+        sentences,
+        f"--optimizer lion --lr 1e-4 --train-iters {END} {HORIZON} {LAYOUT_FREE} --load {folder} --no-load-rng",
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+        ranks=4,
+    )
+    assert sorted(losses(run)) == list(range(START + 1, END + 1))
+    assert relative_difference(reference.log, run.log) < 5e-6
+    for iteration, expected in losses(reference).items():
+        assert losses(run)[iteration] == pytest.approx(expected, rel=2e-5), iteration
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["lion", pytest.param("sgd", marks=pytest.mark.slow), pytest.param("adam", marks=pytest.mark.slow)]
+)
+def test_both_losses_fall_on_real_text_and_the_test_set_is_evaluated(sentences: Path, optimizer: str) -> None:
+    rate = {"lion": "--lr 1e-3 --min-lr 1e-4", "sgd": "--lr 0.1 --min-lr 0.01", "adam": "--lr 3e-3 --min-lr 3e-4"}[
+        optimizer
+    ]
+    run = pretrain(
+        sentences,
+        f"--optimizer {optimizer} {rate} --train-iters 120 --micro-batch-size 16 --global-batch-size 32 --eval-iters 4",
+        f"--log-interval 20 {NO_DROPOUT}",
+        *(["--norm-ratio-interval 60 --norm-ratio-batches 2"] if optimizer == "lion" else []),
+    )
+    first, *_, last = losses(run).values()
+    assert last[0] < first[0] - (0.3 if optimizer != "sgd" else 0.05), "masked tokens"
+    assert last[1] < first[1], "sentence order"
+    for lm_loss, sop_loss, total in losses(run).values():
+        assert total == pytest.approx(lm_loss + sop_loss, rel=1e-5)
+    assert re.search(r"on test set \| lm loss value: \S+ \| lm loss PPL: \S+ \| sop loss value: \S+", run.output)
+    if optimizer == "lion":
+        assert any("lion on 38 of 38 parameters" in line for line in run.ours())
+
+
+@pytest.fixture(scope="module")
+def samples(sentences: Path) -> list[dict[str, numpy.ndarray]]:
+    """Samples of the data set that the script builds, read in this process."""
+    import sys
+
+    sys.path.insert(0, str(SCRIPT.parent))
+    from corpus.tokenizers import TokenizerOptions
+    from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset, BERTMaskedWordPieceDatasetConfig
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+
+    options = TokenizerOptions(tokenizer_type="BertWordPieceLowerCase", vocab_file=str(sentences / "vocab.txt"))
+    config = BERTMaskedWordPieceDatasetConfig(
+        random_seed=7, sequence_length=64, tokenizer=options.build(), classification_head=True,
+        blend_per_split=[([str(sentences / "help_train_text_sentence")], None), None, None],
+        masking_probability=0.15, short_sequence_probability=0.1, masking_max_ngram=3, masking_do_full_word=True,
+        masking_do_permutation=False, masking_use_longer_ngrams=False, masking_use_geometric_distribution=False,
+    )  # fmt: skip
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        train, *_ = BlendedMegatronDatasetBuilder(
+            BERTMaskedWordPieceDataset, [2000, 0, 0], lambda: True, config
+        ).build()
+    finally:
+        torch.distributed.destroy_process_group()
+    return [train[index] for index in range(2000)]
+
+
+def test_masks_and_swaps_follow_the_documented_rates(samples: list[dict[str, numpy.ndarray]]) -> None:
+    """15 % of the tokens; of those 80 % [MASK], 10 % another token, 10 % themselves; half of the samples swapped."""
+    masked = {"mask": 0, "other": 0, "same": 0}
+    tokens = 0
+    for sample in samples:
+        chosen = sample["loss_mask"] == 1
+        text, labels = sample["text"][chosen], sample["labels"][chosen]
+        masked["mask"] += int((text == 4).sum())
+        masked["same"] += int((text == labels).sum())
+        masked["other"] += int(((text != 4) & (text != labels)).sum())
+        tokens += int(sample["padding_mask"].sum())
+        assert sample["text"][0] == 2 and (sample["text"] == 3).sum() >= 2, "[CLS], two [SEP]"
+        assert not chosen[sample["padding_mask"] == 0].any()
+    total = sum(masked.values())
+    assert total / tokens == pytest.approx(0.15, abs=0.015)
+    assert masked["mask"] / total == pytest.approx(0.8, abs=0.015)
+    assert masked["other"] / total == pytest.approx(0.1, abs=0.015)
+    assert masked["same"] / total == pytest.approx(0.1, abs=0.015)
+    assert numpy.mean([sample["is_random"] for sample in samples]) == pytest.approx(0.5, abs=0.04)
+
+
+def test_the_loss_is_the_masked_tokens_mean_plus_the_orders() -> None:
+    """Against an independent sum in fp64."""
+    import sys
+
+    sys.path.insert(0, str(SCRIPT.parent))
+    import pretrain_bert
+
+    generator = torch.Generator().manual_seed(5)
+    token_losses, order = torch.rand(4, 16, generator=generator) * 5, torch.randn(4, 2, generator=generator)
+    mask, swapped = torch.randint(0, 2, (4, 16), generator=generator), torch.tensor([0, 1, 1, 0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_bert, "check_loss", lambda loss: None)
+        loss, logged = pretrain_bert.loss_func(mask, swapped, (token_losses, order))
+        alone, logged_alone = pretrain_bert.loss_func(mask, swapped, (token_losses, None))
+    lm_loss = sum(
+        value
+        for row, keep in zip(token_losses.double().tolist(), mask.tolist(), strict=True)
+        for value, k in zip(row, keep, strict=True)
+        if k
+    ) / int(mask.sum())
+    logits = order.double()
+    sop_loss = float(torch.stack([logits[i].exp().sum().log() - logits[i, swapped[i]] for i in range(4)]).mean())
+    assert float(loss) == pytest.approx(lm_loss + sop_loss, rel=1e-6)
+    assert {name: pair[0] / pair[1] for name, pair in ((n, v.tolist()) for n, v in logged.items())} == pytest.approx(
+        {"lm loss": lm_loss, "sop loss": sop_loss, "loss": lm_loss + sop_loss}, rel=1e-6
+    )
+    assert float(alone) == pytest.approx(lm_loss, rel=1e-6) and list(logged_alone) == ["lm loss"]
+
+
+def test_data_of_another_tokenizer_is_refused_before_training(sentences: Path, tmp_path: Path) -> None:
+    other = tmp_path / "vocab.txt"
+    other.write_text((sentences / "vocab.txt").read_text().replace("class", "klass"))
+    run = torchrun(
+        MODEL,
+        BATCH,
+        RATE,
+        CPU,
+        data_flags(sentences),
+        f"--vocab-file {other} --optimizer lion --train-iters 1",
+        script=SCRIPT,
+    )
+    assert run.returncode != 0
+    assert "was made with BertWordPieceLowerCase vocab.txt" in run.output and "Traceback" not in run.output
