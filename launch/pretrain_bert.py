@@ -128,7 +128,7 @@ def datasets_provider(num_samples: tuple[int, int, int], vp_stage: int | None = 
     builder = BlendedMegatronDatasetBuilder(
         BERTMaskedWordPieceDataset, num_samples, lambda: mpu.get_tensor_model_parallel_rank() == 0, config
     )
-    # With --eval-iters 0 a split has no samples; the sampler refuses such a data set (data_samplers 142), not its absence.
+    # With --eval-iters 0 a split has no samples; Megatron's sampler refuses it (data_samplers 142), not its absence.
     train, valid, test = (dataset if dataset is not None and len(dataset) else None for dataset in builder.build())
     return train, valid, test
 

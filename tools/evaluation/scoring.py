@@ -30,6 +30,7 @@ FUNCTION_ARGS = (
     "rope_scaling_factor",
     "rotary_seq_len_interpolation_factor",
 )
+ROWS_AT_A_TIME = 256
 TOKENIZER_ARGS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 
 
@@ -88,26 +89,24 @@ def token_losses(logits: Tensor, targets: Tensor, vocab_size: int | None) -> Ten
     """Return -ln softmax(logits)[target] in float64, from logits whose last axis is cut over tensor-parallel ranks.
 
     Args:
-        logits: [batch, sequence, this rank's vocabulary rows].
-        targets: token numbers; [batch, sequence].
+        logits: [tokens, this rank's vocabulary rows]; padding in it is overwritten.
+        targets: token numbers; [tokens].
         vocab_size: rows from this number on are padding and take no part in the softmax; None lets them.
 
-    Three all-reduces over the tensor-parallel group, all of [batch, sequence]. float64 is made for one sequence at a
-    time, so that memory stays near that of the logits.
+    Three all-reduces over the tensor-parallel group, all of [tokens]. float64 is made of some hundred tokens' logits at
+    a time, so that memory stays near that of the logits.
     """
     from megatron.core import mpu
 
     group = mpu.get_tensor_model_parallel_group()
     rows = logits.size(-1)
     first = rows * mpu.get_tensor_model_parallel_rank()
-    if vocab_size is not None and vocab_size < first + rows:
-        logits = logits.clone()
-        logits[..., max(vocab_size - first, 0) :] = float("-inf")
+    if vocab_size is not None:
+        logits[:, max(vocab_size - first, 0) :] = float("-inf")
     largest = logits.amax(-1).double()
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-    sums = torch.stack(
-        [(row.double() - top.unsqueeze(-1)).exp().sum(-1) for row, top in zip(logits, largest, strict=True)]
-    )
+    parts = zip(logits.split(ROWS_AT_A_TIME), largest.split(ROWS_AT_A_TIME), strict=True)
+    sums = torch.cat([(part.double() - top.unsqueeze(-1)).exp().sum(-1) for part, top in parts])
     torch.distributed.all_reduce(sums, group=group)
     here = (targets >= first) & (targets < first + rows)
     picked = logits.gather(-1, ((targets - first) * here).unsqueeze(-1)).squeeze(-1).double()
@@ -117,7 +116,7 @@ def token_losses(logits: Tensor, targets: Tensor, vocab_size: int | None) -> Ten
 
 
 def batches(tokens: Tensor, windows: list[Window], length: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield this data-parallel rank's micro-batches: inputs, targets, and 1.0 where a target is scored; [size, length].
+    """Yield this data-parallel rank's micro-batches: inputs, targets, and whether a target is scored; [size, length].
 
     Whole micro-batches go round the data-parallel ranks, so their content does not depend on how many ranks there are.
     What fills up a short window, and a short micro-batch, is scored nowhere; causal attention looks at none of it. All
@@ -128,12 +127,12 @@ def batches(tokens: Tensor, windows: list[Window], length: int, size: int) -> It
     ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     for begin in range(rank * size, -(-len(windows) // (size * ranks)) * size * ranks, size * ranks):
         inputs = torch.zeros(size, length, dtype=torch.int64)
-        targets, scored = torch.zeros_like(inputs), torch.zeros(size, length, dtype=torch.float64)
+        targets, scored = torch.zeros_like(inputs), torch.zeros(size, length, dtype=torch.bool)
         for row, window in enumerate(windows[begin : begin + size]):
             used = window.end - window.begin
             inputs[row, :used] = tokens[window.begin : window.end]
             targets[row, :used] = tokens[window.begin + 1 : window.end + 1]
-            scored[row, used - window.scored : used] = 1.0
+            scored[row, used - window.scored : used] = True
         yield inputs, targets, scored
 
 
@@ -163,8 +162,9 @@ def score(
         inputs, targets, scored = (value.to(device) for value in next(iterator))
 
         def add_losses(logits: Tensor, non_loss_data: bool = True) -> None:
-            losses = token_losses(logits, targets, vocab_size)
-            total.add_(torch.stack([(losses * scored).sum(), scored.sum()]))
+            losses = token_losses(logits[scored], targets[scored], vocab_size)
+            total[0] += losses.sum()
+            total[1] += len(losses)
 
         return part(inputs, positions, mask), add_losses
 
