@@ -49,7 +49,7 @@ def check_loss(loss: torch.Tensor) -> None:
 def parse_command_line(script: str, left_out: tuple[str, ...], tokenizer_type: str) -> Any:
     """Register, then parse and validate Megatron's command line; ``tokenizer_type`` is the default one.
 
-    Raises LionError for flags that the script leaves out, and where the data was made with another tokenizer.
+    Raises LionError for flags that the script leaves out, and for data that its manifest disowns.
     """
     import megatron_lion
 
@@ -66,5 +66,5 @@ def parse_command_line(script: str, left_out: tuple[str, ...], tokenizer_type: s
                 f"{script} leaves out --{name.replace('_', '-')}: use Megatron-LM's own script, "
                 "torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py"
             )
-    tokenizers.refuse_another_tokenizers_data(args)
+    tokenizers.check_data_manifests(args)
     return args

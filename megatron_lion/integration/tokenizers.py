@@ -70,29 +70,38 @@ def tokenizer_sha256(args: Any) -> str:
     return digest.hexdigest()
 
 
-def refuse_another_tokenizers_data(args: Any) -> None:
-    """Raise LionError where a manifest of tools/prepare_text.py says that the data is another tokenizer's.
+def check_data_manifests(args: Any) -> None:
+    """Raise LionError where a manifest of tools/prepare_text.py says that the data is not what it should be.
 
-    Looks beside every prefix on the command line; data without a manifest passes, as does a tokenizer that is not a
-    local file.
+    Looks beside every prefix on the command line for another tokenizer's tokens and for files of another size, as one
+    cut short has. Data without a manifest passes; a tokenizer that is not a local file is not compared.
     """
     given = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
     prefixes = [Path(word) for words in given for word in words or ()]
     for folder in dict.fromkeys(prefix.parent for prefix in prefixes):
+        names = {f"{prefix.name}.bin" for prefix in prefixes if prefix.parent == folder}
         for path in sorted(folder.glob("*_manifest.json")):
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            concerned = [
-                prefix for prefix in prefixes if prefix.parent == folder and f"{prefix.name}.bin" in manifest["files"]
-            ]
-            if not concerned or args.tokenizer_type not in REQUIRED:
-                continue
-            made_with = manifest["tokenizer"]
-            if tokenizer_sha256(args) != made_with["sha256"]:
-                raise LionError(
-                    f"{concerned[0]} was made with {made_with['type']} {' and '.join(made_with['files'])} (SHA-256 "
-                    f"{made_with['sha256'][:12]}, says {path.name}), and --tokenizer-type {args.tokenizer_type} with "
-                    "the files given here is another one. Give that tokenizer, or prepare the text with this one"
-                )
+            if concerned := sorted(names & manifest["files"].keys()):
+                _check_manifest(args, path, manifest, concerned)
+
+
+def _check_manifest(args: Any, path: Path, manifest: dict[str, Any], names: list[str]) -> None:
+    for name in (other for data in names for other in (data, f"{data[:-4]}.idx")):
+        file, entry = path.with_name(name), manifest["files"][name]
+        size = file.stat().st_size if file.is_file() else 0
+        if size != entry["bytes"]:
+            raise LionError(
+                f"{file} has {size:,} bytes, and {path.name} says {entry['bytes']:,}: it was cut short or changed. "
+                "Prepare the text again"
+            )
+    made_with = manifest["tokenizer"]
+    if args.tokenizer_type in REQUIRED and tokenizer_sha256(args) != made_with["sha256"]:
+        raise LionError(
+            f"{path.with_name(names[0])} was made with {made_with['type']} {' and '.join(made_with['files'])} (SHA-256 "
+            f"{made_with['sha256'][:12]}, says {path.name}), and --tokenizer-type {args.tokenizer_type} with the files "
+            "given here is another one. Give that tokenizer, or prepare the text with this one"
+        )
 
 
 def use_local_vocabularies() -> None:

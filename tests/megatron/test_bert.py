@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import numpy
@@ -11,6 +12,8 @@ import torch
 import train_tokenizer
 from harness import BATCH, CPU, HORIZON, NO_DROPOUT, ROOT, Run, relative_difference, torchrun
 
+from megatron_lion.config import LionError
+
 SCRIPT = ROOT / "launch" / "pretrain_bert.py"
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64"
 RATE = "--lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --weight-decay 0.1"
@@ -19,6 +22,7 @@ LAYOUT_FREE = (
     f"{NO_DROPOUT} --make-vocab-size-divisible-by 256 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 )
 START, END = 2, 8
+STEADY = f"--optimizer lion --lr 1e-4 --min-lr 1e-5 --train-iters {END} {HORIZON} {LAYOUT_FREE}"
 LOGGED = re.compile(r"iteration\s+(\d+)/.*\| lm loss: (\S+) \| sop loss: (\S+) \| loss: (\S+) \|")
 
 
@@ -60,16 +64,15 @@ def losses(run: Run) -> dict[int, tuple[float, float, float]]:
 def one_process(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     """A checkpoint after two steps, and the run that goes on from there."""
     folder = tmp_path_factory.mktemp("bert")
-    run = f"--optimizer lion --lr 1e-4 --train-iters {END} {HORIZON} {LAYOUT_FREE}"
-    pretrain(sentences, run, f"--save {folder} --save-interval {START} --exit-interval {START}")
-    return folder, pretrain(sentences, run, f"--load {folder}")
+    pretrain(sentences, STEADY, f"--save {folder} --save-interval {START} --exit-interval {START}")
+    return folder, pretrain(sentences, STEADY, f"--load {folder}")
 
 
 def test_tp2_pp2_gives_the_one_process_losses(sentences: Path, one_process: tuple[Path, Run]) -> None:
     folder, reference = one_process
     run = pretrain(
         sentences,
-        f"--optimizer lion --lr 1e-4 --train-iters {END} {HORIZON} {LAYOUT_FREE} --load {folder} --no-load-rng",
+        f"{STEADY} --load {folder} --no-load-rng",
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
         ranks=4,
     )
@@ -179,17 +182,33 @@ def test_the_loss_is_the_masked_tokens_mean_plus_the_orders() -> None:
     assert float(alone) == pytest.approx(lm_loss, rel=1e-6) and list(logged_alone) == ["lm loss"]
 
 
-def test_data_of_another_tokenizer_is_refused_before_training(sentences: Path, tmp_path: Path) -> None:
+def test_a_berts_checkpoint_is_not_evaluated_or_exported_as_a_gpts(one_process: tuple[Path, Run]) -> None:
+    from evaluation import checkpoints
+
+    with pytest.raises(LionError, match="holds BERT, not a GPT"):
+        checkpoints.require_gpt(checkpoints.iteration_folder(one_process[0], START))
+
+
+def test_data_that_its_manifest_disowns_is_refused_before_training(sentences: Path, tmp_path: Path) -> None:
+    """Another tokenizer's tokens, and a .bin that was cut short."""
+    from megatron_lion.integration.tokenizers import check_data_manifests
+
     other = tmp_path / "vocab.txt"
     other.write_text((sentences / "vocab.txt").read_text().replace("class", "klass"))
-    run = torchrun(
-        MODEL,
-        BATCH,
-        RATE,
-        CPU,
-        data_flags(sentences),
-        f"--vocab-file {other} --optimizer lion --train-iters 1",
-        script=SCRIPT,
-    )
+    wrong = f"--vocab-file {other} --optimizer lion --train-iters 1"
+    run = torchrun(MODEL, BATCH, RATE, CPU, data_flags(sentences), wrong, script=SCRIPT)
     assert run.returncode != 0
-    assert "was made with BertWordPieceLowerCase vocab.txt" in run.output and "Traceback" not in run.output
+    assert "was made with BertWordPieceLowerCase vocab.txt" in run.output and "train_iters" not in run.output
+
+    for path in sentences.glob("help_*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    prefix = tmp_path / "help_train_text_sentence"
+    args = Namespace(
+        data_path=["1.0", str(prefix)], train_data_path=None, valid_data_path=None, test_data_path=None,
+        tokenizer_type="BertWordPieceLowerCase", vocab_file=str(sentences / "vocab.txt"),
+    )  # fmt: skip
+    check_data_manifests(args)
+    whole = Path(f"{prefix}.bin").read_bytes()
+    Path(f"{prefix}.bin").write_bytes(whole[:-2])
+    with pytest.raises(LionError, match=r"help_train_text_sentence\.bin has .* bytes, and help_manifest\.json says"):
+        check_data_manifests(args)
