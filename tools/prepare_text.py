@@ -18,28 +18,20 @@ files are the same bytes whatever --workers was and however often it was killed.
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from corpus import manifest, shards, sources, splits, tokenizers
+from corpus import manifest, shards, sources, splits, tokenizers, workers
 from corpus.progress import Progress
 
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 
 FORMAT = 1  # raise it when the same request would give other files
-
-_tokenizer: Any = None  # one for each process: built before the workers are forked, so that they share its memory
 
 
 def output_name(prefix: Path, part: str, encoding: shards.Encoding) -> Path:
@@ -94,65 +86,13 @@ def begin(prefix: Path, request: dict[str, Any], outputs: list[Path]) -> Path | 
     return folder
 
 
-def make_shard(shard: shards.Shard, folder: Path, encoding: shards.Encoding, strict: bool) -> dict[str, Any]:
-    """One task of a worker: the record of the shard's parts."""
-    return shards.write_shard(shard, folder, encoding, _tokenizer, strict)
-
-
-def end_with_parent() -> None:
-    """Let this worker end within a second of a killed parent; left alone it would wait for work for ever."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def records(
-    found: list[sources.Source], folder: Path, encoding: shards.Encoding, args: argparse.Namespace
-) -> Iterator[tuple[shards.Shard, dict[str, Any], bool]]:
-    """Yield each shard with its record, in the order of completion, and whether it was made now.
-
-    At most ``workers + 2`` shards are in memory. With one worker the shards are made in this process.
-    """
-    stream = shards.cut(found, int(args.shard_megabytes * 1e6))
-    if args.workers == 1:
-        for shard in stream:
-            record = shards.finished_record(folder, shard)
-            yield shard, record or make_shard(shard, folder, encoding, args.strict), record is None
-        return
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(args.workers, mp_context=context, initializer=end_with_parent) as pool:
-        pool.submit(os.getpid).result()  # forks every worker now, before a reader of parquet starts its threads
-        running: dict[Future[dict[str, Any]], shards.Shard] = {}
-        try:
-            for shard in stream:
-                if record := shards.finished_record(folder, shard):
-                    yield shard, record, False
-                    continue
-                running[pool.submit(make_shard, shard, folder, encoding, args.strict)] = shard
-                if len(running) > args.workers + 1:
-                    yield from _finished(running)
-            while running:
-                yield from _finished(running)
-        except BrokenProcessPool as error:
-            raise LionError("a worker was killed (out of memory?): run the same command again, it goes on") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _finished(running: "dict[Future[Any], shards.Shard]") -> Iterator[tuple[shards.Shard, dict[str, Any], bool]]:
-    """Wait for at least one shard, and take those that are done out of ``running``."""
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
-        shard = running.pop(future)
-        yield shard, future.result(), True
-
-
 def finish(
-    prefix: Path, folder: Path, request: dict[str, Any], encoding: shards.Encoding, made: dict[int, dict[str, Any]]
+    prefix: Path,
+    folder: Path,
+    request: dict[str, Any],
+    encoding: shards.Encoding,
+    tokenizer: Any,
+    made: dict[int, dict[str, Any]],
 ) -> dict[str, Any]:
     """Join the parts, move them into place, write the manifest last, and return it.
 
@@ -178,15 +118,15 @@ def finish(
     for record in in_order:
         for kind, count in record["bad"].items():
             bad[kind] = bad.get(kind, 0) + count
-    tokenizer = encoding.tokenizer
+    chosen = encoding.tokenizer
     content = {
         "request": request,
         "tokenizer": {
-            "type": tokenizer.tokenizer_type,
-            "files": [path.name for path in tokenizer.files()],
-            "sha256": tokenizer.sha256(),
-            "vocab_size": _tokenizer.vocab_size,
-            "eod": _tokenizer.eod,
+            "type": chosen.tokenizer_type,
+            "files": [path.name for path in chosen.files()],
+            "sha256": chosen.sha256(),
+            "vocab_size": tokenizer.vocab_size,
+            "eod": tokenizer.eod,
         },
         "counts": counts,
         "skipped": bad,
@@ -219,20 +159,18 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     if folder is None:
         print(f"complete already: {manifest.manifest_path(prefix)}")
         return manifest.read_manifest(prefix)
-    global _tokenizer
-    _tokenizer = encoding.tokenizer.build()
-    if encoding.append_eod and (_tokenizer.eod is None or _tokenizer.eod < 0):
-        raise LionError(f"--append-eod: {encoding.tokenizer.tokenizer_type} has no end-of-document token here")
+    tokenizer = workers.build_tokenizer(encoding)
     progress = Progress(sum(source.total for source in found))
     made: dict[int, dict[str, Any]] = {}
-    for shard, record, made_now in records(found, folder, encoding, args):
+    stream = shards.cut(found, int(args.shard_megabytes * 1e6))
+    for shard, record, made_now in workers.records(stream, folder, encoding, workers=args.workers, strict=args.strict):
         progress.add(shard, record, made_now)
         made[shard.index] = record
     if not made:
         raise LionError(f"--input {' '.join(args.input)} holds no text")
     for where in [line for index in sorted(made) for line in made[index]["first_bad"]][: shards.FIRST_BAD]:
         print(f"  skipped {where}")
-    content = finish(prefix, folder, request, encoding, made)
+    content = finish(prefix, folder, request, encoding, tokenizer, made)
     kept = f"; {progress.kept} finished shards kept" if progress.kept else ""
     print(f"{progress.line()}{kept}")
     report(content)
