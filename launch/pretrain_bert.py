@@ -17,7 +17,7 @@ from megatron_lion.run import readable_errors
 
 BATCH_KEYS = ("text", "types", "labels", "is_random", "loss_mask", "padding_mask")
 
-# Flags that mean nothing here: the order of sentences is no loss of a token, and BERT has no context parallelism.
+# Flags that mean nothing here, such as a mean over all tokens: the order of sentences is no loss of a token.
 LEFT_OUT = ("calculate_per_token_loss", "mock_data", "sft", "fim_data", "mtp_num_layers")
 
 
@@ -138,7 +138,12 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every r
 
 def main() -> None:
     """Parse Megatron's command line and pretrain."""
-    args = parse_command_line("launch/pretrain_bert.py", LEFT_OUT, "BertWordPieceLowerCase")
+    args = parse_command_line(
+        "launch/pretrain_bert.py",
+        left_out=LEFT_OUT,
+        instead="it means nothing to BERT, train without it",
+        tokenizer_type="BertWordPieceLowerCase",
+    )
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args

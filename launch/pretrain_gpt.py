@@ -128,7 +128,12 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every r
 
 def main() -> None:
     """Parse Megatron's command line and pretrain."""
-    args = parse_command_line("launch/pretrain_gpt.py", LEFT_OUT, "GPT2BPETokenizer")
+    args = parse_command_line(
+        "launch/pretrain_gpt.py",
+        left_out=LEFT_OUT,
+        instead="use Megatron-LM's own script, torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py",
+        tokenizer_type="GPT2BPETokenizer",
+    )
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args

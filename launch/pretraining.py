@@ -46,10 +46,10 @@ def check_loss(loss: torch.Tensor) -> None:
         )
 
 
-def parse_command_line(script: str, left_out: tuple[str, ...], tokenizer_type: str) -> Any:
+def parse_command_line(script: str, *, left_out: tuple[str, ...], instead: str, tokenizer_type: str) -> Any:
     """Register, then parse and validate Megatron's command line; ``tokenizer_type`` is the default one.
 
-    Raises LionError for flags that the script leaves out, and for data that its manifest disowns.
+    Raises LionError for the flags that ``script`` leaves out, with ``instead`` as what to do, and for data that its manifest disowns.
     """
     import megatron_lion
 
@@ -62,9 +62,6 @@ def parse_command_line(script: str, left_out: tuple[str, ...], tokenizer_type: s
     args = parse_and_validate_args(args_defaults={"tokenizer_type": tokenizer_type})
     for name in left_out:
         if getattr(args, name, None):
-            raise LionError(
-                f"{script} leaves out --{name.replace('_', '-')}: use Megatron-LM's own script, "
-                "torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py"
-            )
+            raise LionError(f"{script} leaves out --{name.replace('_', '-')}: {instead}")
     tokenizers.check_data_manifests(args)
     return args

@@ -61,13 +61,14 @@ def begin(prefix: Path, request: dict[str, Any], outputs: list[Path]) -> Path | 
 
     Raises LionError, with nothing touched, where files of another corpus are in the way.
     """
+    folder = prefix.with_name(f"{prefix.name}.shards")
     if manifest.manifest_path(prefix).exists():
         if manifest.read_manifest(prefix)["request"] == request:
+            shutil.rmtree(folder, ignore_errors=True)  # there still, if the run was killed right at its end
             return None
         raise LionError(
             f"{manifest.manifest_path(prefix)} belongs to a corpus made otherwise: give another --output-prefix"
         )
-    folder = prefix.with_name(f"{prefix.name}.shards")
     begun = folder / "request.json"
     if begun.exists():
         old = json.loads(begun.read_text(encoding="utf-8"))
