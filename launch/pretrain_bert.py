@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pretraining import check_loss, dataset_options, parse_command_line
 
+from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 
 BATCH_KEYS = ("text", "types", "labels", "is_random", "loss_mask", "padding_mask")
@@ -144,6 +145,8 @@ def main() -> None:
         instead="it means nothing to BERT, train without it",
         tokenizer_type="BertWordPieceLowerCase",
     )
+    if args.context_parallel_size > 1:
+        raise LionError(f"--context-parallel-size {args.context_parallel_size}: Megatron-Core's BERT has none, give 1")
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args

@@ -49,7 +49,8 @@ def check_loss(loss: torch.Tensor) -> None:
 def parse_command_line(script: str, *, left_out: tuple[str, ...], instead: str, tokenizer_type: str) -> Any:
     """Register, then parse and validate Megatron's command line; ``tokenizer_type`` is the default one.
 
-    Raises LionError for the flags that ``script`` leaves out, with ``instead`` as what to do, and for data that its manifest disowns.
+    Raises LionError for the flags that ``script`` leaves out, with ``instead`` as what to do, and for data
+    that its manifest disowns.
     """
     import megatron_lion
 
