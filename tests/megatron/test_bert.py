@@ -60,40 +60,53 @@ def losses(run: Run) -> dict[int, tuple[float, float, float]]:
     return {int(m[1]): (float(m[2]), float(m[3]), float(m[4])) for m in found if m}
 
 
+def rounds(file: Path) -> str:
+    """Flags for a norm-ratio round at the last iteration."""
+    return f"--norm-ratio-interval {END} --norm-ratio-batches 2 --norm-ratio-file {file}"
+
+
 @pytest.fixture(scope="module")
 def one_process(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
-    """A checkpoint after two steps, and the run that goes on from there."""
+    """Checkpoints after every second step, and the run that wrote them."""
     folder = tmp_path_factory.mktemp("bert")
-    pretrain(sentences, STEADY, f"--save {folder} --save-interval {START} --exit-interval {START}")
-    return folder, pretrain(sentences, STEADY, f"--load {folder}")
+    return folder, pretrain(sentences, STEADY, f"--save {folder} --save-interval {START}", rounds(folder / "one.jsonl"))
 
 
-def test_tp2_pp2_gives_the_one_process_losses(sentences: Path, one_process: tuple[Path, Run]) -> None:
+def test_tp2_pp2_gives_the_one_process_losses_and_norms(
+    sentences: Path, one_process: tuple[Path, Run], tmp_path: Path
+) -> None:
     folder, reference = one_process
     run = pretrain(
         sentences,
-        f"{STEADY} --load {folder} --no-load-rng",
+        f"{STEADY} --load {folder} --ckpt-step {START} --no-load-rng",
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+        rounds(tmp_path / "four.jsonl"),
         ranks=4,
     )
     assert sorted(losses(run)) == list(range(START + 1, END + 1))
     assert relative_difference(reference.log, run.log) < 5e-6
-    for iteration, expected in losses(reference).items():
+    for iteration in set(losses(run)) - {START + 2}:  # the second logged loss after a start is a mean of two
+        expected = losses(reference)[iteration]
         assert losses(run)[iteration] == pytest.approx(expected, rel=2e-5), iteration
+    one, four = (json.loads(file.read_text()) for file in (folder / "one.jsonl", tmp_path / "four.jsonl"))
+    for key in ("iteration", "d", "l1", "l2", "loss"):
+        assert four[key] == pytest.approx(one[key], rel=1e-4), key
 
 
 @pytest.mark.parametrize(
     "optimizer", ["lion", pytest.param("sgd", marks=pytest.mark.slow), pytest.param("adam", marks=pytest.mark.slow)]
 )
-def test_both_losses_fall_on_real_text_and_the_test_set_is_evaluated(sentences: Path, optimizer: str) -> None:
+def test_both_losses_fall_on_real_text_and_the_test_set_is_evaluated(
+    sentences: Path, optimizer: str, tmp_path: Path
+) -> None:
     rate = {"lion": "--lr 1e-3 --min-lr 1e-4", "sgd": "--lr 0.1 --min-lr 0.01", "adam": "--lr 3e-3 --min-lr 3e-4"}[
         optimizer
     ]
     run = pretrain(
         sentences,
-        f"--optimizer {optimizer} {rate} --train-iters 120 --micro-batch-size 16 --global-batch-size 32 --eval-iters 4",
+        f"--optimizer {optimizer} {rate} --train-iters 80 --micro-batch-size 16 --global-batch-size 32 --eval-iters 4",
         f"--log-interval 20 {NO_DROPOUT}",
-        *(["--norm-ratio-interval 60 --norm-ratio-batches 2"] if optimizer == "lion" else []),
+        f"--norm-ratio-interval 40 --norm-ratio-batches 2 --norm-ratio-file {tmp_path}/ratio.jsonl",
     )
     first, *_, last = losses(run).values()
     assert last[0] < first[0] - (0.3 if optimizer != "sgd" else 0.05), "masked tokens"
@@ -101,6 +114,9 @@ def test_both_losses_fall_on_real_text_and_the_test_set_is_evaluated(sentences: 
     for lm_loss, sop_loss, total in losses(run).values():
         assert total == pytest.approx(lm_loss + sop_loss, rel=1e-5)
     assert re.search(r"on test set \| lm loss value: \S+ \| lm loss PPL: \S+ \| sop loss value: \S+", run.output)
+    measured = [json.loads(line) for line in (tmp_path / "ratio.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in measured] == [40, 80]
+    assert measured[1]["loss"] == pytest.approx(last[2], abs=0.3), "the sum of both losses"
     if optimizer == "lion":
         assert any("lion on 38 of 38 parameters" in line for line in run.ours())
 
@@ -190,16 +206,11 @@ def test_a_berts_checkpoint_is_not_evaluated_or_exported_as_a_gpts(one_process: 
 
 
 def test_data_that_its_manifest_disowns_is_refused_before_training(sentences: Path, tmp_path: Path) -> None:
-    """Another tokenizer's tokens, and a .bin that was cut short."""
+    """A .bin that was cut short, and another tokenizer's tokens."""
     from megatron_lion.integration.tokenizers import check_data_manifests
 
     other = tmp_path / "vocab.txt"
     other.write_text((sentences / "vocab.txt").read_text().replace("class", "klass"))
-    wrong = f"--vocab-file {other} --optimizer lion --train-iters 1"
-    run = torchrun(MODEL, BATCH, RATE, CPU, data_flags(sentences), wrong, script=SCRIPT)
-    assert run.returncode != 0
-    assert "was made with BertWordPieceLowerCase vocab.txt" in run.output and "train_iters" not in run.output
-
     for path in sentences.glob("help_*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     prefix = tmp_path / "help_train_text_sentence"
@@ -212,3 +223,17 @@ def test_data_that_its_manifest_disowns_is_refused_before_training(sentences: Pa
     Path(f"{prefix}.bin").write_bytes(whole[:-2])
     with pytest.raises(LionError, match=r"help_train_text_sentence\.bin has .* bytes, and help_manifest\.json says"):
         check_data_manifests(args)
+    Path(f"{prefix}.bin").write_bytes(whole)
+    args.vocab_file = str(other)
+    with pytest.raises(LionError, match=r"was made with BertWordPieceLowerCase vocab\.txt"):
+        check_data_manifests(args)
+
+
+@pytest.mark.slow
+def test_the_script_refuses_such_data_before_its_first_step(sentences: Path, tmp_path: Path) -> None:
+    other = tmp_path / "vocab.txt"
+    other.write_text((sentences / "vocab.txt").read_text().replace("class", "klass"))
+    wrong = f"--vocab-file {other} --optimizer lion --train-iters 1"
+    run = torchrun(MODEL, BATCH, RATE, CPU, data_flags(sentences), wrong, script=SCRIPT)
+    assert run.returncode != 0
+    assert "was made with BertWordPieceLowerCase vocab.txt" in run.output and not losses(run)
