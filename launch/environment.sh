@@ -42,6 +42,6 @@ make_environment() {
     rm -rf "$root/.venv"
     "$python" -m venv "$root/.venv"
     "$PYTHON" -m pip install --quiet --progress-bar off --constraint "$root/launch/constraints.txt" \
-        --editable "$root[train,test]" emerging-optimizers
+        --editable "$root[train,tools,test]" emerging-optimizers
     echo "$stamp" >"$root/.venv/.complete"
 }
