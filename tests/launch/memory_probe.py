@@ -1,0 +1,46 @@
+"""Run under torchrun in the place of launch/pretrain_gpt.py: one optimizer step, then the bytes that this rank holds.
+
+PROBE_OUTPUT names a folder, in which each rank leaves ``rank<N>.json`` with weights, gradients and state.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "megatron"))
+
+import probe
+
+import megatron_lion
+
+
+def size(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def main() -> None:
+    megatron_lion.register()
+    import megatron.training.training as training
+
+    def inspect(forward_step: Any, model: list[Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        probe.set_gradients(model, seed=0)
+        optimizer.step()
+        held = {
+            "weights": size(param for chunk in model for param in chunk.parameters()),
+            "gradients": size(buffer.grad_data for chunk in model for buffer in chunk.buffers),
+            "state": probe.state_bytes(optimizer),
+        }
+        path = Path(os.environ["PROBE_OUTPUT"]) / f"rank{torch.distributed.get_rank()}.json"
+        path.write_text(json.dumps(held))
+        return 0, 0
+
+    training.train = inspect
+    probe.pretrain_gpt.main()
+
+
+if __name__ == "__main__":
+    main()

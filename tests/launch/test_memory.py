@@ -1,0 +1,46 @@
+"""The estimate of weights, gradients and optimizer state against the bytes that real ranks hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import torchrun
+from recipe_cases import commands, estimates, recipe
+
+PROBE = Path(__file__).with_name("memory_probe.py")
+
+
+def measured(
+    text: Path, folder: Path, *overrides: str, optimizer: str, dp: int
+) -> tuple[dict[str, int], estimates.Memory]:
+    """The bytes on the fullest rank, and the estimate, for tiny_gpt on the cpu cluster."""
+    found = recipe("tiny_gpt", optimizer, "cpu", f"gpus-per-node={dp}", f"data={text}", "vocab-size=512", *overrides)
+    flags = [*commands.training_flags(found, ["--no-check-for-nan-in-loss-and-grad"])]
+    folder.mkdir()
+    run = torchrun(" ".join(flags), ranks=dp, script=PROBE, environment={"PROBE_OUTPUT": str(folder)})
+    assert run.returncode == 0, run.output[-4000:]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(dp)]
+    return {key: max(rank[key] for rank in ranks) for key in ranks[0]}, estimates.memory(found)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dp", "overrides"),
+    [
+        ("lion", 2, ["bf16=true"]),
+        *(pytest.param("lion", dp, ["bf16=true"], marks=pytest.mark.slow) for dp in (1, 4)),
+        *(pytest.param("lion", dp, [], marks=pytest.mark.slow) for dp in (1, 2, 4)),
+        *(pytest.param("adam", dp, ["bf16=true"], marks=pytest.mark.slow) for dp in (1, 2, 4)),
+        *(pytest.param(name, 2, ["bf16=true"], marks=pytest.mark.slow) for name in ("sgd", "sgd_no_momentum")),
+        pytest.param("lion", 2, ["bf16=true", "use-distributed-optimizer=false"], marks=pytest.mark.slow),
+    ],
+)
+def test_the_estimate_is_within_a_tenth_of_what_ranks_hold(
+    text: Path, tmp_path: Path, optimizer: str, dp: int, overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, needed = measured(text, tmp_path / "probe", "run=unused", *overrides, optimizer=optimizer, dp=dp)
+    pairs = {key: (getattr(needed, key), found[key]) for key in found}
+    row = ", ".join(f"{key} {estimate:,} / {there:,}" for key, (estimate, there) in pairs.items())
+    with capsys.disabled():
+        print(f"\n{optimizer} DP {dp} {' '.join(overrides)}: estimated / measured bytes: {row}")
+    for estimate, there in pairs.values():
+        assert estimate == pytest.approx(there, rel=0.1)
