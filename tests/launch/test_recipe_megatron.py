@@ -14,6 +14,14 @@ import argparse, json, os, sys
 import megatron_lion
 
 megatron_lion.register()
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megatron.core.models.bert.bert_model import BertModel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
 from megatron.training import arguments
 from megatron.training.training import num_floating_point_operations
 
@@ -33,8 +41,27 @@ def outcome(ranks, padded, line):
 
 parser = arguments.add_megatron_arguments(argparse.ArgumentParser())
 flags = [name for action in parser._actions for name in action.option_strings]
-outcomes = [outcome(ranks, padded, line) for ranks, padded, line in json.load(sys.stdin)]
-print("ANSWERS", json.dumps({"flags": flags, "outcomes": outcomes}))
+
+
+def count(bert, layers, hidden, heads, vocabulary, positions):
+    config = TransformerConfig(
+        num_layers=layers, hidden_size=hidden, num_attention_heads=heads, use_cpu_initialization=True
+    )
+    shared = {"vocab_size": vocabulary, "max_sequence_length": positions, "share_embeddings_and_output_weights": True}
+    if bert:
+        model = BertModel(config, num_tokentypes=2, transformer_layer_spec=bert_layer_local_spec, **shared)
+    else:
+        model = GPTModel(config, transformer_layer_spec=get_gpt_layer_local_spec(), **shared)
+    return sum(param.numel() for param in model.parameters())
+
+
+asked = json.load(sys.stdin)
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+parallel_state.initialize_model_parallel()
+model_parallel_cuda_manual_seed(1)
+counts = [count(*model) for model in asked["models"]]
+outcomes = [outcome(ranks, padded, line) for ranks, padded, line in asked["lines"]]
+print("ANSWERS", json.dumps({"flags": flags, "outcomes": outcomes, "counts": counts}))
 """
 # Switches that Megatron keeps under another name, turned round.
 TURNED = {
@@ -42,6 +69,9 @@ TURNED = {
     "no-rope-fusion": "apply_rope_fusion",
     "no-gradient-accumulation-fusion": "gradient_accumulation_fusion",
 }
+
+# BERT or not, layers, hidden, heads, vocabulary rows, positions.
+COUNTED = [(bert, layers, 64, 4, 256, 32) for bert in (True, False) for layers in (1, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +82,7 @@ def answers() -> dict:
     environment = {**os.environ, "MEGATRON_LION_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "RANK": "0"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PARSE],
-        input=json.dumps(asked),
+        input=json.dumps({"lines": asked, "models": COUNTED}),
         capture_output=True,
         text=True,
         timeout=240,
@@ -75,6 +105,14 @@ def test_megatron_takes_every_recipe_and_keeps_every_value(answers: dict) -> Non
 def test_the_flops_are_megatrons_own_count(answers: dict) -> None:
     for case, answer in zip(CASES, answers["outcomes"], strict=True):
         assert estimates.flops_per_step(recipe(*case)) == pytest.approx(answer["flops"], rel=1e-12), case
+
+
+def test_the_parameters_are_those_of_megatrons_models(answers: dict) -> None:
+    for (bert, layers, hidden, heads, vocabulary, positions), count in zip(COUNTED, answers["counts"], strict=True):
+        sizes = {"num-layers": layers, "hidden-size": hidden, "num-attention-heads": heads, "vocab-size": vocabulary}
+        sizes |= {"max-position-embeddings": positions, "seq-length": positions}
+        found = recipe("tiny_bert" if bert else "tiny_gpt", "lion", "cpu", *(f"{k}={v}" for k, v in sizes.items()))
+        assert estimates.parameters(found) == [count]
 
 
 def test_every_key_of_a_recipe_is_a_flag_of_megatrons(answers: dict) -> None:

@@ -102,6 +102,12 @@ def test_a_broken_recipe_is_refused_with_the_key_and_the_fix(line: str) -> None:
     assert [word for word in BROKEN[line] if word not in str(error.value)] == [], str(error.value)
 
 
+def test_the_norm_ratios_companions_go_with_it() -> None:
+    """Megatron's parser, as this package extends it, refuses them alone."""
+    flags = commands.training_flags(recipe("tiny_gpt", "lion", "cpu", "norm-ratio-interval=0"), [])
+    assert [flag for flag in flags if "norm-ratio" in flag or "norm_ratio" in flag] == []
+
+
 def test_files_that_are_not_there_are_named_by_their_keys(tmp_path: Path) -> None:
     found = recipe("tiny_gpt", "lion", "cpu", f"data={tmp_path}")
     (tmp_path / "valid_text_document.bin").touch()
