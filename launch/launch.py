@@ -24,6 +24,7 @@ import commands
 import estimates
 import recipe_checks
 import recipes
+import step_line
 from recipes import ROOT, Recipe
 
 from megatron_lion.config import LionError
@@ -118,7 +119,7 @@ def prepare_folder(recipe: Recipe, extra: list[str]) -> Path:
 
 
 def run_here(recipe: Recipe, extra: list[str]) -> int:
-    """Run torchrun on this machine, its output on the screen and in log.txt. Returns its exit status.
+    """Run torchrun on this machine, its output in log.txt and, with readable steps, on the screen. Returns its status.
 
     SIGTERM is handed on to torchrun, which hands it to the ranks: they save and end.
     """
@@ -143,7 +144,8 @@ def run_here(recipe: Recipe, extra: list[str]) -> int:
     assert process.stdout is not None
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         for text in process.stdout:
-            print(text, end="", flush=True)
+            shown = step_line.readable(text, recipe)
+            print(text if shown is None else f"{shown}\n", end="", flush=True)
             log.write(text)
             log.flush()
     return process.wait()

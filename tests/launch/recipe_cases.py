@@ -15,6 +15,7 @@ import commands  # noqa: E402
 import estimates  # noqa: E402, F401
 import recipe_checks  # noqa: E402
 import recipes  # noqa: E402
+import step_line  # noqa: E402, F401
 
 import launch  # noqa: E402, F401
 
