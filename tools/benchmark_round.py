@@ -80,7 +80,7 @@ def main() -> None:
     """Train one step, then measure."""
     if "--norm-ratio-interval" in sys.argv or "--norm-ratio-at-start" in sys.argv:
         raise LionError("the benchmark starts its rounds by itself: leave out --norm-ratio-interval and -at-start")
-    sys.argv += ["--norm-ratio-interval", "1"]
+    sys.argv += ["--norm-ratio-interval", "1", "--norm-ratio-file", os.devnull]
     if "--norm-ratio-batches" not in sys.argv:
         sys.argv += ["--norm-ratio-batches", "10"]
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import torchrun
+from harness import run_ranks
 from recipe_cases import commands, estimates, recipe
 
 PROBE = Path(__file__).with_name("memory_probe.py")
@@ -17,7 +17,7 @@ def measured(
     found = recipe("tiny_gpt", optimizer, "cpu", f"gpus-per-node={dp}", f"data={text}", "vocab-size=512", *overrides)
     flags = [*commands.training_flags(found, ["--no-check-for-nan-in-loss-and-grad"])]
     folder.mkdir()
-    run = torchrun(" ".join(flags), ranks=dp, script=PROBE, environment={"PROBE_OUTPUT": str(folder)})
+    run = run_ranks(" ".join(flags), ranks=dp, script=PROBE, environment={"PROBE_OUTPUT": str(folder)})
     assert run.returncode == 0, run.output[-4000:]
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(dp)]
     return {key: max(rank[key] for rank in ranks) for key in ranks[0]}, estimates.memory(found)
@@ -37,7 +37,7 @@ def measured(
 def test_the_estimate_is_within_a_tenth_of_what_ranks_hold(
     text: Path, tmp_path: Path, optimizer: str, dp: int, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found, needed = measured(text, tmp_path / "probe", "run=unused", *overrides, optimizer=optimizer, dp=dp)
+    found, needed = measured(text, tmp_path / "probe", f"run={tmp_path}/run", *overrides, optimizer=optimizer, dp=dp)
     pairs = {key: (getattr(needed, key), found[key]) for key in found}
     row = ", ".join(f"{key} {estimate:,} / {there:,}" for key, (estimate, there) in pairs.items())
     with capsys.disabled():
