@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_lion", "megatron_lion.*"]),
-    package_data={"megatron_lion": ["py.typed"]},
+    package_data={"megatron_lion": ["py.typed"], "megatron_lion.kernels": ["*.cpp"]},
     install_requires=["torch>=2.6", "megatron-core>=0.19.2,<0.20"],
     extras_require={
         # What Megatron's own training loop asks for beyond megatron-core's hard dependencies.

@@ -35,7 +35,8 @@ class Lion(torch.optim.Optimizer):
         momentum_init: ``"zero"`` starts from m_0 = 0, as practice does; ``"gradient"`` from m_0 = g_1, as the
             convergence proof does (Lemma 6), so that the first step is along sign(g_1).
         maximize: ascend instead of descend.
-        kernel: ``"auto"``, ``"reference"`` or ``"foreach"``; all give the same bits.
+        kernel: ``"auto"``, ``"reference"``, ``"foreach"`` or ``"fused"``; all give the same bits. Fused is one
+            pass over memory, on the CPU so far; auto takes it where it can.
 
     Raises:
         LionError: for a hyperparameter out of range, a complex or integer parameter, a sparse gradient, or a state

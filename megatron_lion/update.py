@@ -34,6 +34,8 @@ class LionUpdate(Protocol):
         beta1: float,
         beta2: float,
         weight_decay: float,
+        grad_scale: float = 1.0,
+        copies: Sequence[Tensor] | None = None,
     ) -> None: ...
 
 
@@ -76,15 +78,24 @@ def lion_update_(
     beta1: float,
     beta2: float,
     weight_decay: float,
+    grad_scale: float = 1.0,
+    copies: Sequence[Tensor] | None = None,
 ) -> None:
     """Apply :func:`lion_step` to each tensor; ``params`` and ``exp_avgs`` are modified in place, ``grads`` is not.
 
-    The three sequences correspond element by element. Tensors may be empty. Issues no collective. Raises ValueError
-    where the sequences differ in length.
+    ``grad_scale``, such as a clip factor, multiplies every gradient in the dtype of the arithmetic first; that product
+    is rounded as well. Each of ``copies``, where given, receives its new parameter rounded from the arithmetic to the
+    copy's dtype, as a model's 16-bit parameter does from its fp32 master. The sequences correspond element by element.
+    Tensors may be empty. Issues no collective. Raises ValueError where the sequences differ in length.
     """
-    for param, grad, exp_avg in zip(params, grads, exp_avgs, strict=True):
+    targets: Sequence[Tensor | None] = [None] * len(params) if copies is None else copies
+    for param, grad, exp_avg, target in zip(params, grads, exp_avgs, targets, strict=True):
+        if grad_scale != 1.0:
+            grad = grad.to(compute_dtype(param)) * grad_scale
         new_param, new_exp_avg = lion_step(
             param, grad, exp_avg, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay
         )
         param.copy_(new_param)
         exp_avg.copy_(new_exp_avg)
+        if target is not None:
+            target.copy_(new_param)

@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "version": set(),
     "update": {"torch"},
     "precision": {"torch"},
-    "kernels": {"kernels", "update", "precision", "torch", "triton"},
+    "kernels": {"kernels", "config", "update", "precision", "torch", "triton"},
     "lion": {"kernels", "config", "torch"},
     "stats": {"stats", "config", "torch"},
     "theory": {"theory", "torch"},

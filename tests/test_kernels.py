@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from megatron_lion.kernels import choose, foreach
-from megatron_lion.kernels.foreach import foreach_supports, lion_update_foreach_
+from megatron_lion.kernels import foreach
+from megatron_lion.kernels.foreach import lion_update_foreach_
+from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.update import lion_update_
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -12,6 +13,12 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 LANGUAGE = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
 DYADIC = {"lr": 2**-4, "beta1": 0.5, "beta2": 0.75, "weight_decay": 0.5}
 EXTREMES = [0.0, 1.0, 1e-3, 1e30, float("inf")]
+
+EVERY_KERNEL = pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [(lion_update_foreach_, FP64), (lion_update_foreach_, FP32), (lion_update_fused_, FP32)],
+    ids=["foreach-fp64", "foreach-fp32", "fused-fp32"],
+)
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -59,62 +66,62 @@ def compare(kernel, lists, steps=3, **hyper):
 
 
 @pytest.mark.parametrize("hyper", [LANGUAGE, DYADIC, {**LANGUAGE, "beta1": 0.95, "beta2": 0.98}])
-@pytest.mark.parametrize("dtype", [FP64, FP32])
-def test_uneven_and_empty_tensors_have_the_bits_of_the_reference(device, dtype, hyper):
-    compare(lion_update_foreach_, problem([1, 0, 17, 1023, 1, 4099, 0], dtype, device), **hyper)
+@EVERY_KERNEL
+def test_uneven_and_empty_tensors_have_the_bits_of_the_reference(device, kernel, dtype, hyper):
+    compare(kernel, problem([1, 0, 17, 1023, 1, 4099, 0], dtype, device), **hyper)
 
 
-@pytest.mark.parametrize("dtype", [FP64, FP32])
-def test_a_million_elements_have_the_bits_of_the_reference(device, dtype):
-    compare(lion_update_foreach_, problem([1_000_003, 5], dtype, device), steps=1, **LANGUAGE)
+@EVERY_KERNEL
+def test_a_million_elements_have_the_bits_of_the_reference(device, kernel, dtype):
+    compare(kernel, problem([1_000_003, 5], dtype, device), steps=1, **LANGUAGE)
 
 
-@pytest.mark.parametrize("dtype", [FP64, FP32])
-def test_gradients_that_nearly_cancel_the_momentum_have_the_bits_of_the_reference(device, dtype):
+@EVERY_KERNEL
+def test_gradients_that_nearly_cancel_the_momentum_have_the_bits_of_the_reference(device, kernel, dtype):
     """Here the rounding of c decides its sign: alpha=, lerp or a fused multiply-add would show."""
     generator = torch.Generator().manual_seed(1)
     m = torch.randn(10_001, generator=generator, dtype=FP64)
     wiggle = 1 + torch.randint(-3, 4, m.shape, generator=generator) * torch.finfo(dtype).eps
     lists = [[tensor.to(device, dtype)] for tensor in (torch.randn_like(m), -9 * m * wiggle, m)]
-    compare(lion_update_foreach_, lists, steps=1, **LANGUAGE)
+    compare(kernel, lists, steps=1, **LANGUAGE)
 
 
 @pytest.mark.parametrize("hyper", [LANGUAGE, DYADIC, {**LANGUAGE, "weight_decay": 0.0}])
-@pytest.mark.parametrize("dtype", [FP64, FP32])
-def test_zeros_denormals_infinities_and_nan_have_the_bits_of_the_reference(device, dtype, hyper):
+@EVERY_KERNEL
+def test_zeros_denormals_infinities_and_nan_have_the_bits_of_the_reference(device, kernel, dtype, hyper):
     lists = with_special_values(problem([4099, 3, 5003], dtype, device))
     assert all(tensors[0].isnan().any() and tensors[0].isinf().any() for tensors in lists)
-    compare(lion_update_foreach_, lists, **hyper)
+    compare(kernel, lists, **hyper)
 
 
-@pytest.mark.parametrize("dtype", [FP64, FP32])
-def test_exact_ties_only_decay(device, dtype):
+@EVERY_KERNEL
+def test_exact_ties_only_decay(device, kernel, dtype):
     """Seen against the rule itself, not the reference: with g = -m and beta1 = 1/2 the direction is zero."""
     params, _, exp_avgs = problem([1, 33, 0, 1000], dtype, device)
     expected = [param - (0.5 * param) * 2**-4 for param in params]
-    lion_update_foreach_(params, [-m for m in exp_avgs], exp_avgs, **DYADIC)
+    kernel(params, [-m for m in exp_avgs], exp_avgs, **DYADIC)
     assert_same_bits(params, expected)
 
 
-@pytest.mark.parametrize("dtype", [FP64, FP32])
-def test_unaligned_slices_of_a_buffer_have_the_bits_of_the_reference(device, dtype):
+@EVERY_KERNEL
+def test_unaligned_slices_of_a_buffer_have_the_bits_of_the_reference(device, kernel, dtype):
     """Shards of a flat buffer start anywhere; the elements between them must not be touched."""
     flats = [tensors[0] for tensors in with_special_values(problem([20_011], dtype, device))]
     before = [flat.clone() for flat in flats]
     cuts = [(1, 4), (4, 4), (5, 1030), (1031, 9004), (9007, 20_010)]
-    compare(lion_update_foreach_, [[flat[start:stop] for start, stop in cuts] for flat in flats], **LANGUAGE)
+    compare(kernel, [[flat[start:stop] for start, stop in cuts] for flat in flats], **LANGUAGE)
     for flat, old in zip(flats, before, strict=True):
         for gap in (0, 4, 1030, 9004, 9005, 9006, 20_010):
             assert_same_bits([flat[gap]], [old[gap]])
 
 
-@pytest.mark.parametrize("dtype", [FP64, FP32])
-def test_matrices_scalars_and_transposes_have_the_bits_of_the_reference(device, dtype):
+@EVERY_KERNEL
+def test_matrices_scalars_and_transposes_have_the_bits_of_the_reference(device, kernel, dtype):
     lists = [
         [flat[0:1].view(()), flat[1:13].view(3, 4).t(), flat[13:].view(2, 3, 5)]
         for (flat,) in problem([43], dtype, device)
     ]
-    compare(lion_update_foreach_, lists, **LANGUAGE)
+    compare(kernel, lists, **LANGUAGE)
 
 
 @pytest.mark.parametrize("limit", [1, 10, 1000])
@@ -131,48 +138,36 @@ def test_chunks_keep_to_the_limit_unless_one_tensor_exceeds_it(device, monkeypat
     assert sizes == [[3, 7, 0], [1], [25], [9, 1], [1]]
 
 
-def test_gradients_keep_their_bits(device):
+@EVERY_KERNEL
+def test_gradients_keep_their_bits(device, kernel, dtype):
     """Guards against a kernel that uses the gradients as its scratch space."""
-    params, grads, exp_avgs = with_special_values(problem([4099], FP32, device))
+    params, grads, exp_avgs = with_special_values(problem([4099], dtype, device))
     before, version = grads[0].clone(), grads[0]._version
-    lion_update_foreach_(params, grads, exp_avgs, **LANGUAGE)
+    kernel(params, grads, exp_avgs, **LANGUAGE)
     assert_same_bits(grads, [before])
     assert grads[0]._version == version
 
 
-@pytest.mark.parametrize("kernel", ["auto", "foreach"])
-@pytest.mark.parametrize("dtype", [FP64, FP32])
-def test_foreach_is_chosen_for_uniform_tensors(device, kernel, dtype):
-    assert choose(kernel, *problem([3, 0, 4], dtype, device)) is lion_update_foreach_
+@EVERY_KERNEL
+@pytest.mark.parametrize("scale", [0.37, 2.0**-10, 3.0])
+def test_a_folded_gradient_scale_equals_a_scaled_gradient(device, kernel, dtype, scale):
+    """The clip factor, folded in instead of a pass before the step: the product is rounded just as that pass would."""
+    lists = with_special_values(problem([4099, 0, 31], dtype, device))
+    expected = [[tensor.clone() for tensor in tensors] for tensors in lists]
+    kernel(*lists, grad_scale=scale, **LANGUAGE)
+    lion_update_(expected[0], [grad * scale for grad in expected[1]], expected[2], **LANGUAGE)
+    assert_same_bits(lists[0], expected[0])
+    assert_same_bits(lists[2], expected[2])
 
 
-def test_the_reference_is_chosen_when_asked_for(device):
-    assert choose("reference", *problem([3, 4], FP32, device)) is lion_update_
-
-
-@pytest.mark.parametrize("kernel", ["auto", "foreach"])
-@pytest.mark.parametrize(
-    "dtypes", [(BF16, BF16, BF16), (FP16, FP16, FP16), (BF16, FP32, FP32), (FP32, BF16, FP32), (FP32, FP32, FP64)]
-)
-def test_other_and_mixed_dtypes_fall_back_to_the_reference(device, kernel, dtypes):
-    """In bf16 foreach would compute in bf16: the learning rate and every product would be rounded to 8 bits."""
-    lists = [[t.to(dtype) for t in ts] for ts, dtype in zip(problem([3, 4], FP32, device), dtypes, strict=True)]
-    assert not foreach_supports(*lists)
-    assert choose(kernel, *lists) is lion_update_
-
-
-def test_one_parameter_of_another_dtype_sends_the_list_to_the_reference(device):
-    params, grads, exp_avgs = problem([3, 4], FP32, device)
-    lists = [[first, second.double()] for first, second in (params, grads, exp_avgs)]
-    assert choose("auto", *lists) is lion_update_
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_parameters_on_two_devices_fall_back_to_the_reference(device):
-    lists = [[t.to(place) for t, place in zip(ts, ("cpu", "cuda"), strict=True)] for ts in problem([3, 4], FP32)]
-    assert choose("auto", *lists) is lion_update_
+@EVERY_KERNEL
+def test_the_copy_is_the_new_parameter_rounded_to_bf16(device, kernel, dtype):
+    params, grads, exp_avgs = with_special_values(problem([4099, 0, 31], dtype, device))
+    copies = [torch.ones(param.shape, dtype=BF16, device=device) for param in params]
+    kernel(params, grads, exp_avgs, copies=copies, **LANGUAGE)
+    assert_same_bits(copies, [param.to(BF16) for param in params])
 
 
 def test_nothing_to_update_is_no_error(device):
-    choose("auto", [], [], [])([], [], [], **LANGUAGE)
-    lion_update_foreach_([], [], [], **LANGUAGE)
+    for kernel in (lion_update_foreach_, lion_update_fused_, lion_update_):
+        kernel([], [], [], **LANGUAGE)

@@ -4,18 +4,48 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from megatron_lion.config import LionError
 from megatron_lion.kernels.foreach import foreach_supports, lion_update_foreach_
+from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_update_fused_
 from megatron_lion.update import LionUpdate, lion_update_
 
-KERNELS = ("auto", "reference", "foreach")
+KERNELS = ("auto", "reference", "foreach", "fused")
 
 
 def choose(kernel: str, params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor]) -> LionUpdate:
     """The update function to call on these tensors.
 
-    ``"auto"`` takes foreach where :func:`foreach_supports` says that it applies, else the reference; the two named
-    kernels are taken as asked, foreach falling back to the reference for tensors of mixed dtypes or devices.
+    ``"auto"`` takes the fused kernel where :func:`fused_supports` the tensors and a compiler was found, else foreach
+    where :func:`foreach_supports` them, else the reference. ``"foreach"`` falls back to the reference for tensors of
+    mixed dtypes or devices; ``"reference"`` is taken as asked.
+
+    Raises:
+        LionError: ``"fused"`` was asked for by name and cannot be had; the message has the reason.
     """
+    if kernel in ("auto", "fused"):
+        problem = None if fused_supports(params, grads, exp_avgs) else _describe(params, grads, exp_avgs)
+        problem = problem or fused_problem()
+        if problem is None:
+            return lion_update_fused_
+        if kernel == "fused":
+            raise LionError(f"the fused kernel cannot be used: {problem}. Ask for auto, foreach or reference")
     if kernel != "reference" and foreach_supports(params, grads, exp_avgs):
         return lion_update_foreach_
     return lion_update_
+
+
+def describe(kernel: str, tensors: Sequence[Tensor]) -> str:
+    """What ``kernel`` comes to for parameters like ``tensors``, for the start-up line.
+
+    ``"fused"``, or with the reason why not: ``"foreach (no C++ compiler on PATH ...)"``.
+    """
+    names = {lion_update_fused_: "fused", lion_update_foreach_: "foreach", lion_update_: "reference"}
+    name = names[choose(kernel, tensors, tensors, tensors)]
+    on_cpu = fused_supports(tensors, tensors, tensors)
+    reason = fused_problem() if kernel == "auto" and name != "fused" and on_cpu else None
+    return f"{name} ({reason})" if reason else name
+
+
+def _describe(*roles: Sequence[Tensor]) -> str:
+    kinds = sorted({f"{tensor.dtype} on {tensor.device.type}" for tensors in roles for tensor in tensors})
+    return f"it takes fp32 and bf16 on the CPU, each role of one dtype, not {', '.join(kinds)}"

@@ -25,13 +25,19 @@ def lion_update_foreach_(
     beta1: float,
     beta2: float,
     weight_decay: float,
+    grad_scale: float = 1.0,
+    copies: Sequence[Tensor] | None = None,
 ) -> None:
     """:func:`megatron_lion.update.lion_update_` for tensors that :func:`foreach_supports`; the same bits, in place.
 
-    Needs two temporaries of at most ``MAX_NUMEL_PER_CALL`` elements (or of the largest tensor, where that is larger).
+    Needs two temporaries, three where ``grad_scale`` is not 1, of at most ``MAX_NUMEL_PER_CALL`` elements (or of the
+    largest tensor, where that is larger).
     """
     for chunk in _chunks(params):
-        p, g, m = list(params[chunk]), list(grads[chunk]), list(exp_avgs[chunk])
+        p, m = list(params[chunk]), list(exp_avgs[chunk])
+        g: list[Tensor] | tuple[Tensor, ...] = list(grads[chunk])
+        if grad_scale != 1.0:
+            g = torch._foreach_mul(g, grad_scale)
         step = torch._foreach_mul(m, beta1)
         term = torch._foreach_mul(g, 1.0 - beta1)
         torch._foreach_add_(step, term)
@@ -45,6 +51,8 @@ def lion_update_foreach_(
         term = torch._foreach_mul(g, 1.0 - beta2)
         torch._foreach_mul_(m, beta2)
         torch._foreach_add_(m, term)
+        if copies is not None:
+            torch._foreach_copy_(list(copies[chunk]), p)
 
 
 def _chunks(params: Sequence[Tensor]) -> list[slice]:
