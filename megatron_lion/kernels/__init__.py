@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megatron_lion.config import LionError
+from megatron_lion.config import KERNELS, LionError
 from megatron_lion.kernels.foreach import foreach_supports, lion_update_foreach_
 from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_update_fused_
 from megatron_lion.update import LionUpdate, lion_update_
 
-KERNELS = ("auto", "reference", "foreach", "fused")
+__all__ = ["KERNELS", "choose", "describe"]
 
 
 def choose(kernel: str, params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor]) -> LionUpdate:
@@ -17,11 +17,16 @@ def choose(kernel: str, params: Sequence[Tensor], grads: Sequence[Tensor], exp_a
 
     ``"auto"`` takes the fused kernel where :func:`fused_supports` the tensors and a compiler was found, else foreach
     where :func:`foreach_supports` them, else the reference. ``"foreach"`` falls back to the reference for tensors of
-    mixed dtypes or devices; ``"reference"`` is taken as asked.
+    mixed dtypes or devices; ``"reference"`` is taken as asked. On a GPU ``"fused"`` is the Triton kernel, which has
+    been run in Triton's interpreter only and is therefore never taken by ``"auto"``.
 
     Raises:
         LionError: ``"fused"`` was asked for by name and cannot be had; the message has the reason.
     """
+    if kernel == "fused" and params and all(t.is_cuda for tensors in (params, grads, exp_avgs) for t in tensors):
+        from megatron_lion.kernels.triton_lion import lion_update_triton_  # Triton takes a second to import
+
+        return lion_update_triton_
     if kernel in ("auto", "fused"):
         problem = None if fused_supports(params, grads, exp_avgs) else _describe(params, grads, exp_avgs)
         problem = problem or fused_problem()
@@ -39,8 +44,8 @@ def describe(kernel: str, tensors: Sequence[Tensor]) -> str:
 
     ``"fused"``, or with the reason why not: ``"foreach (no C++ compiler on PATH ...)"``.
     """
-    names = {lion_update_fused_: "fused", lion_update_foreach_: "foreach", lion_update_: "reference"}
-    name = names[choose(kernel, tensors, tensors, tensors)]
+    names = {lion_update_foreach_: "foreach", lion_update_: "reference"}
+    name = names.get(choose(kernel, tensors, tensors, tensors), "fused")
     on_cpu = fused_supports(tensors, tensors, tensors)
     reason = fused_problem() if kernel == "auto" and name != "fused" and on_cpu else None
     return f"{name} ({reason})" if reason else name
