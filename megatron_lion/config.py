@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 PAPER_BETAS = (0.9, 0.99)
 LANGUAGE_MODEL_BETAS = (0.9, 0.95)
+KERNELS = ("auto", "reference", "foreach", "fused")
 MOMENTUM_INITS = ("zero", "gradient")
 
 # Where AdamW's rates for language models begin. Small models have been tuned to higher ones with Lion too
@@ -67,11 +68,13 @@ class LionConfig:
     lr: float
     weight_decay: float
     betas: tuple[float, float] = LANGUAGE_MODEL_BETAS
+    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         check_non_negative("--lr", self.lr)
         check_non_negative("--weight-decay", self.weight_decay)
         check_betas(self.betas, names=("--lion-beta1", "--lion-beta2"))
+        check_choice("--lion-kernel", self.kernel, KERNELS)
 
     @property
     def lr_warning(self) -> str | None:

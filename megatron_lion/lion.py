@@ -152,4 +152,7 @@ class Lion(torch.optim.Optimizer):
                     f"have {', '.join(sorted(group.keys() - {'params'}))}. Load the weights alone and start Lion's "
                     "momentum at zero (in Megatron: --no-load-optim)"
                 )
+        asked = [group["kernel"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, kernel in zip(self.param_groups, asked, strict=True):
+            group["kernel"] = kernel  # a matter of this machine, not of the state

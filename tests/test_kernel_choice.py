@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from megatron_lion.config import LionError
-from megatron_lion.kernels import choose, describe, fused, lion_update_foreach_, lion_update_fused_
+from megatron_lion.kernels import choose, describe, fused
+from megatron_lion.kernels.foreach import lion_update_foreach_
+from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.update import lion_update_
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

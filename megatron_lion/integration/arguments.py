@@ -5,7 +5,7 @@ import functools
 import os
 from typing import Any
 
-from megatron_lion.config import LANGUAGE_MODEL_BETAS, LionConfig, LionError, did_you_mean
+from megatron_lion.config import KERNELS, LANGUAGE_MODEL_BETAS, LionConfig, LionError, did_you_mean
 from megatron_lion.integration import checkpoints, compat
 from megatron_lion.integration.norm_ratio import arguments as norm_ratio
 
@@ -94,6 +94,13 @@ def _adapt(parser: argparse.ArgumentParser) -> dict[str, Any]:
         stock_betas[dest], options[dest].default = options[dest].default, None
         options[dest].help = f"{options[dest].help} With --optimizer lion: {ours:g} unless given."
 
+    parser.add_argument(
+        "--lion-kernel",
+        default="auto",
+        metavar=f"{{{','.join(KERNELS)}}}",
+        help="How Lion's step is computed; all give the same bits. Default: auto, the fastest that this machine has.",
+    )
+
     def error(message: str) -> None:
         raise LionError(f"{message}. All flags: --help")
 
@@ -114,7 +121,9 @@ def _check_lion(args: Any) -> None:
             raise LionError(f"--{dest.replace('_', '-')} cannot be honoured with --optimizer lion: {instead}")
     if args.lr is None:
         raise LionError("--optimizer lion needs --lr, 3 to 10 times lower than AdamW's (docs/coming-from-adamw.md)")
-    LionConfig(lr=args.lr, weight_decay=args.weight_decay, betas=(args.lion_beta1, args.lion_beta2))
+    LionConfig(
+        lr=args.lr, weight_decay=args.weight_decay, betas=(args.lion_beta1, args.lion_beta2), kernel=args.lion_kernel
+    )
     if args.min_lr is not None and args.min_lr > args.lr:
         raise LionError(f"--min-lr {args.min_lr:g} lies above --lr {args.lr:g}: lower it with Lion's --lr")
 

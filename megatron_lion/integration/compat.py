@@ -68,6 +68,7 @@ TRAINING_SEAMS = (
     Seam("megatron.training.arguments", "_print_args", ("title", "args")),
     Seam("megatron.training.checkpointing", "_load_base_checkpoint", ("load_dir", "args", "rank0")),
     Seam("megatron.training.training", "get_megatron_optimizer", ("config",)),
+    Seam("megatron.training.training", "get_megatron_optimizer_config", ("args",)),
     Seam("megatron.training.training", "initialize_megatron", ("allow_no_cuda",)),
     Seam(
         "megatron.training.training", "build_train_valid_test_datasets", ("build_train_valid_test_datasets_provider",)

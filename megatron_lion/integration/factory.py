@@ -22,6 +22,9 @@ from megatron_lion.integration.distributed_optimizer import (
 )
 from megatron_lion.lion import Lion
 
+# Where the optimizer's configuration carries --lion-kernel; absent where a script uses megatron.core alone.
+KERNEL = "lion_kernel"
+
 
 def install() -> None:
     """Replace ``get_megatron_optimizer`` wherever it has been imported, and close the way that would miss it."""
@@ -56,15 +59,33 @@ def install() -> None:
     compat.replace_everywhere(optimizers, "_get_megatron_emerging_optimizer", _get_megatron_emerging_optimizer)
 
 
+def install_config() -> None:
+    """Let the configuration that ``megatron.training`` makes carry our flags: it copies its own fields alone."""
+    import megatron.training.training as training
+
+    stock_config = training.get_megatron_optimizer_config
+
+    @functools.wraps(stock_config)
+    def get_megatron_optimizer_config(args: Any) -> Any:
+        made = stock_config(args)
+        setattr(made[0], KERNEL, getattr(args, KERNEL, "auto"))
+        return made
+
+    compat.replace_everywhere(training, "get_megatron_optimizer_config", get_megatron_optimizer_config)
+
+
 def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: Any) -> Any:
     if not config.decoupled_weight_decay:
         raise LionError("decoupled_weight_decay=False is not Lion, whose weight decay is decoupled: leave it True")
     lion_config = LionConfig(
-        lr=config.lr, weight_decay=config.weight_decay, betas=(config.lion_beta1, config.lion_beta2)
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        betas=(config.lion_beta1, config.lion_beta2),
+        kernel=getattr(config, KERNEL, "auto"),
     )
 
     def lion_in_place_of_sgd(param_groups: Any, lr: float, weight_decay: float, momentum: float) -> Lion:
-        inner = Lion(param_groups, lr=lr, betas=lion_config.betas, weight_decay=weight_decay)
+        inner = Lion(param_groups, lr=lr, betas=lion_config.betas, weight_decay=weight_decay, kernel=lion_config.kernel)
         inner.register_load_state_dict_post_hook(functools.partial(_keep_betas, lion_config))
         return inner
 

@@ -50,10 +50,11 @@ def register_training() -> None:
     if "training" in _done:
         return
     compat.require_seams(compat.TRAINING_SEAMS)
-    from megatron_lion.integration import arguments, checkpoints
+    from megatron_lion.integration import arguments, checkpoints, factory
     from megatron_lion.integration.norm_ratio import rounds
 
     arguments.install()
+    factory.install_config()
     checkpoints.install()
     rounds.install()
     compat.allow_wheel_without_makefile()

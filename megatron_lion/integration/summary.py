@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_lion import kernels
 from megatron_lion.config import LionConfig
 from megatron_lion.lion import Lion
 
@@ -37,10 +38,11 @@ def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimi
         *([param for _, param in pairs] for pairs in (trainable, missed))
     )
     sharding, state = _state_bytes(config, optimizer)
+    kernel = kernels.describe(lion_config.kernel, _updated_tensors(optimizer))
     say(
         f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
         f"betas ({lion_config.betas[0]:g}, {lion_config.betas[1]:g}), weight decay {lion_config.weight_decay:g}, "
-        f"{sharding}: {state} per rank"
+        f"{sharding}: {state} per rank, kernel {kernel}"
     )
     if missed_tensors:
         names = ", ".join(name for name, _ in missed) or "none"
@@ -62,6 +64,12 @@ def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:
         else:
             covered.update(part.get_parameters())
     return covered
+
+
+def _updated_tensors(optimizer: Any) -> list[torch.Tensor]:
+    """This rank's masters: what the kernel is chosen by."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [param for part in parts if part.optimizer is not None for param in part.get_parameters()]
 
 
 def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int, int]:
