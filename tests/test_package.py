@@ -59,12 +59,12 @@ def run_installed(installed: Path, *arguments: str | Path, cwd: Path) -> str:
     return run(sys.executable, "-S", "-W", "ignore", *arguments, cwd=cwd, PYTHONPATH=path, **environment)
 
 
-def test_the_wheel_holds_every_module_and_the_marker_that_it_is_typed(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_the_kernels_source_and_the_marker_that_it_is_typed(wheel: Path) -> None:
     modules = {str(path.relative_to(CLONE)) for path in PACKAGE.rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert modules - names == set()
-    assert "megatron_lion/py.typed" in names
+    assert {"megatron_lion/py.typed", "megatron_lion/kernels/lion_cpu.cpp"} <= names
 
 
 def test_the_wheel_holds_no_tests_tools_or_scripts(wheel: Path) -> None:
