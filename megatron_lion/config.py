@@ -58,6 +58,13 @@ def check_choice(name: str, value: str, valid: Iterable[str]) -> str:
     return value
 
 
+def check_only_fp32(name: str, value: str, planned: Iterable[str]) -> str:
+    """Return ``value`` if it is ``"fp32"``; raise :class:`LionError` for another, whether it is planned or unknown."""
+    if check_choice(name, value, planned) != "fp32":
+        raise LionError(f"{name} {value} is not supported yet: Lion's state is fp32. Drop the flag, or give fp32")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class LionConfig:
     """What ``--optimizer lion`` was asked to be, checked.
@@ -69,12 +76,16 @@ class LionConfig:
     weight_decay: float
     betas: tuple[float, float] = LANGUAGE_MODEL_BETAS
     kernel: str = "auto"
+    momentum_dtype: str = "fp32"
+    master_weights: str = "fp32"
 
     def __post_init__(self) -> None:
         check_non_negative("--lr", self.lr)
         check_non_negative("--weight-decay", self.weight_decay)
         check_betas(self.betas, names=("--lion-beta1", "--lion-beta2"))
         check_choice("--lion-kernel", self.kernel, KERNELS)
+        check_only_fp32("--lion-momentum-dtype", self.momentum_dtype, ("fp32", "bf16", "int8"))
+        check_only_fp32("--lion-master-weights", self.master_weights, ("fp32", "remainder"))
 
     @property
     def lr_warning(self) -> str | None:

@@ -101,6 +101,9 @@ def _adapt(parser: argparse.ArgumentParser) -> dict[str, Any]:
         help="How Lion's step is computed; all give the same bits. Default: auto, the fastest that this machine has.",
     )
 
+    for flag, what in (("--lion-momentum-dtype", "momentum"), ("--lion-master-weights", "master weights")):
+        parser.add_argument(flag, default="fp32", help=f"How to store Lion's {what}. Only fp32 so far, the default.")
+
     def error(message: str) -> None:
         raise LionError(f"{message}. All flags: --help")
 
@@ -122,7 +125,12 @@ def _check_lion(args: Any) -> None:
     if args.lr is None:
         raise LionError("--optimizer lion needs --lr, 3 to 10 times lower than AdamW's (docs/coming-from-adamw.md)")
     LionConfig(
-        lr=args.lr, weight_decay=args.weight_decay, betas=(args.lion_beta1, args.lion_beta2), kernel=args.lion_kernel
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        betas=(args.lion_beta1, args.lion_beta2),
+        kernel=args.lion_kernel,
+        momentum_dtype=args.lion_momentum_dtype,
+        master_weights=args.lion_master_weights,
     )
     if args.min_lr is not None and args.min_lr > args.lr:
         raise LionError(f"--min-lr {args.min_lr:g} lies above --lr {args.lr:g}: lower it with Lion's --lr")
