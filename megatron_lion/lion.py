@@ -1,6 +1,7 @@
 """Lion as an ordinary ``torch.optim.Optimizer``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,6 +49,12 @@ class Lion(torch.optim.Optimizer):
         >>> layer(torch.ones(1, 2)).sum().backward()
         >>> optimizer.step()
     """
+
+    # For whoever drives the step from outside, as Megatron's distributed optimizer does: a factor on every gradient,
+    # and 16-bit copies of parameters, by parameter, that the step writes too. Class attributes, so that an unpickled
+    # optimizer, which keeps groups and state alone, has them.
+    grad_scale: float = 1.0
+    copies: Mapping[Tensor, Tensor] = MappingProxyType({})
 
     def __init__(
         self,
@@ -126,18 +133,27 @@ class Lion(torch.optim.Optimizer):
         grads: list[Tensor] = [-param.grad if group["maximize"] else param.grad for param in params]  # type: ignore[operator, misc]
         for param, grad in zip(params, grads, strict=True):
             if not self.state[param]:
-                start = grad if group["momentum_init"] == "gradient" else torch.zeros_like(param)
+                start = grad * self.grad_scale if group["momentum_init"] == "gradient" else torch.zeros_like(param)
                 self.state[param]["exp_avg"] = torch.empty_like(param, memory_format=torch.preserve_format).copy_(start)
+        for copied in (True, False):
+            rows = [row for row in zip(params, grads, strict=True) if (row[0] in self.copies) == copied]
+            if rows:
+                self._update(group, [param for param, _ in rows], [grad for _, grad in rows], copied)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], copied: bool) -> None:
         exp_avgs = [self.state[param]["exp_avg"] for param in params]
-        beta1, beta2 = group["betas"]
         update = kernels.choose(group.get("kernel", "auto"), params, grads, exp_avgs)
-        hyperparameters = {
-            "lr": float(group["lr"]),
-            "beta1": beta1,
-            "beta2": beta2,
-            "weight_decay": float(group["weight_decay"]),
-        }
-        update(params, grads, exp_avgs, **hyperparameters)
+        update(
+            params,
+            grads,
+            exp_avgs,
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=float(group["weight_decay"]),
+            grad_scale=self.grad_scale,
+            copies=[self.copies[param] for param in params] if copied else None,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict()`` returned: the next steps equal, bit for bit, those of an optimizer never saved.

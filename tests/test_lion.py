@@ -437,3 +437,28 @@ def test_a_sparse_gradient_in_a_later_group_changes_nothing():
     with pytest.raises(LionError, match="sparse gradients"):
         optimizer.step()
     assert_same(before, snapshot(optimizer, params))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_a_driver_may_scale_gradients_and_have_copies_written(kernel):
+    """As Megatron's distributed optimizer does: the clip factor folded in, bf16 parameters written by the step."""
+    params = make_params()
+    copies = {params[0]: torch.zeros(params[0].shape, dtype=torch.bfloat16)}
+    optimizer = Lion(params, **HYPER, kernel=kernel)
+    optimizer.grad_scale, optimizer.copies = 0.37, copies
+    run(optimizer, params, steps=1)
+    for param, start in zip(params, make_params(), strict=True):
+        hyper = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
+        expected, exp_avg = lion_step(start.detach(), param.grad * 0.37, torch.zeros_like(start), **hyper)
+        assert same_bits(param, expected)
+        assert same_bits(optimizer.state[param]["exp_avg"], exp_avg)
+    assert same_bits(copies[params[0]], params[0].detach().to(torch.bfloat16))
+
+
+def test_a_checkpoint_does_not_bring_its_kernel():
+    """Which kernel a machine has is not state: the saving machine may have had a compiler that this one lacks."""
+    params = make_params()
+    saved = Lion(params, kernel="fused").state_dict()
+    optimizer = Lion(params, kernel="reference")
+    optimizer.load_state_dict(saved)
+    assert [group["kernel"] for group in optimizer.param_groups] == ["reference"]

@@ -51,6 +51,16 @@ CORE_SEAMS = (
     Seam("megatron.core.optimizer", "DistributedOptimizer", ("optimizer", "config", "grad_scaler", "init_state_fn")),
     Seam("megatron.core.optimizer", "ChainedOptimizer.get_grad_norm", ("self",)),
     Seam("megatron.core.optimizer", "ChainedOptimizer.step_with_ready_grads", ("self",)),
+    Seam(
+        "megatron.core.optimizer.optimizer",
+        "clip_grad_by_total_norm_fp32",
+        ("parameters", "max_norm", "total_norm", "use_decoupled_grad"),
+    ),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer",
+        "DistributedOptimizer._copy_main_params_to_model_params",
+        ("self",),
+    ),
     Seam("megatron.core.optimizer", "SGD", ("params", "lr", "momentum", "weight_decay")),
     Seam("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.state_dict", ("self",)),
     Seam("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.load_state_dict", ("self", "state_dict")),
@@ -197,6 +207,25 @@ def without_step() -> contextlib.AbstractContextManager[None]:
     from megatron.core.optimizer import distrib_optimizer
 
     return substituted(distrib_optimizer, HAVE_APEX_OR_TE=True)
+
+
+@contextlib.contextmanager
+def folding_the_clip_factor(fold: Callable[[list[Any], float], bool]) -> Iterator[None]:
+    """Offer each clip factor that Megatron is about to multiply into gradients to ``fold``, which may take it over.
+
+    ``ChainedOptimizer.step`` (0.19.2: optimizer 1875) scales all gradients in place, one more read and write of each.
+    """
+    from megatron.core.optimizer import optimizer
+
+    stock_clip = optimizer.clip_grad_by_total_norm_fp32
+
+    def clip(parameters: list[Any], max_norm: float, total_norm: Any, use_decoupled_grad: bool = False) -> None:
+        factor = float(max_norm / (total_norm + 1.0e-6))  # clip_grads 178
+        if use_decoupled_grad or not fold(parameters, min(factor, 1.0)):
+            stock_clip(parameters, max_norm, total_norm, use_decoupled_grad)
+
+    with substituted(optimizer, clip_grad_by_total_norm_fp32=clip):
+        yield
 
 
 def has_te_or_apex() -> bool:

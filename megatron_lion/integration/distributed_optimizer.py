@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, summary
+from megatron_lion.lion import Lion
 
 
 def init_lion_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
@@ -127,13 +128,42 @@ class LionChainedOptimizer(ChainedOptimizer):
     torch's sign(NaN) is 0, Lion would keep a NaN momentum and stop moving those elements without a word. Megatron
     counts the iteration as skipped. Its own check (``check_for_nan_in_loss_and_grad``, on by default) ends the run
     before it comes to that.
+
+    The factor of ``--clip-grad`` is folded into the step, which saves a pass that reads and writes every gradient. For
+    fp32 gradients the bits are those of Megatron's scaled gradient: the same product, rounded the same way. The
+    gradient buffers keep the unscaled gradient.
     """
 
     def get_grad_norm(self) -> Any:
         self._grad_norm = super().get_grad_norm()
         return self._grad_norm
 
+    @torch.no_grad()
+    def step(self) -> Any:
+        with compat.folding_the_clip_factor(self._fold):
+            return super().step()
+
+    def _fold(self, parameters: list[torch.Tensor], factor: float) -> bool:
+        """Leave ``factor`` to the step of the part that has exactly these parameters. Returns whether there is one.
+
+        There is none where a part has a second group with a norm of its own, for multi-token prediction.
+        """
+        for part in self.chained_optimizers:
+            mine = part.get_parameters() if isinstance(part.optimizer, Lion) else []
+            if len(mine) == len(parameters) and all(one is two for one, two in zip(mine, parameters, strict=True)):
+                part.optimizer.grad_scale = factor
+                return True
+        return False
+
     def step_with_ready_grads(self) -> bool:
+        try:
+            return self._step_if_finite()
+        finally:
+            for part in self.chained_optimizers:
+                if isinstance(part.optimizer, Lion):
+                    part.optimizer.grad_scale = 1.0
+
+    def _step_if_finite(self) -> bool:
         if not math.isfinite(self._grad_norm):
             summary.warn(f"gradient norm {float(self._grad_norm)}: this update is skipped, nothing was changed")
             return False
@@ -145,6 +175,38 @@ class LionDistributedOptimizer(StatelessStepDistributedOptimizer):
 
     state_keys = ("exp_avg",)
     init_state = staticmethod(init_lion_state)
+    _addresses: tuple[int, ...] | None = None
+
+    def step_with_ready_grads(self) -> bool:
+        """Step, in which Lion writes the bf16 parameters itself: Megatron's copy after it has nothing left to do."""
+        if self.is_stub_optimizer or not self._let_lion_copy():
+            return bool(super().step_with_ready_grads())
+        with compat.substituted(self, _copy_main_params_to_model_params=lambda: None):
+            return bool(super().step_with_ready_grads())
+
+    def _let_lion_copy(self) -> bool:
+        """Give Lion this rank's slice of every bf16 parameter. Returns whether it then writes all that Megatron would.
+
+        It does not for fp16 or quantised parameters. fp32 parameters are their own master.
+        """
+        buckets = [bucket for buffer in self.buffers for bucket in buffer.buckets]
+        addresses = tuple(0 if bucket.param_data is None else bucket.param_data.data_ptr() for bucket in buckets)
+        if addresses != self._addresses:  # buffers may be freed and allocated anew
+            self.optimizer.copies = {
+                shard: self._slice(param)
+                for shards, params in zip(self.shard_fp32_from_float16_groups, self.model_float16_groups, strict=True)
+                for shard, param in zip(shards, params, strict=True)
+                if shard is not None and param.dtype == torch.bfloat16 and not self._is_distopt_quantized_param(param)
+            }
+            self._addresses = addresses
+        shards = sum(len(group) for group in self.shard_fp32_from_float16_groups)
+        return len(self.optimizer.copies) == shards
+
+    def _slice(self, param: torch.nn.Parameter) -> torch.Tensor:
+        place = self._get_model_param_range_map(param)["gbuf_world_in_bucket"]
+        buffer, _, bucket = self.model_param_gbuf_map[param]
+        data = self.buffers[buffer].buckets[bucket].param_data
+        return data.view(-1)[place.start : place.end].detach()
 
 
 class SGDDistributedOptimizer(StatelessStepDistributedOptimizer):

@@ -1,0 +1,37 @@
+"""Run under torchrun in the place of ``pretrain_gpt.py``: WHAT is ``folded``, as it is, or ``unfolded``, where Megatron
+scales the gradients and copies the parameters itself. Says on each rank how often Lion took that over.
+"""
+
+import sys
+
+import megatron_lion
+
+megatron_lion.register()
+
+import pretrain_gpt  # noqa: E402
+
+from megatron_lion.integration.distributed_optimizer import LionChainedOptimizer, LionDistributedOptimizer  # noqa: E402
+
+
+def main() -> None:
+    folded = sys.argv.pop(1) == "folded"
+    taken = {"clip": 0, "copy": 0}
+    fold, let_copy = LionChainedOptimizer._fold, LionDistributedOptimizer._let_lion_copy
+
+    def counted_fold(self, parameters, factor):
+        done = folded and fold(self, parameters, factor)
+        taken["clip"] += done and factor < 1.0
+        return done
+
+    def counted_copy(self):
+        done = folded and let_copy(self)
+        taken["copy"] += done
+        return done
+
+    LionChainedOptimizer._fold, LionDistributedOptimizer._let_lion_copy = counted_fold, counted_copy
+    pretrain_gpt.main()
+    print(f"taken over: clip {taken['clip']}, copy {taken['copy']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
