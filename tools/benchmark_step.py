@@ -204,7 +204,7 @@ PEERS: dict[str, tuple[str, float | None, Callable[[list[torch.nn.Parameter]], C
     "lion-pytorch foreach": ("fp32 momentum", 60, external("lion_pytorch.foreach", "Lion")),
     "pytorch_optimizer Lion": ("fp32 momentum", 68, external("pytorch_optimizer", "Lion", foreach=True)),
     "DeepSpeed CPULion": ("fp32 momentum", 20, external("deepspeed.ops.lion", "DeepSpeedCPULion")),
-    "bitsandbytes Lion": ("fp32 momentum", 20, external("bitsandbytes.optim", "Lion32bit")),
+    "bitsandbytes Lion": ("fp32 momentum", None, external("bitsandbytes.optim", "Lion32bit")),
 }
 
 # These compile for a minute or more at their first step, so they are measured when asked for.
