@@ -3,10 +3,12 @@ scales the gradients and copies the parameters itself. Says on each rank how oft
 """
 
 import sys
+from pathlib import Path
 
 import megatron_lion
 
 megatron_lion.register()
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
 import pretrain_gpt  # noqa: E402
 
