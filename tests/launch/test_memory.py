@@ -23,16 +23,20 @@ def measured(
     return {key: max(rank[key] for rank in ranks) for key in ranks[0]}, estimates.memory(found)
 
 
-@pytest.mark.slow
+CASES = [
+    *(("lion", dp, overrides) for dp in (1, 2, 4) for overrides in ([], ["bf16=true"])),
+    *(("adam", dp, ["bf16=true"]) for dp in (1, 2, 4)),
+    ("sgd", 2, ["bf16=true"]),
+    ("sgd_no_momentum", 2, ["bf16=true"]),
+    ("lion", 2, ["bf16=true", "use-distributed-optimizer=false"]),
+]
+# The rest goes to tests/full.sh.
+IN_CI = (("lion", 1, ["bf16=true"]), ("lion", 4, ["bf16=true"]))
+
+
 @pytest.mark.parametrize(
     ("optimizer", "dp", "overrides"),
-    [
-        *(("lion", dp, overrides) for dp in (1, 2, 4) for overrides in ([], ["bf16=true"])),
-        *(("adam", dp, ["bf16=true"]) for dp in (1, 2, 4)),
-        ("sgd", 2, ["bf16=true"]),
-        ("sgd_no_momentum", 2, ["bf16=true"]),
-        ("lion", 2, ["bf16=true", "use-distributed-optimizer=false"]),
-    ],
+    [pytest.param(*case, marks=[] if case in IN_CI else [pytest.mark.slow]) for case in CASES],
 )
 def test_the_estimate_is_within_a_tenth_of_what_ranks_hold(
     text: Path, tmp_path: Path, optimizer: str, dp: int, overrides: list[str], capsys: pytest.CaptureFixture[str]
