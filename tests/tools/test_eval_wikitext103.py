@@ -59,10 +59,10 @@ def results(output: Path) -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def at_one(saved: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
-    """Both checkpoints evaluated by one process."""
-    output = tmp_path_factory.mktemp("at_one") / "out.json"
-    return output, evaluate(saved, sample, output)
+def at_dp2(saved: Path, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
+    """Both checkpoints evaluated by two data-parallel ranks."""
+    output = tmp_path_factory.mktemp("at_dp2") / "out.json"
+    return output, evaluate(saved, sample, output, ranks=2)
 
 
 def hugging_face_nll(folder: Path, tokenizer: Path, sample: Path) -> tuple[float, int]:
@@ -90,35 +90,36 @@ def export(folder: Path, output: Path, *more: str) -> None:
     assert export_hf.main(["--checkpoints", str(folder), "--output", str(output), *more]) == 0
 
 
-def test_saved_at_tp2_pp2_evaluated_alone_equals_transformers(
-    saved: Path, sample: Path, text: Path, at_one: tuple[Path, Run], tmp_path: Path
+def test_saved_at_tp2_pp2_evaluated_at_dp2_equals_transformers(
+    saved: Path, sample: Path, text: Path, at_dp2: tuple[Path, Run], tmp_path: Path
 ) -> None:
     for step in ("6", "12"):
         export(saved, tmp_path / step, "--step", step)
         nll, scored = hugging_face_nll(tmp_path / step, text, sample)
-        found = results(at_one[0])[step]
+        found = results(at_dp2[0])[step]
         assert found["nll"] == pytest.approx(nll, rel=1e-6)
         assert found["perplexity"] == pytest.approx(math.exp(nll / scored), rel=1e-4)
     config = json.loads((tmp_path / "12" / "config.json").read_text())
     assert (config["vocab_size"], config["activation_function"]) == (512, "gelu_new")
 
 
-def test_two_data_parallel_ranks_give_the_same_number_and_keep_what_is_finished(
-    saved: Path, sample: Path, at_one: tuple[Path, Run], tmp_path: Path
+@pytest.mark.slow
+def test_one_process_gives_the_same_number_and_keeps_what_is_finished(
+    saved: Path, sample: Path, at_dp2: tuple[Path, Run], tmp_path: Path
 ) -> None:
     """Every token once, whatever DP is; and the step that --output has already is not computed again."""
     output = tmp_path / "out.json"
-    content = json.loads(at_one[0].read_text())
+    content = json.loads(at_dp2[0].read_text())
     expected = content["results"].pop("12")
     content["results"]["6"]["nll"] = -1.0
     output.write_text(json.dumps(content))
-    evaluate(saved, sample, output, ranks=2)
+    evaluate(saved, sample, output)
     assert results(output)["6"]["nll"] == -1.0
     assert results(output)["12"]["nll"] == pytest.approx(expected["nll"], rel=1e-9)
 
 
-def test_the_table_and_the_counts_are_printed(at_one: tuple[Path, Run], sample: Path) -> None:
-    output, run = at_one
+def test_the_table_and_the_counts_are_printed(at_dp2: tuple[Path, Run], sample: Path) -> None:
+    output, run = at_dp2
     content = json.loads(output.read_text())
     row = content["results"]["12"]
     assert (
@@ -147,11 +148,11 @@ def test_saved_alone_evaluated_at_tp2_pp2_equals_transformers(text: Path, sample
 
 
 @pytest.mark.slow
-def test_raw_logits_let_the_padding_in(saved: Path, sample: Path, at_one: tuple[Path, Run], tmp_path: Path) -> None:
+def test_raw_logits_let_the_padding_in(saved: Path, sample: Path, at_dp2: tuple[Path, Run], tmp_path: Path) -> None:
     """The same losses plus ln(1 + the padding's share), so a larger sum."""
     output = tmp_path / "out.json"
     evaluate(saved, sample, output, "--raw-logits", "--steps 6", PIPELINED, ranks=4)
-    masked = results(at_one[0])["6"]["nll"]
+    masked = results(at_dp2[0])["6"]["nll"]
     assert results(output)["6"]["nll"] > masked * (1 + 1e-4)
 
 
