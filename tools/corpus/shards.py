@@ -189,7 +189,7 @@ def _encode(documents: list[str], encoding: Encoding, tokenizer: Any) -> Iterato
         sentences = [split_sentences(text, encoding.keep_newlines) for text in documents]
     else:
         sentences = [[text] for text in documents]
-    encoded = iter(tokenize_all(tokenizer, [sentence for group in sentences for sentence in group]))
+    encoded = tokenize_all(tokenizer, (sentence for group in sentences for sentence in group))
     for group in sentences:
         parts = [ids for ids in (next(encoded) for _ in group) if ids]
         ids, lengths = [token for part in parts for token in part], [len(part) for part in parts]

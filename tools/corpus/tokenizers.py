@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from megatron_lion.integration.tokenizers import (
     tokenizer_sha256,
     use_local_vocabularies,
 )
+
+BLOCK_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +69,33 @@ class TokenizerOptions:
             raise LionError(f"{self.tokenizer_type} cannot be built from {self.files()}: {message}") from error
 
 
-def tokenize_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each text, as ``tokenizer.tokenize`` gives them, with one call into a fast tokenizer."""
+def tokenize_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+    """Yield the ids of each text, as ``tokenizer.tokenize`` gives them, with few calls into a fast tokenizer.
+
+    A fast tokenizer's answer also holds offsets and strings, many times the text, so it is asked for about a
+    megabyte of text at a time.
+    """
     inner = tokenizer._tokenizer
     fast = getattr(getattr(inner, "tokenizer", None), "backend_tokenizer", None)
     if fast is None:
-        return [tokenizer.tokenize(text) for text in texts]
-    encodings = fast.encode_batch_fast(list(texts), add_special_tokens=inner.include_special_tokens)
-    return [encoding.ids for encoding in encodings]
+        yield from (tokenizer.tokenize(text) for text in texts)
+        return
+    for block in _blocks(texts):
+        encodings = fast.encode_batch_fast(block, add_special_tokens=inner.include_special_tokens)
+        yield from (encoding.ids for encoding in encodings)
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    block: list[str] = []
+    size = 0
+    for text in texts:
+        block.append(text)
+        size += len(text)
+        if size >= BLOCK_CHARACTERS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
