@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from corpus.tokenizers import TokenizerOptions, options_from
+from corpus.tokenizers import TokenizerOptions
 from corpus.tokenizers import add_arguments as add_tokenizer_arguments
 from evaluation import checkpoints
-from evaluation.scoring import TOKENIZER_ARGS
+from evaluation.scoring import chosen_tokenizer
 
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
@@ -171,10 +171,7 @@ def export(options: argparse.Namespace) -> None:
     checkpoints.require_gpt(checkpoint)
     args = checkpoints.read_args(checkpoint)
     require_gpt2(args)
-    if options.tokenizer_type is None:
-        for name in TOKENIZER_ARGS:
-            setattr(options, name, getattr(args, name, None))
-    chosen = options_from(options)
+    chosen = TokenizerOptions(**chosen_tokenizer(options, args))
     tokenizer = chosen.build()
     if tokenizer.vocab_size > args.padded_vocab_size:
         raise LionError(f"the tokenizer has {tokenizer.vocab_size} entries, the model {args.padded_vocab_size} rows")

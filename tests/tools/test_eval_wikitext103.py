@@ -227,6 +227,16 @@ def test_a_window_that_the_model_cannot_hold_is_refused() -> None:
         eval_wikitext103.window_length(33, args)
 
 
+def test_the_tokenizer_is_wholly_the_command_lines_or_wholly_the_checkpoints() -> None:
+    from evaluation.scoring import chosen_tokenizer
+
+    saved = Namespace(tokenizer_type="GPT2BPETokenizer", tokenizer_model=None, vocab_file="v.json", merge_file="m.txt")
+    nothing = dict.fromkeys(vars(saved))
+    assert chosen_tokenizer(Namespace(**nothing), saved) == vars(saved)
+    given = nothing | {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "t.model"}
+    assert chosen_tokenizer(Namespace(**given), saved) == given
+
+
 def test_results_of_other_settings_are_not_gone_on_with(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     assert eval_wikitext103.finished(output, {"window": 32}) == {}

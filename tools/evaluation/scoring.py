@@ -34,6 +34,12 @@ ROWS_AT_A_TIME = 256
 TOKENIZER_ARGS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 
 
+def chosen_tokenizer(given: Any, saved: Any) -> dict[str, Any]:
+    """The tokenizer's arguments: all of the command line's where it names a type, else all of the checkpoint's."""
+    source = saved if given.tokenizer_type is None else given
+    return {name: getattr(source, name, None) for name in TOKENIZER_ARGS}
+
+
 def megatron_args(argv: list[str], checkpoints: Path, step: int, saved: Any) -> Any:
     """Parse Megatron's flags, complete them with the model's own and the tokenizer's, and make them Megatron's.
 
@@ -48,13 +54,12 @@ def megatron_args(argv: list[str], checkpoints: Path, step: int, saved: Any) -> 
     sys.argv[1:] = [*argv, "--load", str(checkpoints), "--ckpt-step", str(step), "--no-load-optim", "--no-load-rng"]
     args = parse_args()
     args.exit_on_missing_checkpoint = True
+    tokenizer = chosen_tokenizer(args, saved)
     load_args_from_checkpoint(args)
+    vars(args).update(tokenizer)  # Megatron took the type and the model from the checkpoint, but no vocabulary file
     for name in FUNCTION_ARGS:
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
-    if args.tokenizer_type is None:
-        for name in TOKENIZER_ARGS:
-            setattr(args, name, getattr(saved, name, None))
     if args.padded_vocab_size % args.tensor_model_parallel_size:
         raise LionError(
             f"the checkpoint's {args.padded_vocab_size} vocabulary rows cannot be cut into "
