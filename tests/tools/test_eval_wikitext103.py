@@ -178,7 +178,8 @@ def test_gpt2s_counts_of_wikitext103_give_the_published_ratio() -> None:
     """T = 270,329 tokens for T_o = 245,566 words: Megatron-LM (arXiv 1909.08053), appendix E.1."""
     row = windows.figures(3.0 * 270_328, tokens=270_329, words=245_566, size=1_000_000)
     assert row["log_perplexity"] == pytest.approx(3.0)
-    assert row["log_word_perplexity"] / row["log_perplexity"] == pytest.approx(1.1008, abs=5e-5)
+    ratio = row["log_word_perplexity"] / row["log_perplexity"]
+    assert ratio == pytest.approx(270_328 / 245_565, rel=1e-12) and f"{ratio:.4f}" == "1.1008"
 
 
 def test_detokenizing_undoes_wikitexts_spacing() -> None:
