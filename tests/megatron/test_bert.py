@@ -10,7 +10,7 @@ import prepare_text
 import pytest
 import torch
 import train_tokenizer
-from harness import BATCH, CPU, HORIZON, NO_DROPOUT, ROOT, Run, relative_difference, torchrun
+from harness import BATCH, CPU, HORIZON, NO_DROPOUT, ROOT, Run, relative_difference, run_ranks
 
 from megatron_lion.config import LionError
 
@@ -49,7 +49,7 @@ def data_flags(folder: Path) -> str:
 
 
 def pretrain(folder: Path, *flags: str, ranks: int = 1) -> Run:
-    run = torchrun(MODEL, BATCH, RATE, CPU, data_flags(folder), *flags, ranks=ranks, script=SCRIPT)
+    run = run_ranks(MODEL, BATCH, RATE, CPU, data_flags(folder), *flags, ranks=ranks, script=SCRIPT)
     assert run.returncode == 0, run.output[-6000:]
     return run
 
@@ -234,6 +234,6 @@ def test_the_script_refuses_such_data_before_its_first_step(sentences: Path, tmp
     other = tmp_path / "vocab.txt"
     other.write_text((sentences / "vocab.txt").read_text().replace("class", "klass"))
     wrong = f"--vocab-file {other} --optimizer lion --train-iters 1"
-    run = torchrun(MODEL, BATCH, RATE, CPU, data_flags(sentences), wrong, script=SCRIPT)
+    run = run_ranks(MODEL, BATCH, RATE, CPU, data_flags(sentences), wrong, script=SCRIPT)
     assert run.returncode != 0
     assert "was made with BertWordPieceLowerCase vocab.txt" in run.output and not losses(run)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from harness import BATCH, CPU, HORIZON, MODEL, RATE, assert_same_checkpoint, read_checkpoint, text_flags, torchrun
+from harness import BATCH, CPU, HORIZON, MODEL, RATE, assert_same_checkpoint, read_checkpoint, run_ranks, text_flags
 
 SCRIPT = Path(__file__).with_name("unfolded.py")
 # Parameter by parameter, instead of in buckets whose padding is never initialised.
@@ -16,7 +16,7 @@ def test_a_run_equals_one_in_which_megatron_clips_and_copies(text: Path, tmp_pat
     for what, taken in (("folded", "clip 4, copy 4"), ("unfolded", "clip 0, copy 0")):
         # The norm of this model's gradient starts near 2: a limit of 0.3 clips every step.
         flags = f"--clip-grad 0.3 --train-iters 4 --save {tmp_path}/{what} --save-interval 4"
-        run = torchrun(what, *common, flags, ranks=2, script=SCRIPT)
+        run = run_ranks(what, *common, flags, ranks=2, script=SCRIPT)
         assert run.returncode == 0, run.output[-6000:]
         assert f"taken over: {taken}" in run.output
     assert_same_checkpoint(read_checkpoint(tmp_path / "folded", 4), read_checkpoint(tmp_path / "unfolded", 4))

@@ -10,7 +10,7 @@ import export_hf
 import pytest
 import torch
 from evaluation import checkpoints, windows
-from harness import CPU, HORIZON, Run, pretrain, torchrun
+from harness import CPU, HORIZON, Run, pretrain, run_ranks
 
 from megatron_lion.config import LionError
 
@@ -43,7 +43,7 @@ def saved(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(folder: Path, sample: Path, output: Path, *flags: str, ranks: int = 1) -> Run:
-    run = torchrun(
+    run = run_ranks(
         f"--checkpoints {folder} --text {sample} --output {output} --window {WINDOW} --overlapping-eval {STEP}",
         f"--micro-batch-size 4 {CPU}",
         *flags,
