@@ -216,7 +216,8 @@ def squared_norm(tensors: Sequence[Tensor | None]) -> Tensor:
     for tensor in tensors:
         if tensor is not None:
             for piece, _ in _pieces(tensor, tensor):
-                total = piece.double().square().sum() + total.to(piece.device, non_blocking=True)
+                flat = piece.double().reshape(-1)  # a dot product reads it once; square and sum would write it too
+                total = torch.dot(flat, flat) + total.to(piece.device, non_blocking=True)
     return total
 
 
