@@ -45,7 +45,7 @@ def draw(runs: dict[str, list[Record]], path: Path) -> None:
         ratio.axhline(GAUSSIAN_RATIO * math.sqrt(d), color="black", linewidth=0.8, linestyle="--")
         ratio.annotate(rf"$\sqrt{{d}}$, d = {d:,}", (1, math.sqrt(d)), **ANNOTATION)
         ratio.annotate(r"noise alone: $\sqrt{2d/\pi}$", (1, GAUSSIAN_RATIO * math.sqrt(d)), **ANNOTATION)
-    ratio.set_ylim(bottom=0)
+    ratio.set_ylim(0, 1.1 * math.sqrt(max(record["d"] for records in runs.values() for record in records)))
     ratio.set_ylabel(r"$r = \|g\|_1 / \|g\|_2$")
     loss.set_ylabel("loss of the rounds (nats)")
     loss.set_xlabel("iteration")
