@@ -114,14 +114,21 @@ def expected_elements(model_chunks: list[Any]) -> int:
 
 def is_counted(param: torch.nn.Parameter) -> bool:
     """Whether this rank's copy of ``param`` is the one, over tensor-parallel ranks and pipeline stages, that counts."""
+    if is_tied_copy(param):
+        return False
+    return bool(getattr(param, "tensor_model_parallel", False)) or tensor_parallel_rank(param) == 0
+
+
+def is_tied_copy(param: torch.nn.Parameter) -> bool:
+    """Whether ``param`` is the last stage's copy of an embedding that the first stage holds."""
+    return bool(getattr(param, "shared", False))
+
+
+def tensor_parallel_rank(param: torch.nn.Parameter) -> int:
+    """This rank's place among those that ``param`` is split over, or that each hold it whole."""
     from megatron.core import parallel_state as mpu
 
-    if getattr(param, "shared", False):
-        return False
-    if getattr(param, "tensor_model_parallel", False):
-        return True
-    rank = mpu.get_expert_tensor_parallel_rank() if is_expert(param) else mpu.get_tensor_model_parallel_rank()
-    return bool(rank == 0)
+    return int(mpu.get_expert_tensor_parallel_rank() if is_expert(param) else mpu.get_tensor_model_parallel_rank())
 
 
 def is_expert(param: torch.nn.Parameter) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from megatron_lion import kernels
 from megatron_lion.config import LionConfig
+from megatron_lion.integration import compat, gradients
 from megatron_lion.lion import Lion
 
 PREFIX = "megatron-lion:"
@@ -59,10 +60,8 @@ def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:
             continue
         if hasattr(part, "model_param_group_index_map"):  # the distributed optimizer owns whole buffers
             covered.update(param for buffer in part.buffers for param in buffer.params)
-        elif hasattr(part, "float16_groups"):
-            covered.update(param for group in part.float16_groups + part.fp32_from_fp32_groups for param in group)
         else:
-            covered.update(part.get_parameters())
+            covered.update(param for param, _ in compat.model_params_with_groups(part))
     return covered
 
 
@@ -78,22 +77,12 @@ def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int
     Every data-parallel replica adds 1/replicas of what it holds. A tensor-parallel parameter adds its elements on
     every rank of its group but counts as a tensor on the first one only; a tied copy on another stage adds nothing.
     """
-    from megatron.core import parallel_state as mpu
-    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-    from megatron.core.transformer.module import param_is_not_shared
-
     counts = [0.0, 0.0, 0.0]
     for column, params in enumerate((trainable, missed)):
-        for param in filter(param_is_not_shared, params):
-            is_expert = not getattr(param, "allreduce", True)
-            replicas = (
-                mpu.get_expert_data_parallel_world_size()
-                if is_expert
-                else mpu.get_data_parallel_world_size(with_context_parallel=True)
-            )
-            tp_rank = mpu.get_expert_tensor_parallel_rank() if is_expert else mpu.get_tensor_model_parallel_rank()
-            counts[column] += (tp_rank == 0) / replicas
-            if params is trainable and param_is_not_tensor_parallel_duplicate(param):
+        for param in (param for param in params if not gradients.is_tied_copy(param)):
+            replicas = gradients.data_parallel_group(param).size()
+            counts[column] += (gradients.tensor_parallel_rank(param) == 0) / replicas
+            if params is trainable and gradients.is_counted(param):
                 counts[2] += param.numel() / replicas
     sums = torch.tensor(counts, dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(sums)
