@@ -11,14 +11,17 @@ with sign(0) = 0, and decoupled weight decay on the old theta.
 Rounding is part of the definition. Every product and every sum is rounded on its own, in the order written: no
 ``alpha=``, no ``lerp``, no fused multiply-add, because each of those rounds differently, and where c is within
 rounding of zero another rounding is another sign. Arithmetic is fp32, for fp64 parameters fp64; parameter and momentum
-are rounded to the dtypes in which they are stored once, at the end.
+are rounded to what they are stored in once, at the end (:mod:`megatron_lion.precision`).
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from megatron_lion.precision import Place, dequantise, join_master, quantise, split_master
 
 
 class LionUpdate(Protocol):
@@ -36,6 +39,9 @@ class LionUpdate(Protocol):
         weight_decay: float,
         grad_scale: float = 1.0,
         copies: Sequence[Tensor] | None = None,
+        remainders: Sequence[Tensor] | None = None,
+        scales: Sequence[Tensor] | None = None,
+        places: Sequence[Place] | None = None,
     ) -> None: ...
 
 
@@ -80,22 +86,51 @@ def lion_update_(
     weight_decay: float,
     grad_scale: float = 1.0,
     copies: Sequence[Tensor] | None = None,
+    remainders: Sequence[Tensor] | None = None,
+    scales: Sequence[Tensor] | None = None,
+    places: Sequence[Place] | None = None,
 ) -> None:
     """Apply :func:`lion_step` to each tensor; ``params`` and ``exp_avgs`` are modified in place, ``grads`` is not.
 
     ``grad_scale``, such as a clip factor, multiplies every gradient in the dtype of the arithmetic first; that product
-    is rounded as well. Each of ``copies``, where given, receives its new parameter rounded from the arithmetic to the
-    copy's dtype, as a model's 16-bit parameter does from its fp32 master. The sequences correspond element by element.
-    Tensors may be empty. Issues no collective. Raises ValueError where the sequences differ in length.
+    is rounded as well. The sequences correspond element by element. Tensors may be empty. Issues no collective. Raises
+    ValueError where the sequences differ in length.
+
+    Where given, and modified in place as well:
+
+    - ``copies``: each receives its new parameter rounded from the arithmetic to its own dtype, as a model's 16-bit
+      parameter does from its fp32 master.
+    - ``remainders``, int16: ``params`` are bf16, and the fp32 masters are
+      :func:`~megatron_lion.precision.join_master` of the two.
+    - ``scales``, bf16, one a block: ``exp_avgs`` are int8 codes, the momenta
+      :func:`~megatron_lion.precision.dequantise` of the two. ``places`` says where in its parameter each tensor lies
+      (read only); without it each is a whole parameter.
     """
-    targets: Sequence[Tensor | None] = [None] * len(params) if copies is None else copies
-    for param, grad, exp_avg, target in zip(params, grads, exp_avgs, targets, strict=True):
+    none: list[None] = [None] * len(params)
+    optional = (copies or none, remainders or none, scales or none, places or none)
+    for param, grad, exp_avg, copy, remainder, scale, place in zip(params, grads, exp_avgs, *optional, strict=True):
+        place = place or Place.of_whole(param)
         if grad_scale != 1.0:
             grad = grad.to(compute_dtype(param)) * grad_scale
         new_param, new_exp_avg = lion_step(
-            param, grad, exp_avg, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay
+            param if remainder is None else join_master(param, remainder),
+            grad,
+            exp_avg if scale is None else dequantise(exp_avg, scale, place),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
         )
-        param.copy_(new_param)
-        exp_avg.copy_(new_exp_avg)
-        if target is not None:
-            target.copy_(new_param)
+        _store(param, remainder, new_param, split_master)
+        _store(exp_avg, scale, new_exp_avg, functools.partial(quantise, place=place))
+        if copy is not None:
+            copy.copy_(new_param)
+
+
+def _store(stored: Tensor, rest: Tensor | None, value: Tensor, cut: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Write ``value`` into ``stored``, rounded to its dtype, or into ``stored`` and ``rest`` as ``cut`` divides it."""
+    if rest is None:
+        stored.copy_(value)
+    else:
+        for part, new in zip((stored, rest), cut(value), strict=True):
+            part.copy_(new)

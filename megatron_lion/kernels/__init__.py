@@ -12,8 +12,15 @@ from megatron_lion.update import LionUpdate, lion_update_
 __all__ = ["KERNELS", "choose", "describe"]
 
 
-def choose(kernel: str, params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor]) -> LionUpdate:
-    """The update function to call on these tensors.
+def choose(
+    kernel: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    *,
+    packed: bool = False,
+) -> LionUpdate:
+    """The update function to call on these tensors; ``packed`` says that remainders or scales go with them.
 
     ``"auto"`` takes the fused kernel where :func:`fused_supports` the tensors and a compiler was found, else foreach
     where :func:`foreach_supports` them, else the reference. ``"foreach"`` falls back to the reference for tensors of
@@ -23,6 +30,8 @@ def choose(kernel: str, params: Sequence[Tensor], grads: Sequence[Tensor], exp_a
     Raises:
         LionError: ``"fused"`` was asked for by name and cannot be had; the message has the reason.
     """
+    if packed and kernel != "fused":
+        return lion_update_
     if kernel == "fused" and params and all(t.is_cuda for tensors in (params, grads, exp_avgs) for t in tensors):
         from megatron_lion.kernels.triton_lion import lion_update_triton_  # Triton takes a second to import
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_lion.precision import Place
+
 # torch's foreach kernels take lists; a long list of temporaries would double the peak memory of a step.
 MAX_NUMEL_PER_CALL = 1 << 26
 
@@ -27,12 +29,17 @@ def lion_update_foreach_(
     weight_decay: float,
     grad_scale: float = 1.0,
     copies: Sequence[Tensor] | None = None,
+    remainders: Sequence[Tensor] | None = None,
+    scales: Sequence[Tensor] | None = None,
+    places: Sequence[Place] | None = None,
 ) -> None:
     """:func:`megatron_lion.update.lion_update_` for tensors that :func:`foreach_supports`; the same bits, in place.
 
     Needs two temporaries, three where ``grad_scale`` is not 1, of at most ``MAX_NUMEL_PER_CALL`` elements (or of the
     largest tensor, where that is larger).
     """
+    if remainders is not None or scales is not None:
+        raise ValueError("this kernel takes no packed state: use the reference")
     for chunk in _chunks(params):
         p, m = list(params[chunk]), list(exp_avgs[chunk])
         g: list[Tensor] | tuple[Tensor, ...] = list(grads[chunk])

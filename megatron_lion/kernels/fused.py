@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_lion.kernels import compiler
+from megatron_lion.precision import Place
 from megatron_lion.update import lion_update_
 
 STORED = (torch.float32, torch.bfloat16)
@@ -43,12 +44,17 @@ def lion_update_fused_(
     weight_decay: float,
     grad_scale: float = 1.0,
     copies: Sequence[Tensor] | None = None,
+    remainders: Sequence[Tensor] | None = None,
+    scales: Sequence[Tensor] | None = None,
+    places: Sequence[Place] | None = None,
 ) -> None:
     """:func:`megatron_lion.update.lion_update_` for tensors that :func:`fused_supports`; the same bits, in place.
 
     Uses ``torch.get_num_threads()`` threads and no temporary memory. Tensors that are not contiguous are left to the
     reference; ``copies`` must be bf16. Raises RuntimeError where :func:`fused_problem` has a reason.
     """
+    if remainders is not None or scales is not None:
+        raise ValueError("this kernel takes no packed state: use the reference")
     roles = [params, grads, exp_avgs] if copies is None else [params, grads, exp_avgs, copies]
     rows = list(zip(*roles, strict=True))
     dense = [row for row in rows if all(tensor.is_contiguous() for tensor in row)]

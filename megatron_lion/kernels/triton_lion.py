@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_lion.precision import Place
+
 BLOCK = 1024
 
 
@@ -87,6 +89,9 @@ def lion_update_triton_(
     weight_decay: float | Tensor,
     grad_scale: float | Tensor = 1.0,
     copies: Sequence[Tensor] | None = None,
+    remainders: Sequence[Tensor] | None = None,
+    scales: Sequence[Tensor] | None = None,
+    places: Sequence[Place] | None = None,
     skip: Tensor | None = None,
 ) -> None:
     """:func:`megatron_lion.update.lion_update_` in one launch, however many tensors there are; the same bits, in place.
@@ -96,6 +101,8 @@ def lion_update_triton_(
     follows what is later written to them. ``skip``, an int32 tensor of one element, leaves everything as it was where
     it is not 0.
     """
+    if remainders is not None or scales is not None:
+        raise ValueError("this kernel takes no packed state: use the reference")
     roles = [params, grads, exp_avgs] + ([] if copies is None else [copies])
     rows = [row for row in zip(*roles, strict=True) if row[0].numel()]
     if not rows:
