@@ -9,6 +9,8 @@ PAPER_BETAS = (0.9, 0.99)
 LANGUAGE_MODEL_BETAS = (0.9, 0.95)
 KERNELS = ("auto", "reference", "foreach", "fused")
 MOMENTUM_INITS = ("zero", "gradient")
+MOMENTUM_DTYPES = ("fp32", "bf16", "int8")
+MASTER_WEIGHTS = ("fp32", "remainder")
 
 # Where AdamW's rates for language models begin. Small models have been tuned to higher ones with Lion too
 # (docs/coming-from-adamw.md has the sources), so what follows is a hint, not a refusal.
@@ -58,13 +60,6 @@ def check_choice(name: str, value: str, valid: Iterable[str]) -> str:
     return value
 
 
-def check_only_fp32(name: str, value: str, planned: Iterable[str]) -> str:
-    """Return ``value`` if it is ``"fp32"``; raise :class:`LionError` for another, whether it is planned or unknown."""
-    if check_choice(name, value, planned) != "fp32":
-        raise LionError(f"{name} {value} is not supported yet: Lion's state is fp32. Drop the flag, or give fp32")
-    return value
-
-
 @dataclass(frozen=True, kw_only=True)
 class LionConfig:
     """What ``--optimizer lion`` was asked to be, checked.
@@ -84,8 +79,13 @@ class LionConfig:
         check_non_negative("--weight-decay", self.weight_decay)
         check_betas(self.betas, names=("--lion-beta1", "--lion-beta2"))
         check_choice("--lion-kernel", self.kernel, KERNELS)
-        check_only_fp32("--lion-momentum-dtype", self.momentum_dtype, ("fp32", "bf16", "int8"))
-        check_only_fp32("--lion-master-weights", self.master_weights, ("fp32", "remainder"))
+        check_choice("--lion-momentum-dtype", self.momentum_dtype, MOMENTUM_DTYPES)
+        check_choice("--lion-master-weights", self.master_weights, MASTER_WEIGHTS)
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether state is kept in fewer bits than fp32."""
+        return (self.momentum_dtype, self.master_weights) != ("fp32", "fp32")
 
     @property
     def lr_warning(self) -> str | None:

@@ -1,8 +1,9 @@
 """Lion as an ordinary ``torch.optim.Optimizer``."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +11,14 @@ from torch.optim.optimizer import ParamsT
 
 from megatron_lion import kernels
 from megatron_lion.config import MOMENTUM_INITS, PAPER_BETAS, LionError, check_betas, check_choice, check_non_negative
+from megatron_lion.precision import Place
+from megatron_lion.storage import Storage, master_values, momentum_values
+from megatron_lion.update import compute_dtype
 
 # What tells Lion's parameter groups from another optimizer's.
 LION_GROUP_KEYS = frozenset({"lr", "betas", "weight_decay", "momentum_init", "maximize"})
+# Matters of this run, which loading a state does not change.
+KEPT_ON_LOAD = ("kernel", "momentum_dtype", "master_weights")
 
 
 class Lion(torch.optim.Optimizer):
@@ -25,7 +31,8 @@ class Lion(torch.optim.Optimizer):
     ``sign(0) = 0``; weight decay is decoupled and acts on the old theta. The rounding is fixed, see
     :mod:`megatron_lion.update`, so the step on a shard of a tensor equals the step on the whole bit for bit.
 
-    State, per parameter: ``exp_avg`` (m), of the parameter's shape and dtype. Issues no collective.
+    State, per parameter: ``exp_avg`` (m), of the parameter's shape, and what :mod:`megatron_lion.storage` adds in other
+    precisions. Issues no collective.
 
     Args:
         params: parameters or parameter groups; each group may have its own ``lr``, ``betas``, ``weight_decay``,
@@ -38,6 +45,11 @@ class Lion(torch.optim.Optimizer):
         maximize: ascend instead of descend.
         kernel: ``"auto"``, ``"reference"``, ``"foreach"`` or ``"fused"``; all give the same bits. Fused is one
             pass over memory, on the CPU so far; auto takes it where it can.
+        momentum_dtype: ``"fp32"``, ``"bf16"`` or ``"int8"`` (with a bf16 scale for each 32 elements); None for the
+            parameter's own dtype. The arithmetic is fp32 in each.
+        master_weights: for 16-bit parameters: ``"fp32"`` copies, or ``"remainder"``, 16 bits that make an fp32 master
+            of a bf16 parameter, which then rounds half away from zero; None to round each step to the parameter's
+            dtype.
 
     Raises:
         LionError: for a hyperparameter out of range, a complex or integer parameter, a sparse gradient, or a state
@@ -51,10 +63,13 @@ class Lion(torch.optim.Optimizer):
     """
 
     # For whoever drives the step from outside, as Megatron's distributed optimizer does: a factor on every gradient,
-    # and 16-bit copies of parameters, by parameter, that the step writes too. Class attributes, so that an unpickled
-    # optimizer, which keeps groups and state alone, has them.
+    # 16-bit copies of parameters, by parameter, that the step writes too, where in its parameter each shard lies, and
+    # whether gradients are in ``decoupled_grad``, which may have another dtype than the parameter. Class attributes, so
+    # that an unpickled optimizer, which keeps groups and state alone, has them.
     grad_scale: float = 1.0
     copies: Mapping[Tensor, Tensor] = MappingProxyType({})
+    places: Mapping[Tensor, Place] = MappingProxyType({})
+    use_decoupled_grad: bool = False
 
     def __init__(
         self,
@@ -66,6 +81,8 @@ class Lion(torch.optim.Optimizer):
         momentum_init: str = "zero",
         maximize: bool = False,
         kernel: str = "auto",
+        momentum_dtype: str | None = None,
+        master_weights: str | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -74,6 +91,8 @@ class Lion(torch.optim.Optimizer):
             "momentum_init": momentum_init,
             "maximize": maximize,
             "kernel": kernel,
+            "momentum_dtype": momentum_dtype,
+            "master_weights": master_weights,
         }
         super().__init__(params, defaults)
 
@@ -86,6 +105,7 @@ class Lion(torch.optim.Optimizer):
                 group[key] = check_non_negative(key, group[key])
         check_choice("momentum_init", group["momentum_init"], MOMENTUM_INITS)
         check_choice("kernel", group["kernel"], kernels.KERNELS)
+        storage = _storage(group)
         params = group["params"]
         group["params"] = [params] if torch.is_tensor(params) else list(params)
         for entry in group["params"]:
@@ -94,14 +114,42 @@ class Lion(torch.optim.Optimizer):
                 raise LionError(
                     f"Lion needs real floating-point parameters, got {param.dtype} of shape {tuple(param.shape)}"
                 )
+            if torch.is_tensor(param):
+                storage.check(param)
         super().add_param_group(group)
 
     def init_state(self) -> None:
         """Give every parameter that has no state yet m = 0, as loading a checkpoint into fresh state needs."""
         for group in self.param_groups:
             for param in group["params"]:
-                if not self.state[param]:
-                    self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                self._state_of(param, group)
+
+    def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
+        """``exp_avg`` or ``master_param`` of ``param`` in fp32, rebuilt from however it is stored.
+
+        With :meth:`set_scaled_state` the interface that Megatron's precision-aware optimizer has with Transformer
+        Engine's FusedAdam. The tensor is a new one unless it is stored as it is.
+        """
+        if name == "exp_avg":
+            return momentum_values(self.state[param], self._place(param))
+        check_choice("state", name, ("exp_avg", "master_param"))
+        return master_values(self.state[param], param)
+
+    @torch.no_grad()
+    def set_scaled_state(self, param: Tensor, name: str, value: Tensor) -> None:
+        """Store fp32 ``value`` as ``exp_avg`` or ``master_param`` of ``param``, which must have state.
+
+        Momentum that int8 would change stays in fp32 until the first step. Where remainders are stored, setting
+        ``master_param`` writes the bf16 parameter as well.
+        """
+        storage = _storage(
+            next(group for group in self.param_groups if any(param is other for other in group["params"]))
+        )
+        if name == "exp_avg":
+            storage.set_momentum(self.state[param], param, value, self._place(param), exact=True)
+        else:
+            check_choice("state", name, ("exp_avg", "master_param"))
+            storage.set_master(self.state[param], param, value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -129,22 +177,60 @@ class Lion(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        params: list[Tensor] = [param for param in group["params"] if param.grad is not None]
-        grads: list[Tensor] = [-param.grad if group["maximize"] else param.grad for param in params]  # type: ignore[operator, misc]
-        for param, grad in zip(params, grads, strict=True):
-            if not self.state[param]:
-                start = grad * self.grad_scale if group["momentum_init"] == "gradient" else torch.zeros_like(param)
-                self.state[param]["exp_avg"] = torch.empty_like(param, memory_format=torch.preserve_format).copy_(start)
-        for copied in (True, False):
-            rows = [row for row in zip(params, grads, strict=True) if (row[0] in self.copies) == copied]
-            if rows:
-                self._update(group, [param for param, _ in rows], [grad for _, grad in rows], copied)
+        rows: dict[Any, list[_Row]] = {}
+        for param in group["params"]:
+            if (grad := self._gradient(param)) is not None:
+                row = self._row(param, -grad if group["maximize"] else grad, group)
+                rows.setdefault(row.kind(), []).append(row)
+        for alike in rows.values():
+            self._update(group, alike)
+        storage = _storage(group)
+        for row in itertools.chain.from_iterable(rows.values()):
+            if storage.is_unpacked(self.state[row.param], row.param):
+                storage.set_momentum(self.state[row.param], row.param, row.exp_avg, row.place)
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], copied: bool) -> None:
-        exp_avgs = [self.state[param]["exp_avg"] for param in params]
-        update = kernels.choose(group.get("kernel", "auto"), params, grads, exp_avgs)
+    def _gradient(self, param: Tensor) -> Tensor | None:
+        return getattr(param, "decoupled_grad", None) if self.use_decoupled_grad else param.grad
+
+    def _place(self, param: Tensor) -> Place:
+        return self.places.get(param) or Place.of_whole(param)
+
+    def _state_of(self, param: Tensor, group: dict[str, Any], start: Tensor | None = None) -> dict[str, Any]:
+        """The state of ``param``, made if there is none: with momentum ``start`` where that is given, else zero."""
+        if not self.state[param]:
+            storage, place = _storage(group), self._place(param)
+            self.state[param] = storage.create(param, place)
+            if start is not None:
+                storage.set_momentum(self.state[param], param, start, place)
+        return self.state[param]
+
+    def _row(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> "_Row":
+        start = grad.to(compute_dtype(param)) * self.grad_scale if group["momentum_init"] == "gradient" else None
+        state = self._state_of(param, group, start)
+        master, scale = state.get("master_param"), state.get("exp_avg_scale")
+        has_remainder = master is not None and master.dtype == torch.int16
+        return _Row(
+            param=param,
+            master=param if master is None or has_remainder else master,
+            grad=grad,
+            exp_avg=state["exp_avg"],
+            copy=self.copies.get(param) if master is None or has_remainder else param,
+            remainder=master if has_remainder else None,
+            scale=scale,
+            place=self._place(param),
+        )
+
+    def _update(self, group: dict[str, Any], rows: "list[_Row]") -> None:
+        masters = [row.master for row in rows]
+        grads = [row.grad for row in rows]
+        exp_avgs = [row.exp_avg for row in rows]
+        copies = _all_or_none([row.copy for row in rows])
+        remainders = _all_or_none([row.remainder for row in rows])
+        scales = _all_or_none([row.scale for row in rows])
+        packed = remainders is not None or scales is not None
+        update = kernels.choose(group.get("kernel", "auto"), masters, grads, exp_avgs, packed=packed)
         update(
-            params,
+            masters,
             grads,
             exp_avgs,
             lr=float(group["lr"]),
@@ -152,13 +238,17 @@ class Lion(torch.optim.Optimizer):
             beta2=group["betas"][1],
             weight_decay=float(group["weight_decay"]),
             grad_scale=self.grad_scale,
-            copies=[self.copies[param] for param in params] if copied else None,
+            copies=copies,
+            remainders=remainders,
+            scales=scales,
+            places=None if scales is None else [row.place for row in rows],
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict()`` returned: the next steps equal, bit for bit, those of an optimizer never saved.
 
-        Raises LionError, changing nothing, where the groups are those of another optimizer.
+        A state in another precision is converted to this optimizer's. Raises LionError, changing nothing, where the
+        groups are those of another optimizer.
         """
         for group in state_dict["param_groups"]:
             missing = sorted(LION_GROUP_KEYS - group.keys())
@@ -168,7 +258,42 @@ class Lion(torch.optim.Optimizer):
                     f"have {', '.join(sorted(group.keys() - {'params'}))}. Load the weights alone and start Lion's "
                     "momentum at zero (in Megatron: --no-load-optim)"
                 )
-        asked = [group["kernel"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, kernel in zip(self.param_groups, asked, strict=True):
-            group["kernel"] = kernel  # a matter of this machine, not of the state
+        kept = [{key: group.get(key) for key in KEPT_ON_LOAD} for group in self.param_groups]
+        restored = {}
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for param, number in zip(group["params"], saved_group["params"], strict=False):
+                if saved := state_dict["state"].get(number):
+                    restored[param] = _storage(group).restore(saved, param, self._place(param))
+        # Without the state, which torch would cast to the parameters' dtype. It refuses what the two zips let pass.
+        super().load_state_dict({**state_dict, "state": {}})
+        for group, keep in zip(self.param_groups, kept, strict=True):
+            group.update(keep)
+        self.state.update(restored)
+
+
+class _Row(NamedTuple):
+    """One parameter's tensors in a step, and what the kernels are told about them."""
+
+    param: Tensor
+    master: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    copy: Tensor | None
+    remainder: Tensor | None
+    scale: Tensor | None
+    place: Place
+
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for rows that one call can update."""
+        absent = tuple(tensor is None for tensor in (self.copy, self.remainder, self.scale))
+        return (self.master.dtype, self.grad.dtype, self.exp_avg.dtype, self.master.device, *absent)
+
+
+def _all_or_none(tensors: list[Tensor | None]) -> list[Tensor] | None:
+    """The tensors of rows of one kind: all there or all absent."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    return there or None
+
+
+def _storage(group: dict[str, Any]) -> Storage:
+    return Storage(group.get("momentum_dtype"), group.get("master_weights"))

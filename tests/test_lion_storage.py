@@ -1,0 +1,206 @@
+"""Lion's state in other precisions: steps, saving, loading and converting, against fp32 kept by hand."""
+
+import copy
+
+import pytest
+import torch
+
+from megatron_lion import Lion
+from megatron_lion.config import LionError
+from megatron_lion.precision import Place, dequantise, join_master, quantise, split_master
+from megatron_lion.update import lion_step
+
+HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+STORAGES = [(momentum, master) for momentum in (None, "fp32", "bf16", "int8") for master in (None, "fp32", "remainder")]
+SHAPES = ((3, 70), (64,), ())
+
+
+def parameters(dtype: torch.dtype = torch.bfloat16) -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+
+
+def train(optimizer: Lion, params: list[torch.nn.Parameter], steps: int, seed: int = 1) -> None:
+    """Steps along gradients that depend on the parameters, so that every bit of them matters."""
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        for param in params:
+            param.grad = (param.detach().float() - torch.randn(param.shape)).to(param.dtype)
+        optimizer.step()
+
+
+def values(optimizer: Lion, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    return [optimizer.get_unscaled_state(p, name).clone() for p in params for name in ("exp_avg", "master_param")]
+
+
+def assert_equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> None:
+    for left, right in zip(one, two, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(("momentum", "master"), STORAGES)
+def test_each_storage_follows_the_rule_with_its_own_rounding(momentum: str | None, master: str | None) -> None:
+    params = parameters()
+    optimizer = Lion(params, **HYPER, momentum_dtype=momentum, master_weights=master)
+    thetas = [param.detach().float() for param in params]
+    momenta = [torch.zeros_like(theta) for theta in thetas]
+    torch.manual_seed(1)
+    for _ in range(20):
+        for index, param in enumerate(params):
+            param.grad = (param.detach().float() - torch.randn(param.shape)).bfloat16()
+            theta, m = lion_step(
+                thetas[index], param.grad, momenta[index], lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1
+            )
+            place = Place.of_whole(m)
+            thetas[index] = theta.bfloat16().float() if master is None else theta
+            rounded = {"fp32": m, "int8": dequantise(*quantise(m, place), place)}
+            momenta[index] = rounded.get(momentum or "bf16", m.bfloat16().float())
+        optimizer.step()
+        for param, theta, m in zip(params, thetas, momenta, strict=True):
+            assert torch.equal(optimizer.get_unscaled_state(param, "exp_avg"), m)
+            assert torch.equal(optimizer.get_unscaled_state(param, "master_param"), theta)
+            shown = split_master(theta)[0] if master == "remainder" else theta.bfloat16()
+            assert torch.equal(param, shown)
+
+
+@pytest.mark.parametrize(("momentum", "master"), STORAGES)
+def test_state_takes_the_stated_bytes(momentum: str | None, master: str | None) -> None:
+    param = torch.nn.Parameter(torch.zeros(128, 64, dtype=torch.bfloat16))
+    optimizer = Lion([param], momentum_dtype=momentum, master_weights=master)
+    optimizer.init_state()
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.state[param].values())
+    per_element = {None: 2, "fp32": 4, "bf16": 2, "int8": 1 + 2 / 32}[momentum]
+    per_element += {None: 0, "fp32": 4, "remainder": 2}[master]
+    assert stored == per_element * param.numel()
+
+
+@pytest.mark.parametrize(("momentum", "master"), STORAGES)
+def test_a_loaded_optimizer_goes_on_bit_for_bit(momentum: str | None, master: str | None) -> None:
+    params = parameters()
+    optimizer = Lion(params, **HYPER, momentum_dtype=momentum, master_weights=master)
+    train(optimizer, params, 5)
+    saved = copy.deepcopy(optimizer.state_dict())
+    loaded_params = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    loaded = Lion(loaded_params, **HYPER, momentum_dtype=momentum, master_weights=master)
+    loaded.load_state_dict(saved)
+    train(optimizer, params, 5, seed=2)
+    train(loaded, loaded_params, 5, seed=2)
+    assert_equal(values(loaded, loaded_params), values(optimizer, params))
+    for one, two in zip(loaded.state.values(), optimizer.state.values(), strict=True):
+        assert {key: tensor.dtype for key, tensor in one.items()} == {key: tensor.dtype for key, tensor in two.items()}
+
+
+@pytest.mark.parametrize("saved", [("fp32", "fp32"), ("bf16", "remainder"), ("int8", "remainder"), ("int8", "fp32")])
+@pytest.mark.parametrize("wanted", [("fp32", "fp32"), ("bf16", "remainder"), ("int8", "remainder"), ("bf16", "fp32")])
+def test_another_storage_takes_over_the_values(saved: tuple[str, str], wanted: tuple[str, str]) -> None:
+    params = parameters()
+    optimizer = Lion(params, **HYPER, momentum_dtype=saved[0], master_weights=saved[1])
+    train(optimizer, params, 5)
+    loaded_params = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    loaded = Lion(loaded_params, **HYPER, momentum_dtype=wanted[0], master_weights=wanted[1])
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for param, before in zip(loaded_params, params, strict=True):
+        assert torch.equal(
+            loaded.get_unscaled_state(param, "master_param"), optimizer.get_unscaled_state(before, "master_param")
+        )
+        momentum = optimizer.get_unscaled_state(before, "exp_avg")
+        expected = momentum.bfloat16().float() if wanted[0] == "bf16" else momentum
+        assert torch.equal(loaded.get_unscaled_state(param, "exp_avg"), expected), "int8 waits for the first step"
+    train(loaded, loaded_params, 1)
+    for state in loaded.state.values():
+        assert (
+            str(state["exp_avg"].dtype)
+            == {"fp32": "torch.float32", "bf16": "torch.bfloat16", "int8": "torch.int8"}[wanted[0]]
+        )
+        assert ("exp_avg_scale" in state) == (wanted[0] == "int8")
+
+
+def test_a_momentum_cut_into_other_blocks_is_exact_until_its_first_step() -> None:
+    param = torch.nn.Parameter(torch.zeros(96))
+    optimizer = Lion([param], **HYPER, momentum_dtype="int8")
+    optimizer.init_state()
+    torch.manual_seed(4)
+    shifted = dequantise(*quantise(torch.randn(112), Place(0, 112)), Place(0, 112))[16:]
+    optimizer.set_scaled_state(param, "exp_avg", shifted)
+    assert torch.equal(optimizer.get_unscaled_state(param, "exp_avg"), shifted)
+    param.grad = torch.randn(96)
+    theta, m = lion_step(param.detach(), param.grad, shifted, lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1)
+    optimizer.step()
+    assert torch.equal(param, theta)
+    assert torch.equal(
+        optimizer.get_unscaled_state(param, "exp_avg"), dequantise(*quantise(m, Place(0, 96)), Place(0, 96))
+    )
+    assert optimizer.state[param]["exp_avg"].dtype == torch.int8
+
+
+def test_blocks_of_a_shard_are_those_of_its_parameter() -> None:
+    torch.manual_seed(5)
+    whole, grad = torch.randn(4, 100), torch.randn(4, 100)
+    runs = []
+    for pieces in ([(0, 400)], [(0, 264), (264, 400)]):  # 264 = 2 * 100 + 64
+        params = [torch.nn.Parameter(whole.flatten()[start:stop].clone()) for start, stop in pieces]
+        optimizer = Lion(params, **HYPER, momentum_dtype="int8")
+        optimizer.places = {param: Place(start, 100) for param, (start, _) in zip(params, pieces, strict=True)}
+        for _ in range(3):
+            for param, (start, stop) in zip(params, pieces, strict=True):
+                param.grad = grad.flatten()[start:stop] * (1 + param.detach())
+            optimizer.step()
+        runs.append([torch.cat(list(params)), torch.cat([optimizer.get_unscaled_state(p, "exp_avg") for p in params])])
+    assert_equal(runs[0], runs[1])
+
+
+def test_decoupled_gradients_may_have_another_dtype() -> None:
+    params = parameters()
+    one = Lion(params, **HYPER, momentum_dtype="bf16", master_weights="remainder")
+    one.use_decoupled_grad = True
+    torch.manual_seed(1)
+    for param in params:
+        param.decoupled_grad = torch.randn(param.shape)
+    before = [param.detach().clone() for param in params]
+    one.step()
+    for param, start in zip(params, before, strict=True):
+        theta, _ = lion_step(
+            start.float(),
+            param.decoupled_grad,
+            torch.zeros(param.shape),
+            lr=1e-3,
+            beta1=0.9,
+            beta2=0.95,
+            weight_decay=0.1,
+        )
+        assert torch.equal(join_master(param, one.state[param]["master_param"]), theta)
+
+
+def test_momentum_that_begins_with_the_gradient_is_stored_as_asked() -> None:
+    param = torch.nn.Parameter(torch.zeros(64))
+    optimizer = Lion([param], **HYPER, momentum_init="gradient", momentum_dtype="int8")
+    param.grad = torch.randn(64)
+    optimizer.step()
+    place = Place(0, 64)
+    start = dequantise(*quantise(param.grad, place), place)
+    _, m = lion_step(torch.zeros(64), param.grad, start, lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1)
+    assert torch.equal(optimizer.get_unscaled_state(param, "exp_avg"), dequantise(*quantise(m, place), place))
+
+
+def test_fp32_parameters_are_their_own_masters() -> None:
+    params = parameters(torch.float32)
+    optimizer = Lion(params, **HYPER, master_weights="remainder")
+    train(optimizer, params, 1)
+    assert all("master_param" not in state for state in optimizer.state.values())
+    optimizer.set_scaled_state(params[0], "master_param", torch.ones(3, 70))
+    assert torch.equal(params[0], torch.ones(3, 70))
+
+
+def test_what_cannot_be_stored_is_refused() -> None:
+    half = [torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))]
+    with pytest.raises(LionError, match=r"float16.*shape \(3,\).*master_weights='fp32'"):
+        Lion(half, master_weights="remainder")
+    with pytest.raises(LionError, match="momentum_dtype 'in8' is unknown: did you mean 'int8'"):
+        Lion(parameters(), momentum_dtype="in8")
+    params = parameters()
+    optimizer = Lion(params, master_weights="remainder")
+    optimizer.init_state()
+    with pytest.raises(LionError, match="has master weights, which would be lost"):
+        Lion(params).load_state_dict(optimizer.state_dict())
+    with pytest.raises(LionError, match="state 'exp_avg_sq' is unknown"):
+        optimizer.get_unscaled_state(params[0], "exp_avg_sq")
