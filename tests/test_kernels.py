@@ -124,18 +124,29 @@ def test_matrices_scalars_and_transposes_have_the_bits_of_the_reference(device, 
     compare(kernel, lists, **LANGUAGE)
 
 
+@pytest.fixture
+def foreach_limit(monkeypatch, device):
+    """Sets how many elements a call of a foreach operation may have."""
+    name = "MAX_NUMEL_PER_CALL_CPU" if device == "cpu" else "MAX_NUMEL_PER_CALL"
+    return lambda limit: monkeypatch.setattr(foreach, name, limit)
+
+
 @pytest.mark.parametrize("limit", [1, 10, 1000])
-def test_lists_longer_than_one_chunk_update_every_tensor_once(device, limit, monkeypatch):
-    monkeypatch.setattr(foreach, "MAX_NUMEL_PER_CALL", limit)
-    compare(lion_update_foreach_, problem([3, 0, 7, 1, 25, 0, 0, 10, 9, 2], FP32, device), **LANGUAGE)
+def test_lists_longer_than_one_chunk_update_every_tensor_once(device, limit, foreach_limit):
+    foreach_limit(limit)
+    lists = problem([3, 0, 7, 1, 25, 0, 0, 10, 9, 2, 40], FP32, device)
+    for tensors in lists:
+        tensors.append(tensors.pop().view(5, 8).t())
+    compare(lion_update_foreach_, lists, **LANGUAGE)
     compare(lion_update_foreach_, problem([], FP32, device), **LANGUAGE)
 
 
-def test_chunks_keep_to_the_limit_unless_one_tensor_exceeds_it(device, monkeypatch):
-    monkeypatch.setattr(foreach, "MAX_NUMEL_PER_CALL", 10)
-    params, _, _ = problem([3, 7, 0, 1, 25, 9, 1, 1], FP32, device)
-    sizes = [[param.numel() for param in params[chunk]] for chunk in foreach._chunks(params)]
-    assert sizes == [[3, 7, 0], [1], [25], [9, 1], [1]]
+def test_chunks_keep_to_the_limit_unless_a_tensor_that_cannot_be_cut_exceeds_it(device, foreach_limit):
+    foreach_limit(10)
+    params, grads, exp_avgs = problem([3, 7, 0, 1, 25, 9, 1, 1], FP32, device)
+    rows = [*zip(params, grads, exp_avgs, strict=True), [torch.ones(3, 4, device=device).t()] * 3]
+    sizes = [[param.numel() for param in params] for params, _, _ in foreach._chunks(rows)]
+    assert sizes == [[3, 7, 0], [1], [10], [10], [5], [9, 1], [1], [12]]
 
 
 @EVERY_KERNEL
