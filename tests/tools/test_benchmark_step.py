@@ -1,4 +1,4 @@
-"""The benchmark's shapes, its arithmetic, and one small run of it."""
+"""The benchmark's shapes, its arithmetic, what it counts, and one small run of it."""
 
 import json
 import sys
@@ -6,53 +6,116 @@ import sys
 import benchmark_step
 import pytest
 import torch
-from benchmark_step import Candidate
+from benchmark import measure, peers, shapes, traffic
+from benchmark.measure import Candidate
+from benchmark.traffic import READ, UPDATE, WRITE, Stream
 
+from megatron_lion import Lion
 from megatron_lion.config import LionError
 
 
+def streams(numel: int) -> list[Stream]:
+    one, other, half = (torch.arange(numel, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16))
+    return [Stream([one], READ), Stream([other], UPDATE), Stream([half], WRITE)]
+
+
 def test_gpt2_smalls_parameters_are_those_of_the_model() -> None:
-    sizes = benchmark_step.shapes("gpt2-small")
+    sizes = shapes.shapes("gpt2-small")
     assert len(sizes) == 148
     assert sum(torch.Size(size).numel() for size in sizes) == 124_439_808
 
 
 def test_share_and_ratio_are_counted_from_the_times() -> None:
+    moved = streams(1000)
+    (limit,) = measure.limits([Candidate("peer", "fp32 momentum", lambda: None, streams=moved)], 1000)
+    assert limit.name == "streaming limit, 8 B read and 6 B written"
     candidates = [
-        Candidate("streaming limit", "-", 20, lambda: None),
-        Candidate("megatron-lion fused", "fp32 momentum", 20, lambda: None),
-        Candidate("megatron-lion foreach", "fp32 momentum", None, lambda: None),
-        Candidate("peer", "fp32 momentum", 40, lambda: None),
+        limit,
+        Candidate("megatron-lion fused", "fp32 momentum", lambda: None, streams=moved),
+        Candidate("megatron-lion foreach", "fp32 momentum", lambda: None, 28_000),
+        Candidate("peer", "fp32 momentum", lambda: None, streams=moved),
+        Candidate("hidden", "two moments", lambda: None),
     ]
-    times = {"streaming limit": 10.0, "megatron-lion fused": 12.5, "megatron-lion foreach": 100.0, "peer": 25.0}
-    table = {row.name: row for row in benchmark_step.rows(candidates, times, numel=10**6)}
+    times = dict(zip([one.name for one in candidates], (10.0, 12.5, 100.0, 25.0, 1.0), strict=True))
+    table = {row.name: row for row in measure.rows(candidates, times, numel=1000)}
     ours = table["megatron-lion fused"]
-    assert (ours.share_of_limit, ours.ratio_to_fastest_peer, ours.gigabytes_per_second) == (0.8, 2.0, 1.6)
-    assert table["megatron-lion foreach"].ratio_to_fastest_peer == 0.25
-    assert table["megatron-lion foreach"].share_of_limit is None
-    assert table["peer"].ratio_to_fastest_peer is None, "compared with ours, which is no peer"
+    assert (ours.bytes_per_parameter, ours.share_of_limit, ours.times_as_fast) == (14.0, 0.8, 2.0)
+    assert ours.gigabytes_per_second == pytest.approx(14e3 / 12.5e-3 / 1e9)
+    assert table["megatron-lion foreach"].share_of_limit == pytest.approx(0.2), (
+        "twice the limit's bytes in 10 x its time"
+    )
+    assert table["megatron-lion foreach"].times_as_fast == 0.25
+    assert table["peer"].times_as_fast is None, "compared with ours, which is no peer"
+    assert table["hidden"].share_of_limit is None
+
+
+def test_the_streaming_pass_reads_everything_and_changes_only_what_it_writes() -> None:
+    moved = [*streams(300_001), Stream([torch.ones(9376, dtype=torch.int8)], UPDATE)]
+    before = [stream.tensors[0].clone() for stream in moved]
+    traffic.streaming_pass(moved)()
+    for stream, old in zip(moved, before, strict=True):
+        assert torch.equal(stream.tensors[0], torch.zeros_like(old) if stream.mode == WRITE else old)
+
+
+def test_what_torchs_operations_move_is_counted() -> None:
+    a, b = torch.ones(100), torch.ones(100)
+    for operation, expected in (
+        (lambda: a + b, 12),
+        (lambda: a.add_(b), 12),
+        (lambda: a.mul_(2.0), 8),
+        (lambda: a.copy_(b), 8),
+        (lambda: a.view(10, 10).t(), 0),
+        (lambda: torch.empty_like(a), 0),
+        (lambda: torch.zeros_like(a), 4),
+        (lambda: torch._foreach_mul_([a, b], 2.0), 16),
+        (lambda: torch._foreach_add([a], [b]), 12),
+    ):
+        assert traffic.counted(operation) == expected * 100
+
+
+@pytest.mark.parametrize(("name", "expected"), [("torch SGD with momentum, fused", 20), ("torch AdamW fused", 28)])
+def test_a_fused_step_of_torchs_is_counted_alike_by_its_streams_and_by_its_operation(name: str, expected: int) -> None:
+    params = shapes.parameters([(1000,), (300, 10)])
+    ((one,), _) = peers.build(params, [name], "cpu")
+    assert one.bytes == traffic.counted(one.step) == expected * 4000
+
+
+def test_ours_moves_the_bytes_that_its_state_has() -> None:
+    params = shapes.parameters([(1000,)])
+    optimizer = Lion(params, kernel="reference")
+    optimizer.step()
+    assert sum(stream.bytes for stream in traffic.streams_of(optimizer)) == 20 * 1000
+    optimizer.copies = {params[0]: params[0].detach().bfloat16()}
+    assert sum(stream.bytes for stream in traffic.streams_of(optimizer)) == 22 * 1000
 
 
 def test_a_small_run_leaves_its_rows_and_a_chart(tmp_path, monkeypatch, capsys) -> None:
-    files = ["--json", str(tmp_path / "step.json"), "--plot", str(tmp_path / "step.png")]
-    peers = ["--peers", "torch SGD fused", "torch AdamW fused"]
-    monkeypatch.setattr(sys, "argv", ["benchmark_step", "--numel", "5000", "--rounds", "2", *peers, *files])
+    files = ["--json", str(tmp_path / "step.json"), "--plot", str(tmp_path / "step.svg")]
+    asked = ["--peers", "torch SGD with momentum, fused", "torch AdamW foreach"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_step", "--numel", "5000", "--rounds", "2", *asked, *files])
     benchmark_step.main()
-    names = {row["name"] for row in json.loads((tmp_path / "step.json").read_text())["rows"]}
-    assert {"streaming limit", "megatron-lion fused", "torch SGD fused", "torch AdamW fused"} <= names
+    record = json.loads((tmp_path / "step.json").read_text())
+    names = {row["name"] for row in record["rows"]}
+    assert {"megatron-lion fused", "streaming limit, 12 B read and 8 B written", "torch AdamW foreach"} <= names
+    assert record["missing"]["DeepSpeed CPULion"].startswith("not asked for")
     assert "| megatron-lion fused | fp32 momentum |" in capsys.readouterr().out
-    assert (tmp_path / "step.png").stat().st_size > 1000
+    assert "<svg" in (tmp_path / "step.svg").read_text()
 
 
-def test_a_peer_that_is_not_installed_is_left_out_with_the_reason(monkeypatch) -> None:
-    gone = ("fp32 momentum", None, benchmark_step.external("no_such_package", "Lion"))
-    monkeypatch.setitem(benchmark_step.PEERS, "gone", gone)
-    made, missing = benchmark_step.peers(benchmark_step.parameters([(3,)]), ["gone"])
+def test_a_peer_that_is_not_installed_is_named_with_the_reason(monkeypatch) -> None:
+    monkeypatch.setitem(peers.PEERS, "gone", peers.Peer("no_such_package", "Lion"))
+    made, missing = peers.build(shapes.parameters([(3,)]), ["gone", "flashoptim FlashLion"], "cpu")
     assert not made
-    assert "no_such_package" in missing["gone"]
+    assert missing["gone"] == "no_such_package is not installed: tools/benchmark/peers.txt"
+    assert missing["flashoptim FlashLion"] == "it runs on cuda only"
 
 
-def test_an_unknown_peer_is_refused_by_name(monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark_step", "--peers", "tensorflow"])
-    with pytest.raises(LionError, match="tensorflow: unknown"):
+def test_a_peer_that_fails_is_named_with_its_error(monkeypatch) -> None:
+    monkeypatch.setitem(peers.PEERS, "broken", peers.Peer("torch.optim", "AdamW", options=(("fused", 3.5), ("x", 1))))
+    assert peers.build(shapes.parameters([(3,)]), ["broken"], "cpu")[1]["broken"].startswith("TypeError: ")
+
+
+def test_an_unknown_peer_is_refused_with_the_nearest(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark_step", "--peers", "timm Lion"])
+    with pytest.raises(LionError, match="did you mean 'timm Lion foreach'"):
         benchmark_step.main()

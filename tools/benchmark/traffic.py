@@ -1,0 +1,181 @@
+"""How many bytes a step reads and writes, counted and never guessed; and the streaming pass over the same bytes.
+
+A step that is one pass is described by its streams: each tensor, and whether the pass reads it, writes it or both. A
+step made of torch's own operations is run once under :class:`Counted`, which adds up what each operation reads and
+writes. What fits a cache is counted all the same, so such a step can look faster than its bytes allow.
+"""
+
+import ctypes
+import tempfile
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from megatron_lion.kernels import compiler
+
+READ, WRITE, UPDATE = 1, 2, 3
+
+# Operations that overwrite their first argument without reading it.
+OVERWRITES = ("copy_", "_foreach_copy_", "zero_", "_foreach_zero_", "fill_")
+# Operations that take nothing but the shape of theirs; "empty" ones write nothing either.
+FACTORIES = ("empty_like", "new_empty", "zeros_like", "new_zeros", "ones_like", "full_like")
+# torch's fused steps name the gradients as written, which they are only where a gradient scaler is given.
+FUSED_READ_ONLY = {"_fused_adamw_": ("grads",), "_fused_adam_": ("grads",), "_fused_sgd_": ("grads",)}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tensors that one pass reads (READ), writes (WRITE) or reads and writes in place (UPDATE)."""
+
+    tensors: Sequence[Tensor]
+    mode: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the pass moves for these tensors."""
+        return (2 if self.mode == UPDATE else 1) * sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+def streams_of(optimizer: torch.optim.Optimizer) -> list[Stream]:
+    """What a one-pass step of ``optimizer``, stepped once, moves: gradients in; parameters and state in and out."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    grads = [grad for param in params if (grad := getattr(param, "decoupled_grad", param.grad)) is not None]
+    state: dict[str, list[Tensor]] = {}
+    for param in params:
+        for key, value in optimizer.state[param].items():
+            if torch.is_tensor(value) and value.dim():
+                state.setdefault(key, []).append(value)
+    made = [Stream(grads, READ), Stream(params, UPDATE), *(Stream(tensors, UPDATE) for tensors in state.values())]
+    copies = list(getattr(optimizer, "copies", {}).values())
+    return [*made, Stream(copies, WRITE)] if copies else made
+
+
+class Counted(TorchDispatchMode):
+    """Adds up, in ``bytes``, what torch's operations read and write while it is entered. Views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        result = func(*args, **kwargs)
+        if func.is_view:
+            return result
+        storages = set()
+        for number, argument in enumerate(func._schema.arguments):
+            size = _size(given.get(argument.name), storages)
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            written = written and argument.name not in FUSED_READ_ONLY.get(name, ())
+            read = name not in FACTORIES and not (name in OVERWRITES and number == 0)
+            self.bytes += size * (read + written)
+        if not name.startswith(("empty", "new_empty")):
+            self.bytes += _size([t for t in tree_iter(result) if _key(t) not in storages], set())
+        return result
+
+
+def _key(value: Any) -> Any:
+    return value.untyped_storage().data_ptr() if torch.is_tensor(value) and value.dim() else None
+
+
+def _size(value: Any, storages: set[Any]) -> int:
+    tensors = [leaf for leaf in tree_iter(value) if torch.is_tensor(leaf) and leaf.dim()]
+    storages.update(_key(tensor) for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def counted(step: Callable[[], object]) -> int:
+    """Bytes that one call of ``step`` moves, by its operations; call it once before, so that its state is there."""
+    with Counted() as mode:
+        step()
+    return mode.bytes
+
+
+STREAM = r"""
+#include <cstdint>
+
+// Pass once over the arrays of each of `tensors` tensors: read (their sum is returned), write, or add `zero` in place.
+// Arrays with as many elements as the tensor go together, element by element; shorter ones follow each chunk.
+extern "C" uint64_t stream(int64_t tensors, void *const *pointers, const int64_t *counts, uint32_t zero,
+                           int64_t threads) {
+    const int64_t CHUNK = 262144;
+    int64_t chunks = 0, next = 0;
+    uint64_t sum = 0;
+    for (int64_t t = 0; t < tensors; ++t) chunks += (counts[t * STREAMS] + CHUNK - 1) / CHUNK;
+#pragma omp parallel num_threads(threads) reduction(+ : sum)
+    for (int64_t t = 0, before = 0;;) {
+        int64_t mine;
+#pragma omp atomic capture
+        mine = next++;
+        if (mine >= chunks) break;
+        for (; mine >= before + (counts[t * STREAMS] + CHUNK - 1) / CHUNK; ++t)
+            before += (counts[t * STREAMS] + CHUNK - 1) / CHUNK;
+        const int64_t numel = counts[t * STREAMS], from = (mine - before) * CHUNK;
+        const int64_t to = from + CHUNK < numel ? from + CHUNK : numel;
+        uint32_t part = 0;
+POINTERS
+        for (int64_t i = from; i < to; ++i) {
+TOGETHER
+        }
+SHORTER
+        sum += part;
+    }
+    return sum;
+}
+"""
+INTEGERS = {1: "uint8_t", 2: "uint16_t", 4: "uint32_t", 8: "uint64_t"}
+STATEMENTS = {READ: "part += a{0}[{1}];", WRITE: "a{0}[{1}] = zero;", UPDATE: "a{0}[{1}] += zero;"}
+
+
+def streaming_pass(streams: Sequence[Stream]) -> Callable[[], object]:
+    """A pass that moves what ``streams`` say and does one addition for each element; what is only written becomes zero.
+
+    On a GPU it is a copy of as many bytes, half of them read and half written.
+    """
+    if any(tensor.is_cuda for stream in streams for tensor in stream.tensors):
+        half = torch.empty(sum(stream.bytes for stream in streams) // 2, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(half)
+        return lambda: target.copy_(half)
+    if len({len(stream.tensors) for stream in streams}) != 1:
+        raise ValueError(f"streams of one pass have as many tensors each, not {[len(s.tensors) for s in streams]}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "stream.cpp"
+        source.write_text(_source(streams))
+        library = compiler.load(source)
+    rows = list(zip(*(stream.tensors for stream in streams), strict=True))
+    pointers = array("Q", [tensor.data_ptr() for row in rows for tensor in row])
+    counts = array("q", [tensor.numel() for row in rows for tensor in row])
+
+    def step() -> object:
+        addresses = (ctypes.c_void_p(values.buffer_info()[0]) for values in (pointers, counts))
+        threads = ctypes.c_int64(torch.get_num_threads())
+        library.stream(ctypes.c_int64(len(rows)), *addresses, ctypes.c_uint32(0), threads)
+        return rows  # keeps the tensors
+
+    return step
+
+
+def _source(streams: Sequence[Stream]) -> str:
+    """The pass over these streams in C++. Their first has the tensors' own numbers of elements."""
+    pointers, together, shorter = [], [], []
+    for number, stream in enumerate(streams):
+        kind = INTEGERS[stream.tensors[0].element_size()]
+        pointers.append(f"{kind} *__restrict a{number} = ({kind} *)pointers[t * STREAMS + {number}];")
+        statement = STATEMENTS[stream.mode]
+        if all(a.numel() == b.numel() for a, b in zip(stream.tensors, streams[0].tensors, strict=True)):
+            together.append(statement.format(number, "i"))
+        else:
+            count = f"counts[t * STREAMS + {number}]"
+            bounds = f"int64_t i = {count} * from / numel; i < {count} * to / numel; ++i"
+            shorter.append(f"for ({bounds}) {statement.format(number, 'i')}")
+    text = STREAM.replace("POINTERS", "\n".join(pointers)).replace("TOGETHER", "\n".join(together))
+    return text.replace("SHORTER", "\n".join(shorter)).replace("STREAMS", str(len(streams)))
