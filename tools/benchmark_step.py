@@ -31,14 +31,14 @@ def main() -> None:
     sizes = [(args.numel,)] if args.numel else shapes(args.shapes)
     params = parameters(sizes, args.device)
     numel = sum(param.numel() for param in params)
-    made, missing = peers.build(params, names, args.device)
-    candidates = [*ours.candidates(params), *made]
+    candidates, missing = ours.build(params)
+    others, missing_peers = peers.build(params, names, args.device)
+    candidates, missing = candidates + others, missing | missing_peers
     candidates = [*measure.limits(candidates, numel), *candidates]
     table = measure.rows(candidates, measure.measure(candidates, args.rounds), numel)
     title = f"{len(sizes)} tensors, {numel:,} elements; {machine(args.device)}; medians of {args.rounds} rounds"
     print(f"{title}\n\n{measure.markdown(table)}")
-    for name, reason in missing.items():
-        print(f"\nNot measured: {name} ({reason})")
+    print(measure.not_measured(missing))
     if args.json:
         rows = [asdict(row) for row in table]
         measure.write_json(args.json, machine=machine(args.device), numel=numel, rows=rows, missing=missing)

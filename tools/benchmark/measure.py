@@ -137,6 +137,14 @@ def markdown(table: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def not_measured(missing: dict[str, str]) -> str:
+    """A paragraph for each reason, with all that were left out for it."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        reasons.setdefault(reason, []).append(name)
+    return "".join(f"\nNot measured, {reason}: {'; '.join(names)}\n" for reason, names in reasons.items())
+
+
 def write_json(path: Path, **record: object) -> None:
     """The record as JSON, for :mod:`tools` that compare machines."""
     path.parent.mkdir(parents=True, exist_ok=True)

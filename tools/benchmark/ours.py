@@ -1,52 +1,56 @@
-"""This package's Lion, in every kernel and every precision that it stores."""
+"""This package's Lion, in each kernel and in each precision that it stores."""
+
+import itertools
 
 import torch
 
-from benchmark.measure import Candidate
+from benchmark.measure import OURS, Candidate
 from benchmark.peers import FP32_MOMENTUM, HYPER
 from benchmark.shapes import gradient
-from benchmark.traffic import READ, UPDATE, WRITE, Stream, counted, streams_of
+from benchmark.traffic import counted, streams_of
 from megatron_lion import Lion
-from megatron_lion.kernels import choose
 
-RULE = {"lr": HYPER["lr"], "beta1": HYPER["betas"][0], "beta2": HYPER["betas"][1], "weight_decay": 0.1}
+MASTERS, MOMENTA = ("fp32", "remainder"), ("fp32", "bf16", "int8")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def candidates(params: list[torch.nn.Parameter]) -> list[Candidate]:
-    """Ours on ``params``, in the peers' precision, then in the precisions of mixed training."""
-    return [*in_fp32(params), *in_mixed_precision(params)]
+def build(params: list[torch.nn.Parameter]) -> tuple[list[Candidate], dict[str, str]]:
+    """Ours on ``params`` as the peers step them, and on bf16 parameters with each master and momentum.
+
+    Gradients are fp32, as Megatron accumulates them, and bf16 with the smallest state. What cannot be had here is named
+    with the reason.
+    """
+    made, missing = in_fp32(params), {}
+    cases = [(master, momentum, "fp32") for master, momentum in itertools.product(MASTERS, MOMENTA)]
+    for master, momentum, grad in [*cases, ("remainder", "int8", "bf16")]:
+        state = f"{master} master, {momentum} momentum" if master == "fp32" else f"remainder, {momentum} momentum"
+        name = f"{OURS} fused, {state}, {grad} gradient"
+        try:
+            made.append(in_bf16(params, name, state, master, momentum, grad))
+        except Exception as error:  # a kernel that this machine cannot have
+            missing[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return made, missing
 
 
 def in_fp32(params: list[torch.nn.Parameter]) -> list[Candidate]:
-    """fp32 parameters, gradients and momentum, as the peers have them: fused in one pass, foreach in several."""
-    made = []
-    for kernel in ("fused", "foreach"):
-        optimizer = Lion(params, **HYPER, kernel=kernel)
-        optimizer.step()
-        name = f"megatron-lion {kernel}"
-        if kernel == "fused":
-            made.append(Candidate(name, FP32_MOMENTUM, optimizer.step, streams=streams_of(optimizer)))
-        else:
-            made.append(Candidate(name, FP32_MOMENTUM, optimizer.step, counted(optimizer.step)))
-    return made
+    """fp32 parameters, gradients and momentum: fused in one pass, foreach in several."""
+    fused, foreach = (Lion(params, **HYPER, kernel=kernel) for kernel in ("fused", "foreach"))
+    fused.step()
+    foreach.step()
+    return [
+        Candidate(f"{OURS} fused", FP32_MOMENTUM, fused.step, streams=streams_of(fused)),
+        Candidate(f"{OURS} foreach", FP32_MOMENTUM, foreach.step, counted(foreach.step)),
+    ]
 
 
-def in_mixed_precision(params: list[torch.nn.Parameter]) -> list[Candidate]:
-    """The fused kernel on fp32 masters, writing bf16 parameters, with gradient and momentum in fp32 and in bf16."""
-    masters, grads = [param.detach() for param in params], [gradient(param) for param in params]
-    momenta, copies = [torch.zeros_like(master) for master in masters], [master.bfloat16() for master in masters]
-    made = []
-    for title, state, dtype in (
-        ("writing bf16 parameters", "fp32 master and momentum", torch.float32),
-        ("bf16 gradient and momentum, writing bf16 parameters", "fp32 master, bf16 momentum", torch.bfloat16),
-    ):
-        g, m = ([tensor.to(dtype) for tensor in tensors] for tensors in (grads, momenta))
-        made.append(_of_kernel(f"megatron-lion fused, {title}", state, masters, g, m, copies))
-    return made
-
-
-def _of_kernel(name: str, state: str, *roles: list[torch.Tensor]) -> Candidate:
-    params, grads, momenta, copies = roles
-    update = choose("fused", params, grads, momenta)
-    streams = [Stream(grads, READ), Stream(params, UPDATE), Stream(momenta, UPDATE), Stream(copies, WRITE)]
-    return Candidate(name, state, lambda: update(params, grads, momenta, copies=copies, **RULE), streams=streams)
+def in_bf16(
+    params: list[torch.nn.Parameter], name: str, state: str, master: str, momentum: str, grad: str
+) -> Candidate:
+    """The fused kernel on bf16 parameters, as Megatron's precision-aware optimizer holds them."""
+    halves = [torch.nn.Parameter(param.detach().bfloat16()) for param in params]
+    for half, param in zip(halves, params, strict=True):
+        half.decoupled_grad = gradient(param).to(DTYPES[grad])
+    optimizer = Lion(halves, **HYPER, kernel="fused", master_weights=master, momentum_dtype=momentum)
+    optimizer.use_decoupled_grad = True
+    optimizer.step()
+    return Candidate(name, state, optimizer.step, streams=streams_of(optimizer))

@@ -44,15 +44,23 @@ class Stream:
 
 
 def streams_of(optimizer: torch.optim.Optimizer) -> list[Stream]:
-    """What a one-pass step of ``optimizer``, stepped once, moves: gradients in; parameters and state in and out."""
+    """What a one-pass step of ``optimizer``, stepped once, moves: gradients in; parameters and state in and out.
+
+    A 16-bit parameter beside an fp32 master is written only.
+    """
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    grads = [grad for param in params if (grad := getattr(param, "decoupled_grad", param.grad)) is not None]
+    name = "decoupled_grad" if getattr(optimizer, "use_decoupled_grad", False) else "grad"
     state: dict[str, list[Tensor]] = {}
     for param in params:
         for key, value in optimizer.state[param].items():
             if torch.is_tensor(value) and value.dim():
                 state.setdefault(key, []).append(value)
-    made = [Stream(grads, READ), Stream(params, UPDATE), *(Stream(tensors, UPDATE) for tensors in state.values())]
+    has_masters = any(tensor.dtype == torch.float32 for tensor in state.get("master_param", ()))
+    made = [
+        Stream([getattr(param, name) for param in params], READ),
+        Stream([param.detach() for param in params], WRITE if has_masters else UPDATE),
+        *(Stream(tensors, UPDATE) for tensors in state.values()),
+    ]
     copies = list(getattr(optimizer, "copies", {}).values())
     return [*made, Stream(copies, WRITE)] if copies else made
 
