@@ -251,6 +251,18 @@ def test_each_kind_of_file_holds_the_same_documents(
     assert (tmp_path / "o" / "folder_text_document.bin").read_bytes() == 3 * expected
 
 
+def test_one_read_goes_on_over_the_end_of_a_zstd_frame(source: Path, tmp_path: Path) -> None:
+    """As pzstd and `zstd --append` write files. zstandard alone promises no more than the first frame to one read."""
+    import zstandard
+
+    whole = source.read_bytes()[:50_000]
+    frames = zstandard.ZstdCompressor()
+    path = tmp_path / "x.jsonl.zst"
+    path.write_bytes(b"".join(frames.compress(part) for part in (whole[:20_000], b"", whole[20_000:])))
+    with path.open("rb") as raw, sources.unpacked(raw, path.name) as stream:
+        assert stream.read1(len(whole)) == whole  # type: ignore[attr-defined]
+
+
 def test_plain_text_falls_into_documents_by_the_rule_asked_for() -> None:
     text = [
         b" = Title = \n",

@@ -164,7 +164,10 @@ def parquet_texts(source: Source, key: str) -> Iterator[bytes]:
 
 
 def dataset_texts(name: str, split: str, key: str) -> Iterator[bytes]:
-    """Yield the texts of a data set on the Hugging Face hub (streamed) or saved with ``save_to_disk``."""
+    """Yield the texts of a data set on the Hugging Face hub (streamed) or saved with ``save_to_disk``.
+
+    Raises LionError where it cannot be loaded, has no column ``key``, or breaks off.
+    """
     import datasets
 
     try:
@@ -173,11 +176,24 @@ def dataset_texts(name: str, split: str, key: str) -> Iterator[bytes]:
         else:
             found = datasets.load_dataset(name, split=split, streaming=True)
     except Exception as error:  # the hub's client raises one of a dozen kinds, of several packages
-        raise LionError(f"--input {name} cannot be loaded as a data set: {error}") from error
-    for row in found:
+        raise LionError(
+            f"--input {name} cannot be loaded as a data set: {' '.join(str(error).split())}. HF_ENDPOINT names another "
+            "hub; without one give files, or a folder that save_to_disk made elsewhere"
+        ) from error
+    rows, read = iter(found), 0
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # as above
+            raise LionError(
+                f"{name} broke off after {read:,} documents: {error}. Run the same command again, it goes on"
+            ) from error
+        if row is None:
+            return
         if key not in row:
             raise LionError(f"{name} has no column {key!r}: give one of its own with --json-keys ({', '.join(row)})")
         yield _as_bytes(row[key])
+        read += 1
 
 
 def _as_bytes(value: Any) -> bytes:
