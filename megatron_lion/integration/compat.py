@@ -251,6 +251,14 @@ def model_params_with_groups(part: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield from ((param, group) for group in groups for param in group["params"])
 
 
+def gradients_outside_the_norm(part: Any) -> list[Any]:
+    """The gradients that an optimizer of Megatron's chain leaves out of the norm that it clips by."""
+    if part.optimizer is None:
+        return []
+    seen = {id(grad) for grad in part.get_grads_for_grad_norm()}
+    return [param.grad for param in part.get_parameters() if param.grad is not None and id(param.grad) not in seen]
+
+
 def shard_range(part: Any, param: Any) -> tuple[int, int]:
     """Start and stop, in the flattened ``param``, of the shard that the distributed optimizer ``part`` holds here."""
     shard = part._get_model_param_range_map(param)["param"]

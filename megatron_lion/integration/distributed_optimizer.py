@@ -164,10 +164,34 @@ class LionChainedOptimizer(ChainedOptimizer):
                     part.optimizer.grad_scale = 1.0
 
     def _step_if_finite(self) -> bool:
-        if not math.isfinite(self._grad_norm):
+        if not self._every_gradient_is_finite():
             summary.warn(f"gradient norm {float(self._grad_norm)}: this update is skipped, nothing was changed")
             return False
         return bool(super().step_with_ready_grads())
+
+    def _every_gradient_is_finite(self) -> bool:
+        """Whether no rank holds a NaN or an infinity. Issues one all-reduce, of one number.
+
+        The norm does not see all that Lion updates: not the gradients of parameters that every tensor-parallel rank
+        holds whole, on any rank but the first, nor those of a tied copy, nor those of multi-token prediction.
+        """
+        unseen = [grad for part in self.chained_optimizers for grad in compat.gradients_outside_the_norm(part)]
+        size = float(self._grad_norm) + sum(float(norm) for norm in (torch._foreach_norm(unseen) if unseen else ()))
+        bad = torch.tensor(float(not math.isfinite(size)), device=torch.cuda.current_device())
+        torch.distributed.all_reduce(bad)
+        return not bad
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        try:
+            super().load_state_dict(state_dict)
+        except RuntimeError as error:
+            if not str(error).startswith("Expected "):  # as many optimizers as this run has (0.19.2: optimizer 1579)
+                raise
+            raise LionError(
+                "the checkpoint's optimizer state is divided otherwise between dense and expert parameters than this "
+                "run's, and Megatron cannot convert it: resume with the --expert-model-parallel-size that it was saved "
+                "with, or load the weights alone (--no-load-optim)"
+            ) from error
 
 
 class LionDistributedOptimizer(StatelessStepDistributedOptimizer):

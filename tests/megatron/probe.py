@@ -5,8 +5,8 @@ inspect them instead of training.
 
 WHAT is ``parameters`` (which optimizer, betas and state each parameter has), ``stock-parameters`` (the same without
 this package's registration), ``sharded-step`` (the step inside Megatron against plain Lion) or ``non-finite`` (what a
-bad gradient on the last rank alone changes). PROBE_OUTPUT names a folder, in which each rank leaves its answer as
-``rank<N>.json``.
+bad gradient on the last rank alone changes, in the first parameter whose name has PROBE_BAD in it). PROBE_OUTPUT names
+a folder, in which each rank leaves its answer as ``rank<N>.json``.
 """
 
 import json
@@ -73,7 +73,9 @@ def set_gradients(model: list[Any], seed: int, bad: float | None = None) -> dict
             param.main_grad.copy_(gradient)
             gradients[f"{index}.{name}"] = gradient
         if bad is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            next(chunk.parameters()).main_grad.view(-1)[0] = bad
+            name = os.environ.get("PROBE_BAD", "")
+            victim = next(param for full_name, param in chunk.named_parameters() if name in full_name)
+            victim.main_grad.view(-1)[0] = bad
         if chunk.ddp_config.overlap_grad_reduce:  # else finish_grad_sync starts it
             chunk.start_grad_sync()
         chunk.finish_grad_sync()
@@ -116,7 +118,7 @@ def everything(model: list[Any], optimizer: Any) -> list[torch.Tensor]:
 
 def non_finite(model: list[Any], optimizer: Any) -> dict[str, Any]:
     """A good step, then one with NaN and one with inf in a single element on the last rank, then a good one."""
-    answer: dict[str, Any] = {"applied": [], "changed": []}
+    answer: dict[str, Any] = {"applied": [], "changed": [], "scale": []}
     for seed, bad in enumerate((None, float("nan"), float("inf"), None)):
         if seed == 0:
             set_gradients(model, seed)
@@ -124,6 +126,7 @@ def non_finite(model: list[Any], optimizer: Any) -> dict[str, Any]:
         before = everything(model, optimizer)
         set_gradients(model, seed, bad=bad)
         answer["applied"].append(bool(optimizer.step()[0]))
+        answer["scale"].append(float(optimizer.get_loss_scale()))
         after = everything(model, optimizer)
         answer["changed"].append(any(not torch.equal(one, two) for one, two in zip(before, after, strict=True)))
     return answer

@@ -12,13 +12,14 @@ PROBE = Path(__file__).with_name("probe.py")
 # The probe makes gradients by hand, outside the schedule that the NaN check belongs to.
 PROBE_FLAGS = "--train-iters 4 --no-check-for-nan-in-loss-and-grad"
 DISTRIBUTED = "--use-distributed-optimizer"
+MOE = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather --disable-bias-linear"
 
 
-def probe(text: Path, what: str, *flags: str, ranks: int) -> list[dict[str, Any]]:
+def probe(text: Path, what: str, *flags: str, ranks: int, **environment: str) -> list[dict[str, Any]]:
     """The probe's answer on each rank."""
     lines = (what, MODEL, BATCH, RATE, CPU, text_flags(text), PROBE_FLAGS, *flags)
     with tempfile.TemporaryDirectory() as folder:
-        run = run_ranks(*lines, ranks=ranks, script=PROBE, environment={"PROBE_OUTPUT": folder})
+        run = run_ranks(*lines, ranks=ranks, script=PROBE, environment={"PROBE_OUTPUT": folder, **environment})
         assert run.returncode == 0, run.output[-6000:]
         return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -77,11 +78,26 @@ def test_a_sharded_step_inside_megatron_equals_plain_lion_bit_for_bit(text: Path
         assert answer["different"] == []
 
 
-@pytest.mark.parametrize("flags", [f"{DISTRIBUTED} --bf16", "", f"{DISTRIBUTED} --clip-grad 0"])
-def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any(text: Path, flags: str) -> None:
-    for answer in probe(text, "non-finite", "--optimizer lion", flags, ranks=2):
+# In which parameter the last rank alone finds a NaN, then an infinity, and the run's flags.
+NON_FINITE = {
+    "bf16, sharded": ("", DISTRIBUTED + " --bf16"),
+    "bf16, not sharded": ("", "--bf16"),
+    "fp32, sharded, not clipped": ("", f"{DISTRIBUTED} --clip-grad 0"),
+    "fp32, not sharded": ("", ""),
+    "fp16, sharded": ("", f"{DISTRIBUTED} --fp16 --initial-loss-scale 1024 --hysteresis 1"),
+    # What the gradient norm does not see.
+    "TP 2, in one rank's copy": ("layernorm", f"{DISTRIBUTED} --tensor-model-parallel-size 2"),
+    "PP 2, in the tied copy": ("output_layer", f"{DISTRIBUTED} --pipeline-model-parallel-size 2"),
+    "in one rank's expert": ("experts", f"{DISTRIBUTED} {MOE} --expert-model-parallel-size 2"),
+}
+
+
+@pytest.mark.parametrize(("where", "flags"), NON_FINITE.values(), ids=NON_FINITE)
+def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any(text: Path, where: str, flags: str) -> None:
+    for answer in probe(text, "non-finite", "--optimizer lion", flags, ranks=2, PROBE_BAD=where):
         assert answer["applied"] == [True, False, False, True]
         assert answer["changed"] == [True, False, False, True]
+        assert answer["scale"] == ([1024.0, 512.0, 256.0, 256.0] if "--fp16" in flags else [1.0] * 4)
 
 
 def test_optimizer_state_halves_as_data_parallel_doubles(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
