@@ -27,13 +27,13 @@ def test_gpt2_smalls_parameters_are_those_of_the_model() -> None:
 
 def test_share_and_ratio_are_counted_from_the_times() -> None:
     moved = streams(1000)
-    (limit,) = measure.limits([Candidate("peer", "fp32 momentum", lambda: None, streams=moved)], 1000)
+    (limit,) = measure.limits([Candidate("peer", "fp32 momentum", lambda: None, passes=[moved])], 1000)
     assert limit.name == "streaming limit, 8 B read and 6 B written"
     candidates = [
         limit,
-        Candidate("megatron-lion fused", "fp32 momentum", lambda: None, streams=moved),
+        Candidate("megatron-lion fused", "fp32 momentum", lambda: None, passes=[moved]),
         Candidate("megatron-lion foreach", "fp32 momentum", lambda: None, 28_000),
-        Candidate("peer", "fp32 momentum", lambda: None, streams=moved),
+        Candidate("peer", "fp32 momentum", lambda: None, passes=[moved]),
         Candidate("hidden", "two moments", lambda: None),
     ]
     times = dict(zip([one.name for one in candidates], (10.0, 12.5, 100.0, 25.0, 1.0), strict=True))

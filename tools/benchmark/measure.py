@@ -18,19 +18,21 @@ OURS = "megatron-lion"
 class Candidate:
     """One way to step.
 
-    ``bytes`` are all that a step reads and writes, counted; None where they cannot be. A step that is one pass has its
-    ``streams``, so that the limit can pass over the very same tensors.
+    ``bytes`` are all that a step reads and writes, counted; None where they cannot be. A step of few passes, each over
+    whole tensors, has their streams in ``passes``, so that the limit can pass over the very same tensors.
+    ``prepare`` is called before every step and not timed.
     """
 
     name: str
     state: str
     step: Callable[[], object]
     bytes: int | None = None
-    streams: list[Stream] = field(default_factory=list)
+    passes: list[list[Stream]] = field(default_factory=list)
+    prepare: Callable[[], object] = lambda: None
 
     def __post_init__(self) -> None:
-        if self.streams:
-            self.bytes = sum(stream.bytes for stream in self.streams)
+        if self.passes and self.bytes is None:
+            self.bytes = sum(stream.bytes for streams in self.passes for stream in streams)
 
     @property
     def is_ours(self) -> bool:
@@ -55,8 +57,9 @@ class Row:
     times_as_fast: float | None
 
 
-def limit_name(streams: Sequence[Stream], numel: int) -> str:
-    """What the limit over these streams is called: passes that move the same bytes the same way share one."""
+def limit_name(passes: Sequence[Sequence[Stream]], numel: int) -> str:
+    """What the limit over these passes is called: those that move the same bytes the same way share one."""
+    streams = [stream for one in passes for stream in one]
     read, written = (
         sum(stream.bytes / (1 + (stream.mode == UPDATE)) for stream in streams if stream.mode & way) / numel
         for way in (READ, WRITE)
@@ -65,11 +68,12 @@ def limit_name(streams: Sequence[Stream], numel: int) -> str:
 
 
 def limits(candidates: Sequence[Candidate], numel: int) -> list[Candidate]:
-    """One streaming pass for each set of reads and writes that a one-pass candidate makes, over its tensors."""
+    """Streaming passes for each set of reads and writes that a candidate of few passes makes, over its tensors."""
     made: dict[str, Candidate] = {}
     for one in candidates:
-        if one.streams and (name := limit_name(one.streams, numel)) not in made:
-            made[name] = Candidate(name, "-", streaming_pass(one.streams), streams=one.streams)
+        if one.passes and (name := limit_name(one.passes, numel)) not in made:
+            steps = [streaming_pass(streams) for streams in one.passes]
+            made[name] = Candidate(name, "-", lambda steps=steps: [step() for step in steps], passes=one.passes)
     return list(made.values())
 
 
@@ -78,6 +82,7 @@ def measure(candidates: Sequence[Candidate], rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     for number in range(rounds + 1):
         for candidate in candidates:
+            candidate.prepare()
             start = now()
             candidate.step()
             if number >= 1:
@@ -102,7 +107,7 @@ def rows(candidates: Sequence[Candidate], times: dict[str, float], numel: int) -
             for other in candidates
             if other.state == one.state and other is not one and not other.is_ours and one.state != "-"
         ]
-        own = limit_name(one.streams, numel) if one.streams else None
+        own = limit_name(one.passes, numel) if one.passes else None
         bound = None
         if one.bytes is not None:
             bound = times[own] if own else times[of_limits[0].name] * one.bytes / of_limits[0].bytes

@@ -38,7 +38,7 @@ def in_fp32(params: list[torch.nn.Parameter]) -> list[Candidate]:
     fused.step()
     foreach.step()
     return [
-        Candidate(f"{OURS} fused", FP32_MOMENTUM, fused.step, streams=streams_of(fused)),
+        Candidate(f"{OURS} fused", FP32_MOMENTUM, fused.step, passes=[streams_of(fused)]),
         Candidate(f"{OURS} foreach", FP32_MOMENTUM, foreach.step, counted(foreach.step)),
     ]
 
@@ -53,4 +53,4 @@ def in_bf16(
     optimizer = Lion(halves, **HYPER, kernel="fused", master_weights=master, momentum_dtype=momentum)
     optimizer.use_decoupled_grad = True
     optimizer.step()
-    return Candidate(name, state, optimizer.step, streams=streams_of(optimizer))
+    return Candidate(name, state, optimizer.step, passes=[streams_of(optimizer)])

@@ -132,7 +132,7 @@ def _candidate(name: str, params: Params) -> Candidate:
     optimizer = peer.build(params)
     optimizer.step()  # makes its state
     if peer.passes == ONE_PASS:
-        return Candidate(name, peer.state, optimizer.step, streams=streams_of(optimizer))
+        return Candidate(name, peer.state, optimizer.step, passes=[streams_of(optimizer)])
     size = None
     if peer.passes == BY_OPERATION:
         size = counted(optimizer.step)

@@ -1,0 +1,148 @@
+"""Megatron's whole optimizer phase on the CPU: gradient norm, clipping, update and bf16 parameters, as it builds them.
+
+The model is a list of parameters. Everything from its gradient buffers on is the real thing: DistributedDataParallel,
+get_megatron_optimizer, DistributedOptimizer, ChainedOptimizer.step. Register megatron_lion before this is imported.
+"""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import megatron.core.optimizer as optimizers
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+
+from benchmark.measure import OURS, Candidate
+from benchmark.traffic import READ, Stream, counted, streams_of
+from megatron_lion.integration.compat import substituted
+
+CLIP = 1.0
+HYPER = {"lr": 1e-6, "min_lr": 1e-7, "weight_decay": 0.1, "clip_grad": CLIP}
+HYPER |= {"lion_beta1": 0.9, "lion_beta2": 0.95, "adam_beta1": 0.9, "adam_beta2": 0.95}
+
+
+def start_ranks() -> None:
+    """Join the process group: the one of torchrun, or one of this process alone."""
+    # Switched off for Megatron's fused functions by the CPU backend; stock Lion's direction is compiled all the same.
+    torch._dynamo.config.disable = False
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+
+
+class Parameters(torch.nn.Module):
+    """A model that is nothing but its parameters."""
+
+    def __init__(self, sizes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+        super().__init__()
+        values = (torch.randn(size) * 1e-2 for size in sizes)
+        self.weights = torch.nn.ParameterList([torch.nn.Parameter(value.to(dtype)) for value in values])
+
+
+class Model:
+    """The parameters in Megatron's buffers, with a gradient that can be put back after a step has scaled it."""
+
+    def __init__(self, sizes: list[tuple[int, ...]], dtype: torch.dtype = torch.bfloat16) -> None:
+        torch.manual_seed(1234)
+        config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+        layout = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        self.dtype = dtype
+        self.ddp = DistributedDataParallel(config, layout, Parameters(sizes, dtype))
+        self.numel = sum(param.numel() for param in self.ddp.parameters())
+        scale = 2 * CLIP / self.numel**0.5  # a norm that is clipped
+        self._gradients = [torch.randn(buffer.grad_data.shape) * scale for buffer in self.ddp.buffers]
+        self.restore_gradients()
+
+    def restore_gradients(self) -> None:
+        """The same gradient again: Megatron scales it in place, and would otherwise clip the first step alone."""
+        for buffer, gradient in zip(self.ddp.buffers, self._gradients, strict=True):
+            buffer.grad_data.copy_(gradient)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How an optimizer is built. ``settings`` go to Megatron's configuration, ``merged`` bytes a compiler saves."""
+
+    name: str
+    state: str
+    optimizer: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    merged: int = 0
+    fused_adam: bool = False
+
+
+ADAM, FP32 = "two fp32 moments, fp32 master", "fp32 momentum, fp32 master"
+STOCK = {
+    "adam": Phase("stock with Adam (torch AdamW as Megatron builds it)", ADAM, "adam"),
+    "adam-fused": Phase("stock with Adam (torch AdamW, fused=True set by hand)", ADAM, "adam", fused_adam=True),
+    # torch.compile makes one pass of 16 bytes of the direction's three operations, which move 32.
+    "lion": Phase("stock with Lion (emerging-optimizers, on every parameter)", FP32, "stock-lion", merged=-16),
+}
+OWN = (Phase(f"{OURS}, fp32 master and momentum", FP32, "lion"),)
+
+
+def build(phase: Phase, model: Model) -> Any:
+    """The optimizer that Megatron makes of ``phase`` around ``model``'s buffers."""
+    name = "adam" if phase.optimizer == "stock-lion" else phase.optimizer
+    is_bf16 = model.dtype == torch.bfloat16
+    config = OptimizerConfig(optimizer=name, bf16=is_bf16, use_distributed_optimizer=True, **HYPER)
+    for key, value in phase.settings.items():
+        setattr(config, key, value)
+    get = optimizers.get_megatron_optimizer
+    if phase.optimizer == "lion":
+        return get(config, [model.ddp])
+    with _dispatched_as_lion() if phase.optimizer == "stock-lion" else contextlib.nullcontext():
+        made = inspect.unwrap(get)(config, [model.ddp])
+    for group in made.param_groups if phase.fused_adam else ():
+        group["fused"], group["foreach"] = True, False
+    return made
+
+
+def _dispatched_as_lion() -> Any:
+    """Stock Megatron has a branch for Lion on Adam's path (optimizer/__init__ 598), which its dispatch never takes.
+
+    Its own ``--optimizer lion`` leaves embeddings and 1-D parameters to Adam and cannot shard state by elements; this
+    is the most that its Lion can be.
+    """
+    stock = optimizers._get_megatron_optimizer_based_on_param_groups
+
+    def based_on_param_groups(config: Any, *args: Any, **kwargs: Any) -> Any:
+        with substituted(config, optimizer="lion"):
+            return stock(config, *args, **kwargs)
+
+    return substituted(optimizers, _get_megatron_optimizer_based_on_param_groups=based_on_param_groups)
+
+
+def candidate(phase: Phase, model: Model) -> Candidate:
+    """``phase`` as a candidate whose step is Megatron's whole one; its first steps are taken here."""
+    made = build(phase, model)
+
+    def step() -> None:
+        done, norm, _ = made.step()
+        if not (done and norm > CLIP):
+            raise RuntimeError(f"{phase.name}: the step was skipped, or not clipped at norm {norm}")
+
+    model.restore_gradients()
+    step()
+    model.restore_gradients()
+    size, passes = counted(step) + phase.merged * model.numel, []
+    if phase.optimizer == "lion":  # Lion's kernel is called past torch: what was counted is the norm's read
+        inner = [streams_of(part.optimizer) for part in made.chained_optimizers]
+        grads = [Stream(streams[0].tensors, READ) for streams in inner]
+        passes = [grads, *inner]
+        size += sum(stream.bytes for streams in inner for stream in streams)
+    return Candidate(phase.name, phase.state, step, size, passes, model.restore_gradients)
+
+
+def candidates(model: Model, peers: Sequence[str]) -> list[Candidate]:
+    """Every one of ours and the named ones of stock's, on one model."""
+    return [candidate(phase, model) for phase in (*OWN, *(STOCK[name] for name in peers))]
