@@ -124,6 +124,13 @@ class Lion(torch.optim.Optimizer):
             for param in group["params"]:
                 self._state_of(param, group)
 
+    def state_bytes(self) -> tuple[int, int]:
+        """Bytes of momentum, and of master weights, that the state of all parameters takes or will take."""
+        sizes = [
+            _storage(group).sizes(param, self._place(param)) for group in self.param_groups for param in group["params"]
+        ]
+        return sum(momentum for momentum, _ in sizes), sum(master for _, master in sizes)
+
     def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
         """``exp_avg`` or ``master_param`` of ``param`` in fp32, rebuilt from however it is stored.
 

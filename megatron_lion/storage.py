@@ -55,6 +55,12 @@ class Storage:
             state["master_param"] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
         return state
 
+    def sizes(self, param: Tensor, place: Place) -> tuple[int, int]:
+        """Bytes of momentum and of master weights that :meth:`create` makes for ``param``."""
+        dtype, master = self._momentum(param), self._master(param)
+        scales = 2 * place.blocks(param.numel()) if dtype == torch.int8 else 0
+        return param.numel() * dtype.itemsize + scales, param.numel() * master.itemsize if master else 0
+
     def set_momentum(self, state: State, param: Tensor, value: Tensor, place: Place, *, exact: bool = False) -> None:
         """Store ``value`` (fp32, of as many elements as ``param``) as the momentum, rounded to the storage.
 

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from megatron_lion.config import KERNELS, LANGUAGE_MODEL_BETAS, LionConfig, LionError, did_you_mean
-from megatron_lion.integration import checkpoints, compat
+from megatron_lion.integration import checkpoints, compat, storage
 from megatron_lion.integration.norm_ratio import arguments as norm_ratio
 
 BETA_FLAGS = dict(zip(("lion_beta1", "lion_beta2"), LANGUAGE_MODEL_BETAS, strict=True))
@@ -15,7 +15,6 @@ BETA_FLAGS = dict(zip(("lion_beta1", "lion_beta2"), LANGUAGE_MODEL_BETAS, strict
 REFUSED = {
     "use_megatron_fsdp": "Megatron-FSDP has its own optimizer state layout. Use --use-distributed-optimizer",
     "use_torch_fsdp2": "torch FSDP2 is not supported with Lion. Use --use-distributed-optimizer",
-    "use_precision_aware_optimizer": "Lion keeps fp32 momentum and master weights. Drop the flag",
     "optimizer_cpu_offload": "Lion's state stays on the device. Drop the flag",
     "optimizer_cuda_graph": "a captured step would keep the first learning rate for ever. Drop the flag",
 }
@@ -101,8 +100,7 @@ def _adapt(parser: argparse.ArgumentParser) -> dict[str, Any]:
         help="How Lion's step is computed; all give the same bits. Default: auto, the fastest that this machine has.",
     )
 
-    for flag, what in (("--lion-momentum-dtype", "momentum"), ("--lion-master-weights", "master weights")):
-        parser.add_argument(flag, default="fp32", help=f"How to store Lion's {what}. Only fp32 so far, the default.")
+    storage.add(parser)
 
     def error(message: str) -> None:
         raise LionError(f"{message}. All flags: --help")
@@ -124,6 +122,7 @@ def _check_lion(args: Any) -> None:
             raise LionError(f"--{dest.replace('_', '-')} cannot be honoured with --optimizer lion: {instead}")
     if args.lr is None:
         raise LionError("--optimizer lion needs --lr, 3 to 10 times lower than AdamW's (docs/coming-from-adamw.md)")
+    storage.resolve(args)
     LionConfig(
         lr=args.lr,
         weight_decay=args.weight_decay,

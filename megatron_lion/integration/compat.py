@@ -221,11 +221,26 @@ def folding_the_clip_factor(fold: Callable[[list[Any], float], bool]) -> Iterato
 
     def clip(parameters: list[Any], max_norm: float, total_norm: Any, use_decoupled_grad: bool = False) -> None:
         factor = float(max_norm / (total_norm + 1.0e-6))  # clip_grads 178
-        if use_decoupled_grad or not fold(parameters, min(factor, 1.0)):
+        if not fold(parameters, min(factor, 1.0)):
             stock_clip(parameters, max_norm, total_norm, use_decoupled_grad)
 
     with substituted(optimizer, clip_grad_by_total_norm_fp32=clip):
         yield
+
+
+def set_precision_aware(config: Any) -> None:
+    """Have DistributedOptimizer leave master weights and 16-bit parameters to the optimizer inside it.
+
+    OptimizerConfig's own check (0.19.2: optimizer_config 430) allows that for Transformer Engine's Adam alone, so the
+    fields are set after it. The second one is what all of Megatron's code asks.
+    """
+    config.use_precision_aware_optimizer = True
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+
+
+def is_precision_aware(config: Any) -> bool:
+    """Whether the optimizer inside DistributedOptimizer holds the master weights."""
+    return bool(getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False))
 
 
 def has_te_or_apex() -> bool:

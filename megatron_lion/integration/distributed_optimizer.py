@@ -15,6 +15,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, summary
 from megatron_lion.lion import Lion
+from megatron_lion.precision import BLOCK, Place
 
 
 def init_lion_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
@@ -195,15 +196,81 @@ class LionChainedOptimizer(ChainedOptimizer):
 
 
 class LionDistributedOptimizer(StatelessStepDistributedOptimizer):
-    """Megatron's distributed optimizer around Lion: fp32 main parameters and ``exp_avg``, each sharded over DP."""
+    """Megatron's distributed optimizer around Lion: master weights and ``exp_avg``, each sharded over DP.
+
+    On Megatron's precision-aware path Lion holds the masters, in fp32 or as remainders, and its momentum may have fewer
+    bits. Checkpoints hold fp32 values of both on either path, so that any run can read them.
+    """
 
     state_keys = ("exp_avg",)
     init_state = staticmethod(init_lion_state)
     _addresses: tuple[int, ...] | None = None
 
+    def __init__(self, optimizer: torch.optim.Optimizer | None, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(optimizer, config, *args, **kwargs)
+        if isinstance(optimizer, Lion) and compat.is_precision_aware(config):
+            optimizer.use_decoupled_grad = True
+            optimizer.places = {
+                self._inner_param(param): Place(compat.shard_range(self, param)[0], Place.of_whole(param).row)
+                for param in self.model_param_group_index_map
+            }
+            if any(group["momentum_dtype"] == "int8" for group in optimizer.param_groups):
+                self._require_whole_blocks()
+
+    def _inner_param(self, model_param: torch.nn.Parameter) -> torch.Tensor:
+        """This rank's shard of ``model_param``, as the inner optimizer has it."""
+        group, order = self.model_param_group_index_map[model_param]
+        return self.optimizer.param_groups[group]["params"][order]
+
+    def _require_whole_blocks(self) -> None:
+        """Raise LionError, on every rank, where a shard of any rank would cut a block of 8-bit momentum."""
+        ranks = self.data_parallel_group.size()
+        for buffer in self.buffers:
+            for bucket in buffer.buckets:
+                numel = bucket.grad_data.numel() // ranks
+                for param in bucket.params:
+                    start = buffer.param_index_map[param][0] - bucket.offset
+                    cuts = range(-(-start // numel) * numel, start + param.numel(), numel)
+                    place = Place.of_whole(param)
+                    if any(place.cuts_a_block(cut - start) for cut in cuts):
+                        raise LionError(
+                            f"--lion-momentum-dtype int8: with DP={ranks} a shard boundary cuts a block of {BLOCK} "
+                            f"elements in a parameter of shape {tuple(param.shape)}. Add "
+                            "--ddp-pad-buckets-for-high-nccl-busbw, which moves the boundaries, or use "
+                            "--lion-momentum-dtype bf16"
+                        )
+
+    def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        if not compat.is_precision_aware(self.config):
+            return super()._get_main_param_and_optimizer_states(model_param)
+        shard = self._inner_param(model_param)
+        master, momentum = (self.optimizer.get_unscaled_state(shard, name) for name in ("master_param", "exp_avg"))
+        return {"param": master, "exp_avg": momentum}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if isinstance(self.optimizer, Lion):
+            self.optimizer.init_state()  # Megatron would allocate tensors of its own notion
+        super().load_state_dict(state_dict)
+
+    @torch.no_grad()
+    def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
+        """Masters from the model's parameters, after these were loaded. Stock leaves stale ones on this path (3086)."""
+        if self.is_stub_optimizer or not compat.is_precision_aware(self.config):
+            super()._copy_model_params_to_main_params(state_dict)
+            return
+        if state_dict is not None:
+            raise LionError(
+                "Lion's master weights cannot be taken from another state dict when Lion stores them: load the "
+                "parameters first, then call reload_model_params() without one"
+            )
+        for model_param in self.model_param_group_index_map:
+            shard = self._inner_param(model_param)
+            if self.optimizer.state[shard]:  # else it is made from the parameter at the first step
+                self.optimizer.set_scaled_state(shard, "master_param", shard.float())
+
     def step_with_ready_grads(self) -> bool:
         """Step, in which Lion writes the bf16 parameters itself: Megatron's copy after it has nothing left to do."""
-        if self.is_stub_optimizer or not self._let_lion_copy():
+        if self.is_stub_optimizer or compat.is_precision_aware(self.config) or not self._let_lion_copy():
             return bool(super().step_with_ready_grads())
         with compat.substituted(self, _copy_main_params_to_model_params=lambda: None):
             return bool(super().step_with_ready_grads())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_lion.config import LionConfig, LionError
-from megatron_lion.integration import compat, summary
+from megatron_lion.integration import compat, storage, summary
 from megatron_lion.integration.distributed_optimizer import (
     LionChainedOptimizer,
     LionDistributedOptimizer,
@@ -22,8 +22,9 @@ from megatron_lion.integration.distributed_optimizer import (
 )
 from megatron_lion.lion import Lion
 
-# Where the optimizer's configuration carries --lion-kernel; absent where a script uses megatron.core alone.
-KERNEL = "lion_kernel"
+# What the optimizer's configuration carries of our flags; absent where a script uses megatron.core alone, which may set
+# them on its OptimizerConfig.
+CARRIED = {"lion_kernel": "auto", storage.MOMENTUM: "fp32", storage.MASTER: "fp32"}
 
 
 def install() -> None:
@@ -67,8 +68,12 @@ def install_config() -> None:
 
     @functools.wraps(stock_config)
     def get_megatron_optimizer_config(args: Any) -> Any:
-        made = stock_config(args)
-        setattr(made[0], KERNEL, getattr(args, KERNEL, "auto"))
+        if args.optimizer != "lion":
+            return stock_config(args)
+        with storage.stock_flags(args):
+            made = stock_config(args)
+        for name, default in CARRIED.items():
+            setattr(made[0], name, getattr(args, name, default))
         return made
 
     compat.replace_everywhere(training, "get_megatron_optimizer_config", get_megatron_optimizer_config)
@@ -81,11 +86,21 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: An
         lr=config.lr,
         weight_decay=config.weight_decay,
         betas=(config.lion_beta1, config.lion_beta2),
-        kernel=getattr(config, KERNEL, "auto"),
+        **{name.removeprefix("lion_"): getattr(config, name, default) for name, default in CARRIED.items()},
     )
+    stored = {"momentum_dtype": lion_config.momentum_dtype, "master_weights": lion_config.master_weights}
+    if not storage.use_precision_aware_path(config, lion_config, model_chunks):
+        stored = {}  # Megatron keeps the masters, and Lion's momentum has their dtype
 
     def lion_in_place_of_sgd(param_groups: Any, lr: float, weight_decay: float, momentum: float) -> Lion:
-        inner = Lion(param_groups, lr=lr, betas=lion_config.betas, weight_decay=weight_decay, kernel=lion_config.kernel)
+        inner = Lion(
+            param_groups,
+            lr=lr,
+            betas=lion_config.betas,
+            weight_decay=weight_decay,
+            kernel=lion_config.kernel,
+            **stored,  # type: ignore[arg-type]
+        )
         inner.register_load_state_dict_post_hook(functools.partial(_keep_betas, lion_config))
         return inner
 

@@ -38,7 +38,7 @@ def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimi
     tensors, missed_tensors, elements = _count_over_ranks(
         *([param for _, param in pairs] for pairs in (trainable, missed))
     )
-    sharding, state = _state_bytes(config, optimizer)
+    sharding, state = _state_bytes(lion_config, config, optimizer)
     kernel = kernels.describe(lion_config.kernel, _updated_tensors(optimizer))
     say(
         f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
@@ -90,13 +90,15 @@ def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int
     return tensors, missed_tensors, elements
 
 
-def _state_bytes(config: Any, optimizer: Any) -> tuple[str, str]:
+def _state_bytes(lion_config: LionConfig, config: Any, optimizer: Any) -> tuple[str, str]:
     """How the state is laid out, and its bytes on the fullest rank."""
     momentum = master = dp = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.optimizer is None:
             continue
-        momentum += sum(p.numel() * p.element_size() for p in part.get_parameters())
+        if isinstance(part.optimizer, Lion):
+            sizes = part.optimizer.state_bytes()
+            momentum, master = momentum + sizes[0], master + sizes[1]
         copies = getattr(part, "shard_fp32_from_float16_groups", getattr(part, "fp32_from_float16_groups", []))
         master += sum(p.numel() * p.element_size() for group in copies for p in group if p is not None)
         if config.use_distributed_optimizer:
@@ -104,8 +106,9 @@ def _state_bytes(config: Any, optimizer: Any) -> tuple[str, str]:
     largest = torch.tensor([momentum, master, dp], dtype=torch.int64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     momentum, master, dp = largest.tolist()
-    state = f"momentum {_megabytes(momentum)}" + (
-        f" + fp32 master {_megabytes(master)}" if master else " (fp32 parameters are their own master)"
+    kept = {"fp32": "fp32 master", "remainder": "16 bits beside each bf16 parameter"}[lion_config.master_weights]
+    state = f"{lion_config.momentum_dtype} momentum {_megabytes(momentum)}" + (
+        f" + {kept} {_megabytes(master)}" if master else " (fp32 parameters are their own master)"
     )
     sharding = f"state sharded over DP={dp}" if config.use_distributed_optimizer else "state on every rank, not sharded"
     return sharding, state

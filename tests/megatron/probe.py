@@ -83,7 +83,13 @@ def set_gradients(model: list[Any], seed: int, bad: float | None = None) -> dict
 
 
 def sharded_step(model: list[Any], optimizer: Any, steps: int = 5) -> dict[str, Any]:
-    """Some steps of the optimizer inside Megatron, against :class:`Lion` on whole fp32 copies of the parameters."""
+    """Some steps of the optimizer inside Megatron, against :class:`Lion` on copies of the whole parameters.
+
+    What differs: parameters, and this rank's shards of masters and momenta, fp32 values compared.
+    """
+    from megatron.training import get_args
+
+    args = get_args()
     params = {f"{i}.{name}": param for i, chunk in enumerate(model) for name, param in chunk.named_parameters()}
     settings = {param: group for part in optimizer.chained_optimizers for param, group in _groups(part)}
     weight_decay = {name: settings[param]["weight_decay"] for name, param in params.items() if param in settings}
@@ -91,20 +97,30 @@ def sharded_step(model: list[Any], optimizer: Any, steps: int = 5) -> dict[str, 
     torch.distributed.all_gather_object(gathered, weight_decay)  # a rank knows only the groups of its own shards
     weight_decay = {name: value for part in gathered for name, value in part.items()}
 
-    copies = {name: torch.nn.Parameter(param.detach().float().clone()) for name, param in params.items()}
+    copies = {name: torch.nn.Parameter(param.detach().clone()) for name, param in params.items()}
     groups = [{"params": [copies[name]], "weight_decay": weight_decay[name]} for name in copies]
     group = optimizer.param_groups[0]
-    plain = Lion(groups, lr=group["lr"], betas=group["betas"], kernel="reference")
+    stored = {"momentum_dtype": args.lion_momentum_dtype, "master_weights": args.lion_master_weights}
+    plain = Lion(groups, lr=group["lr"], betas=group["betas"], kernel="reference", **stored)
+    plain.use_decoupled_grad = True
     for seed in range(steps):
         gradients = set_gradients(model, seed)
         for name, copy in copies.items():
-            copy.grad = gradients[name].float()
+            copy.decoupled_grad = gradients[name]
         optimizer.step()
         plain.step()
     for chunk in model:
         if chunk.ddp_config.overlap_param_gather:  # else step() gathers; here the next forward pass would
             chunk.start_param_sync(force_sync=True)
-    different = [name for name, param in params.items() if not torch.equal(param, copies[name].to(param.dtype))]
+    different = [name for name, param in params.items() if not torch.equal(param, copies[name])]
+    for name, param in params.items():
+        for part in optimizer.chained_optimizers:
+            if param in part.model_param_group_index_map:
+                start, stop = compat.shard_range(part, param)
+                shards = part._get_main_param_and_optimizer_states(param)
+                for key, stock_name in (("exp_avg", "exp_avg"), ("param", "master_param")):
+                    whole = plain.get_unscaled_state(copies[name], stock_name).view(-1)[start:stop]
+                    different += [] if torch.equal(shards[key], whole) else [f"{name} {key}"]
     return {"parameters": len(params), "different": different}
 
 

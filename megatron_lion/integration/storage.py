@@ -1,0 +1,110 @@
+"""In which precision Lion's state is kept under Megatron: the flags, and Megatron's precision-aware path.
+
+State other than fp32 needs ``--use-distributed-optimizer`` and takes the path that Megatron has for Transformer
+Engine's precision-aware FusedAdam: the optimizer is given the 16-bit parameters and gradients of any dtype
+(``decoupled_grad``), keeps the master weights itself and writes the parameters. Gradients reduced in bf16 take it too,
+whatever the state, as there they need no fp32 copy.
+"""
+
+import argparse
+import contextlib
+from typing import Any
+
+import torch
+
+from megatron_lion.config import MASTER_WEIGHTS, MOMENTUM_DTYPES, LionConfig, LionError
+from megatron_lion.integration import compat
+from megatron_lion.precision import BLOCK
+
+MOMENTUM, MASTER = "lion_momentum_dtype", "lion_master_weights"
+# What Megatron's --exp-avg-dtype comes to, once validated, and the same in our words.
+EXP_AVG_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the flags to Megatron's parser."""
+    parser.add_argument(
+        "--lion-momentum-dtype",
+        default=None,
+        metavar=f"{{{','.join(MOMENTUM_DTYPES)}}}",
+        help=f"How to store Lion's momentum; int8 has a bf16 scale for every {BLOCK} elements. Default: fp32, or "
+        "--exp-avg-dtype with --use-precision-aware-optimizer.",
+    )
+    parser.add_argument(
+        "--lion-master-weights",
+        default=None,
+        metavar=f"{{{','.join(MASTER_WEIGHTS)}}}",
+        help="How to store the fp32 master of a bf16 parameter: fp32, or the 16 bits that it lacks. Default: "
+        "fp32; remainder with --use-precision-aware-optimizer and --bf16, as Adam does.",
+    )
+
+
+def resolve(args: Any) -> None:
+    """Settle both flags from what was given, Megatron's own flags included, before Megatron validates them.
+
+    Raises LionError where they contradict each other or cannot be honoured.
+    """
+    aware, given = args.use_precision_aware_optimizer, {"fp32": "fp32", "bf16": "bf16"}
+    exp_avg = EXP_AVG_DTYPES.get(args.exp_avg_dtype) or given.get(args.exp_avg_dtype)
+    if aware and exp_avg is None:
+        raise LionError(
+            f"--exp-avg-dtype {args.exp_avg_dtype} is not a precision that Lion's momentum has: give fp32 or bf16, or "
+            "--lion-momentum-dtype int8 instead"
+        )
+    if args.exp_avg_sq_dtype not in ("fp32", torch.float32):
+        raise LionError(f"--exp-avg-sq-dtype {args.exp_avg_sq_dtype}: Lion has no second moment. Drop the flag")
+    if args.main_params_dtype not in ("fp32", torch.float32):
+        raise LionError(
+            f"--main-params-dtype {args.main_params_dtype} cannot be honoured with --optimizer lion, whose master "
+            "weights are fp32 in value: drop it, or give --lion-master-weights remainder to store 16 bits of them"
+        )
+    if args.lion_momentum_dtype is None:
+        args.lion_momentum_dtype = exp_avg if aware else "fp32"
+    elif aware and exp_avg not in ("fp32", args.lion_momentum_dtype):
+        raise LionError(
+            f"--lion-momentum-dtype {args.lion_momentum_dtype} contradicts --exp-avg-dtype {exp_avg}: drop one of them"
+        )
+    if args.lion_master_weights is None:
+        args.lion_master_weights = "remainder" if aware and args.bf16 else "fp32"
+    _check(args)
+
+
+def _check(args: Any) -> None:
+    wanted = {
+        f"--lion-momentum-dtype {args.lion_momentum_dtype}": args.lion_momentum_dtype != "fp32",
+        f"--lion-master-weights {args.lion_master_weights}": args.lion_master_weights != "fp32",
+        "--use-precision-aware-optimizer": args.use_precision_aware_optimizer,
+        "--main-grads-dtype bf16": args.main_grads_dtype not in ("fp32", torch.float32),
+    }
+    asked = [flag for flag, is_asked in wanted.items() if is_asked]
+    if asked and not args.use_distributed_optimizer:
+        raise LionError(f"{asked[0]} needs --use-distributed-optimizer (also on one rank): add it")
+    if args.lion_master_weights == "remainder" and not args.bf16:
+        raise LionError(
+            "--lion-master-weights remainder stores what a bf16 parameter lacks of its fp32 master; this run has no "
+            "bf16 parameters: add --bf16, or give --lion-master-weights fp32"
+        )
+
+
+def stock_flags(args: Any) -> contextlib.AbstractContextManager[None]:
+    """Hide Megatron's precision-aware flags while it builds its configuration: it accepts them for Adam alone."""
+    fp32 = {"main_grads_dtype": torch.float32, "exp_avg_dtype": torch.float32}
+    return compat.substituted(args, use_precision_aware_optimizer=False, **fp32)
+
+
+def use_precision_aware_path(config: Any, lion_config: LionConfig, model_chunks: list[Any]) -> bool:
+    """Set Megatron's precision-aware path in ``config`` (in place) where it is needed. Returns whether it is.
+
+    Raises LionError where it is needed and the optimizer is not distributed.
+    """
+    ddp_config = getattr(model_chunks[0], "ddp_config", None)
+    bf16_gradients = config.bf16 and ddp_config is not None and not ddp_config.grad_reduce_in_fp32
+    needed = lion_config.is_compact or (bf16_gradients and config.use_distributed_optimizer)
+    if needed and not config.use_distributed_optimizer:
+        raise LionError(
+            f"momentum in {lion_config.momentum_dtype} and master weights as {lion_config.master_weights} need "
+            "use_distributed_optimizer=True (also on one rank)"
+        )
+    if needed:
+        compat.set_precision_aware(config)
+    return needed
