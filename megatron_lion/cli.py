@@ -1,4 +1,4 @@
-"""``megatron-lion doctor | enable | disable``."""
+"""``megatron-lion doctor [--cluster] | enable | disable``."""
 
 import argparse
 import sys
@@ -36,7 +36,22 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"megatron-lion {__version__}")
     parser.add_argument("command", type=_command, metavar="{doctor,enable,disable}")
-    command = parser.parse_args(arguments).command
+    cluster = parser.add_argument_group(
+        "doctor under a launcher, such as torchrun --no-python megatron-lion"
+    ).add_argument
+    cluster("--cluster", action="store_true", help="check the ranks against each other, clocks and network too")
+    cluster("--timeout", type=float, default=60.0, metavar="SECONDS", help="for a rank to answer (default 60)")
+    cluster("--megabytes", type=int, default=64, metavar="MiB", help="size of the all-reduces timed (default 64)")
+    options = parser.parse_args(arguments)
+    command = options.command
+    if options.cluster and command != "doctor":
+        parser.error(f"--cluster belongs to doctor, not to {command}: megatron-lion doctor --cluster")
+    if not (options.timeout > 0 and options.megabytes > 0):
+        parser.error(f"--timeout {options.timeout:g} and --megabytes {options.megabytes} must be above 0")
+    if options.cluster:
+        from megatron_lion.cluster.doctor import main as doctor_cluster
+
+        return doctor_cluster(options.timeout, options.megabytes)
     if command == "doctor":
         from megatron_lion.doctor import main as doctor
 

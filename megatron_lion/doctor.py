@@ -31,7 +31,8 @@ def _row(name: str, value: str) -> None:
     print(f"{name:22} {value}")
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """The installed version; None where there is none."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -41,16 +42,16 @@ def _version(distribution: str) -> str | None:
 def _print_versions() -> None:
     _row("megatron-lion", __version__)
     _row("python", f"{platform.python_version()} ({sys.prefix})")
-    _row("torch", _version("torch") or "missing")
+    _row("torch", version_of("torch") or "missing")
     core = compat.megatron_version()
     _row("megatron-core", f"{core} ({compat.megatron_path()})" if core else "missing")
     _row(
         "megatron.training",
         "there" if compat.has_training() else "not in this Megatron: core-level training loops only",
     )
-    _row("transformer-engine", _version("transformer-engine") or "not installed")
+    _row("transformer-engine", version_of("transformer-engine") or "not installed")
     _row("apex (NVIDIA's)", "there" if _has_nvidia_apex() else "not installed")
-    _row("emerging-optimizers", _version("emerging-optimizers") or "not installed (not needed)")
+    _row("emerging-optimizers", version_of("emerging-optimizers") or "not installed (not needed)")
 
 
 def _has_nvidia_apex() -> bool:

@@ -72,7 +72,8 @@ MAY_IMPORT = {
     "run": {"megatron_lion", "config", "integration"},
     "hook": {"megatron_lion", "config", "run", "integration"},
     "doctor": ALL_PURE | {"hook", "integration", "version"},
-    "cli": ALL_PURE | {"hook", "doctor", "integration", "version"},
+    "cluster": ALL_PURE | {"cluster", "doctor", "integration", "version"},
+    "cli": ALL_PURE | {"hook", "doctor", "cluster", "integration", "version"},
 }
 
 
