@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from recipes import Recipe
 
 GIB = 1 << 30
-# Elements of fp32 state for each parameter, the master weight not counted.
-STATES = {"lion": 1, "adam": 2, "sgd": 1}
+# Bytes of state for each parameter: moments, and master weights beside 16-bit parameters.
+MOMENTS = {"lion": 4.0, "adam": 8.0, "sgd": 4.0}
+LION_MOMENTUM = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 32}
+MASTER_WEIGHTS = {"fp32": 4.0, "remainder": 2.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +76,28 @@ def total_parameters(recipe: Recipe) -> int:
 
 
 def memory(recipe: Recipe) -> Memory:
-    """Bytes on the fullest GPU. State: fp32 moments, and an fp32 master beside 16-bit weights; over DP if sharded."""
+    """Bytes on the fullest GPU. State, over DP if sharded: moments, and master weights beside 16-bit parameters."""
     count = max(parameters(recipe))
     half = bool(recipe.get("bf16") or recipe.get("fp16"))
-    states = STATES[recipe["optimizer"]] if recipe.get("sgd-momentum", 1.0) else 0
     shards = recipe.dp * recipe.layout["CP"] if recipe.get("use-distributed-optimizer") else 1
     shard = -(-count // shards)
     return Memory(
         weights=count * (2 if half else 4),
-        gradients=4 * count,  # Megatron accumulates in fp32, also for bf16 weights
-        state=4 * shard * (states + (1 if half else 0)),
+        gradients=count * (2 if recipe.get("grad-reduce-in-bf16") else 4),  # fp32 also for bf16 weights, unless asked
+        state=round(shard * _state_bytes(recipe, half)),
         round_copy=4 * shard if recipe.get("norm-ratio-interval") else 0,
         activations=_activations(recipe, 2 if half else 4),
     )
+
+
+def _state_bytes(recipe: Recipe, half: bool) -> float:
+    """Bytes of optimizer state for each parameter."""
+    moments = MOMENTS[recipe["optimizer"]] if recipe.get("sgd-momentum", 1.0) else 0.0
+    master = 4.0
+    if recipe["optimizer"] == "lion":
+        moments = LION_MOMENTUM[recipe.get("lion-momentum-dtype", "fp32")]
+        master = MASTER_WEIGHTS[recipe.get("lion-master-weights", "fp32")]
+    return moments + (master if half else 0.0)
 
 
 def _activations(recipe: Recipe, width: int) -> int:

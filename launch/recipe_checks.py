@@ -18,12 +18,14 @@ FRACTIONS = (
     "hidden-dropout", "attention-dropout", "mask-prob", "short-seq-prob", "sgd-momentum", "adam-beta1", "adam-beta2",
 )  # fmt: skip
 CHOICES = {
-    "optimizer": tuple(estimates.STATES),
+    "optimizer": tuple(estimates.MOMENTS),
     "device": ("cuda", "cpu"),
     "script": ("pretrain_gpt.py", "pretrain_bert.py"),
     "distributed-backend": ("nccl", "gloo"),
     "lr-decay-style": ("constant", "linear", "cosine", "inverse-square-root"),
     "recompute-granularity": ("full", "selective"),
+    "lion-momentum-dtype": tuple(estimates.LION_MOMENTUM),
+    "lion-master-weights": tuple(estimates.MASTER_WEIGHTS),
 }
 REQUIRED = (
     "script", "num-layers", "hidden-size", "num-attention-heads", "seq-length", "max-position-embeddings",

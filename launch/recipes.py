@@ -48,10 +48,12 @@ MEGATRON_KEYS: dict[str, type] = {
         "optimizer", "lr-decay-style", "train-data-path", "valid-data-path", "test-data-path", "data-cache-path",
         "tokenizer-type", "tokenizer-model", "vocab-file", "merge-file", "transformer-impl", "attention-backend",
         "recompute-granularity", "distributed-backend", "save", "load", "tensorboard-dir", "norm-ratio-file",
+        "lion-momentum-dtype", "lion-master-weights",
     ), str),
     **dict.fromkeys((
         "bf16", "fp16", "untie-embeddings-and-output-weights", "sequence-parallel", "use-distributed-optimizer",
         "overlap-grad-reduce", "overlap-param-gather", "exit-signal-handler", "log-throughput", "norm-ratio-at-start",
+        "grad-reduce-in-bf16",
         "no-gradient-accumulation-fusion", "no-rope-fusion", "no-persist-layer-norm", "no-masked-softmax-fusion",
     ), bool),
 }  # fmt: skip

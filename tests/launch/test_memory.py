@@ -29,9 +29,10 @@ CASES = [
     ("sgd", 2, ["bf16=true"]),
     ("sgd_no_momentum", 2, ["bf16=true"]),
     ("lion", 2, ["bf16=true", "use-distributed-optimizer=false"]),
+    ("lion", 2, ["bf16=true", "lion-momentum-dtype=int8", "lion-master-weights=remainder", "grad-reduce-in-bf16=true"]),
 ]
 # The rest goes to tests/full.sh.
-IN_CI = (("lion", 1, ["bf16=true"]), ("lion", 4, ["bf16=true"]))
+IN_CI = (("lion", 4, ["bf16=true"]), CASES[-1])
 
 
 @pytest.mark.parametrize(
