@@ -80,7 +80,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True, **kwargs
     from megatron.core.models.bert import bert_layer_specs
     from megatron.core.models.bert.bert_model import BertModel
     from megatron.training import get_args
-    from megatron.training.argument_utils import core_transformer_config_from_args
+    from megatron.training.arguments import core_transformer_config_from_args
 
     args = get_args()
     if args.transformer_impl == "local":
@@ -147,12 +147,9 @@ def main() -> None:
     )
     if args.context_parallel_size > 1:
         raise LionError(f"--context-parallel-size {args.context_parallel_size}: Megatron-Core's BERT has none, give 1")
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron_lion.integration.compat.loop import pretrain
 
-    config = pretrain_cfg_container_from_args(args)
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step, model_provider)
+    pretrain(args, datasets_provider, forward_step, model_provider)
 
 
 if __name__ == "__main__":

@@ -26,39 +26,14 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tenso
     Returns one entry for each of ``BATCH_KEYS``, of shape [micro batch, sequence length] or None; all None on a
     pipeline stage that needs no tokens.
     """
-    from megatron.core import mpu
-    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
     from megatron.training import get_args
     from megatron.training.utils import is_first_or_last_pipeline_stage
 
+    from megatron_lion.integration.compat.loop import batch_on_this_rank
+
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_KEYS)
-    args = get_args()
-    batch: dict[str, Any] = {}
-    if mpu.get_tensor_model_parallel_rank() == 0:
-        batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items() if key in BATCH_KEYS}
-        batch = {
-            **dict.fromkeys((*BATCH_KEYS, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size")),
-            **batch,
-        }
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    return {key: batch[key] for key in BATCH_KEYS}
+    return batch_on_this_rank(data_iterator, get_args(), BATCH_KEYS)
 
 
 def loss_func(
@@ -134,12 +109,9 @@ def main() -> None:
         instead="use Megatron-LM's own script, torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py",
         tokenizer_type="GPT2BPETokenizer",
     )
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron_lion.integration.compat.loop import pretrain
 
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    pretrain(args, datasets_provider, forward_step)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,8 @@ def parse_command_line(script: str, *, left_out: tuple[str, ...], instead: str, 
     import megatron_lion
 
     megatron_lion.register()
-    from megatron.training.arguments import parse_and_validate_args
-
     from megatron_lion.integration import tokenizers
+    from megatron_lion.integration.compat.loop import parse_and_validate_args
 
     tokenizers.use_local_vocabularies()
     args = parse_and_validate_args(args_defaults={"tokenizer_type": tokenizer_type})

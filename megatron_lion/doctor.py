@@ -87,12 +87,11 @@ def _first_problem() -> str | None:
 
 
 def _check_seams() -> None:
-    seams = compat.CORE_SEAMS + (compat.TRAINING_SEAMS if compat.has_training() else ())
     with _quiet():
-        problems = {seam: seam.problem() for seam in seams}
+        problems = {seam: seam.problem() for seam in compat.seams_of(training=compat.has_training())}
     for seam, problem in problems.items():
         _row("seam", f"{'ok ' if problem is None else 'BAD'} {seam.module}.{seam.name}")
-    compat.require_seams(seams)
+    compat.require_seams(training=compat.has_training())
 
 
 @contextlib.contextmanager
@@ -119,10 +118,4 @@ def _print_which_lion() -> None:
 
 def _stock_lion() -> str:
     """What Megatron does with ``--optimizer lion`` by itself, by version (read from its releases)."""
-    version = compat.megatron_version()
-    if version is None:
-        return "none"
-    minor = version.split(".")[1]
-    if minor.isdigit() and int(minor) < 18:
-        return "refused by stock Megatron"
-    return "STOCK Megatron's: --lion-beta1/2 ignored, embeddings and 1-D parameters on Adam, no distributed optimizer"
+    return "none" if compat.megatron_version() is None else compat.known().stock_lion

@@ -94,11 +94,11 @@ def test_doctor_with_an_old_megatron_exits_1_and_says_which_and_where(tmp_path: 
     core = tmp_path / "megatron" / "core"
     core.mkdir(parents=True)
     (core / "__init__.py").touch()
-    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 17\nPATCH = 0\n")
+    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 15\nPATCH = 0\n")
     status, report = doctor(tmp_path=tmp_path, **CPU)
     assert status == 1
-    assert report.splitlines()[-1].startswith(f"NOT READY: megatron-core 0.17.0 ({core}) is not supported")
-    assert rows(report)["megatron-core"] == f"0.17.0 ({core})"
+    assert report.splitlines()[-1].startswith(f"NOT READY: megatron-core 0.15.0 ({core}) is not supported")
+    assert rows(report)["megatron-core"] == f"0.15.0 ({core})"
 
 
 def test_doctor_with_a_megatron_whose_version_cannot_be_read_exits_1(tmp_path: Path) -> None:

@@ -90,8 +90,10 @@ def _adapt(parser: argparse.ArgumentParser) -> dict[str, Any]:
     optimizer.type = optimizer_name
     stock_betas = {}
     for dest, ours in BETA_FLAGS.items():
-        stock_betas[dest], options[dest].default = options[dest].default, None
-        options[dest].help = f"{options[dest].help} With --optimizer lion: {ours:g} unless given."
+        flag = f"--{dest.replace('_', '-')}"
+        option = options.get(dest) or parser.add_argument(flag, type=float, help="Of Lion.")  # before 0.17 it has none
+        stock_betas[dest], option.default = option.default, None
+        option.help = f"{option.help} With --optimizer lion: {ours:g} unless given."
 
     parser.add_argument(
         "--lion-kernel",

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, summary
+from megatron_lion.integration.compat.sharding import DistributedOptimizer
 from megatron_lion.lion import Lion
 from megatron_lion.precision import BLOCK, Place
 
@@ -332,4 +332,5 @@ class TorchAdamDistributedOptimizer(RepairedDistributedOptimizer):
             state["step"] = torch.tensor(step)
 
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
-        super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": None})
+        own = self._get_main_param_and_optimizer_states(model_param)  # its step stays as it is
+        super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": own["step"]})

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_lion.config import LionConfig, LionError
+from megatron_lion.config import LANGUAGE_MODEL_BETAS, LionConfig, LionError
 from megatron_lion.integration import compat, storage, summary
 from megatron_lion.integration.distributed_optimizer import (
     LionChainedOptimizer,
@@ -24,6 +24,7 @@ from megatron_lion.lion import Lion
 
 # What the optimizer's configuration carries of our flags; absent where a script uses megatron.core alone, which may set
 # them on its OptimizerConfig.
+BETAS = dict(zip(("lion_beta1", "lion_beta2"), LANGUAGE_MODEL_BETAS, strict=True))  # no fields of it before 0.17
 CARRIED = {"lion_kernel": "auto", storage.MOMENTUM: "fp32", storage.MASTER: "fp32"}
 
 
@@ -32,7 +33,8 @@ def install() -> None:
     import megatron.core.optimizer as optimizers
 
     stock_get = optimizers.get_megatron_optimizer
-    stock_emerging = optimizers._get_megatron_emerging_optimizer
+    lion_is_built_in = compat.known().lion_is_built_in
+    stock_build = getattr(optimizers, lion_is_built_in)
 
     @functools.wraps(stock_get)
     def get_megatron_optimizer(config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -47,21 +49,24 @@ def install() -> None:
                 return build()
         return build()
 
-    @functools.wraps(stock_emerging)
-    def _get_megatron_emerging_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(stock_build)
+    def build_unless_lion(config: Any, *args: Any, **kwargs: Any) -> Any:
         if config.optimizer == "lion":
             raise LionError(
                 "get_megatron_optimizer was imported before megatron_lion.register() in a way that it cannot see; "
-                "stock Megatron would now train embeddings and 1-D parameters with Adam. Register first"
+                "stock Megatron would now build its own Lion, or none. Register first"
             )
-        return stock_emerging(config, *args, **kwargs)
+        return stock_build(config, *args, **kwargs)
 
     compat.replace_everywhere(optimizers, "get_megatron_optimizer", get_megatron_optimizer)
-    compat.replace_everywhere(optimizers, "_get_megatron_emerging_optimizer", _get_megatron_emerging_optimizer)
+    compat.replace_everywhere(optimizers, lion_is_built_in, build_unless_lion)
 
 
 def install_config() -> None:
-    """Let the configuration that ``megatron.training`` makes carry our flags: it copies its own fields alone."""
+    """Let the configuration that ``megatron.training`` makes be Lion's, and carry our flags.
+
+    It copies its own fields alone, and before 0.18 refuses the name (0.17.1: training 1585).
+    """
     import megatron.training.training as training
 
     stock_config = training.get_megatron_optimizer_config
@@ -70,9 +75,9 @@ def install_config() -> None:
     def get_megatron_optimizer_config(args: Any) -> Any:
         if args.optimizer != "lion":
             return stock_config(args)
-        with storage.stock_flags(args):
+        with storage.stock_flags(args), compat.substituted(args, optimizer="sgd"):
             made = stock_config(args)
-        for name, default in CARRIED.items():
+        for name, default in {"optimizer": "lion", **BETAS, **CARRIED}.items():
             setattr(made[0], name, getattr(args, name, default))
         return made
 
@@ -82,10 +87,11 @@ def install_config() -> None:
 def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: Any) -> Any:
     if not config.decoupled_weight_decay:
         raise LionError("decoupled_weight_decay=False is not Lion, whose weight decay is decoupled: leave it True")
+    default1, default2 = LANGUAGE_MODEL_BETAS
     lion_config = LionConfig(
         lr=config.lr,
         weight_decay=config.weight_decay,
-        betas=(config.lion_beta1, config.lion_beta2),
+        betas=(getattr(config, "lion_beta1", default1), getattr(config, "lion_beta2", default2)),
         **{name.removeprefix("lion_"): getattr(config, name, default) for name, default in CARRIED.items()},
     )
     stored = {"momentum_dtype": lion_config.momentum_dtype, "master_weights": lion_config.master_weights}

@@ -19,7 +19,7 @@ def register() -> None:
     before_megatron()
     has_training = compat.has_training()
     if not _done:  # every seam before the first replacement: never half-patched
-        compat.require_seams(compat.CORE_SEAMS + (compat.TRAINING_SEAMS if has_training else ()))
+        compat.require_seams(training=has_training)
     register_core()
     if has_training:
         register_training()
@@ -36,7 +36,7 @@ def register_core() -> None:
     """The optimizer factory in ``megatron.core``."""
     if "core" in _done:
         return
-    compat.require_seams(compat.CORE_SEAMS)
+    compat.require_seams(training=False)
     from megatron_lion.integration import factory
 
     factory.install()
@@ -49,7 +49,7 @@ def register_training() -> None:
     """The command line of ``megatron.training``, and what its start-up asks of the wheel."""
     if "training" in _done:
         return
-    compat.require_seams(compat.TRAINING_SEAMS)
+    compat.require_seams(training=True)
     from megatron_lion.integration import arguments, checkpoints, factory
     from megatron_lion.integration.norm_ratio import rounds
 

@@ -55,21 +55,19 @@ def _interval_timer_stopped() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _parameters_gathered(model_chunks: list[Any], optimizer: Any, *, stepped: bool) -> Iterator[None]:
-    import megatron.training.training as training
     from megatron.training import get_args
+    from megatron.training.training import should_disable_forward_pre_hook
 
-    overlapped = training.should_disable_forward_pre_hook(get_args())
+    overlapped = should_disable_forward_pre_hook(get_args())
     # Megatron itself keeps the hooks off until the first step of a process is over.
     hooked = overlapped and len(model_chunks[0].remove_forward_pre_hook_handles) > 0
-    if hooked:
-        training.disable_forward_pre_hook(model_chunks, optimizer=optimizer)
-    elif overlapped and stepped:
-        training.force_param_sync(model_chunks, optimizer=optimizer)
+    if hooked or (overlapped and stepped):
+        compat.gather_parameters(model_chunks, optimizer, hooked=hooked)
     try:
         yield
     finally:
         if hooked:
-            training.enable_forward_pre_hook(model_chunks)
+            compat.gather_in_forward_again(model_chunks)
 
 
 @contextlib.contextmanager

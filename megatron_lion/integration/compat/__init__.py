@@ -1,0 +1,63 @@
+"""The only place that knows Megatron's versions and private names.
+
+- ``versions``: which versions there are, which one is installed, and in what it differs from the newest.
+- ``seams``: every name in Megatron that this package calls, replaces or relies on. All of them are checked before
+  anything is replaced, so that another Megatron is refused by name, never half-patched.
+- ``patching``: how a name is replaced, for good or during one call.
+- ``private``: private names, behind functions that say what they are used for.
+- ``sharding``: the distributed optimizer of 0.19, also where Megatron is older.
+- ``loop``: Megatron's own loop, asked for as each version wants to be.
+"""
+
+from megatron_lion.integration.compat.patching import replace_everywhere, substituted
+from megatron_lion.integration.compat.private import (
+    allow_wheel_without_makefile,
+    folding_the_clip_factor,
+    forked_random_states,
+    gather_in_forward_again,
+    gather_parameters,
+    gradients_outside_the_norm,
+    has_te_or_apex,
+    is_precision_aware,
+    model_params_with_groups,
+    moe_metrics_kept,
+    rerun_disabled,
+    set_precision_aware,
+    shard_range,
+    without_step,
+)
+from megatron_lion.integration.compat.seams import Seam, require_seams, seams_of
+from megatron_lion.integration.compat.versions import (
+    has_training,
+    known,
+    megatron_path,
+    megatron_version,
+    require_supported_version,
+)
+
+__all__ = [
+    "Seam",
+    "allow_wheel_without_makefile",
+    "folding_the_clip_factor",
+    "forked_random_states",
+    "gather_in_forward_again",
+    "gather_parameters",
+    "gradients_outside_the_norm",
+    "has_te_or_apex",
+    "has_training",
+    "is_precision_aware",
+    "known",
+    "megatron_path",
+    "megatron_version",
+    "model_params_with_groups",
+    "moe_metrics_kept",
+    "replace_everywhere",
+    "require_seams",
+    "require_supported_version",
+    "rerun_disabled",
+    "seams_of",
+    "set_precision_aware",
+    "shard_range",
+    "substituted",
+    "without_step",
+]

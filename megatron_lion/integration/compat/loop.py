@@ -1,0 +1,168 @@
+"""Megatron's own loop, asked for as each version wants to be asked: what the scripts in launch/ call."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_lion.config import LionError
+from megatron_lion.integration.compat.patching import substituted
+from megatron_lion.integration.compat.versions import has_training, known, megatron_version
+
+# What the builder below, for versions whose loop has none, leaves to Megatron-LM's own script.
+OLDER_GPT_LEAVES_OUT = ("spec", "heterogeneous_layers_config_path", "experimental_attention_variant", "yaml_cfg")
+
+
+def parse_and_validate_args(args_defaults: dict[str, Any]) -> Any:
+    """Megatron's arguments from the command line, validated, and made its global ones.
+
+    Before 0.18 the loop does this itself, and without a way to look at the arguments before it goes on: what is here is
+    then 0.18's function (arguments 98). Raises LionError where Megatron has no loop, and for a file of arguments.
+    """
+    if not has_training() or not known().has_a_wheel_with_a_loop:
+        raise LionError(
+            f"megatron-core {megatron_version()} is released without Megatron's own loop: take 0.17.1 or later, or run "
+            "a Megatron-LM checkout's own script, torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py"
+        )
+    import megatron.training.arguments as arguments
+
+    if known().loop_takes_arguments:
+        return arguments.parse_and_validate_args(args_defaults=args_defaults)
+    from megatron.training.checkpointing import load_args_from_checkpoint
+    from megatron.training.global_vars import set_global_variables
+
+    args = arguments.parse_args()
+    if args.use_checkpoint_args:
+        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+        load_args_from_checkpoint(args)
+    arguments.validate_args(args, args_defaults)
+    set_global_variables(args)
+    return args
+
+
+def pretrain(
+    args: Any,
+    datasets_provider: Callable[..., Any],
+    forward_step: Callable[..., Any],
+    model_provider: Callable[..., torch.nn.Module] | None = None,
+) -> None:
+    """Megatron's ``pretrain`` with the arguments of :func:`parse_and_validate_args`; of a GPT, unless one is given."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain as stock_pretrain
+
+    if model_provider is None and not known().loop_builds_gpt:
+        model_provider = _older_gpt(args)
+    kind = ModelType.encoder_or_decoder
+    if not known().loop_takes_arguments:
+        with _arguments_are_ready(args):
+            stock_pretrain(datasets_provider, model_provider, kind, forward_step)
+        return
+    from megatron.training import argument_utils
+
+    if known().loop_builds_gpt:
+        model = argument_utils.gpt_config_from_args(args) if model_provider is None else None
+        config = argument_utils.pretrain_cfg_container_from_args(args, model)
+        stock_pretrain(config, datasets_provider, kind, forward_step, model_provider)
+    else:
+        config = argument_utils.pretrain_cfg_container_from_args(args)
+        stock_pretrain(config, datasets_provider, model_provider, kind, forward_step)
+
+
+@contextlib.contextmanager
+def _arguments_are_ready(args: Any) -> Iterator[None]:
+    """Let 0.17's ``initialize_megatron`` go on from ``args`` instead of parsing and validating them once more."""
+    import megatron.training.initialize as initialize
+    import megatron.training.training as training
+
+    done = {name: lambda *_, **__: None for name in ("validate_args", "set_global_variables")}
+    stock_initialize = functools.partial(training.initialize_megatron, parsed_args=args)
+    with (
+        substituted(args, use_checkpoint_args=False),
+        substituted(initialize, **done),
+        substituted(training, initialize_megatron=stock_initialize),
+    ):
+        yield
+
+
+def _older_gpt(args: Any) -> Callable[..., torch.nn.Module]:
+    """The GPT that the command line describes, dense or with experts, as Megatron-LM's gpt_builders.py makes it."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    for name in OLDER_GPT_LEAVES_OUT:
+        if getattr(args, name, None):
+            raise LionError(
+                f"--{name.replace('_', '-')} cannot be honoured with megatron-core {megatron_version()}, whose wheel "
+                "builds no model by itself: run Megatron-LM's own script with torchrun -m megatron_lion.run"
+            )
+
+    def gpt(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **given: Any) -> Any:
+        config = given.get("config") or core_transformer_config_from_args(args)
+        layers = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=args.transformer_impl == "transformer_engine",
+            normalization=args.normalization,
+            qk_l2_norm=args.qk_l2_norm,
+            vp_stage=vp_stage,
+        )
+        return GPTModel(
+            config=config,
+            transformer_layer_spec=layers,
+            vocab_size=args.padded_vocab_size,
+            max_sequence_length=args.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+            parallel_output=True,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type=args.position_embedding_type,
+            rotary_percent=args.rotary_percent,
+            rotary_base=args.rotary_base,
+            rope_scaling=args.use_rope_scaling,
+            vp_stage=vp_stage,
+            pg_collection=given.get("pg_collection"),
+        )
+
+    return gpt
+
+
+def batch_on_this_rank(data_iterator: Any, args: Any, keys: Sequence[str]) -> dict[str, torch.Tensor | None]:
+    """The next micro-batch: read on the first tensor-parallel rank, broadcast to the others, cut for context parallel.
+
+    Returns one entry for each of ``keys``, of shape [micro batch, sequence length] or None.
+    """
+    from megatron.core import mpu
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    if not known().loop_takes_arguments:
+        from megatron.training.utils import get_batch_on_this_tp_rank as read_batch
+
+        batch = get_batch_on_this_cp_rank(read_batch(data_iterator))
+        return {key: batch[key] for key in keys}
+    from megatron.core.utils import get_batch_on_this_tp_rank
+
+    batch = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items() if key in keys}
+        batch = dict.fromkeys((*keys, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size")) | batch
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        **{known().packed_batch_flag: False},
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return {key: batch[key] for key in keys}

@@ -1,0 +1,161 @@
+"""Megatron's private names, behind functions that say what they are used for."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.integration.compat.patching import substituted
+from megatron_lion.integration.compat.versions import known
+
+
+def allow_wheel_without_makefile() -> None:
+    """Let training start from the wheel, which ships the compiled dataset helpers but no Makefile to compile them with.
+
+    Stock runs ``make`` all the same and exits when it fails (0.19.2: initialize 178). A checkout, which has the
+    Makefile, still compiles. Goes when the wheel's own loop starts without it.
+    """
+    import megatron.core.datasets.utils as dataset_utils
+
+    stock_compile = dataset_utils.compile_helpers
+
+    def compile_helpers() -> None:
+        if (Path(dataset_utils.__file__).parent / "Makefile").is_file():
+            stock_compile()
+
+    dataset_utils.compile_helpers = compile_helpers
+
+
+def without_step() -> contextlib.AbstractContextManager[None]:
+    """Let DistributedOptimizer save and load an optimizer that has no ``step`` tensor.
+
+    Where neither Transformer Engine nor Apex is installed, its ``state_dict`` (0.19.2: distrib_optimizer 837) and
+    ``load_state_dict`` (1025) read torch Adam's ``step`` from every parameter's state. Lion and SGD have none. The
+    other branch reads ``step`` from the groups, where it is there. Goes when Megatron asks the optimizer instead.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    return substituted(distrib_optimizer, HAVE_APEX_OR_TE=True)
+
+
+@contextlib.contextmanager
+def folding_the_clip_factor(fold: Callable[[list[Any], float], bool]) -> Iterator[None]:
+    """Offer each clip factor that Megatron is about to multiply into gradients to ``fold``, which may take it over.
+
+    ``ChainedOptimizer.step`` (0.19.2: optimizer 1875) scales all gradients in place, one more read and write of each.
+    """
+    from megatron.core.optimizer import optimizer
+
+    stock_clip = optimizer.clip_grad_by_total_norm_fp32
+
+    def clip(parameters: list[Any], max_norm: float, total_norm: Any, use_decoupled_grad: bool = False) -> None:
+        factor = float(max_norm / (total_norm + 1.0e-6))  # clip_grads 178
+        if not fold(parameters, min(factor, 1.0)):
+            stock_clip(parameters, max_norm, total_norm, use_decoupled_grad)
+
+    with substituted(optimizer, clip_grad_by_total_norm_fp32=clip):
+        yield
+
+
+def set_precision_aware(config: Any) -> None:
+    """Have DistributedOptimizer leave master weights and 16-bit parameters to the optimizer inside it.
+
+    OptimizerConfig's own check (0.19.2: optimizer_config 430) allows that for Transformer Engine's Adam alone, so the
+    fields are set after it. The second one is what all of Megatron's code asks.
+    """
+    config.use_precision_aware_optimizer = True
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+
+
+def is_precision_aware(config: Any) -> bool:
+    """Whether the optimizer inside DistributedOptimizer holds the master weights."""
+    return bool(getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False))
+
+
+def has_te_or_apex() -> bool:
+    """Whether Megatron took its Adam and SGD from Transformer Engine or NVIDIA's Apex, not from torch."""
+    from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
+
+    return not USING_PYTORCH_OPTIMIZER
+
+
+def model_params_with_groups(part: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Each of the model's parameters that an optimizer of Megatron's chain updates, with its parameter group.
+
+    The distributed optimizer and the one with fp32 copies of 16-bit parameters hold the model's parameters beside the
+    inner optimizer's; the fp32 one hands them over as they are.
+    """
+    groups = part.optimizer.param_groups
+    if hasattr(part, "model_param_group_index_map"):
+        yield from ((param, groups[index]) for param, (index, _) in part.model_param_group_index_map.items())
+    elif hasattr(part, "float16_groups"):
+        for half, full, group in zip(part.float16_groups, part.fp32_from_fp32_groups, groups, strict=True):
+            yield from ((param, group) for param in (*half, *full))
+    else:
+        yield from ((param, group) for group in groups for param in group["params"])
+
+
+def gradients_outside_the_norm(part: Any) -> list[Any]:
+    """The gradients that an optimizer of Megatron's chain leaves out of the norm that it clips by."""
+    if part.optimizer is None:
+        return []
+    seen = {id(grad) for grad in getattr(part, known().gradients_of_the_norm)()}
+    return [param.grad for param in part.get_parameters() if param.grad is not None and id(param.grad) not in seen]
+
+
+def shard_range(part: Any, param: Any) -> tuple[int, int]:
+    """Start and stop, in the flattened ``param``, of the shard that the distributed optimizer ``part`` holds here."""
+    shard = part._get_model_param_range_map(param)["param"]
+    return shard.start, shard.end
+
+
+def rerun_disabled() -> contextlib.AbstractContextManager[None]:
+    """Megatron's rerun state machine off, as in its own evaluation, without the line that ``set_mode`` logs."""
+    from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+
+    return substituted(get_rerun_state_machine(), mode=RerunMode.DISABLED)
+
+
+@contextlib.contextmanager
+def moe_metrics_kept() -> Iterator[None]:
+    """Let routers record their metrics elsewhere: the log's are summed up until they are printed."""
+    if not known().moe_metrics_are_objects:
+        from megatron.core.transformer.moe import moe_utils
+
+        with substituted(moe_utils, _MOE_LAYER_WISE_LOGGING_TRACKER={}):
+            yield
+        return
+    from megatron.core.transformer.moe import moe_logging
+
+    kept = moe_logging.get_moe_metrics_tracker()
+    moe_logging.set_moe_metrics_tracker(moe_logging.MoEMetricsTracker())
+    try:
+        yield
+    finally:
+        moe_logging.set_moe_metrics_tracker(kept)
+
+
+def gather_parameters(model_chunks: list[Any], optimizer: Any, *, hooked: bool) -> None:
+    """Finish the all-gather of parameters that overlaps with the forward pass, as Megatron's evaluation does.
+
+    Where the hooks that wait for it are on (``hooked``) they are taken off, to be put back by
+    :func:`gather_in_forward_again`.
+    """
+    import megatron.training.training as training
+
+    gather = training.disable_forward_pre_hook if hooked else training.force_param_sync
+    gather(model_chunks, **({"optimizer": optimizer} if known().sync_asks_optimizer else {}))
+
+
+def gather_in_forward_again(model_chunks: list[Any]) -> None:
+    """Put back the hooks that :func:`gather_parameters` took off."""
+    import megatron.training.training as training
+
+    training.enable_forward_pre_hook(model_chunks)
+
+
+def forked_random_states() -> contextlib.AbstractContextManager[None]:
+    """Put back the random states of torch, the device and Megatron's tensor-parallel tracker on leaving."""
+    from megatron.core.tensor_parallel.random import _fork_rng
+
+    return _fork_rng()

@@ -1,0 +1,143 @@
+"""Which versions of megatron-core this package knows, which one is installed, and in what they differ."""
+
+import importlib.util
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lion.config import LionError
+
+INSTALL_HINT = "pip install 'megatron-core==0.19.2'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A minor version of megatron-core: what this package does otherwise with it, and why."""
+
+    tested: str
+    """the release that the tests run"""
+    stock_lion: str
+    """what it does with ``--optimizer lion`` by itself"""
+    lion_is_built_in: str = "_get_megatron_emerging_optimizer"
+    """the function of ``megatron.core.optimizer`` in which it would come to build its own Lion"""
+    asks_for_state_keys: bool = True
+    """its distributed optimizer asks which tensors a state has, and takes any optimizer that can make them; before
+    0.19 it takes Adam alone, whose two tensors are written into its methods"""
+    gradients_of_the_norm: str = "get_grads_for_grad_norm"
+    """the method of an optimizer for the gradients that it takes the norm of"""
+    moe_metrics_are_objects: bool = True
+    """the metrics of mixture-of-experts layers are kept in an object; before 0.18 in a dictionary"""
+    sync_asks_optimizer: bool = True
+    """the functions that gather overlapped parameters take the optimizer; from 0.19"""
+    has_a_wheel_with_a_loop: bool = True
+    """its wheel holds ``megatron.training``; before 0.17 only a checkout does"""
+    packed_batch_flag: str = "has_cu_seqlens"
+    """how the function that broadcasts a batch calls the parameter that says that sequences are packed"""
+    loop_builds_gpt: bool = True
+    """its loop makes a GPT from the command line; before 0.19 a script has to bring a function that does"""
+    loop_takes_arguments: bool = True
+    """its loop is given a command line that is already parsed; before 0.18 it parses the command line itself"""
+
+
+_IGNORED_BETAS = (
+    "STOCK Megatron's: --lion-beta1/2 ignored, embeddings and 1-D parameters on Adam, no distributed optimizer"
+)
+_IN_THE_COMMON_FACTORY = "_get_megatron_optimizer_based_on_param_groups"
+KNOWN = {
+    "0.16": Known(
+        tested="0.16.1",
+        stock_lion="refused by stock Megatron",
+        lion_is_built_in=_IN_THE_COMMON_FACTORY,
+        asks_for_state_keys=False,
+        gradients_of_the_norm="get_main_grads_for_grad_norm",
+        moe_metrics_are_objects=False,
+        sync_asks_optimizer=False,
+        has_a_wheel_with_a_loop=False,
+        loop_builds_gpt=False,
+        loop_takes_arguments=False,
+    ),
+    "0.17": Known(
+        tested="0.17.1",
+        stock_lion="refused by stock Megatron, after its parser has accepted it",
+        lion_is_built_in=_IN_THE_COMMON_FACTORY,
+        asks_for_state_keys=False,
+        gradients_of_the_norm="get_main_grads_for_grad_norm",
+        moe_metrics_are_objects=False,
+        sync_asks_optimizer=False,
+        loop_builds_gpt=False,
+        loop_takes_arguments=False,
+    ),
+    "0.18": Known(
+        tested="0.18.2",
+        stock_lion=_IGNORED_BETAS,
+        asks_for_state_keys=False,
+        gradients_of_the_norm="get_main_grads_for_grad_norm",
+        sync_asks_optimizer=False,
+        packed_batch_flag="is_sft",
+        loop_builds_gpt=False,
+    ),
+    "0.19": Known(tested="0.19.2", stock_lion=_IGNORED_BETAS),
+}
+SUPPORTED = f"{', '.join(f'{minor}.x' for minor in KNOWN)} (tested: {', '.join(v.tested for v in KNOWN.values())})"
+
+
+def _spec_origin(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def megatron_path() -> Path | None:
+    """The folder of the ``megatron.core`` that would be imported, without importing it; None where there is none."""
+    origin = _spec_origin("megatron.core")
+    return origin.parent if origin else None
+
+
+def megatron_version() -> str | None:
+    """The version of the ``megatron.core`` that would be imported, without importing it.
+
+    None where there is none, "?" for each part that it does not state.
+    """
+    folder = megatron_path()
+    if folder is None:
+        return None
+    info = folder / "package_info.py"
+    text = info.read_text(encoding="utf-8") if info.is_file() else ""
+    numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)", text, flags=re.MULTILINE))
+    return ".".join(numbers.get(part, "?") for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+def minor_version() -> str:
+    """The first two parts of :func:`megatron_version`; empty where there is no Megatron."""
+    return (megatron_version() or "").rpartition(".")[0]
+
+
+def known() -> Known:
+    """What is known of the Megatron that is installed; of the newest, where it is not one of ``KNOWN``."""
+    return KNOWN.get(minor_version(), list(KNOWN.values())[-1])
+
+
+def has_training() -> bool:
+    """Whether ``megatron.training``, Megatron's own loop, is there beside ``megatron.core``.
+
+    ``megatron`` is a namespace, in which another Megatron's loop may be found behind a core that has none.
+    """
+    core, training = megatron_path(), _spec_origin("megatron.training")
+    return core is not None and training is not None and training.parent.parent == core.parent
+
+
+def require_supported_version() -> None:
+    """Raise LionError where Megatron is missing or of a version that this package was not tested with."""
+    version = megatron_version()
+    if version is None:
+        raise LionError(
+            f"megatron-core is not installed in {sys.prefix}: {INSTALL_HINT}, or put a Megatron-LM checkout on "
+            "PYTHONPATH"
+        )
+    if minor_version() not in KNOWN:
+        raise LionError(
+            f"megatron-core {version} ({megatron_path()}) is not supported; supported: {SUPPORTED}. {INSTALL_HINT}"
+        )
