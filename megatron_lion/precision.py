@@ -94,7 +94,8 @@ def quantise(values: Tensor, place: Place) -> tuple[Tensor, Tensor]:
     scale = scales.float()
     # torch divides a number by a tensor as a product with the reciprocal, which rounds twice.
     inverse = torch.where(scale == 0.0, 0.0, torch.full_like(scale, LEVELS) / scale)
-    roots = (blocks.abs() * inverse).sqrt().clamp(max=127.0).round()
+    # In fp32 torch's square root, which is MKL's, is not rounded to nearest; that of fp64 is close enough to become so.
+    roots = (blocks.abs() * inverse).double().sqrt().float().clamp(max=127.0).round()
     codes = torch.copysign(torch.where(roots.isnan(), 0.0, roots), blocks).to(torch.int8)
     return _from_blocks(codes, place, values.numel()).view(values.shape), scales.flatten()
 

@@ -48,6 +48,23 @@ def test_foreach_leaves_low_and_mixed_precision_to_the_reference(dtypes):
     assert choose("foreach", *lists(*dtypes)) is lion_update_
 
 
+@pytest.mark.parametrize(
+    ("kernel", "taken"), [("auto", lion_update_fused_), ("foreach", lion_update_), ("reference", lion_update_)]
+)
+def test_packed_state_goes_to_fused_or_the_reference(kernel, taken):
+    assert choose(kernel, *lists(BF16, FP32, FP32), packed=True) is taken
+    assert choose(kernel, *lists(FP32, FP32, FP32), packed=True) is taken
+
+
+def test_momentum_in_8_bits_is_fused():
+    exp_avgs = [tensor.to(torch.int8) for tensor in lists(FP32)[0]]
+    assert choose("auto", *lists(FP32, FP32), exp_avgs, packed=True) is lion_update_fused_
+
+
+def test_packed_state_without_a_compiler_goes_to_the_reference(no_compiler):
+    assert choose("auto", *lists(FP32, FP32, FP32), packed=True) is lion_update_
+
+
 def test_one_parameter_of_another_dtype_sends_the_list_to_the_reference():
     mixed = [[first, second.double()] for first, second in lists(FP32, FP32, FP32)]
     assert choose("auto", *mixed) is lion_update_

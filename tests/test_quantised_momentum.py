@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,6 +101,16 @@ def test_a_block_with_a_number_that_is_not_finite_becomes_nan_and_no_other(bad: 
     assert rebuilt[32:64].isnan().all()
     assert torch.equal(rebuilt[:32], values[:32])
     assert torch.equal(rebuilt[64:], values[64:])
+
+
+def test_the_square_root_is_rounded_to_nearest() -> None:
+    """torch's own fp32 square root is off by one in a fifth of the numbers, and with it one code in a million."""
+    torch.manual_seed(9)
+    values = torch.rand(1 << 21)
+    values[::BLOCK] = 1.0
+    codes, _ = quantise(values, Place(0, BLOCK))
+    expected = np.rint(np.sqrt(values.numpy() * np.float32(LEVELS)))
+    assert np.array_equal(codes.numpy(), expected)
 
 
 def test_empty_and_scalar_tensors() -> None:

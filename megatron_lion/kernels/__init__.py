@@ -23,15 +23,13 @@ def choose(
     """The update function to call on these tensors; ``packed`` says that remainders or scales go with them.
 
     ``"auto"`` takes the fused kernel where :func:`fused_supports` the tensors and a compiler was found, else foreach
-    where :func:`foreach_supports` them, else the reference. ``"foreach"`` falls back to the reference for tensors of
-    mixed dtypes or devices; ``"reference"`` is taken as asked. On a GPU ``"fused"`` is the Triton kernel, which has
-    been run in Triton's interpreter only and is therefore never taken by ``"auto"``.
+    where :func:`foreach_supports` them, else the reference. ``"foreach"`` falls back to the reference for packed state
+    and tensors of mixed dtypes or devices; ``"reference"`` is taken as asked. On a GPU ``"fused"`` is the Triton
+    kernel, which has been run in Triton's interpreter only and is therefore never taken by ``"auto"``.
 
     Raises:
         LionError: ``"fused"`` was asked for by name and cannot be had; the message has the reason.
     """
-    if packed and kernel != "fused":
-        return lion_update_
     if kernel == "fused" and params and all(t.is_cuda for tensors in (params, grads, exp_avgs) for t in tensors):
         from megatron_lion.kernels.triton_lion import lion_update_triton_  # Triton takes a second to import
 
@@ -43,7 +41,7 @@ def choose(
             return lion_update_fused_
         if kernel == "fused":
             raise LionError(f"the fused kernel cannot be used: {problem}. Ask for auto, foreach or reference")
-    if kernel != "reference" and foreach_supports(params, grads, exp_avgs):
+    if kernel != "reference" and not packed and foreach_supports(params, grads, exp_avgs):
         return lion_update_foreach_
     return lion_update_
 
@@ -62,4 +60,4 @@ def describe(kernel: str, tensors: Sequence[Tensor]) -> str:
 
 def _describe(*roles: Sequence[Tensor]) -> str:
     kinds = sorted({f"{tensor.dtype} on {tensor.device.type}" for tensors in roles for tensor in tensors})
-    return f"it takes fp32 and bf16 on the CPU, each role of one dtype, not {', '.join(kinds)}"
+    return f"it takes fp32 and bf16 on the CPU, and momentum in int8, each role of one dtype, not {', '.join(kinds)}"

@@ -1,8 +1,10 @@
 """Lion in one pass over memory on a CPU: a list of tensors in one call of the compiled kernel."""
 
 import ctypes
+import itertools
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,13 @@ from megatron_lion.kernels import compiler
 from megatron_lion.precision import Place
 from megatron_lion.update import lion_update_
 
-STORED = (torch.float32, torch.bfloat16)
+OPTIONAL = ("copies", "remainders", "scales")
+# What roles are stored in, in the order of the kernel's numbers for it: in the dtype of the arithmetic's values, or
+# packed into two roles.
+PLAIN = ((torch.float32,), (torch.bfloat16,))
+PACKED = {"params": (torch.bfloat16, torch.int16), "exp_avgs": (torch.int8, torch.bfloat16), "grads": ()}
+
+Roles = dict[str, Any]
 
 
 def fused_problem() -> str | None:
@@ -24,10 +32,11 @@ def fused_problem() -> str | None:
 
 
 def fused_supports(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor]) -> bool:
-    """Whether all tensors are on the CPU, and those of each role of one dtype, fp32 or bf16."""
-    for tensors in (params, grads, exp_avgs):
+    """Whether all tensors are on the CPU, and those of each role of one dtype: fp32, bf16, momentum also int8."""
+    plain = {torch.float32, torch.bfloat16}
+    for tensors, stored in ((params, plain), (grads, plain), (exp_avgs, plain | {torch.int8})):
         dtypes = {t.dtype for t in tensors}
-        if len(dtypes) > 1 or not dtypes.issubset(STORED) or any(t.device.type != "cpu" for t in tensors):
+        if len(dtypes) > 1 or not dtypes.issubset(stored) or any(t.device.type != "cpu" for t in tensors):
             return False
     return True
 
@@ -51,38 +60,61 @@ def lion_update_fused_(
     """:func:`megatron_lion.update.lion_update_` for tensors that :func:`fused_supports`; the same bits, in place.
 
     Uses ``torch.get_num_threads()`` threads and no temporary memory. Tensors that are not contiguous are left to the
-    reference; ``copies`` must be bf16. Raises RuntimeError where :func:`fused_problem` has a reason.
+    reference; ``copies`` must be bf16. Raises ValueError, and writes nothing, where sizes or dtypes do not fit;
+    RuntimeError where :func:`fused_problem` has a reason.
     """
-    if remainders is not None or scales is not None:
-        raise ValueError("this kernel takes no packed state: use the reference")
-    roles = [params, grads, exp_avgs] if copies is None else [params, grads, exp_avgs, copies]
-    rows = list(zip(*roles, strict=True))
-    dense = [row for row in rows if all(tensor.is_contiguous() for tensor in row)]
-    if len(dense) < len(rows):
-        for row in (row for row in rows if not all(tensor.is_contiguous() for tensor in row)):
-            lion_update_(
-                *([tensor] for tensor in row[:3]),
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=weight_decay,
-                grad_scale=grad_scale,
-                copies=None if copies is None else [row[3]],
-            )
-    if not dense:
-        return
-    if any(tensor.numel() != row[0].numel() for row in dense for tensor in row):
-        raise ValueError("parameter, gradient, momentum and copy differ in size")
-    addresses = array("Q", [tensor.data_ptr() for row in dense for tensor in row])
-    counts = array("q", [row[0].numel() for row in dense])
-    compiler.load().lion_cpu_update(
-        ctypes.c_int64(len(dense)),
-        ctypes.c_void_p(addresses.buffer_info()[0]),
-        ctypes.c_void_p(counts.buffer_info()[0]),
-        *(ctypes.c_int(tensor.dtype == torch.bfloat16) for tensor in dense[0][:3]),
-        ctypes.c_int(copies is not None),
-        *(ctypes.c_double(value) for value in (lr, beta1, beta2, weight_decay, grad_scale)),
+    hyper: dict[str, Any] = dict(lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, grad_scale=grad_scale)
+    roles: Roles = {"params": params, "grads": grads, "exp_avgs": exp_avgs}
+    roles |= {name: role for name, role in zip(OPTIONAL, (copies, remainders, scales), strict=True) if role is not None}
+    if scales is not None:
+        roles["places"] = [Place.of_whole(param) for param in params] if places is None else places
+    if len({len(role) for role in roles.values()}) > 1:
+        raise ValueError(f"one entry a parameter is needed, not { {name: len(role) for name, role in roles.items()} }")
+    tensors = [role for name, role in roles.items() if name != "places"]
+    dense = [all(tensor.is_contiguous() for tensor in row) for row in zip(*tensors, strict=True)]
+    if not all(dense):
+        lion_update_(**_picked(roles, [not chosen for chosen in dense]), **hyper)
+        roles = _picked(roles, dense)
+    if any(dense):
+        _update_contiguous(roles, hyper)
+
+
+def _picked(roles: Roles, chosen: list[bool]) -> Roles:
+    return {name: list(itertools.compress(role, chosen)) for name, role in roles.items()}
+
+
+def _update_contiguous(roles: Roles, hyper: dict[str, Any]) -> None:
+    kinds = [_kind(roles, "params", "remainders"), _kind(roles, "grads"), _kind(roles, "exp_avgs", "scales")]
+    numels = array("q", [param.numel() for param in roles["params"]])
+    scale_numels = array("q", [scale.numel() for scale in roles.get("scales", ())])
+    if any(array("q", [t.numel() for t in roles[name]]) != numels for name in roles.keys() - {"scales", "places"}):
+        raise ValueError("parameter, gradient, momentum, copy and remainder differ in size")
+    if (copied := {copy.dtype for copy in roles.get("copies", ())}) - {torch.bfloat16}:
+        raise ValueError(f"copies are bf16 here, not {copied}: use the reference")
+    addresses = array("Q")
+    for name in ("params", "grads", "exp_avgs", *OPTIONAL):
+        addresses.extend([t.data_ptr() for t in roles[name]] if name in roles else itertools.repeat(0, len(numels)))
+    places = array("q", itertools.chain.from_iterable(roles.get("places", ())))
+    numbers = array("d", [hyper[name] for name in ("lr", "beta1", "beta2", "weight_decay", "grad_scale")])
+    wrong = compiler.load().lion_cpu_update(
+        ctypes.c_int64(len(numels)),
+        *(ctypes.c_void_p(values.buffer_info()[0]) for values in (addresses, numels, places, scale_numels, numbers)),
+        *(ctypes.c_int(kind) for kind in kinds),
+        ctypes.c_int("copies" in roles),
         ctypes.c_int(torch.get_num_threads()),
     )
+    if wrong:
+        place, numel, scale = (role[wrong - 1] for role in (roles["places"], numels, scale_numels))
+        raise ValueError(f"{numel} elements at {place} have {place.blocks(numel)} scales, not {scale}")
     # The writes were made behind autograd's back: a backward pass that needs the old values must still fail.
-    torch.autograd.graph.increment_version([tensor for row in dense for tensor in (row[0], *row[2:])])
+    written = [role for name, role in roles.items() if name not in ("grads", "places")]
+    torch.autograd.graph.increment_version(list(itertools.chain.from_iterable(written)))
+
+
+def _kind(roles: Roles, name: str, rest: str = "") -> int:
+    """The kernel's number for what the role ``name``, with the role ``rest`` where that is given, is stored in."""
+    stored = [{tensor.dtype for tensor in roles[role]} for role in (name, rest) if role in roles]
+    for kind, dtypes in enumerate((*PLAIN, PACKED[name])):
+        if stored == [{dtype} for dtype in dtypes]:
+            return kind
+    raise ValueError(f"{name} are fp32, bf16 or {PACKED[name]}, each role of one dtype, not {stored}")

@@ -2,95 +2,247 @@
 // is asked for, a 16-bit copy of the parameter. Compiled at first use by megatron_lion/kernels/compiler.py, called through
 // ctypes by megatron_lion/kernels/fused.py.
 //
-// The bits are those of megatron_lion/update.py: every product and every sum is rounded on its own (-ffp-contract=off),
-// sign(0) and sign(NaN) are 0, arithmetic is fp32 whatever the storage, rounded to storage once, to nearest even.
+// The bits are those of megatron_lion/update.py and precision.py: every product and every sum is rounded on its own
+// (-ffp-contract=off), sign(0) and sign(NaN) are 0, arithmetic is fp32 whatever the storage, rounded to storage once.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace {
 
-struct bf16 {
-    uint16_t bits;
-};
+constexpr int64_t BLOCK = 32;        // elements of momentum that share a scale
+constexpr float LEVELS = 127 * 127;  // codes hold the square root of a magnitude
+constexpr float SMALLEST_SCALE = 0x1p-100f;
 
-inline float load(const float *from) { return *from; }
+inline uint32_t to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
 
-inline float load(const bf16 *from) {
-    uint32_t bits = static_cast<uint32_t>(from->bits) << 16;
+inline float from_bits(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-inline void store(float *to, float value) { *to = value; }
+inline bool is_nan(uint32_t bits) { return (bits & 0x7fffffffu) > 0x7f800000u; }
 
-inline void store(bf16 *to, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    to->bits = static_cast<uint16_t>(is_nan ? 0x7fc0u : nearest_even);
+inline float widen(uint16_t bf16) { return from_bits(static_cast<uint32_t>(bf16) << 16); }
+
+inline uint16_t nearest_even(float value) {
+    const uint32_t bits = to_bits(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>(is_nan(bits) ? 0x7fc0u : rounded);
+}
+
+// What a role is stored in. Each reads and writes fp32 values.
+
+struct Fp32 {
+    float *values;
+    float load(int64_t i) const { return values[i]; }
+    void store(int64_t i, float value) const { values[i] = value; }
+};
+
+struct Bf16 {
+    uint16_t *values;
+    float load(int64_t i) const { return widen(values[i]); }
+    void store(int64_t i, float value) const { values[i] = nearest_even(value); }
+};
+
+struct Remainder { // a bf16 and the 16 bits that it lacks: it is rounded half away from zero
+    uint16_t *high;
+    int16_t *low;
+    float load(int64_t i) const {
+        return from_bits((static_cast<uint32_t>(high[i]) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low[i])));
+    }
+    void store(int64_t i, float value) const {
+        const uint32_t bits = is_nan(to_bits(value)) ? 0x7fc00000u : to_bits(value);
+        high[i] = static_cast<uint16_t>((bits + 0x8000u) >> 16);
+        low[i] = static_cast<int16_t>(bits);
+    }
+};
+
+struct Nothing {
+    void store(int64_t, float) const {}
+};
+
+struct Place { // where in its parameter a tensor begins, and how long the parameter's rows are
+    int64_t start, row;
+    int64_t block_of(int64_t i) const {
+        return (start + i) / row * ((row + BLOCK - 1) / BLOCK) + (start + i) % row / BLOCK - first_block();
+    }
+    int64_t blocks(int64_t count) const { return count ? block_of(count - 1) + 1 : 0; }
+    // The beginning of the block of element i.
+    int64_t cut(int64_t i) const {
+        const int64_t begin = i - (start + i) % row % BLOCK;
+        return begin < 0 ? 0 : begin;
+    }
+
+  private:
+    int64_t first_block() const { return start / row * ((row + BLOCK - 1) / BLOCK) + start % row / BLOCK; }
+};
+
+inline int64_t smallest(int64_t a, int64_t b, int64_t c) {
+    const int64_t ab = a < b ? a : b;
+    return ab < c ? ab : c;
+}
+
+struct Codes { // int8 codes and a bf16 scale a block
+    int8_t *codes;
+    uint16_t *scales;
+    Place place;
+};
+
+inline void dequantise(const int8_t *codes, uint16_t scale, float *values, int64_t count) {
+    const float unit = widen(scale) * (1.0f / LEVELS);
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+        const int32_t code = codes[j];
+        values[j] = static_cast<float>(code * (code < 0 ? -code : code)) * unit;
+    }
+}
+
+inline uint16_t quantise(const float *values, int8_t *codes, int64_t count) {
+    int32_t largest = 0; // of magnitudes as integers, among which a NaN is the largest
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < count; ++j) {
+        const int32_t magnitude = static_cast<int32_t>(to_bits(values[j]) & 0x7fffffffu);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    const float peak = from_bits(static_cast<uint32_t>(largest));
+    const uint16_t scale = peak < SMALLEST_SCALE ? 0 : nearest_even(peak);
+    if (scale == 0 || !(widen(scale) < std::numeric_limits<float>::infinity())) {
+        std::memset(codes, 0, static_cast<size_t>(count));
+        return scale;
+    }
+    const float inverse = LEVELS / widen(scale);
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+        const float root = std::sqrt(std::fabs(values[j]) * inverse);
+        const int32_t code = static_cast<int32_t>(std::rint(root < 127.0f ? root : 127.0f));
+        codes[j] = static_cast<int8_t>(values[j] < 0.0f ? -code : code);
+    }
+    return scale;
 }
 
 struct Hyper {
     float lr, beta1, rest1, beta2, rest2, weight_decay, grad_scale;
 };
 
-template <class P, class G, class M, bool copy>
-void update(P *__restrict param, const G *__restrict grad, M *__restrict momentum, bf16 *__restrict model, int64_t count,
+// Elements `first` to `last`; element i of the momentum is stored at i - `shift`.
+template <class P, class G, class M, class C>
+void update(const P param, const G grad, const M momentum, int64_t shift, const C copy, int64_t first, int64_t last,
             const Hyper h) {
-    for (int64_t i = 0; i < count; ++i) {
-        const float theta = load(param + i), m = load(momentum + i), g = load(grad + i) * h.grad_scale;
+#pragma omp simd
+    for (int64_t i = first; i < last; ++i) {
+        const float theta = param.load(i), m = momentum.load(i - shift), g = grad.load(i) * h.grad_scale;
         const float c = m * h.beta1 + g * h.rest1;
         const float sign = static_cast<float>((c > 0.0f) - (c < 0.0f));
         const float new_theta = theta - (sign + theta * h.weight_decay) * h.lr;
-        store(param + i, new_theta);
-        store(momentum + i, m * h.beta2 + g * h.rest2);
-        if (copy) store(model + i, new_theta);
+        param.store(i, new_theta);
+        momentum.store(i - shift, m * h.beta2 + g * h.rest2);
+        copy.store(i, new_theta);
     }
 }
 
-using Update = void (*)(void *, const void *, void *, void *, int64_t, const Hyper &);
-
-template <class P, class G, class M, bool copy>
-void update_untyped(void *param, const void *grad, void *momentum, void *model, int64_t count, const Hyper &h) {
-    update<P, G, M, copy>(static_cast<P *>(param), static_cast<const G *>(grad), static_cast<M *>(momentum),
-                          static_cast<bf16 *>(model), count, h);
+template <class P, class G, class M, class C>
+void update_chunk(const P param, const G grad, const M momentum, const C copy, int64_t first, int64_t last,
+                  const Hyper &h) {
+    update(param, grad, momentum, 0, copy, first, last, h);
 }
 
-template <class P, class G, class M> Update choose(bool copy) {
-    return copy ? update_untyped<P, G, M, true> : update_untyped<P, G, M, false>;
+// Quantised momentum goes through a strip in fp32 that stays in the cache; `first` is where a block begins.
+template <class P, class G, class C>
+void update_chunk(const P param, const G grad, const Codes momentum, const C copy, int64_t first, int64_t last,
+                  const Hyper &h) {
+    constexpr int64_t STRIP = 1024;
+    alignas(64) float strip[STRIP];
+    const Place place = momentum.place;
+    while (first < last) {
+        uint16_t *const scales = momentum.scales + place.block_of(first);
+        int8_t *const codes = momentum.codes + first;
+        int64_t ends[STRIP], blocks = 0, length = 0, in_row = (place.start + first) % place.row;
+        while (first + length < last && length + BLOCK <= STRIP) {
+            const int64_t size = smallest(BLOCK - in_row % BLOCK, place.row - in_row, last - first - length);
+            in_row = in_row + size == place.row ? 0 : in_row + size;
+            if (size == BLOCK)
+                dequantise(codes + length, scales[blocks], strip + length, BLOCK);
+            else
+                dequantise(codes + length, scales[blocks], strip + length, size);
+            ends[blocks++] = length += size;
+        }
+        update(param, grad, Fp32{strip}, first, copy, first, first + length, h);
+        for (int64_t block = 0, begin = 0; block < blocks; begin = ends[block++]) {
+            const int64_t size = ends[block] - begin;
+            if (size == BLOCK)
+                scales[block] = quantise(strip + begin, codes + begin, BLOCK);
+            else
+                scales[block] = quantise(strip + begin, codes + begin, size);
+        }
+        first += length;
+    }
 }
-template <class P, class G> Update choose(bool momentum_is_bf16, bool copy) {
-    return momentum_is_bf16 ? choose<P, G, bf16>(copy) : choose<P, G, float>(copy);
-}
-template <class P> Update choose(bool grad_is_bf16, bool momentum_is_bf16, bool copy) {
-    return grad_is_bf16 ? choose<P, bf16>(momentum_is_bf16, copy) : choose<P, float>(momentum_is_bf16, copy);
-}
+
+enum Kind { FP32, BF16, PACKED };
+enum Role { PARAM, GRAD, MOMENTUM, COPY, REMAINDER, SCALES, ROLES };
+
+// Elements `first` to `last` of one tensor: picks the storage of each role in turn, and then updates them.
+struct Chunk {
+    void *roles[ROLES]; // nullptr where a role is absent
+    Place place;
+    int64_t first, last;
+    const Hyper &hyper;
+
+    void run(Kind param, Kind grad, Kind momentum, bool copy) const {
+        uint16_t *const high = at<uint16_t>(PARAM);
+        if (param == FP32) with_param(Fp32{at<float>(PARAM)}, grad, momentum, copy);
+        if (param == BF16) with_param(Bf16{high}, grad, momentum, copy);
+        if (param == PACKED) with_param(Remainder{high, at<int16_t>(REMAINDER)}, grad, momentum, copy);
+    }
+
+  private:
+    template <class T> T *at(Role role) const { return static_cast<T *>(roles[role]); }
+
+    template <class P> void with_param(P param, Kind grad, Kind momentum, bool copy) const {
+        if (grad == FP32) with_grad(param, Fp32{at<float>(GRAD)}, momentum, copy);
+        if (grad == BF16) with_grad(param, Bf16{at<uint16_t>(GRAD)}, momentum, copy);
+    }
+    template <class P, class G> void with_grad(P param, G grad, Kind momentum, bool copy) const {
+        if (momentum == FP32) with_momentum(param, grad, Fp32{at<float>(MOMENTUM)}, copy);
+        if (momentum == BF16) with_momentum(param, grad, Bf16{at<uint16_t>(MOMENTUM)}, copy);
+        if (momentum == PACKED)
+            with_momentum(param, grad, Codes{at<int8_t>(MOMENTUM), at<uint16_t>(SCALES), place}, copy);
+    }
+    template <class P, class G, class M> void with_momentum(P param, G grad, M momentum, bool copy) const {
+        if (copy)
+            update_chunk(param, grad, momentum, Bf16{at<uint16_t>(COPY)}, first, last, hyper);
+        else
+            update_chunk(param, grad, momentum, Nothing{}, first, last, hyper);
+    }
+};
 
 // Elements that a thread takes at a time: long enough for the memory's prefetchers, short enough to share the work when
 // a core is slower than another.
 constexpr int64_t CHUNK = 262144;
 
-inline void *at(void *base, int64_t elements, int64_t size) { return static_cast<char *>(base) + elements * size; }
-
 } // namespace
 
-// Update `tensors` tensors. `pointers` holds, tensor by tensor, the addresses of parameter, gradient, momentum and, with
-// `copy`, copy; `counts` their numbers of elements. A flag of 1 says that the tensors of that role are bf16, 0 fp32.
-extern "C" void lion_cpu_update(int64_t tensors, void *const *pointers, const int64_t *counts, int param_is_bf16,
-                                int grad_is_bf16, int momentum_is_bf16, int copy, double lr, double beta1, double beta2,
-                                double weight_decay, double grad_scale, int threads) {
-    const Hyper hyper = {static_cast<float>(lr),    static_cast<float>(beta1),        static_cast<float>(1.0 - beta1),
-                         static_cast<float>(beta2), static_cast<float>(1.0 - beta2), static_cast<float>(weight_decay),
-                         static_cast<float>(grad_scale)};
-    const Update step = param_is_bf16 ? choose<bf16>(grad_is_bf16, momentum_is_bf16, copy)
-                                      : choose<float>(grad_is_bf16, momentum_is_bf16, copy);
-    const int64_t param_size = param_is_bf16 ? 2 : 4, grad_size = grad_is_bf16 ? 2 : 4;
-    const int64_t momentum_size = momentum_is_bf16 ? 2 : 4;
+// Update `tensors` tensors of `counts` elements. `addresses` holds those of all parameters, then of the next role.
+// `places` and `scale_counts` are read where momentum is packed. `hyper`: lr, beta1, beta2, weight decay, gradient scale.
+// Returns 0, or the number (from 1) of the first tensor with too few or too many scales; then nothing was written.
+extern "C" int64_t lion_cpu_update(int64_t tensors, void *const *addresses, const int64_t *counts, const Place *places,
+                                   const int64_t *scale_counts, const double *hyper, int param, int grad, int momentum,
+                                   int copy, int threads) {
+    const bool packed = momentum == PACKED;
+    const Hyper h = {static_cast<float>(hyper[0]),       static_cast<float>(hyper[1]), static_cast<float>(1.0 - hyper[1]),
+                     static_cast<float>(hyper[2]),       static_cast<float>(1.0 - hyper[2]), static_cast<float>(hyper[3]),
+                     static_cast<float>(hyper[4])};
     int64_t total = 0, chunks = 0, next = 0;
     for (int64_t t = 0; t < tensors; ++t) {
+        if (packed && places[t].blocks(counts[t]) != scale_counts[t]) return t + 1;
         total += counts[t];
         chunks += (counts[t] + CHUNK - 1) / CHUNK;
     }
@@ -108,11 +260,12 @@ extern "C" void lion_cpu_update(int64_t tensors, void *const *pointers, const in
                 before += (counts[tensor] + CHUNK - 1) / CHUNK;
                 ++tensor;
             }
-            const int64_t start = (mine - before) * CHUNK;
-            const int64_t count = counts[tensor] - start < CHUNK ? counts[tensor] - start : CHUNK;
-            void *const *roles = pointers + (copy ? 4 : 3) * tensor;
-            step(at(roles[0], start, param_size), at(roles[1], start, grad_size), at(roles[2], start, momentum_size),
-                 copy ? at(roles[3], start, 2) : nullptr, count, hyper);
+            const Place place = packed ? places[tensor] : Place{0, BLOCK};
+            const int64_t start = (mine - before) * CHUNK, stop = start + CHUNK;
+            Chunk chunk = {{}, place, place.cut(start), stop < counts[tensor] ? place.cut(stop) : counts[tensor], h};
+            for (int64_t role = 0; role < ROLES; ++role) chunk.roles[role] = addresses[role * tensors + tensor];
+            chunk.run(static_cast<Kind>(param), static_cast<Kind>(grad), static_cast<Kind>(momentum), copy != 0);
         }
     }
+    return 0;
 }
