@@ -88,6 +88,11 @@ class LionConfig:
         return (self.momentum_dtype, self.master_weights) != ("fp32", "fp32")
 
     @property
+    def is_packed(self) -> bool:
+        """Whether a number of the state is divided over two tensors."""
+        return self.momentum_dtype == "int8" or self.master_weights == "remainder"
+
+    @property
     def lr_warning(self) -> str | None:
         """A sentence where the learning rate looks like AdamW's, else None."""
         if self.lr < ADAMW_LIKE_LR:

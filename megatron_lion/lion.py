@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from megatron_lion import kernels
 from megatron_lion.config import MOMENTUM_INITS, PAPER_BETAS, LionError, check_betas, check_choice, check_non_negative
 from megatron_lion.precision import Place
+from megatron_lion.rows import Row, columns, row_of
 from megatron_lion.storage import Storage, master_values, momentum_values
 from megatron_lion.update import compute_dtype
 
@@ -184,7 +185,7 @@ class Lion(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        rows: dict[Any, list[_Row]] = {}
+        rows: dict[Any, list[Row]] = {}
         for param in group["params"]:
             if (grad := self._gradient(param)) is not None:
                 row = self._row(param, -grad if group["maximize"] else grad, group)
@@ -211,44 +212,23 @@ class Lion(torch.optim.Optimizer):
                 storage.set_momentum(self.state[param], param, start, place)
         return self.state[param]
 
-    def _row(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> "_Row":
+    def _row(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Row:
         start = grad.to(compute_dtype(param)) * self.grad_scale if group["momentum_init"] == "gradient" else None
         state = self._state_of(param, group, start)
-        master, scale = state.get("master_param"), state.get("exp_avg_scale")
-        has_remainder = master is not None and master.dtype == torch.int16
-        return _Row(
-            param=param,
-            master=param if master is None or has_remainder else master,
-            grad=grad,
-            exp_avg=state["exp_avg"],
-            copy=self.copies.get(param) if master is None or has_remainder else param,
-            remainder=master if has_remainder else None,
-            scale=scale,
-            place=self._place(param),
-        )
+        return row_of(param, grad, state, self.copies.get(param), self._place(param))
 
-    def _update(self, group: dict[str, Any], rows: "list[_Row]") -> None:
-        masters = [row.master for row in rows]
-        grads = [row.grad for row in rows]
-        exp_avgs = [row.exp_avg for row in rows]
-        copies = _all_or_none([row.copy for row in rows])
-        remainders = _all_or_none([row.remainder for row in rows])
-        scales = _all_or_none([row.scale for row in rows])
-        packed = remainders is not None or scales is not None
-        update = kernels.choose(group.get("kernel", "auto"), masters, grads, exp_avgs, packed=packed)
+    def _update(self, group: dict[str, Any], rows: list[Row]) -> None:
+        tensors = columns(rows)
+        packed = tensors["remainders"] is not None or tensors["scales"] is not None
+        choice = (tensors["params"], tensors["grads"], tensors["exp_avgs"])
+        update = kernels.choose(group.get("kernel", "auto"), *choice, packed=packed)
         update(
-            masters,
-            grads,
-            exp_avgs,
+            **tensors,
             lr=float(group["lr"]),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=float(group["weight_decay"]),
             grad_scale=self.grad_scale,
-            copies=copies,
-            remainders=remainders,
-            scales=scales,
-            places=None if scales is None else [row.place for row in rows],
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -276,30 +256,6 @@ class Lion(torch.optim.Optimizer):
         for group, keep in zip(self.param_groups, kept, strict=True):
             group.update(keep)
         self.state.update(restored)
-
-
-class _Row(NamedTuple):
-    """One parameter's tensors in a step, and what the kernels are told about them."""
-
-    param: Tensor
-    master: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    copy: Tensor | None
-    remainder: Tensor | None
-    scale: Tensor | None
-    place: Place
-
-    def kind(self) -> tuple[Any, ...]:
-        """Equal for rows that one call can update."""
-        absent = tuple(tensor is None for tensor in (self.copy, self.remainder, self.scale))
-        return (self.master.dtype, self.grad.dtype, self.exp_avg.dtype, self.master.device, *absent)
-
-
-def _all_or_none(tensors: list[Tensor | None]) -> list[Tensor] | None:
-    """The tensors of rows of one kind: all there or all absent."""
-    there = [tensor for tensor in tensors if tensor is not None]
-    return there or None
 
 
 def _storage(group: dict[str, Any]) -> Storage:

@@ -39,7 +39,7 @@ def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimi
         *([param for _, param in pairs] for pairs in (trainable, missed))
     )
     sharding, state = _state_bytes(lion_config, config, optimizer)
-    kernel = kernels.describe(lion_config.kernel, _updated_tensors(optimizer))
+    kernel = kernels.describe(lion_config.kernel, _updated_tensors(optimizer), packed=lion_config.is_packed)
     say(
         f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
         f"betas ({lion_config.betas[0]:g}, {lion_config.betas[1]:g}), weight decay {lion_config.weight_decay:g}, "

@@ -46,13 +46,13 @@ def choose(
     return lion_update_
 
 
-def describe(kernel: str, tensors: Sequence[Tensor]) -> str:
-    """What ``kernel`` comes to for parameters like ``tensors``, for the start-up line.
+def describe(kernel: str, tensors: Sequence[Tensor], *, packed: bool = False) -> str:
+    """What ``kernel`` comes to for parameters like ``tensors``, with or without packed state, for the start-up line.
 
     ``"fused"``, or with the reason why not: ``"foreach (no C++ compiler on PATH ...)"``.
     """
     names = {lion_update_foreach_: "foreach", lion_update_: "reference"}
-    name = names.get(choose(kernel, tensors, tensors, tensors), "fused")
+    name = names.get(choose(kernel, tensors, tensors, tensors, packed=packed), "fused")
     on_cpu = fused_supports(tensors, tensors, tensors)
     reason = fused_problem() if kernel == "auto" and name != "fused" and on_cpu else None
     return f"{name} ({reason})" if reason else name
