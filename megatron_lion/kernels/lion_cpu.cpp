@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace {
 
@@ -28,14 +29,12 @@ inline float from_bits(uint32_t bits) {
     return value;
 }
 
-inline bool is_nan(uint32_t bits) { return (bits & 0x7fffffffu) > 0x7f800000u; }
-
 inline float widen(uint16_t bf16) { return from_bits(static_cast<uint32_t>(bf16) << 16); }
 
 inline uint16_t nearest_even(float value) {
     const uint32_t bits = to_bits(value);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return static_cast<uint16_t>(is_nan(bits) ? 0x7fc0u : rounded);
+    return static_cast<uint16_t>(value == value ? rounded : 0x7fc0u); // NaN is not equal to itself
 }
 
 // What a role is stored in. Each reads and writes fp32 values.
@@ -59,7 +58,7 @@ struct Remainder { // a bf16 and the 16 bits that it lacks: it is rounded half a
         return from_bits((static_cast<uint32_t>(high[i]) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low[i])));
     }
     void store(int64_t i, float value) const {
-        const uint32_t bits = is_nan(to_bits(value)) ? 0x7fc00000u : to_bits(value);
+        const uint32_t bits = value == value ? to_bits(value) : 0x7fc00000u;
         high[i] = static_cast<uint16_t>((bits + 0x8000u) >> 16);
         low[i] = static_cast<int16_t>(bits);
     }
@@ -96,16 +95,16 @@ struct Codes { // int8 codes and a bf16 scale a block
     Place place;
 };
 
-inline void dequantise(const int8_t *codes, uint16_t scale, float *values, int64_t count) {
+template <class Size> inline void dequantise(const int8_t *codes, uint16_t scale, float *values, Size count) {
     const float unit = widen(scale) * (1.0f / LEVELS);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
-        const int32_t code = codes[j];
-        values[j] = static_cast<float>(code * (code < 0 ? -code : code)) * unit;
+        const float code = codes[j];
+        values[j] = (code * std::fabs(code)) * unit; // the first product is exact
     }
 }
 
-inline uint16_t quantise(const float *values, int8_t *codes, int64_t count) {
+template <class Size> inline uint16_t scale_of(const float *values, Size count) {
     int32_t largest = 0; // of magnitudes as integers, among which a NaN is the largest
 #pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < count; ++j) {
@@ -113,19 +112,19 @@ inline uint16_t quantise(const float *values, int8_t *codes, int64_t count) {
         largest = magnitude > largest ? magnitude : largest;
     }
     const float peak = from_bits(static_cast<uint32_t>(largest));
-    const uint16_t scale = peak < SMALLEST_SCALE ? 0 : nearest_even(peak);
-    if (scale == 0 || !(widen(scale) < std::numeric_limits<float>::infinity())) {
-        std::memset(codes, 0, static_cast<size_t>(count));
-        return scale;
-    }
-    const float inverse = LEVELS / widen(scale);
+    return peak < SMALLEST_SCALE ? 0 : nearest_even(peak);
+}
+
+template <class Size> inline void quantise(const float *values, uint16_t scale, int8_t *codes, Size count) {
+    const float inverse = scale == 0 ? 0.0f : LEVELS / widen(scale);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
-        const float root = std::sqrt(std::fabs(values[j]) * inverse);
-        const int32_t code = static_cast<int32_t>(std::rint(root < 127.0f ? root : 127.0f));
-        codes[j] = static_cast<int8_t>(values[j] < 0.0f ? -code : code);
+        const uint32_t root = to_bits(std::sqrt(std::fabs(values[j]) * inverse)), top = to_bits(127.0f);
+        const float code = from_bits((root < top ? root : top) | (to_bits(values[j]) & 0x80000000u));
+        // A number near 2^23 has its units in the last place: the sum rounds to nearest even, and ends in the code.
+        codes[j] = static_cast<int8_t>(to_bits(code + 0x1.8p23f));
     }
-    return scale;
+    if (!(widen(scale) < std::numeric_limits<float>::infinity())) std::memset(codes, 0, static_cast<size_t>(count));
 }
 
 struct Hyper {
@@ -154,6 +153,14 @@ void update_chunk(const P param, const G grad, const M momentum, const C copy, i
     update(param, grad, momentum, 0, copy, first, last, h);
 }
 
+// Calls `work` with the size of a block, as a constant where the block is a whole one.
+template <class Work> inline void for_block(int64_t size, Work work) {
+    if (size == BLOCK)
+        work(std::integral_constant<int64_t, BLOCK>{});
+    else
+        work(size);
+}
+
 // Quantised momentum goes through a strip in fp32 that stays in the cache; `first` is where a block begins.
 template <class P, class G, class C>
 void update_chunk(const P param, const G grad, const Codes momentum, const C copy, int64_t first, int64_t last,
@@ -168,20 +175,15 @@ void update_chunk(const P param, const G grad, const Codes momentum, const C cop
         while (first + length < last && length + BLOCK <= STRIP) {
             const int64_t size = smallest(BLOCK - in_row % BLOCK, place.row - in_row, last - first - length);
             in_row = in_row + size == place.row ? 0 : in_row + size;
-            if (size == BLOCK)
-                dequantise(codes + length, scales[blocks], strip + length, BLOCK);
-            else
-                dequantise(codes + length, scales[blocks], strip + length, size);
+            for_block(size, [&](auto count) { dequantise(codes + length, scales[blocks], strip + length, count); });
             ends[blocks++] = length += size;
         }
         update(param, grad, Fp32{strip}, first, copy, first, first + length, h);
-        for (int64_t block = 0, begin = 0; block < blocks; begin = ends[block++]) {
-            const int64_t size = ends[block] - begin;
-            if (size == BLOCK)
-                scales[block] = quantise(strip + begin, codes + begin, BLOCK);
-            else
-                scales[block] = quantise(strip + begin, codes + begin, size);
-        }
+        for (int64_t block = 0, begin = 0; block < blocks; begin = ends[block++])
+            for_block(ends[block] - begin, [&](auto size) { scales[block] = scale_of(strip + begin, size); });
+        for (int64_t block = 0, begin = 0; block < blocks; begin = ends[block++])
+            for_block(ends[block] - begin,
+                      [&](auto size) { quantise(strip + begin, scales[block], codes + begin, size); });
         first += length;
     }
 }
