@@ -123,9 +123,14 @@ def _follow(
     return "".join(output), log
 
 
+def pretrain_flags(text: Path) -> tuple[str, ...]:
+    """The tiny GPT on ``text``: what every run of :func:`pretrain` begins with."""
+    return MODEL, BATCH, RATE, CPU, text_flags(text)
+
+
 def pretrain(text: Path, *flags: str, ranks: int = 1, **kwargs: Any) -> Run:
     """:func:`run_ranks` of the tiny GPT on real text; fails where the run does, unless it was to be killed."""
-    run = run_ranks(MODEL, BATCH, RATE, CPU, text_flags(text), *flags, ranks=ranks, **kwargs)
+    run = run_ranks(*pretrain_flags(text), *flags, ranks=ranks, **kwargs)
     if kwargs.get("kill_at") is None:
         assert run.returncode == 0, run.output[-6000:]
     return run

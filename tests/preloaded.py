@@ -3,24 +3,30 @@
 Megatron as it is on a machine without a GPU, with nothing of this package registered: that is each run's own first act.
 """
 
-# ruff: noqa: F401
+import importlib
+import importlib.util
 import inspect
 import os
 
-from megatron_lion.integration import cpu_backend
+from megatron_lion.integration import compat, cpu_backend
 
 if os.environ.get(cpu_backend.DEVICE_VARIABLE) == "cpu":
     cpu_backend.replace_cuda()
 
-import megatron.training
-import megatron.training.argument_utils
-import megatron.training.checkpointing
-import megatron.training.models.gpt
-import torch.utils.tensorboard
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-import megatron_lion.integration.register
-import megatron_lion.lion
+LOOP = ("megatron.training", "megatron.training.argument_utils", "megatron.training.checkpointing")
+MODULES = (
+    *(LOOP if compat.has_training() else ("megatron.core.optimizer", "megatron.core.dist_checkpointing")),
+    "megatron.core.models.gpt",
+    "torch.utils.tensorboard",
+    "megatron_lion.integration.register",
+    "megatron_lion.lion",
+)
+for module in MODULES:
+    importlib.import_module(module)
+if compat.known().loop_builds_gpt:
+    importlib.import_module("megatron.training.models.gpt")
 
 # Each rank that saves a checkpoint starts a process that holds a queue. Spawned, it would import everything again.
-inspect.unwrap(filesystem_async.get_write_results_queue).__defaults__ = ("fork",)
+filesystem = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+if hasattr(filesystem, "get_write_results_queue"):
+    inspect.unwrap(filesystem.get_write_results_queue).__defaults__ = ("fork",)

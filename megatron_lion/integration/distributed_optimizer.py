@@ -53,6 +53,8 @@ class RepairedDistributedOptimizer(DistributedOptimizer):
     """
 
     def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
+        if not compat.known().shifts_reshardable_state:
+            return super().sharded_param_state_fully_reshardable(*args, **kwargs)
         gather_state = self.get_parameter_state_dp_zero
 
         def gather_state_with_padding(**options: Any) -> Any:

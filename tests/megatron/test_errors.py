@@ -225,7 +225,7 @@ def test_without_megatron_it_says_how_to_get_it(tmp_path: Path) -> None:
     assert "PYTHONPATH" in message
 
 
-@pytest.mark.parametrize("version", ["0.12.1", "0.20.0", "0.190.0"])
+@pytest.mark.parametrize("version", ["0.12.1", "0.21.0", "0.190.0"])
 def test_an_unsupported_megatron_is_named_with_its_place_and_what_is_supported(tmp_path: Path, version: str) -> None:
     core = tmp_path / "megatron" / "core"
     core.mkdir(parents=True)

@@ -84,6 +84,8 @@ CORE: tuple[Seam, ...] = (
     Seam(_SHARDED, "DistributedOptimizer.load_parameter_state_from_dp_zero_legacy", (), (ADAM_STATE,), until="0.18"),
     Seam(_OPTIMIZER, "MegatronOptimizer.get_main_grads_for_grad_norm", ("self",), until="0.18"),
     Seam(_OPTIMIZER, "MegatronOptimizer.get_grads_for_grad_norm", ("self",), since="0.19"),
+    # What is repaired there must still be broken: a release that has the repair would be broken by ours.
+    Seam(_SHARDED, "DistributedOptimizer.sharded_param_state_fully_reshardable", uses=("pad",), until="0.19"),
     Seam("megatron.core.tensor_parallel.random", "_fork_rng"),
     Seam("megatron.core.transformer.moe.moe_utils", "get_moe_layer_wise_logging_tracker", until="0.17"),
     Seam("megatron.core.transformer.moe.moe_logging", "set_moe_metrics_tracker", ("tracker",), since="0.18"),

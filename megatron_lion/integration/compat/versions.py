@@ -16,7 +16,8 @@ class Known:
     """A minor version of megatron-core: what this package does otherwise with it, and why."""
 
     tested: str
-    """the release that the tests run"""
+    """the release that the tests run; of one that is not released, the commit that was run by hand"""
+    released: bool = True
     stock_lion: str
     """what it does with ``--optimizer lion`` by itself"""
     lion_is_built_in: str = "_get_megatron_emerging_optimizer"
@@ -24,6 +25,8 @@ class Known:
     asks_for_state_keys: bool = True
     """its distributed optimizer asks which tensors a state has, and takes any optimizer that can make them; before
     0.19 it takes Adam alone, whose two tensors are written into its methods"""
+    shifts_reshardable_state: bool = True
+    """its ``fully_reshardable`` checkpoints of several buckets are corrupt (Megatron issue 5077, fixed in 0.20)"""
     gradients_of_the_norm: str = "get_grads_for_grad_norm"
     """the method of an optimizer for the gradients that it takes the norm of"""
     moe_metrics_are_objects: bool = True
@@ -78,8 +81,14 @@ KNOWN = {
         loop_builds_gpt=False,
     ),
     "0.19": Known(tested="0.19.2", stock_lion=_IGNORED_BETAS),
+    # docs/megatron-lm.md records the runs.
+    "0.20": Known(tested="d98e8a64dd", released=False, stock_lion=_IGNORED_BETAS, shifts_reshardable_state=False),
 }
-SUPPORTED = f"{', '.join(f'{minor}.x' for minor in KNOWN)} (tested: {', '.join(v.tested for v in KNOWN.values())})"
+RELEASES = tuple(facts.tested for facts in KNOWN.values() if facts.released)
+SUPPORTED = (
+    f"{', '.join(f'{minor}.x' for minor, facts in KNOWN.items() if facts.released)} (tested: {', '.join(RELEASES)}), "
+    + ", ".join(f"{minor} as developed ({facts.tested})" for minor, facts in KNOWN.items() if not facts.released)
+)
 
 
 def _spec_origin(module: str) -> Path | None:

@@ -1,0 +1,99 @@
+"""Runs with any released Megatron: its wheel in a folder of its own, its ranks forked from a process of its own.
+
+The wheels are fetched from the package index, with nothing that they depend on, into a folder that later runs of the
+tests find again: MEGATRON_LION_TESTS_WHEELS, by default beside the environment's packages.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+
+from megatron_lion.integration.compat.versions import megatron_version
+from megatron_lion.integration.training_log import TrainingLog
+
+WHEELS = Path(os.environ.get("MEGATRON_LION_TESTS_WHEELS", Path(sys.prefix) / "megatron-wheels"))
+
+
+def wheel(version: str) -> Path:
+    """The folder that holds megatron-core ``version`` alone, fetched if it is not there; skips the test where it
+    cannot be."""
+    folder = WHEELS / version
+    if folder.is_dir():
+        return folder
+    WHEELS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WHEELS) as fresh:  # moved when it is complete
+        line = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{fresh}/wheel"]
+        done = subprocess.run([*line, f"megatron-core=={version}"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"megatron-core {version} cannot be fetched: {done.stderr.strip().splitlines()[-1]}")
+        os.rename(f"{fresh}/wheel", folder)
+    return folder
+
+
+class Megatron:
+    """One released Megatron, and the process from which its ranks are forked."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        own = version == megatron_version()  # the environment's
+        path = [os.environ["PYTHONPATH"], *([] if own else [str(wheel(version))])]
+        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment
+        )
+
+    def run(self, *flags: str, **options: Any) -> harness.Run:
+        """As :func:`harness.run_ranks`, with this Megatron."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        request = {"flags": flags, **options}
+        self._server.stdin.write(json.dumps(request, default=str) + "\n")
+        self._server.stdin.flush()
+        answer = json.loads(self._server.stdout.readline())
+        log = TrainingLog()
+        for line in answer["output"].splitlines():
+            log.add_line(line)
+        return harness.Run(answer["returncode"], answer["output"], log)
+
+    def pretrain(self, text: Path, *flags: str, **options: Any) -> harness.Run:
+        """As :func:`harness.pretrain`, with this Megatron."""
+        run = self.run(*harness.pretrain_flags(text), *flags, **options)
+        if options.get("kill_at") is None:
+            assert run.returncode == 0, run.output[-6000:]
+        return run
+
+    def close(self) -> None:
+        """End the process, and with it the server that ranks are forked from."""
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+
+def started(version: str) -> Iterator[Megatron]:
+    """A fixture's body: the Megatron while the tests that need it run."""
+    megatron = Megatron(version)
+    yield megatron
+    megatron.close()
+
+
+def serve() -> None:
+    """Run what is asked for, a line of JSON each, and answer with a line of JSON each."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "script" in request:
+            request["script"] = Path(request["script"])
+        run = harness.run_ranks(*request.pop("flags"), **request)
+        print(json.dumps({"returncode": run.returncode, "output": run.output}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
