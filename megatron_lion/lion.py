@@ -14,6 +14,7 @@ from megatron_lion.config import MOMENTUM_INITS, PAPER_BETAS, LionError, check_b
 from megatron_lion.precision import Place
 from megatron_lion.rows import Row, columns, row_of
 from megatron_lion.storage import Storage, master_values, momentum_values
+from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import compute_dtype
 
 # What tells Lion's parameter groups from another optimizer's.
@@ -65,12 +66,13 @@ class Lion(torch.optim.Optimizer):
 
     # For whoever drives the step from outside, as Megatron's distributed optimizer does: a factor on every gradient,
     # 16-bit copies of parameters, by parameter, that the step writes too, where in its parameter each shard lies, and
-    # whether gradients are in ``decoupled_grad``, which may have another dtype than the parameter. Class attributes, so
-    # that an unpickled optimizer, which keeps groups and state alone, has them.
+    # whether gradients are in ``decoupled_grad``, which may have another dtype than the parameter, and what each step's
+    # sums are added to. Class attributes, so that an unpickled optimizer, which keeps groups and state alone, has them.
     grad_scale: float = 1.0
     copies: Mapping[Tensor, Tensor] = MappingProxyType({})
     places: Mapping[Tensor, Place] = MappingProxyType({})
     use_decoupled_grad: bool = False
+    telemetry: Telemetry | None = None
 
     def __init__(
         self,
@@ -229,6 +231,7 @@ class Lion(torch.optim.Optimizer):
             beta2=group["betas"][1],
             weight_decay=float(group["weight_decay"]),
             grad_scale=self.grad_scale,
+            telemetry=self.telemetry,
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

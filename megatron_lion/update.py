@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_lion.precision import Place, dequantise, join_master, quantise, split_master
+from megatron_lion.telemetry import Telemetry
 
 
 class LionUpdate(Protocol):
@@ -42,12 +43,18 @@ class LionUpdate(Protocol):
         remainders: Sequence[Tensor] | None = None,
         scales: Sequence[Tensor] | None = None,
         places: Sequence[Place] | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None: ...
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
     """The dtype of the arithmetic for ``param``: fp64 for fp64, otherwise fp32."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def lion_sign(grad: Tensor, exp_avg: Tensor, beta1: float) -> Tensor:
+    """sign(c_k), where c_k is in the dtype of the arithmetic, as ``grad`` and ``exp_avg`` must be."""
+    return torch.sign(exp_avg * beta1 + grad * (1.0 - beta1))
 
 
 def lion_step(
@@ -69,8 +76,7 @@ def lion_step(
     """
     dtype = compute_dtype(param)
     theta, g, m = param.to(dtype), grad.to(dtype), exp_avg.to(dtype)
-    c = m * beta1 + g * (1.0 - beta1)
-    step = torch.sign(c) + theta * weight_decay
+    step = lion_sign(g, m, beta1) + theta * weight_decay
     return theta - step * lr, m * beta2 + g * (1.0 - beta2)
 
 
@@ -89,6 +95,7 @@ def lion_update_(
     remainders: Sequence[Tensor] | None = None,
     scales: Sequence[Tensor] | None = None,
     places: Sequence[Place] | None = None,
+    telemetry: Telemetry | None = None,
 ) -> None:
     """Apply :func:`lion_step` to each tensor; ``params`` and ``exp_avgs`` are modified in place, ``grads`` is not.
 
@@ -105,22 +112,27 @@ def lion_update_(
     - ``scales``, bf16, one a block: ``exp_avgs`` are int8 codes, the momenta
       :func:`~megatron_lion.precision.dequantise` of the two. ``places`` says where in its parameter each tensor lies
       (read only); without it each is a whole parameter.
+    - ``telemetry``: this step's sums are added to it.
     """
     none: list[None] = [None] * len(params)
     optional = (copies or none, remainders or none, scales or none, places or none)
     for param, grad, exp_avg, copy, remainder, scale, place in zip(params, grads, exp_avgs, *optional, strict=True):
         place = place or Place.of_whole(param)
-        if grad_scale != 1.0:
-            grad = grad.to(compute_dtype(param)) * grad_scale
+        dtype = compute_dtype(param)
+        grad = grad.to(dtype) if grad_scale == 1.0 else grad.to(dtype) * grad_scale
+        momentum = exp_avg.to(dtype) if scale is None else dequantise(exp_avg, scale, place)
         new_param, new_exp_avg = lion_step(
             param if remainder is None else join_master(param, remainder),
             grad,
-            exp_avg if scale is None else dequantise(exp_avg, scale, place),
+            momentum,
             lr=lr,
             beta1=beta1,
             beta2=beta2,
             weight_decay=weight_decay,
         )
+        if telemetry is not None:
+            telemetry.add_direction(lion_sign(grad, momentum, beta1), grad, momentum)
+            telemetry.add_param(new_param)
         _store(param, remainder, new_param, split_master)
         _store(exp_avg, scale, new_exp_avg, functools.partial(quantise, place=place))
         if copy is not None:

@@ -114,11 +114,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
 
 def test_another_compiler_flag_or_cpu_is_another_library(monkeypatch):
     here = compiler._compiler()
-    keys = {compiler._key(compiler.SOURCE, here)}
-    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "-g"))
-    keys.add(compiler._key(compiler.SOURCE, here))
+    keys = {compiler._key(compiler.SOURCE, here, *compiler.FLAGS)}
+    keys.add(compiler._key(compiler.SOURCE, here, *compiler.FLAGS, "-DTELEMETRY"))
     monkeypatch.setattr(compiler, "_cpu", lambda: "another")
-    keys.add(compiler._key(compiler.SOURCE, here))
+    keys.add(compiler._key(compiler.SOURCE, here, *compiler.FLAGS))
     assert len(keys) == 3
 
 

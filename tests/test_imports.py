@@ -57,6 +57,7 @@ def test_importing_the_package_imports_neither_torch_nor_numpy(module):
 # What each module or folder of the package may import: others of the package, and what is not in the standard library.
 # "megatron_lion" is the package itself, whose imports of torch and Megatron are inside functions.
 ALL_PURE = {
+    "telemetry",
     "megatron_lion",
     "config",
     "update",
@@ -73,12 +74,13 @@ MAY_IMPORT = {
     "megatron_lion": {"config", "version", "lion", "integration"},
     "config": set(),
     "version": set(),
-    "update": {"precision", "torch"},
+    "update": {"precision", "telemetry", "torch"},
+    "telemetry": {"torch"},
     "precision": {"torch"},
-    "kernels": {"kernels", "config", "update", "precision", "torch", "triton"},
+    "kernels": {"kernels", "config", "update", "precision", "telemetry", "torch", "triton"},
     "storage": {"config", "precision", "torch"},
     "rows": {"precision", "torch"},
-    "lion": {"kernels", "config", "update", "precision", "rows", "storage", "torch"},
+    "lion": {"kernels", "config", "update", "precision", "rows", "storage", "telemetry", "torch"},
     "stats": {"stats", "config", "torch"},
     "theory": {"theory", "torch"},
     "integration": ALL_PURE | {"integration", "version", "megatron", "transformer_engine", "numpy"},

@@ -26,8 +26,8 @@ class CompilerUnavailable(RuntimeError):
 
 
 @functools.cache
-def load(source: Path = SOURCE) -> ctypes.CDLL:
-    """The library compiled from ``source``, from the cache where it is there.
+def load(source: Path = SOURCE, *defined: str) -> ctypes.CDLL:
+    """The library compiled from ``source`` with the macros ``defined``, from the cache where it is there.
 
     It is cached in ``$XDG_CACHE_HOME/megatron_lion`` (``~/.cache/megatron_lion``) under a name made of the source, the
     compiler, the flags and the CPU. Several processes may call this at once: each compiles to a file of its own and
@@ -37,10 +37,10 @@ def load(source: Path = SOURCE) -> ctypes.CDLL:
     Raises:
         CompilerUnavailable: no compiler, or one that fails; the message says which, and what it said.
     """
-    compiler = _compiler()
-    library = _cache_folder() / f"{source.stem}-{_key(source, compiler)}.so"
+    compiler, flags = _compiler(), (*FLAGS, *(f"-D{macro}" for macro in defined))
+    library = _cache_folder() / f"{source.stem}-{_key(source, compiler, *flags)}.so"
     if not library.is_file():
-        library = _compile(compiler, source, library)
+        library = _compile([compiler, *flags], source, library)
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -56,12 +56,12 @@ def _compiler() -> str:
     raise CompilerUnavailable(f"no C++ compiler on PATH ({', '.join(names)}; the variable CXX names another)")
 
 
-def _key(source: Path, compiler: str) -> str:
+def _key(source: Path, compiler: str, *flags: str) -> str:
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, timeout=SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise CompilerUnavailable(f"{compiler} --version failed: {error}") from error
-    parts = (source.read_bytes(), compiler.encode(), version, " ".join(FLAGS).encode(), _cpu().encode())
+    parts = (source.read_bytes(), compiler.encode(), version, " ".join(flags).encode(), _cpu().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
@@ -79,7 +79,7 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lion"
 
 
-def _compile(compiler: str, source: Path, library: Path) -> Path:
+def _compile(command: list[str], source: Path, library: Path) -> Path:
     """Compile ``source`` into ``library``, or a temporary file where that cannot be written. Returns the file."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -90,14 +90,12 @@ def _compile(compiler: str, source: Path, library: Path) -> Path:
     os.close(handle)
     partial = Path(name)
     try:
-        done = subprocess.run(
-            [compiler, *FLAGS, str(source), "-o", name], capture_output=True, text=True, timeout=SECONDS
-        )
+        done = subprocess.run([*command, str(source), "-o", name], capture_output=True, text=True, timeout=SECONDS)
         if done.returncode != 0:
-            raise CompilerUnavailable(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+            raise CompilerUnavailable(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
         partial.replace(library)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise CompilerUnavailable(f"{compiler} failed: {error}") from error
+        raise CompilerUnavailable(f"{command[0]} failed: {error}") from error
     finally:
         if partial != library:
             partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_lion.precision import Place
+from megatron_lion.telemetry import Telemetry
 
 # Elements in one call of a foreach operation. On a GPU long lists make few launches, and the limit is there because
 # temporaries for all parameters would double the peak memory of a step. On a CPU the temporaries must stay in the cache
@@ -38,6 +39,7 @@ def lion_update_foreach_(
     remainders: Sequence[Tensor] | None = None,
     scales: Sequence[Tensor] | None = None,
     places: Sequence[Place] | None = None,
+    telemetry: Telemetry | None = None,
 ) -> None:
     """:func:`megatron_lion.update.lion_update_` for tensors that :func:`foreach_supports`; the same bits, in place.
 
@@ -55,11 +57,17 @@ def lion_update_foreach_(
         torch._foreach_add_(step, term)
         torch._foreach_sign_(step)
         del term
+        if telemetry is not None:
+            for sign, grad, exp_avg in zip(step, g, m, strict=True):
+                telemetry.add_direction(sign, grad, exp_avg)
         term = torch._foreach_mul(p, weight_decay)
         torch._foreach_add_(step, term)
         torch._foreach_mul_(step, lr)
         torch._foreach_sub_(p, step)
         del step, term
+        if telemetry is not None:
+            for param in p:
+                telemetry.add_param(param)
         term = torch._foreach_mul(g, 1.0 - beta2)
         torch._foreach_mul_(m, beta2)
         torch._foreach_add_(m, term)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_lion.kernels import compiler
 from megatron_lion.precision import Place
+from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
 
 OPTIONAL = ("copies", "remainders", "scales")
@@ -56,6 +57,7 @@ def lion_update_fused_(
     remainders: Sequence[Tensor] | None = None,
     scales: Sequence[Tensor] | None = None,
     places: Sequence[Place] | None = None,
+    telemetry: Telemetry | None = None,
 ) -> None:
     """:func:`megatron_lion.update.lion_update_` for tensors that :func:`fused_supports`; the same bits, in place.
 
@@ -73,17 +75,17 @@ def lion_update_fused_(
     tensors = [role for name, role in roles.items() if name != "places"]
     dense = [all(tensor.is_contiguous() for tensor in row) for row in zip(*tensors, strict=True)]
     if not all(dense):
-        lion_update_(**_picked(roles, [not chosen for chosen in dense]), **hyper)
+        lion_update_(**_picked(roles, [not chosen for chosen in dense]), **hyper, telemetry=telemetry)
         roles = _picked(roles, dense)
     if any(dense):
-        _update_contiguous(roles, hyper)
+        _update_contiguous(roles, hyper, telemetry)
 
 
 def _picked(roles: Roles, chosen: list[bool]) -> Roles:
     return {name: list(itertools.compress(role, chosen)) for name, role in roles.items()}
 
 
-def _update_contiguous(roles: Roles, hyper: dict[str, Any]) -> None:
+def _update_contiguous(roles: Roles, hyper: dict[str, Any], telemetry: Telemetry | None) -> None:
     kinds = [_kind(roles, "params", "remainders"), _kind(roles, "grads"), _kind(roles, "exp_avgs", "scales")]
     numels = array("q", [param.numel() for param in roles["params"]])
     scale_numels = array("q", [scale.numel() for scale in roles.get("scales", ())])
@@ -96,16 +98,22 @@ def _update_contiguous(roles: Roles, hyper: dict[str, Any]) -> None:
         addresses.extend([t.data_ptr() for t in roles[name]] if name in roles else itertools.repeat(0, len(numels)))
     places = array("q", itertools.chain.from_iterable(roles.get("places", ())))
     numbers = array("d", [hyper[name] for name in ("lr", "beta1", "beta2", "weight_decay", "grad_scale")])
-    wrong = compiler.load().lion_cpu_update(
+    sums = array("d", [0.0] * 6)
+    library = compiler.load() if telemetry is None else compiler.load(compiler.SOURCE, "TELEMETRY")
+    wrong = library.lion_cpu_update(
         ctypes.c_int64(len(numels)),
         *(ctypes.c_void_p(values.buffer_info()[0]) for values in (addresses, numels, places, scale_numels, numbers)),
         *(ctypes.c_int(kind) for kind in kinds),
         ctypes.c_int("copies" in roles),
         ctypes.c_int(torch.get_num_threads()),
+        ctypes.c_void_p(sums.buffer_info()[0]),
     )
     if wrong:
         place, numel, scale = (role[wrong - 1] for role in (roles["places"], numels, scale_numels))
         raise ValueError(f"{numel} elements at {place} have {place.blocks(numel)} scales, not {scale}")
+    if telemetry is not None:
+        l1, l2_squared, inner, zeros, flipped, linf_param = sums
+        telemetry.merge(Telemetry(sum(numels), l1, l2_squared, inner, int(zeros), int(flipped), linf_param))
     # The writes were made behind autograd's back: a backward pass that needs the old values must still fail.
     written = [role for name, role in roles.items() if name not in ("grads", "places")]
     torch.autograd.graph.increment_version(list(itertools.chain.from_iterable(written)))

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lion.precision import Place
+from megatron_lion.telemetry import Telemetry
 
 BLOCK = 1024
 
@@ -92,6 +93,7 @@ def lion_update_triton_(
     remainders: Sequence[Tensor] | None = None,
     scales: Sequence[Tensor] | None = None,
     places: Sequence[Place] | None = None,
+    telemetry: Telemetry | None = None,
     skip: Tensor | None = None,
 ) -> None:
     """:func:`megatron_lion.update.lion_update_` in one launch, however many tensors there are; the same bits, in place.
