@@ -1,0 +1,60 @@
+"""tools/rate_constants.py: known constants, repeats averaged, and repeats that do not belong together."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rate_constants
+from studies import rates
+
+from megatron_lion.config import LionError
+
+STEPS = (10, 20, 40, 80)
+
+
+def write(path: Path, factor: float, *, d: int = 400, steps: tuple[int, ...] = STEPS) -> Path:
+    """Norms that fall as k^(-1/4), l1 = factor and l2 = factor / 10 at k = 1, after a round before the first step."""
+    lines = [{"iteration": 0, "d": d, "l1": 1e9, "l2": 1e9, "converged": True}]
+    for step in steps:
+        l1 = factor * step**-0.25
+        lines.append({"iteration": step, "d": d, "l1": l1, "l2": l1 / 10, "converged": step < 40})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_constants_of_averaged_repeats(tmp_path: Path) -> None:
+    paths = [write(tmp_path / "a", 30.0), write(tmp_path / "b", 50.0)]
+    repeats = {name: rates.read_repeats(name, paths) for name in ("lion", "sgd")}
+    found = rates.constants(repeats)
+    means = [40 * sum(step**-0.25 for step in STEPS[:n]) / n for n in range(1, 5)]
+    expected = max(mean * step**0.25 for mean, step in zip(means, STEPS, strict=True))
+    assert found["lion"]["constant"] == pytest.approx(expected / 20)  # sqrt(d) = 20
+    assert found["sgd"]["constant"] == pytest.approx(expected / 10)
+    assert found["lion"]["left"] == pytest.approx(means)
+    assert all(
+        left <= right * (1 + 1e-12) for left, right in zip(found["lion"]["left"], found["lion"]["right"], strict=True)
+    )
+    assert (found["lion"]["converged"], found["lion"]["rounds"], found["lion"]["repeats"]) == (4, 8, 2)
+
+
+def test_a_repeat_that_was_cut_short_or_is_of_another_model_is_named(tmp_path: Path) -> None:
+    whole, short = write(tmp_path / "whole", 1.0), write(tmp_path / "short", 1.0, steps=STEPS[:2])
+    with pytest.raises(
+        LionError, match=r"short has rounds at steps 10, 20, another repeat at 10, 20, 40, 80: was it cut"
+    ):
+        rates.read_repeats("lion", [short, whole])
+    with pytest.raises(LionError, match="other is of another model: d = 500, elsewhere 400"):
+        rates.read_repeats("lion", [whole, write(tmp_path / "other", 1.0, d=500)])
+
+
+def test_the_command_draws_both_panels_and_refuses_another_optimizer(tmp_path: Path) -> None:
+    lion, sgd = write(tmp_path / "lion", 1.0), write(tmp_path / "sgd", 1.0)
+    base = [sys.executable, rate_constants.__file__, "--output", str(tmp_path / "out"), "--run", f"lion={lion}"]
+    done = subprocess.run([*base, "--run", f"sgd={sgd}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "| c_LION | " in done.stdout and "2 of 4" in done.stdout
+    assert (tmp_path / "out" / "A3.svg").is_file()
+    refused = subprocess.run([*base, "--run", f"adamw={sgd}"], capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and "'adamw' has no rate here" in refused.stderr

@@ -1,0 +1,67 @@
+"""The constants of (A1) and (A2) from the rounds of repeated runs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lion import theory
+from megatron_lion.config import LionError
+from megatron_lion.stats.writer import read_records
+
+# What is measured of each optimizer: Lion's rate is in the l1 norm, with sqrt(d); SGD's in the l2 norm.
+NORMS = {"lion": "l1", "sgd": "l2"}
+
+
+def read_repeats(optimizer: str, paths: Sequence[Path]) -> dict[str, Any]:
+    """The rounds of one optimizer's repeats: steps, d, and the norms, (repeats, records).
+
+    Rounds before the first step are left out: the rates count from k = 1. Raises LionError where the repeats are not of
+    one model at the same steps, as when one was cut short, naming the file.
+    """
+    runs = {path: [record for record in read_records(path) if record["iteration"] > 0] for path in paths}
+    shapes = {path: ([record["iteration"] for record in run], {r["d"] for r in run}) for path, run in runs.items()}
+    first = max(shapes.values(), key=lambda shape: len(shape[0]))
+    for path, (steps, sizes) in shapes.items():
+        if len(sizes) > 1 or sizes != first[1]:
+            raise LionError(f"{path} is of another model: d = {_listed(sizes)}, elsewhere {_listed(first[1])}")
+        if steps != first[0]:
+            raise LionError(
+                f"{path} has rounds at steps {_listed(steps)}, another repeat at {_listed(first[0])}: was it cut "
+                "short? Finish it, or leave it out"
+            )
+    key = NORMS[optimizer]
+    for path, run in runs.items():
+        if any(record[key] is None for record in run):
+            raise LionError(f"{path} has a round whose {key} is not finite: leave that run out, it diverged")
+    rounds = [record for run in runs.values() for record in run]
+    return {
+        "steps": first[0],
+        "d": first[1].pop(),
+        "norms": [[record[key] for record in run] for run in runs.values()],
+        "converged": sum(bool(record["converged"]) for record in rounds),
+        "rounds": len(rounds),
+    }
+
+
+def constants(repeats: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """c_LION and c_SGD, and both sides of (A1), (A2) at each step, from :func:`read_repeats` of each optimizer."""
+    found: dict[str, Any] = {}
+    for name, entry in repeats.items():
+        norms, steps = torch.tensor(entry["norms"], dtype=torch.float64), entry["steps"]
+        if name == "lion":
+            constant = theory.lion_rate_constant(norms, entry["d"], steps=steps)
+        else:
+            constant = theory.sgd_rate_constant(norms, steps=steps)
+        scale = entry["d"] ** 0.5 if name == "lion" else 1.0
+        left = theory.running_mean(norms.mean(0)).tolist()
+        right = [constant.value * scale * step**-0.25 for step in steps]
+        row = {"constant": constant.value, "at_step": constant.at_step, "left": left, "right": right}
+        found[name] = {key: value for key, value in entry.items() if key != "norms"} | row | {"repeats": len(norms)}
+    return found
+
+
+def _listed(numbers: Sequence[int] | set[int]) -> str:
+    shown = [str(number) for number in sorted(numbers)]
+    return ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-2:]]) or "none"
