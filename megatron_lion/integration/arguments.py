@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from megatron_lion.config import KERNELS, LANGUAGE_MODEL_BETAS, LionConfig, LionError, did_you_mean
-from megatron_lion.integration import checkpoints, compat, storage
+from megatron_lion.integration import checkpoint_formats, checkpoints, compat, init_from, storage
 from megatron_lion.integration.norm_ratio import arguments as norm_ratio
 
 BETA_FLAGS = dict(zip(("lion_beta1", "lion_beta2"), LANGUAGE_MODEL_BETAS, strict=True))
@@ -43,6 +43,7 @@ def install() -> None:
         _fill_betas(args, BETA_FLAGS if is_lion else stock_betas)
         norm_ratio.check(args)
         if not is_lion:
+            _refuse_without_lion(args)
             validated = stock_validate(args, defaults or {})
             norm_ratio.check(args)  # again, as Megatron derives some settings from others
             return validated
@@ -104,6 +105,13 @@ def _adapt(parser: argparse.ArgumentParser) -> dict[str, Any]:
 
     storage.add(parser)
 
+    parser.add_argument(
+        "--lion-init-from",
+        metavar=f"{{{','.join(init_from.CHOICES)}}}",
+        help="Where --load holds an Adam checkpoint, go on from its weights with Adam's momentum, or with none. "
+        "Without it such a checkpoint is refused. No effect once the checkpoint is Lion's own.",
+    )
+
     def error(message: str) -> None:
         raise LionError(f"{message}. All flags: --help")
 
@@ -122,6 +130,8 @@ def _check_lion(args: Any) -> None:
     for dest, instead in REFUSED.items():
         if getattr(args, dest, None):
             raise LionError(f"--{dest.replace('_', '-')} cannot be honoured with --optimizer lion: {instead}")
+    checkpoint_formats.refuse_foreign_format(args)
+    init_from.check(args)
     if args.lr is None:
         raise LionError("--optimizer lion needs --lr, 3 to 10 times lower than AdamW's (docs/coming-from-adamw.md)")
     storage.resolve(args)
@@ -135,6 +145,14 @@ def _check_lion(args: Any) -> None:
     )
     if args.min_lr is not None and args.min_lr > args.lr:
         raise LionError(f"--min-lr {args.min_lr:g} lies above --lr {args.lr:g}: lower it with Lion's --lr")
+
+
+def _refuse_without_lion(args: Any) -> None:
+    if args.lion_init_from:
+        raise LionError(
+            f"--lion-init-from {args.lion_init_from} has no effect with --optimizer {args.optimizer}: drop it, or add "
+            "--optimizer lion"
+        )
 
 
 def _require_ranks(args: Any) -> None:

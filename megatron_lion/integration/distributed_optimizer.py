@@ -13,7 +13,8 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, summary
-from megatron_lion.integration.compat.sharding import DistributedOptimizer
+from megatron_lion.integration.init_from import InitFromAdam
+from megatron_lion.integration.repaired_optimizer import RepairedDistributedOptimizer
 from megatron_lion.lion import Lion
 from megatron_lion.precision import BLOCK, Place
 
@@ -43,49 +44,6 @@ def init_adam_state(optimizer: torch.optim.Optimizer, config: Any = None) -> Non
                 }
 
 
-class RepairedDistributedOptimizer(DistributedOptimizer):
-    """DistributedOptimizer whose ``fully_reshardable`` checkpoints hold what was trained.
-
-    Up to 0.19.2 the state gathered for such a checkpoint has the padding between buckets taken out, and is then cut at
-    offsets that count it, so every parameter behind the first bucket is saved shifted: with several buckets, which tied
-    embeddings on two pipeline stages already make (Megatron issue 5077, fixed in 0.20). Here the padding is put back
-    before it is cut.
-    """
-
-    def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
-        if not compat.known().shifts_reshardable_state:
-            return super().sharded_param_state_fully_reshardable(*args, **kwargs)
-        gather_state = self.get_parameter_state_dp_zero
-
-        def gather_state_with_padding(**options: Any) -> Any:
-            return self._put_padding_back(gather_state(**options))
-
-        with compat.substituted(self, get_parameter_state_dp_zero=gather_state_with_padding):
-            return super().sharded_param_state_fully_reshardable(*args, **kwargs)
-
-    def _put_padding_back(self, state: dict[Any, Any] | None) -> dict[Any, Any] | None:
-        """Each whole tensor of ``state`` in the coordinates of its buffer; None where a rank gathered nothing."""
-        if state is None:
-            return None
-        for index, buffer in enumerate(self.buffers):
-            for tensors in state[index].values():
-                for key, compact in list(tensors.items()):
-                    if isinstance(compact, torch.Tensor):
-                        tensors[key] = self._padded(compact, buffer)
-        return state
-
-    @staticmethod
-    def _padded(compact: torch.Tensor, buffer: Any) -> torch.Tensor:
-        padded = compact.new_zeros(sum(bucket.grad_data.numel() for bucket in buffer.buckets))
-        start_compact = start_padded = 0
-        for bucket in buffer.buckets:
-            numel = bucket.numel_unpadded
-            padded[start_padded : start_padded + numel] = compact[start_compact : start_compact + numel]
-            start_compact += numel
-            start_padded += bucket.grad_data.numel()
-        return padded
-
-
 class StatelessStepDistributedOptimizer(RepairedDistributedOptimizer):
     """The distributed optimizer around an optimizer whose state is one tensor per parameter and key, and no ``step``.
 
@@ -109,7 +67,6 @@ class StatelessStepDistributedOptimizer(RepairedDistributedOptimizer):
         with compat.without_step():
             return super().state_dict()
 
-    @torch.no_grad()  # in fp32 the shards are views of parameters, which autograd would not let it write (1225)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         try:
             with compat.without_step():
@@ -197,7 +154,7 @@ class LionChainedOptimizer(ChainedOptimizer):
             ) from error
 
 
-class LionDistributedOptimizer(StatelessStepDistributedOptimizer):
+class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
     """Megatron's distributed optimizer around Lion: master weights and ``exp_avg``, each sharded over DP.
 
     On Megatron's precision-aware path Lion holds the masters, in fp32 or as remainders, and its momentum may have fewer
@@ -326,7 +283,6 @@ class TorchAdamDistributedOptimizer(RepairedDistributedOptimizer):
             init_adam_state(self.optimizer)
         return super().state_dict()
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         (step,) = {float(group["step"]) for group in state_dict["optimizer"]["param_groups"]}

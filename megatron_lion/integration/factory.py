@@ -20,6 +20,7 @@ from megatron_lion.integration.distributed_optimizer import (
     init_lion_state,
     init_sgd_state,
 )
+from megatron_lion.integration.init_from import INIT_FROM
 from megatron_lion.lion import Lion
 
 # What the optimizer's configuration carries of our flags; absent where a script uses megatron.core alone, which may set
@@ -79,6 +80,7 @@ def install_config() -> None:
             made = stock_config(args)
         for name, default in {"optimizer": "lion", **BETAS, **CARRIED}.items():
             setattr(made[0], name, getattr(args, name, default))
+        setattr(made[0], INIT_FROM, getattr(args, INIT_FROM, None))
         return made
 
     compat.replace_everywhere(training, "get_megatron_optimizer_config", get_megatron_optimizer_config)

@@ -1,0 +1,106 @@
+"""What a checkpoint's format holds, which layouts of ranks it can be loaded into, and what to save with instead."""
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.config import LionError
+
+SAVE_WITH = "--dist-ckpt-optim-fully-reshardable"
+# What dp_reshardable, whose tensors are Megatron's own buckets, cannot change. Megatron itself compares the first two.
+FIXED = {
+    "tensor_model_parallel_size": "TP",
+    "pipeline_model_parallel_size": "PP",
+    "virtual_pipeline_model_parallel_size": "virtual PP",
+}
+FIXED_FOR_EXPERTS = {"expert_model_parallel_size": "EP", "expert_tensor_parallel_size": "expert TP"}
+# Formats that belong to other ways of sharding than Lion's.
+FOREIGN_FORMATS = {"fsdp_dtensor": "Megatron-FSDP", "torch_dcp": "torch FSDP2"}
+# The state of one parameter, or of one bucket of them, in a torch_dist checkpoint.
+STATE_KEY = re.compile(r"\boptimizer\.state\.(\w+)\.|\boptimizer\.distributed\..*\.(\w+)$")
+MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
+
+
+def moments(state: dict[str, Any], path: str) -> frozenset[str]:
+    """Which kinds of momentum the checkpoint at ``path``, which begins with ``state``, holds; empty if unknown.
+
+    For a ``torch_dist`` checkpoint from the names of its tensors, for the legacy format from its parameter groups.
+    """
+    from megatron.core import dist_checkpointing
+
+    if dist_checkpointing.check_is_distributed_checkpoint(path):
+        found = (STATE_KEY.search(key) for key in dist_checkpointing.load_tensors_metadata(path))
+        return MOMENTS & {match[1] or match[2] for match in found if match}
+    parts = state.get("optimizer") or []
+    parts = [part.get("optimizer", part) for part in (parts if isinstance(parts, list) else [parts])]
+    keys = {key for part in parts for group in part.get("param_groups", ()) for key in group}
+    if "momentum_init" in keys:
+        return frozenset({"exp_avg"})
+    return frozenset({"exp_avg", "exp_avg_sq"}) if "eps" in keys else frozenset()
+
+
+def refuse_foreign_format(args: Any) -> None:
+    """Raise LionError for a ``--ckpt-format`` that only a way of sharding has that Lion does not support."""
+    if args.ckpt_format in FOREIGN_FORMATS:
+        raise LionError(
+            f"--ckpt-format {args.ckpt_format} is the format of {FOREIGN_FORMATS[args.ckpt_format]}, which Lion does "
+            "not support: use torch_dist, the default, or torch"
+        )
+
+
+def refuse_another_layout(load_dir: str, state: dict[str, Any], saved_args: Any, args: Any) -> None:
+    """Raise LionError where the optimizer state in ``load_dir`` cannot be loaded into this run's layout.
+
+    Megatron 0.19.2 names a flag that does not help there (checkpointing 2255), or fails later, in a list of keys.
+    """
+    if not hasattr(args, "data_parallel_size"):  # the command line is not complete yet (--use-checkpoint-args)
+        return
+    from megatron.core.dist_checkpointing import load_content_metadata
+
+    saved_sharded = getattr(saved_args, "use_distributed_optimizer", args.use_distributed_optimizer)
+    if saved_sharded != args.use_distributed_optimizer:
+        one, other = ("with", "without") if saved_sharded else ("without", "with")
+        raise LionError(
+            f"the optimizer state in {load_dir} was saved {one} --use-distributed-optimizer and this run is {other} "
+            "it: Megatron's two formats differ. Resume as it was saved, or load the weights alone (--no-load-optim)"
+        )
+    fixed = FIXED | (FIXED_FOR_EXPERTS if getattr(args, "num_experts", None) else {})
+    sizes = [(name, getattr(saved_args, size, None) or 1, getattr(args, size) or 1) for size, name in fixed.items()]
+    changed = [f"{name} {saved} to {running}" for name, saved, running in sizes if saved != running]
+    sharding = (load_content_metadata(preloaded_state_dict=state) or {}).get("distrib_optim_sharding_type")
+    if changed and sharding == "dp_reshardable":
+        raise LionError(
+            f"{', '.join(changed)}: the optimizer state in {load_dir} is in Megatron's default format, dp_reshardable, "
+            f"which can change data-parallel size alone. Resume once in the old layout with {SAVE_WITH}: what it "
+            "saves then loads in any layout. Or load the weights alone (--no-load-optim)"
+        )
+
+
+def refuse_other_shards(args: Any) -> None:
+    """Raise LionError where a legacy checkpoint has other model-parallel shards than this run's ranks would open.
+
+    Megatron 0.19.2 exits with status 0 on a rank that finds no file (checkpointing 1731).
+    """
+    from megatron.training.checkpointing import checkpoint_exists, get_load_checkpoint_path_by_args
+
+    if not (hasattr(args, "data_parallel_size") and args.load and checkpoint_exists(args.load)):
+        return
+    found = {shard.name for shard in Path(get_load_checkpoint_path_by_args(args)).glob("mp_rank_*")}
+    expected = _legacy_shards(args)
+    if found and found != expected:
+        raise LionError(
+            f"{args.load} is in the legacy format (--ckpt-format torch), in which TP and PP cannot change: it has "
+            f"{', '.join(sorted(found))}, and this run reads {', '.join(sorted(expected))}. Resume once in the old "
+            f"layout with --ckpt-format torch_dist {SAVE_WITH}: what it saves then loads in any layout"
+        )
+
+
+def _legacy_shards(args: Any) -> set[str]:
+    """The folders of the legacy format that this run's ranks read."""
+    from megatron.training.checkpointing import get_checkpoint_name
+
+    tensor, pipeline = range(args.tensor_model_parallel_size), range(args.pipeline_model_parallel_size)
+    ranks = itertools.product(tensor, pipeline, range(args.expert_model_parallel_size))
+    paths = (get_checkpoint_name("", 0, tensor_rank=t, pipeline_rank=p, expert_rank=e) for t, p, e in ranks)
+    return {Path(path).parent.name for path in paths}

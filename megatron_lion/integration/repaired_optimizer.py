@@ -1,0 +1,103 @@
+"""Megatron's distributed optimizer with its checkpoint formats repaired, for any inner optimizer."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_lion.integration import compat
+from megatron_lion.integration.compat.sharding import DistributedOptimizer
+
+
+class RepairedDistributedOptimizer(DistributedOptimizer):
+    """DistributedOptimizer whose checkpoints hold what was trained, whatever its buckets.
+
+    ``fully_reshardable``: up to 0.19.2 the state gathered for such a checkpoint has the padding between buckets taken
+    out, and is then cut at offsets that count it, so every parameter behind the first bucket is saved shifted: with
+    several buckets, which tied embeddings on two pipeline stages already make (Megatron issue 5077, fixed in 0.20).
+    Here the padding is put back before it is cut.
+
+    ``dp_reshardable``: a bucket is saved up to its unpadded end, of which each rank says what its own piece holds,
+    parameters and the gaps between them. Up to 0.19.2 a piece that begins with a gap reaches to the end of the rank's
+    piece, beyond the unpadded end, where saving fails (Megatron pull request 5898), and a piece that holds no parameter
+    at all is refused on saving and not found on loading (6191). Here gaps end where the bucket does, and are zero where
+    stock saves uninitialised memory. Goes when both are released.
+    """
+
+    def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
+        if not compat.known().shifts_reshardable_state:
+            return super().sharded_param_state_fully_reshardable(*args, **kwargs)
+        gather_state = self.get_parameter_state_dp_zero
+
+        def gather_state_with_padding(**options: Any) -> Any:
+            return self._put_padding_back(gather_state(**options))
+
+        with compat.substituted(self, get_parameter_state_dp_zero=gather_state_with_padding):
+            return super().sharded_param_state_fully_reshardable(*args, **kwargs)
+
+    def _put_padding_back(self, state: dict[Any, Any] | None) -> dict[Any, Any] | None:
+        """Each whole tensor of ``state`` in the coordinates of its buffer; None where a rank gathered nothing."""
+        if state is None:
+            return None
+        for index, buffer in enumerate(self.buffers):
+            for tensors in state[index].values():
+                for key, compact in list(tensors.items()):
+                    if isinstance(compact, torch.Tensor):
+                        tensors[key] = self._padded(compact, buffer)
+        return state
+
+    @staticmethod
+    def _padded(compact: torch.Tensor, buffer: Any) -> torch.Tensor:
+        padded = compact.new_zeros(sum(bucket.grad_data.numel() for bucket in buffer.buckets))
+        start_compact = start_padded = 0
+        for bucket in buffer.buckets:
+            numel = bucket.numel_unpadded
+            padded[start_padded : start_padded + numel] = compact[start_compact : start_compact + numel]
+            start_compact += numel
+            start_padded += bucket.grad_data.numel()
+        return padded
+
+    @torch.no_grad()  # in fp32 the shards are views of parameters, which autograd would not let it write (1225)
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
+        super()._set_main_param_and_optimizer_states(model_param, tensors)
+
+    def get_parameter_state_dp_reshardable(self) -> Any:
+        """As Megatron's, with a parameter of no elements in each bucket of which this rank holds none."""
+        state = super().get_parameter_state_dp_reshardable()
+        nothing = dict.fromkeys(
+            ("param", *self.optimizer_state_keys), torch.empty(0, device=torch.cuda.current_device())
+        )
+        for bucket in _buckets(state):
+            if not bucket:
+                bucket.append({**nothing, "gbuf_local_start": 0, "gbuf_local_end": 0, "padding": True})
+        return state
+
+    def sharded_param_state_dp_reshardable(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().sharded_param_state_dp_reshardable(*args, **kwargs)
+        for bucket in _buckets(state):
+            for piece in bucket:
+                if piece["padding"].unwrap():
+                    _end_where_the_bucket_does(piece)
+        return state
+
+
+def _buckets(state: dict[Any, Any]) -> Iterator[list[dict[str, Any]]]:
+    """The pieces of each bucket in what ``get_parameter_state_dp_reshardable`` returns: by buffer, dtype and bucket."""
+    for buffer, by_dtype in state.items():
+        if isinstance(buffer, int):  # beside them: per_bucket_numel and per_bucket_numel_unpadded
+            for buckets in by_dtype.values():
+                yield from buckets
+
+
+def _end_where_the_bucket_does(gap: dict[str, Any]) -> None:
+    """Cut the tensors of ``gap`` at the end of the bucket's unpadded part and make them zero; drop those left empty."""
+    for key, tensor in list(gap.items()):
+        if not isinstance(tensor, ShardedTensor):
+            continue
+        length = min(tensor.local_shape[0], tensor.global_shape[0] - tensor.global_offset[0])
+        if length <= 0:
+            del gap[key]
+        else:
+            gap[key] = replace(tensor, data=torch.zeros_like(tensor.data[:length]), local_shape=(length,))

@@ -1,0 +1,63 @@
+"""What one layout saves another loads: masters and momentum bit for bit, and the next losses."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import reshard
+from reshard import Saved
+
+# fp32 sums over ranks are rounded in another order, and each rounding may flip the sign of an element of c near zero.
+SAME_FUNCTION = 1e-6
+
+# Each layout saves once and loads once, each format is there; dp_reshardable and torch cannot change TP or PP.
+PAIRS = [
+    ("DP 1", "TP 2, sequence parallel", "fully_reshardable"),
+    ("TP 2, sequence parallel", "PP 2", "fully_reshardable, memory-efficient"),
+    ("PP 2", "PP 2", "dp_reshardable"),
+    ("PP 2", "PP 2 x DP 2", "dp_reshardable"),
+    ("DP 4", "DP 2", "dp_reshardable"),
+    ("DP 2", "DP 2", "torch"),
+    ("DP 2", "DP 1", "torch"),
+    pytest.param("TP 2 x DP 2", "TP 2", "torch", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(text: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Saves each layout in each format when it is first asked for, once."""
+    kept: dict[tuple[str, ...], Saved] = {}
+
+    def saved(*what: str) -> Saved:
+        if what not in kept:
+            kept[what] = reshard.save(text, tmp_path_factory.mktemp("saved"), *what)
+        return kept[what]
+
+    return saved
+
+
+@pytest.mark.parametrize(("one", "other", "how"), PAIRS)
+def test_a_checkpoint_loads_in_another_layout(
+    text: Path, tmp_path: Path, saved: Callable[..., Saved], one: str, other: str, how: str
+) -> None:
+    cell = reshard.load(text, saved(one, "fp32", how), tmp_path, other, "fp32", reshard.same_format(how))
+    assert cell.different == []
+    assert cell.loss_difference <= (0.0 if one == other else SAME_FUNCTION)
+
+
+@pytest.mark.parametrize(
+    ("one", "how", "other", "says"),
+    [
+        ("PP 2", "dp_reshardable", "TP 2", "TP 1 to 2, PP 2 to 1"),
+        ("DP 2", "torch", "TP 2", "it has mp_rank_00, and this run reads mp_rank_00, mp_rank_01"),
+    ],
+)
+def test_a_format_that_cannot_change_tp_or_pp_says_what_to_save_with(
+    text: Path, tmp_path: Path, saved: Callable[..., Saved], one: str, how: str, other: str, says: str
+) -> None:
+    where = f"--load {saved(one, 'fp32', how).folder} {reshard.same_format(how)}"
+    run = reshard.probe(text, "load", tmp_path, other, "fp32", where)
+    assert run.returncode != 0
+    assert says in run.output
+    assert "--dist-ckpt-optim-fully-reshardable: what it saves then loads in any layout" in run.output
+    assert not run.log.loss
