@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import megatron_lion
-from megatron_lion.config import LionError
+from megatron_lion.config import LionError, LocalError
 
 GRACE_SECONDS = 5.0
 
 
 def report_on_rank_0(error: LionError) -> None:
-    """Print one line on rank 0; let the other ranks wait for it, since torchrun ends all once one has ended."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """Print one line on rank 0, or on the rank that met a LocalError; let the other ranks wait for it, since torchrun
+    ends all once one has ended."""
+    if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, LocalError):
         print(f"megatron-lion: error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(GRACE_SECONDS)

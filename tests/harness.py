@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -64,17 +65,20 @@ def torchrun(
     script: Path | str = PRETRAIN_GPT,
     environment: dict[str, str] | None = None,
     kill_at: int | None = None,
+    kill_rank: int | None = None,
+    launcher: str = "",
     timeout: float = 300.0,
 ) -> Run:
     """Run ``script`` under torchrun on ``ranks`` gloo ranks; each of ``flags`` is split at blanks.
 
-    With ``kill_at``, the launcher and every rank are SIGKILLed as soon as that iteration is logged. A run that is
-    still going after ``timeout`` seconds is killed too, and fails.
+    With ``kill_at``, the launcher and every rank, or ``kill_rank`` alone, are SIGKILLed as soon as that iteration is
+    first logged. A run that is still going after ``timeout`` seconds is killed too, and fails. ``launcher`` has further
+    flags of torchrun's own.
     """
     target = ["-m", script[3:]] if isinstance(script, str) and script.startswith("-m ") else [str(script)]
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *target]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     process = subprocess.Popen(
-        [*line, *_words(flags)],
+        [*line, *launcher.split(), *target, *_words(flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -82,11 +86,13 @@ def torchrun(
     )
     assert process.stdout is not None
 
-    def kill() -> None:
-        for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+    def kill(rank: int | None = None) -> None:
+        children = psutil.Process(process.pid).children(recursive=True)
+        chosen = [child for child in children if child.environ().get("RANK") == str(rank)]
+        for victim in [*children, process] if rank is None else chosen:
             victim.kill()
 
-    output, log = _follow(process.stdout, kill, kill_at, timeout)
+    output, log = _follow(process.stdout, kill, Kill(kill_at, rank=kill_rank), timeout)
     return Run(process.wait(), output, log)
 
 
@@ -96,13 +102,18 @@ def run_ranks(
     script: Path = PRETRAIN_GPT,
     environment: dict[str, str] | None = None,
     kill_at: int | None = None,
+    kill_rank: int | None = None,
+    kill_after: float = 0.0,
     timeout: float = 300.0,
 ) -> Run:
-    """As :func:`torchrun`, with ranks that start at once (``ranks.py``) and no launcher around them."""
-    if os.environ.get("MEGATRON_LION_TESTS_TORCHRUN"):
+    """As :func:`torchrun`, with ranks that start at once (``ranks.py``) and no launcher around them.
+
+    The kill comes ``kill_after`` seconds after iteration ``kill_at``; a run that has ended by then ends well.
+    """
+    if os.environ.get("MEGATRON_LION_TESTS_TORCHRUN") and kill_rank is None and not kill_after:
         return torchrun(*flags, ranks=ranks, script=script, environment=environment, kill_at=kill_at, timeout=timeout)
     started = Ranks(script, _words(flags), ranks, {**CPU_ENVIRONMENT, **(environment or {})})
-    output, log = _follow(started.lines(), started.kill, kill_at, timeout)
+    output, log = _follow(started.lines(), started.kill, Kill(kill_at, kill_after, kill_rank), timeout)
     return Run(started.wait(), output, log)
 
 
@@ -110,16 +121,30 @@ def _words(flags: Iterable[str]) -> list[str]:
     return [word for flag in flags for word in flag.split()]
 
 
+class Kill(NamedTuple):
+    """When a run is killed, and which rank; all of them without one."""
+
+    at: int | None = None
+    after: float = 0.0
+    rank: int | None = None
+
+
 def _follow(
-    lines: Iterable[str], kill: Callable[[], None], kill_at: int | None, timeout: float
+    lines: Iterable[str], kill: Callable[[int | None], None], when: Kill, timeout: float
 ) -> tuple[str, TrainingLog]:
-    """Read a run's output to its end; kill it at iteration ``kill_at`` or after ``timeout`` seconds."""
-    deadline, output, log = time.monotonic() + timeout, [], TrainingLog()
+    """Read a run's output to its end; kill it once when told to, and whole after ``timeout`` seconds."""
+    deadline, output, log, due = time.monotonic() + timeout, [], TrainingLog(), when.at is not None
     for text in lines:
         output.append(text)
         iteration = log.add_line(text)
-        if (iteration is not None and iteration == kill_at) or time.monotonic() > deadline:
-            kill()
+        if due and iteration == when.at:
+            due = False
+            if when.after:
+                threading.Timer(when.after, kill, [when.rank]).start()
+            else:
+                kill(when.rank)
+        if time.monotonic() > deadline:
+            kill(None)
     return "".join(output), log
 
 

@@ -57,9 +57,9 @@ class Ranks:
             if partial:
                 yield partial
 
-    def kill(self) -> None:
-        """SIGKILL every rank, and the processes that it started itself, which would live on."""
-        for process in self._processes:
+    def kill(self, rank: int | None = None) -> None:
+        """SIGKILL every rank, or ``rank`` alone, and the processes that it started itself, which would live on."""
+        for process in self._processes if rank is None else [self._processes[rank]]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for child in psutil.Process(process.pid).children(recursive=True):
                     child.kill()

@@ -50,12 +50,13 @@ def register_training() -> None:
     if "training" in _done:
         return
     compat.require_seams(training=True)
-    from megatron_lion.integration import arguments, checkpoints, factory
+    from megatron_lion.integration import arguments, checkpoints, damage, factory
     from megatron_lion.integration.norm_ratio import rounds
 
     arguments.install()
     factory.install_config()
     checkpoints.install()
+    damage.install()
     rounds.install()
     compat.allow_wheel_without_makefile()
     if cpu_backend.wanted():
