@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,11 +151,6 @@ class _Event:
         return True
 
 
-@contextlib.contextmanager
-def _stream_context(*args: Any, **kwargs: Any) -> Iterator[None]:
-    yield
-
-
 def _replace_cuda_module() -> None:
     """``torch.cuda``'s own functions, answered by the CPU."""
 
@@ -171,7 +166,8 @@ def _replace_cuda_module() -> None:
         # With 0 devices Megatron skips model-parallel set-up and the RNG tracker (initialize 270, 447).
         "device_count": answers(1),
         "set_device": answers(None),
-        "device": _stream_context,
+        # Megatron keeps such a context and enters it again.
+        "device": contextlib.nullcontext,
         "get_device_properties": answers(properties),
         "get_device_capability": answers((properties.major, properties.minor)),
         "get_device_name": answers(properties.name),
@@ -180,7 +176,7 @@ def _replace_cuda_module() -> None:
         "ipc_collect": answers(None),
         "Stream": _Stream,
         "Event": _Event,
-        "stream": _stream_context,
+        "stream": contextlib.nullcontext,
         "current_stream": answers(stream),
         "default_stream": answers(stream),
         "set_stream": answers(None),
