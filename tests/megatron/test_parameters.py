@@ -34,6 +34,10 @@ def off_lion(answers: list[dict[str, Any]], betas: list[float]) -> list[str]:
     )
 
 
+@pytest.mark.supports(
+    "every parameter on Lion, `--lion-beta1/2` honoured, weight decay by group",
+    "listed parameter by parameter; the same check fails on stock Megatron",
+)
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [
@@ -68,6 +72,10 @@ def test_the_check_above_fails_on_stock_megatron(text: Path) -> None:
     assert all(owner["betas"] != [0.8, 0.97] for owner in stock_lion), "stock ignores --lion-beta1 and --lion-beta2"
 
 
+@pytest.mark.supports(
+    "the sharded step equals the unsharded one",
+    "bit for bit, DP 2 and 4, bf16 and fp32, shards that cut parameters",
+)
 @pytest.mark.parametrize("flags", ["--bf16", "", "--bf16 --overlap-grad-reduce --overlap-param-gather"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_sharded_step_inside_megatron_equals_plain_lion_bit_for_bit(text: Path, ranks: int, flags: str) -> None:
@@ -87,11 +95,19 @@ NON_FINITE = {
     "fp16, sharded": ("", f"{DISTRIBUTED} --fp16 --initial-loss-scale 1024 --hysteresis 1"),
     # What the gradient norm does not see.
     "TP 2, in one rank's copy": ("layernorm", f"{DISTRIBUTED} --tensor-model-parallel-size 2"),
+    "TP 2, in one rank's copy, int8 momentum": (
+        "layernorm",
+        f"{DISTRIBUTED} --tensor-model-parallel-size 2 --bf16 --lion-momentum-dtype int8",
+    ),
     "PP 2, in the tied copy": ("output_layer", f"{DISTRIBUTED} --pipeline-model-parallel-size 2"),
     "in one rank's expert": ("experts", f"{DISTRIBUTED} {MOE} --expert-model-parallel-size 2"),
 }
 
 
+@pytest.mark.supports(
+    "a NaN or Inf gradient on one rank alone",
+    "every rank skips the update; weights, masters and momentum keep every bit",
+)
 @pytest.mark.parametrize(("where", "flags"), NON_FINITE.values(), ids=NON_FINITE)
 def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any(text: Path, where: str, flags: str) -> None:
     for answer in probe(text, "non-finite", "--optimizer lion", flags, ranks=2, PROBE_BAD=where):
@@ -100,6 +116,7 @@ def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any(text: Path, wh
         assert answer["scale"] == ([1024.0, 512.0, 256.0, 256.0] if "--fp16" in flags else [1.0] * 4)
 
 
+@pytest.mark.supports("optimizer state sharded over DP", "counted in bytes on the fullest rank, DP 1, 2, 4")
 def test_optimizer_state_halves_as_data_parallel_doubles(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         "",

@@ -100,7 +100,9 @@ def gradients_outside_the_norm(part: Any) -> list[Any]:
     if part.optimizer is None:
         return []
     seen = {id(grad) for grad in getattr(part, known().gradients_of_the_norm)()}
-    return [param.grad for param in part.get_parameters() if param.grad is not None and id(param.grad) not in seen]
+    name = "decoupled_grad" if is_precision_aware(part.config) else "grad"
+    grads = (getattr(param, name, None) for param in part.get_parameters())
+    return [grad for grad in grads if grad is not None and id(grad) not in seen]
 
 
 def shard_range(part: Any, param: Any) -> tuple[int, int]:
