@@ -17,47 +17,14 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("launch", "tools")]
 
 import pretrain_gpt
+from compare_stock import owners, state_bytes, stock_on_cpu
 
 import megatron_lion
-from megatron_lion.integration import compat, cpu_backend
+from megatron_lion.integration import compat
 from megatron_lion.lion import Lion
-
-
-def run_on_cpu_without_registering() -> None:
-    """Stock Megatron on a CPU: the backend alone."""
-    cpu_backend.replace_cuda()
-    cpu_backend.adapt_core()
-    cpu_backend.adapt_training()
-    compat.allow_wheel_without_makefile()
-
-
-def owners(model: list[Any], optimizer: Any) -> dict[str, dict[str, Any]]:
-    """For each of this rank's parameters: the class of the optimizer that updates it, and its group's settings."""
-    names = {param: f"{index}.{name}" for index, chunk in enumerate(model) for name, param in chunk.named_parameters()}
-    found: dict[str, dict[str, Any]] = {}
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for model_param, group in _groups(part):
-            found[names[model_param]] = {
-                "optimizer": type(part.optimizer).__name__,
-                "wrapper": type(part).__name__,
-                "betas": list(group.get("betas", ())),
-                "weight_decay": group.get("weight_decay"),
-            }
-    return found
-
-
-def _groups(part: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """Pairs of model parameter and parameter group, for each of Megatron's wrappers."""
-    groups = part.optimizer.param_groups
-    if hasattr(part, "model_param_group_index_map"):
-        return [(param, groups[index]) for param, (index, _) in part.model_param_group_index_map.items()]
-    if hasattr(part, "float16_groups"):
-        model_groups = zip(part.float16_groups, part.fp32_from_fp32_groups, groups, strict=True)
-        return [(param, group) for half, full, group in model_groups for param in (*half, *full)]
-    return [(param, group) for group in groups for param in group["params"]]
 
 
 def set_gradients(model: list[Any], seed: int, bad: float | None = None) -> dict[str, torch.Tensor]:
@@ -91,7 +58,9 @@ def sharded_step(model: list[Any], optimizer: Any, steps: int = 5) -> dict[str, 
 
     args = get_args()
     params = {f"{i}.{name}": param for i, chunk in enumerate(model) for name, param in chunk.named_parameters()}
-    settings = {param: group for part in optimizer.chained_optimizers for param, group in _groups(part)}
+    settings = {
+        param: group for part in optimizer.chained_optimizers for param, group in compat.model_params_with_groups(part)
+    }
     weight_decay = {name: settings[param]["weight_decay"] for name, param in params.items() if param in settings}
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, weight_decay)  # a rank knows only the groups of its own shards
@@ -148,24 +117,10 @@ def non_finite(model: list[Any], optimizer: Any) -> dict[str, Any]:
     return answer
 
 
-def state_bytes(optimizer: Any) -> int:
-    """Bytes of optimizer state on this rank after a step: master weights that are copies, and every state tensor."""
-    total = 0
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        copies = getattr(part, "shard_fp32_from_float16_groups", getattr(part, "fp32_from_float16_groups", []))
-        tensors = [copy for group in copies for copy in group if copy is not None]
-        tensors += [
-            value for state in part.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-        ]
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return total
-
-
 def main() -> None:
     what = sys.argv.pop(1)
     if what == "stock-parameters":
-        run_on_cpu_without_registering()
-        megatron_lion.register = lambda: None
+        stock_on_cpu()
     else:
         megatron_lion.register()
     import megatron.training.training as training
