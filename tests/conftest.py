@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support import pytest_addoption, pytest_configure  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,10 @@ def unfinished(folder: Path) -> int | None:
     return next((i for path in folder.glob("iter_*") if (i := int(path.name[5:])) > latest), None)
 
 
+@pytest.mark.supports(
+    "SIGKILL of one rank or of all at a random moment, also inside a save",
+    "resumed, the final checkpoint equals an undisturbed run's bit for bit",
+)
 # One rank is killed at the even moments, both at the odd ones; every third run saves in the background.
 @pytest.mark.parametrize("moment", [pytest.param(i, marks=[pytest.mark.slow] * (i > 2)) for i in range(40)])
 def test_a_run_killed_at_a_random_moment_and_resumed_ends_as_if_nothing_had_happened(
@@ -69,6 +73,10 @@ def test_a_run_killed_at_a_random_moment_and_resumed_ends_as_if_nothing_had_happ
     assert_same_checkpoint(undisturbed, read_checkpoint(tmp_path, LAST))
 
 
+@pytest.mark.supports(
+    "`torchrun --max-restarts`",
+    "one rank killed: the final checkpoint equals an undisturbed run's bit for bit",
+)
 @pytest.mark.slow
 def test_torchruns_own_restart_brings_a_run_back(
     text: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
@@ -145,6 +153,10 @@ DAMAGE: dict[str, tuple[Callable[[Path, str], str], str, bool]] = {
 }
 
 
+@pytest.mark.supports(
+    "a flipped bit, a truncated or missing file of a `torch_dist` checkpoint",
+    "refused with the file's name and the checkpoints to go back to",
+)
 @pytest.mark.parametrize(
     ("damage", "key"),
     [pytest.param(do, key, id=name, marks=[pytest.mark.slow] * slow) for name, (do, key, slow) in DAMAGE.items()],
@@ -227,6 +239,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.supports(
+    "a full disk while saving",
+    "one line on what to do; the checkpoint before it resumes bit for bit",
+)
 @pytest.mark.parametrize("how", ["", pytest.param("--async-save", marks=pytest.mark.slow)])
 def test_a_full_disk_ends_the_run_with_its_name_and_the_previous_checkpoint_loads(
     text: Path, tmp_path: Path, small_disk: Path, undisturbed: dict[str, Any], how: str

@@ -10,6 +10,10 @@ SCRIPT = Path(__file__).with_name("unfolded.py")
 DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 
 
+@pytest.mark.supports(
+    "clipping and the copy to bf16 folded into the step",
+    "bit for bit a run in which Megatron does both",
+)
 @pytest.mark.parametrize("precision", ["--bf16", ""])
 def test_a_run_equals_one_in_which_megatron_clips_and_copies(text: Path, tmp_path: Path, precision: str) -> None:
     common = (MODEL, BATCH, RATE, CPU, text_flags(text), f"--optimizer lion {DISTRIBUTED} {HORIZON} {precision}")

@@ -9,6 +9,7 @@ from harness import HORIZON, assert_same_checkpoint, pretrain, read_checkpoint, 
 CANONICAL = "--dist-ckpt-optim-fully-reshardable"
 
 
+@pytest.mark.supports("the fused CPU kernel", "bit for bit the final checkpoint of a run with the reference kernel")
 def test_the_fused_kernel_is_used_and_trains_what_the_reference_trains(text: Path, tmp_path: Path) -> None:
     flags = f"--optimizer lion --use-distributed-optimizer --bf16 {HORIZON} --train-iters 4"
     runs = {}

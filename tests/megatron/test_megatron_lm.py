@@ -19,6 +19,7 @@ def run_checkout(text: Path, script: str, *arguments: str) -> Run:
     return torchrun(*flags, ranks=2, script=script, environment={"PYTHONPATH": path})
 
 
+@pytest.mark.supports("an unmodified Megatron-LM `pretrain_gpt.py`", "where `MEGATRON_LM_DIR` names a checkout")
 def test_the_unmodified_script_trains_every_parameter_with_our_lion(text: Path) -> None:
     run = run_checkout(text, "-m megatron_lion.run", f"{CHECKOUT}/pretrain_gpt.py")
     assert run.returncode == 0, run.output[-6000:]

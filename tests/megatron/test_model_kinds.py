@@ -90,6 +90,22 @@ CASES = {
     "multi-token prediction, TP 2": Kind("multi-token", MULTI_TOKEN, 2, TENSOR_PARALLEL, slow=True),
 }
 
+HOW = "loss curve of one process from one checkpoint, 6 steps"
+# By the first word of a case.
+ROWS = {
+    "experts,": pytest.mark.supports("mixture of experts: EP, with TP and expert TP, interleaved PP", HOW),
+    "context": pytest.mark.supports(
+        "context parallel", f"{HOW}, with an attention of the tests that gathers keys: Megatron's own needs a GPU"
+    ),
+    "frozen": pytest.mark.supports("frozen parameters", f"{HOW}; resumed bit for bit; they keep every bit"),
+    "fp16,": pytest.mark.supports("fp16 with the dynamic loss scale", f"{HOW}; an overflow halves it, all else stays"),
+    "per-token": pytest.mark.supports("`--calculate-per-token-loss`", HOW),
+    "two": pytest.mark.supports("several distributed-optimizer instances", HOW),
+    "decoupled": pytest.mark.supports("`--decoupled-lr`, tied and untied", f"{HOW}; each weight moves by its own rate"),
+    "HybridModel": pytest.mark.supports("HybridModel of attention and MLP layers", f"{HOW}; resumed bit for bit"),
+    "multi-token": pytest.mark.supports("multi-token prediction", f"{HOW}; resumed bit for bit"),
+}
+
 
 def train(text: Path, script: str | None, *flags: str, **kwargs: Any) -> Run:
     """A run of the tiny model, by ``kinds.py`` where ``script`` names one of its kinds."""
@@ -125,7 +141,11 @@ def one_process(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, id=name, marks=[pytest.mark.slow] * kind.slow) for name, kind in CASES.items()]
+    "kind",
+    [
+        pytest.param(kind, id=name, marks=[ROWS[name.split()[0]], *[pytest.mark.slow] * kind.slow])
+        for name, kind in CASES.items()
+    ],
 )
 def test_a_kind_of_model_trains_as_in_one_process(
     text: Path, one_process: Any, kind: Kind, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
@@ -166,6 +186,7 @@ def moved_by(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], rate: d
         assert signs.round().abs().max() == 1, key
 
 
+@pytest.mark.supports("learning rate and weight decay by parameter group", "each weight's way, from the rule alone")
 @pytest.mark.parametrize(
     ("script", "flags", "rate"),
     [

@@ -47,6 +47,7 @@ def look(text: Path, *flags: str, ranks: int, **environment: str) -> list[dict[s
         return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
+@pytest.mark.supports("the norm ratio: loss, l1, l2, r, noise of a round", "against float64 autograd")
 @pytest.mark.parametrize("flags", ["", f"{DISTRIBUTED} --calculate-per-token-loss"])
 def test_a_round_equals_float64_autograd_over_the_same_samples(
     text: Path, flags: str, capsys: pytest.CaptureFixture[str]
@@ -103,6 +104,10 @@ def one_process(text: Path) -> dict[str, dict[str, Any]]:
     return {model: look(text, model, same_vocabulary, ranks=1)[0] for model in ("", MOE)}
 
 
+@pytest.mark.supports(
+    "each parameter counted once",
+    "known integers in the buffers: sums exact on every layout, known defects noticed",
+)
 @pytest.mark.parametrize(("model", "ranks", "layout", "defects"), COUNTS.values(), ids=COUNTS)
 def test_each_parameter_is_counted_once_and_each_known_defect_is_noticed(
     text: Path,

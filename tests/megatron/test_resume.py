@@ -30,6 +30,10 @@ CASES = {
 SLOW = ("sgd without momentum, DP 2, sharded", "adam, DP 2, sharded, bf16, canonical")
 
 
+@pytest.mark.supports(
+    "SIGKILL after a checkpoint, then resume; SGD and Adam too",
+    "losses and every tensor of the final checkpoint, bit for bit, dropout on",
+)
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, case in CASES.items()],
@@ -49,6 +53,7 @@ def test_a_run_killed_after_a_checkpoint_and_resumed_equals_the_uninterrupted_on
     assert_same_checkpoint(read_checkpoint(tmp_path / "whole", 8), read_checkpoint(tmp_path / "cut", 8))
 
 
+@pytest.mark.supports("resume at another DP size", "loss curve to 5e-6 relative")
 @pytest.mark.parametrize("other_ranks", [1, 4])
 def test_resume_at_another_data_parallel_size(text: Path, tmp_path: Path, other_ranks: int) -> None:
     flags = f"--optimizer lion {DISTRIBUTED} {HORIZON} --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 1"
@@ -77,6 +82,7 @@ def test_another_learning_rate_on_resume_is_refused_with_the_way_out(text: Path,
     assert "resume with the --lr, --min-lr" in run.output
 
 
+@pytest.mark.supports("another optimizer's checkpoint", "refused by name before it is read")
 @pytest.mark.parametrize(("saved", "loaded"), [("adam", "lion"), ("sgd", "lion"), ("lion", "adam"), ("lion", "sgd")])
 def test_another_optimizers_checkpoint_is_refused(text: Path, tmp_path: Path, saved: str, loaded: str) -> None:
     pretrain(text, f"--optimizer {saved} {DISTRIBUTED} {HORIZON} --train-iters 2 --save {tmp_path} --save-interval 2")

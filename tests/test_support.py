@@ -1,0 +1,62 @@
+"""The table of what is supported names nothing that no test proves."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import support_table
+from harness import ROOT
+
+
+def test_every_row_in_the_readme_is_a_mark_on_a_test() -> None:
+    marked = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        marked.update(re.findall(r'supports\(\s*"([^"]+)"', path.read_text(encoding="utf-8")))
+    assert set(support_table.rows_in((ROOT / "README.md").read_text(encoding="utf-8"))) <= marked
+
+
+# Three tests: two prove one row, one another; the last is skipped where the first argument says so.
+MARKED = """
+import pytest
+
+@pytest.mark.supports("rows", "counted")
+@pytest.mark.parametrize("case", [1, 2])
+def test_rows(case): pass
+
+@pytest.mark.supports("more", "looked at")
+def test_more(): {more}
+"""
+
+
+def outcomes(folder: Path, more: str) -> Path:
+    """What a run of ``MARKED`` writes."""
+    (folder / "test_marked.py").write_text(MARKED.format(more=more))
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "support", "--support-file", "support.json", "test_marked.py"]
+    subprocess.run([*line, "-p", "no:cacheprovider"], cwd=folder, capture_output=True, check=False)
+    return folder / "support.json"
+
+
+def test_the_table_is_made_from_outcomes(tmp_path: Path) -> None:
+    rows = json.loads(outcomes(tmp_path, "pass").read_text())
+    made = support_table.table(rows)
+    assert made.splitlines()[2:] == ["| more | looked at | 1 |", "| rows | counted | 2 |"]
+    readme = f"before\n{support_table.BEGIN}\nold\n{support_table.END}\nafter\n"
+    written = support_table.with_table(readme, made)
+    assert written.startswith("before\n")
+    assert written.endswith("after\n")
+    assert "old" not in written
+    assert support_table.rows_in(written) == ["more", "rows"]
+    assert support_table.with_table(written, made) == written
+    with pytest.raises(ValueError, match="no marker lines"):
+        support_table.with_table("no markers", made)
+
+
+def test_a_failed_row_stops_the_table_and_a_skipped_one_is_left_out(tmp_path: Path) -> None:
+    skipped = json.loads(outcomes(tmp_path, "pytest.skip('not here')").read_text())
+    assert "more" not in support_table.table(skipped)
+    failed = json.loads(outcomes(tmp_path, "assert False").read_text())
+    with pytest.raises(ValueError, match="failed tests speak against: more"):
+        support_table.table(failed)
