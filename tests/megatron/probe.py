@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("launch", "tools")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import pretrain_gpt
 from compare_stock import owners, state_bytes, stock_on_cpu
