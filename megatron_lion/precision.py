@@ -129,4 +129,5 @@ def _from_blocks(blocks: Tensor, place: Place, numel: int) -> Tensor:
     missing_before = before // BLOCK
     missing_after = -(missing_before + blocks.shape[0]) % width
     whole = functional.pad(blocks, (0, 0, missing_before, missing_after))
-    return whole.reshape(-1, width * BLOCK)[:, :row].reshape(-1)[before : before + numel]
+    piece = whole.reshape(-1, width * BLOCK)[:, :row].reshape(-1)[before : before + numel]
+    return piece.contiguous()  # of rows of one element a reshape is a view, of 32 times the memory

@@ -35,6 +35,7 @@ def test_the_error_is_within_the_stated_bound(row: int) -> None:
     place = Place.of_whole(values)
     codes, scales = quantise(values, place)
     assert codes.dtype == torch.int8
+    assert codes.is_contiguous()
     assert scales.dtype == torch.bfloat16
     assert len(scales) == place.blocks(values.numel()) == 7 * math.ceil(row / BLOCK)
     error = (dequantise(codes, scales, place).double() - values.double()).abs()

@@ -5,6 +5,11 @@ import itertools
 import pytest
 import torch
 from test_kernels import DYADIC, LANGUAGE, assert_same_bits, compare, problem, with_special_values
+from test_packed_kernels import MIXES, compare_packed, packed
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_lion.precision import Place
+from megatron_lion.telemetry import Telemetry
 
 pytest.importorskip("triton")
 
@@ -86,6 +91,62 @@ def test_one_launch_however_many_tensors(tensors, monkeypatch):
     monkeypatch.setattr(triton_lion, "_lion_kernel", Counted())
     compare(update, problem([7] * tensors, FP32, DEVICE), steps=1, **LANGUAGE)
     assert len(launches) == 1
+
+
+def test_a_second_call_copies_no_table_to_the_device():
+    """What a captured graph needs: addresses and blocks are on the device from the first call on those tensors on."""
+    lists = problem([2000, 3], FP32, DEVICE)
+    counts, lr = [], torch.tensor(1e-3, device=DEVICE)
+    for tensors in (lists, lists, [[t[:1] for t in ts] for ts in lists], lists):
+        before = triton_lion._tables.cache_info().misses
+        with TensorsFromHost() as made:
+            update(*tensors, lr=lr, beta1=0.9, beta2=0.95, weight_decay=0.1)
+        counts.append((triton_lion._tables.cache_info().misses - before, made.count > 0))
+    assert counts == [(1, True), (0, False), (1, True), (0, False)]
+
+
+class TensorsFromHost(TorchDispatchMode):
+    """Counts the tensors that are made of Python numbers on the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_packed_state_has_the_bits_of_the_reference(mix):
+    lists = with_special_values(problem([1, 0, 5003, 31, 32, 33, 1055], FP32, DEVICE))
+    compare_packed(update, packed(lists, *mix, copies=True), grad_scale=0.37)
+
+
+@pytest.mark.parametrize("row", [1, 33, 96, 1000])
+def test_pieces_that_begin_and_end_anywhere_have_the_bits_of_the_reference(row):
+    places = [Place(start, row) for start in (0, row - row % 32, 7, 3 * row + 40)]
+    compare_packed(update, packed(problem([1500, 700, 500, 0], FP32, DEVICE), "remainder", BF16, torch.int8, places))
+
+
+def test_momentum_of_every_magnitude_is_quantised_as_the_reference_does():
+    grads = torch.randn(277, 32, generator=torch.Generator().manual_seed(3)) * 2.0 ** torch.arange(-149, 128)[:, None]
+    lists = [[tensor.to(DEVICE)] for tensor in (torch.zeros_like(grads), grads, torch.zeros_like(grads))]
+    compare_packed(update, packed(lists, FP32, FP32, torch.int8), steps=1, beta2=0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scales": [torch.zeros(2, dtype=BF16, device=DEVICE)]}, "7 elements at Place.* 1 scales, not 2"),
+        ({"scales": None}, "exp_avgs must be .*int8"),
+        ({"params": [torch.zeros(7, device=DEVICE)]}, "params must be .*float32"),
+        ({"remainders": [torch.zeros(8, dtype=torch.int16, device=DEVICE)]}, "of one size"),
+        ({"telemetry": Telemetry()}, "no telemetry"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, said):
+    call = packed(problem([7], FP32, DEVICE), "remainder", FP32, torch.int8)
+    with pytest.raises(ValueError, match=said):
+        update(**{**call, **change}, **LANGUAGE)
 
 
 def test_nothing_to_update_is_no_error_and_sizes_must_agree():

@@ -4,6 +4,7 @@ Written for CUDA and tested in Triton's interpreter alone (``TRITON_INTERPRET=1`
 ``"auto"`` does not choose it.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,10 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_lion import precision
 from megatron_lion.precision import Place
 from megatron_lion.telemetry import Telemetry
 
-BLOCK = 1024
+SIZE = 1024  # elements of a program
+BLOCK = tl.constexpr(precision.BLOCK)
+LEVELS = tl.constexpr(precision.LEVELS)
+UNIT = tl.constexpr(1.0 / precision.LEVELS)
+SMALLEST_SCALE = tl.constexpr(precision.SMALLEST_SCALE)
 
 
 @triton.jit
@@ -39,9 +45,49 @@ def _store(pointers, value, inside):
 
 
 @triton.jit
+def _join(highs, lows, inside):
+    """The fp32 masters of bf16 parameters, as 16-bit integers, and their int16 remainders."""
+    low = tl.load(lows, mask=inside, other=0).to(tl.int32)
+    high = tl.load(highs, mask=inside, other=0).to(tl.int32)
+    return ((high << 16) + low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split(highs, lows, value, inside):
+    """Store fp32 masters as bf16 rounded half away from zero, and the int16 remainders."""
+    bits = tl.where(value == value, value.to(tl.int32, bitcast=True), 0x7FC00000)
+    tl.store(highs, ((bits + 0x8000) >> 16).to(tl.uint16), mask=inside)
+    tl.store(lows, bits.to(tl.int16), mask=inside)
+
+
+@triton.jit
+def _dequantise(codes, scales, inside):
+    """The fp32 momentum of int8 codes, a row for each scale."""
+    code = tl.load(codes, mask=inside, other=0).to(tl.int32)
+    return (code * tl.abs(code)).to(tl.float32) * (scales * UNIT)[:, None]
+
+
+@triton.jit
+def _quantise(codes, scale_pointers, value, inside, known):
+    """Store fp32 momentum as int8 codes and a scale for each row; elements outside are zero."""
+    magnitudes = (tl.where(inside, value, 0.0)).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    # As integers, among which a NaN is the largest. tl.max itself is not interpreted where Triton was imported before.
+    largest = tl.reduce(magnitudes, 1, tl.standard._elementwise_max).to(tl.float32, bitcast=True)
+    _store(scale_pointers, tl.where(largest < SMALLEST_SCALE, 0.0, largest), known)
+    scale = _load(scale_pointers, known)
+    finite = (scale > 0.0) & (scale < float("inf"))
+    inverse = tl.where(finite, tl.div_rn(tl.full(scale.shape, LEVELS, tl.float32), tl.where(finite, scale, 1.0)), 0.0)
+    root = tl.sqrt_rn(tl.abs(value) * inverse[:, None])
+    root = tl.where(root < 127.0, root, 127.0)
+    # A number near 2^23 has its units in the last place: the sum rounds to nearest even, and ends in the code.
+    code = (tl.where(value < 0.0, -root, root) + 12582912.0).to(tl.int32, bitcast=True)
+    tl.store(codes, tl.where(finite[:, None], code, 0).to(tl.int8), mask=inside)
+
+
+@triton.jit
 def _lion_kernel(
-    addresses,  # int64 [tensors, 4]: parameter, gradient, momentum, copy (0 where there is none)
-    counts,  # int64 [tensors]
+    table,  # int64 [tensors, 9]: addresses of parameter, gradient, momentum, copy, remainder, scales (0 where there is
+    # none), then the number of elements, and where in its parameter the tensor begins and how long the rows there are
     block_tensor,  # int32 [programs]: the tensor that a program works on
     block_number,  # int64 [programs]: which of that tensor's blocks
     hyper,  # fp32 [7]: lr, beta1, 1 - beta1, beta2, 1 - beta2, weight decay, gradient scale
@@ -50,32 +96,55 @@ def _lion_kernel(
     GRAD: tl.constexpr,
     MOMENTUM: tl.constexpr,
     COPY: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    PACKED: tl.constexpr,  # momentum in int8
     SIZE: tl.constexpr,
 ):
     if tl.load(skip) == 0:
         program = tl.program_id(0)
-        tensor = tl.load(block_tensor + program).to(tl.int64)
-        index = tl.load(block_number + program) * SIZE + tl.arange(0, SIZE).to(tl.int64)
-        inside = index < tl.load(counts + tensor)
-        row = addresses + 4 * tensor
-        params = tl.load(row).to(tl.pointer_type(PARAM)) + index
-        grads = tl.load(row + 1).to(tl.pointer_type(GRAD)) + index
-        momenta = tl.load(row + 2).to(tl.pointer_type(MOMENTUM)) + index
-        theta = _load(params, inside)
-        m = _load(momenta, inside)
+        tensor = table + 9 * tl.load(block_tensor + program).to(tl.int64)
+        number = tl.load(block_number + program)
+        count = tl.load(tensor + 6)
+        if PACKED:  # a row of the program for each block of momentum, which may be shorter than the row
+            start = tl.load(tensor + 7)
+            row = tl.load(tensor + 8)
+            blocks_a_row = (row + BLOCK - 1) // BLOCK
+            first = start // row * blocks_a_row + start % row // BLOCK
+            block = number * (SIZE // BLOCK) + tl.arange(0, SIZE // BLOCK).to(tl.int64)
+            column = (first + block) % blocks_a_row * BLOCK
+            in_row = column[:, None] + tl.arange(0, BLOCK).to(tl.int64)[None, :]
+            index = ((first + block) // blocks_a_row * row - start)[:, None] + in_row
+            inside = (in_row < row) & (index >= 0) & (index < count)
+            scale_pointers = tl.load(tensor + 5).to(tl.pointer_type(tl.uint16)) + block
+            known = (first + block) // blocks_a_row * row + column < start + count
+        else:
+            index = number * SIZE + tl.arange(0, SIZE).to(tl.int64)
+            inside = index < count
+        params = tl.load(tensor).to(tl.pointer_type(PARAM)) + index
+        grads = tl.load(tensor + 1).to(tl.pointer_type(GRAD)) + index
+        momenta = tl.load(tensor + 2).to(tl.pointer_type(MOMENTUM)) + index
+        remainders = tl.load(tensor + 4).to(tl.pointer_type(tl.int16)) + index
+        theta = _join(params, remainders, inside) if REMAINDER else _load(params, inside)
+        m = _dequantise(momenta, _load(scale_pointers, known), inside) if PACKED else _load(momenta, inside)
         g = _load(grads, inside) * tl.load(hyper + 6)
         c = m * tl.load(hyper + 1) + g * tl.load(hyper + 2)
         sign = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, 0.0))
         theta = theta - (sign + theta * tl.load(hyper + 5)) * tl.load(hyper)
         m = m * tl.load(hyper + 3) + g * tl.load(hyper + 4)
-        _store(params, theta, inside)
-        _store(momenta, m, inside)
+        if REMAINDER:
+            _split(params, remainders, theta, inside)
+        else:
+            _store(params, theta, inside)
+        if PACKED:
+            _quantise(momenta, scale_pointers, m, inside, known)
+        else:
+            _store(momenta, m, inside)
         if COPY:
-            _store(tl.load(row + 3).to(tl.pointer_type(tl.uint16)) + index, theta, inside)
+            _store(tl.load(tensor + 3).to(tl.pointer_type(tl.uint16)) + index, theta, inside)
 
 
 # bf16 is read and written as integers: Triton's interpreter flushes its denormals and rounds its casts otherwise.
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.uint16}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.uint16, torch.int8: tl.int8}
 
 
 @torch.no_grad()
@@ -98,51 +167,96 @@ def lion_update_triton_(
 ) -> None:
     """:func:`megatron_lion.update.lion_update_` in one launch, however many tensors there are; the same bits, in place.
 
-    Tensors are contiguous, on one device, and each role is fp32 or bf16; ``copies`` are bf16. ``lr``, ``weight_decay``
-    and ``grad_scale`` may be one-element tensors on that device, which the kernel reads there, so that a captured graph
-    follows what is later written to them. ``skip``, an int32 tensor of one element, leaves everything as it was where
-    it is not 0.
+    Tensors are contiguous, on one device, and each role is fp32 or bf16, momentum also int8 with ``scales``; ``copies``
+    are bf16. ``lr``, ``weight_decay`` and ``grad_scale`` may be one-element tensors on that device, which the kernel
+    reads there, so that a captured graph follows what is later written to them. ``skip``, an int32 tensor of one
+    element, leaves everything as it was where it is not 0. The first call on a set of tensors copies their addresses to
+    the device, later calls copy nothing from the host: make one before a capture. Raises ValueError, and writes
+    nothing, where sizes or dtypes do not fit, and where ``telemetry`` is asked for, which it does not sum.
     """
-    if remainders is not None or scales is not None:
-        raise ValueError("this kernel takes no packed state: use the reference")
-    roles = [params, grads, exp_avgs] + ([] if copies is None else [copies])
-    rows = [row for row in zip(*roles, strict=True) if row[0].numel()]
-    if not rows:
+    if telemetry is not None:
+        raise ValueError("the Triton kernel sums no telemetry: use foreach or the reference")
+    given = [role for role in (copies, remainders, scales) if role is not None]
+    if scales is not None and places is None:
+        places = [Place.of_whole(param) for param in params]
+    rows = list(zip(params, grads, exp_avgs, *given, strict=True))
+    if not any(row[0].numel() for row in rows):
         return
-    for row in rows:
-        if not all(tensor.is_contiguous() and tensor.numel() == row[0].numel() for tensor in row):
-            raise ValueError("parameter, gradient, momentum and copy must be contiguous and of one size")
-        if any(tensor.dtype not in TYPES for tensor in row[:3]):
-            raise ValueError(f"parameter, gradient and momentum must be fp32 or bf16, not {[t.dtype for t in row[:3]]}")
-    device = rows[0][0].device
-    addresses = [[*(tensor.data_ptr() for tensor in row), *([0] * (4 - len(row)))] for row in rows]
-    counts = torch.tensor([row[0].numel() for row in rows], dtype=torch.int64)
-    blocks = (counts + BLOCK - 1) // BLOCK
-    block_tensor = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), blocks)
-    first = torch.repeat_interleave(torch.cumsum(blocks, 0) - blocks, blocks)
-    block_number = torch.arange(int(blocks.sum()), dtype=torch.int64) - first
+    _check(params, grads, exp_avgs, copies, remainders, scales, places)
+    absent = [0] * len(rows)
+    addresses = (
+        absent if role is None else [tensor.data_ptr() for tensor in role]
+        for role in (params, grads, exp_avgs, copies, remainders, scales)
+    )
+    where = [(0, SIZE)] * len(rows) if scales is None or places is None else places
+    entries = zip(*addresses, [param.numel() for param in params], *zip(*where, strict=True), strict=True)
+    device = params[0].device
+    table, block_tensor, block_number = _tables(device, tuple(entries), scales is not None)
     _lion_kernel[(len(block_number),)](
-        torch.tensor(addresses, dtype=torch.int64).to(device),
-        counts.to(device),
-        block_tensor.to(device),
-        block_number.to(device),
+        table,
+        block_tensor,
+        block_number,
         _hyper(device, lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, weight_decay, grad_scale),
         torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip,
-        PARAM=TYPES[rows[0][0].dtype],
-        GRAD=TYPES[rows[0][1].dtype],
-        MOMENTUM=TYPES[rows[0][2].dtype],
+        PARAM=TYPES[params[0].dtype],
+        GRAD=TYPES[grads[0].dtype],
+        MOMENTUM=TYPES[exp_avgs[0].dtype],
         COPY=copies is not None,
-        SIZE=BLOCK,
+        REMAINDER=remainders is not None,
+        PACKED=scales is not None,
+        SIZE=SIZE,
         enable_fp_fusion=False,
     )
 
 
+def _check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    copies: Sequence[Tensor] | None,
+    remainders: Sequence[Tensor] | None,
+    scales: Sequence[Tensor] | None,
+    places: Sequence[Place] | None,
+) -> None:
+    plain = {torch.float32, torch.bfloat16}
+    for name, role, dtypes in (
+        ("params", params, plain if remainders is None else {torch.bfloat16}),
+        ("grads", grads, plain),
+        ("exp_avgs", exp_avgs, plain if scales is None else {torch.int8}),
+        ("copies", copies, {torch.bfloat16}),
+        ("remainders", remainders, {torch.int16}),
+        ("scales", scales, {torch.bfloat16}),
+    ):
+        for tensor, param in zip(role or (), params, strict=False):
+            if tensor.dtype not in dtypes or tensor.dtype != role[0].dtype:  # type: ignore[index]
+                raise ValueError(f"{name} must be of one dtype, one of {dtypes}, not {tensor.dtype}")
+            if not tensor.is_contiguous() or (name != "scales" and tensor.numel() != param.numel()):
+                raise ValueError(f"{name} must be contiguous and of one size with the parameters")
+    for param, scale, place in zip(params, scales or (), places or (), strict=False):
+        if place.blocks(param.numel()) != scale.numel():
+            wanted = place.blocks(param.numel())
+            raise ValueError(f"{param.numel()} elements at {place} have {wanted} scales, not {scale.numel()}")
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(device: torch.device, entries: tuple[tuple[int, ...], ...], packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's table, and for each program its tensor and block; kept, as a graph cannot capture copies from the
+    host, and they take longer than a step."""
+    table = torch.tensor(entries, dtype=torch.int64)
+    sizes = [Place(*entry[7:]).blocks(entry[6]) * precision.BLOCK if packed else entry[6] for entry in entries]
+    blocks = (torch.tensor(sizes, dtype=torch.int64) + SIZE - 1) // SIZE
+    block_tensor = torch.repeat_interleave(torch.arange(len(entries), dtype=torch.int32), blocks)
+    first = torch.repeat_interleave(torch.cumsum(blocks, 0) - blocks, blocks)
+    block_number = torch.arange(len(first), dtype=torch.int64) - first
+    return table.to(device), block_tensor.to(device), block_number.to(device)
+
+
 def _hyper(device: torch.device, *values: float | Tensor) -> Tensor:
-    """The values as one fp32 tensor on ``device``; those that are tensors are not read by the host."""
+    """The values as one fp32 tensor on ``device``: the host does not read those that are tensors, nor copy numbers."""
     parts = [
         value.reshape(1).to(device, torch.float32)
         if isinstance(value, Tensor)
-        else torch.tensor([value], dtype=torch.float32, device=device)
+        else torch.full((1,), value, dtype=torch.float32, device=device)
         for value in values
     ]
     return torch.cat(parts)
