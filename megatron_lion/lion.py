@@ -1,7 +1,7 @@
 """Lion as an ordinary ``torch.optim.Optimizer``."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -65,14 +65,16 @@ class Lion(torch.optim.Optimizer):
     """
 
     # For whoever drives the step from outside, as Megatron's distributed optimizer does: a factor on every gradient,
-    # 16-bit copies of parameters, by parameter, that the step writes too, where in its parameter each shard lies, and
-    # whether gradients are in ``decoupled_grad``, which may have another dtype than the parameter, and what each step's
-    # sums are added to. Class attributes, so that an unpickled optimizer, which keeps groups and state alone, has them.
+    # 16-bit copies of parameters, by parameter, that the step writes too, where in its parameter each shard lies,
+    # whether gradients are in ``decoupled_grad``, which may have another dtype than the parameter, what each step's
+    # sums are added to, and for which parameters (None: all). Class attributes, so that an unpickled optimizer, which
+    # keeps groups and state alone, has them.
     grad_scale: float = 1.0
     copies: Mapping[Tensor, Tensor] = MappingProxyType({})
     places: Mapping[Tensor, Place] = MappingProxyType({})
     use_decoupled_grad: bool = False
     telemetry: Telemetry | None = None
+    counted: Collection[Tensor] | None = None
 
     def __init__(
         self,
@@ -191,13 +193,17 @@ class Lion(torch.optim.Optimizer):
         for param in group["params"]:
             if (grad := self._gradient(param)) is not None:
                 row = self._row(param, -grad if group["maximize"] else grad, group)
-                rows.setdefault(row.kind(), []).append(row)
+                kind = (*row.kind(), self.telemetry is not None and self._is_counted(row))
+                rows.setdefault(kind, []).append(row)
         for alike in rows.values():
             self._update(group, alike)
         storage = _storage(group)
         for row in itertools.chain.from_iterable(rows.values()):
             if storage.is_unpacked(self.state[row.param], row.param):
                 storage.set_momentum(self.state[row.param], row.param, row.exp_avg, row.place)
+
+    def _is_counted(self, row: Row) -> bool:
+        return self.counted is None or row.param in self.counted
 
     def _gradient(self, param: Tensor) -> Tensor | None:
         return getattr(param, "decoupled_grad", None) if self.use_decoupled_grad else param.grad
@@ -231,7 +237,7 @@ class Lion(torch.optim.Optimizer):
             beta2=group["betas"][1],
             weight_decay=float(group["weight_decay"]),
             grad_scale=self.grad_scale,
-            telemetry=self.telemetry,
+            telemetry=self.telemetry if self._is_counted(rows[0]) else None,
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

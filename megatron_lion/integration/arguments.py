@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from megatron_lion.config import KERNELS, LANGUAGE_MODEL_BETAS, LionConfig, LionError, did_you_mean
-from megatron_lion.integration import checkpoint_formats, checkpoints, compat, init_from, storage
+from megatron_lion.integration import checkpoint_formats, checkpoints, compat, init_from, storage, telemetry
 from megatron_lion.integration.norm_ratio import arguments as norm_ratio
 
 BETA_FLAGS = dict(zip(("lion_beta1", "lion_beta2"), LANGUAGE_MODEL_BETAS, strict=True))
@@ -42,6 +42,7 @@ def install() -> None:
         is_lion = args.optimizer == "lion"
         _fill_betas(args, BETA_FLAGS if is_lion else stock_betas)
         norm_ratio.check(args)
+        telemetry.check(args)
         if not is_lion:
             _refuse_without_lion(args)
             validated = stock_validate(args, defaults or {})
@@ -104,6 +105,7 @@ def _adapt(parser: argparse.ArgumentParser) -> dict[str, Any]:
     )
 
     storage.add(parser)
+    telemetry.add(parser)
 
     parser.add_argument(
         "--lion-init-from",

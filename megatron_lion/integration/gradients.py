@@ -119,6 +119,13 @@ def is_counted(param: torch.nn.Parameter) -> bool:
     return bool(getattr(param, "tensor_model_parallel", False)) or tensor_parallel_rank(param) == 0
 
 
+def counts_here(part: Any, param: torch.nn.Parameter) -> bool:
+    """Whether this rank counts what Megatron's optimizer ``part`` updates of ``param``: its shard, or all of it."""
+    if hasattr(part, "distributed_optimizer_instance_id"):
+        return is_counted(param) and part.distributed_optimizer_instance_id == 0
+    return is_counted(param) and data_parallel_group(param).rank() == 0
+
+
 def is_tied_copy(param: torch.nn.Parameter) -> bool:
     """Whether ``param`` is the last stage's copy of an embedding that the first stage holds."""
     return bool(getattr(param, "shared", False))

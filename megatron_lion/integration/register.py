@@ -50,7 +50,7 @@ def register_training() -> None:
     if "training" in _done:
         return
     compat.require_seams(training=True)
-    from megatron_lion.integration import arguments, checkpoints, damage, factory
+    from megatron_lion.integration import arguments, checkpoints, damage, factory, telemetry
     from megatron_lion.integration.norm_ratio import rounds
 
     arguments.install()
@@ -58,6 +58,7 @@ def register_training() -> None:
     checkpoints.install()
     damage.install()
     rounds.install()
+    telemetry.install()
     compat.allow_wheel_without_makefile()
     if cpu_backend.wanted():
         cpu_backend.adapt_training()

@@ -95,6 +95,21 @@ def model_params_with_groups(part: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield from ((param, group) for group in groups for param in group["params"])
 
 
+def inner_params(part: Any) -> Iterator[tuple[Any, Any]]:
+    """Each of the model's parameters that ``part`` updates, with the tensor that its inner optimizer has for it."""
+    groups = part.optimizer.param_groups
+    if hasattr(part, "model_param_group_index_map"):
+        for param, (index, order) in part.model_param_group_index_map.items():
+            yield param, groups[index]["params"][order]
+    elif hasattr(part, "float16_groups"):
+        for half, copies in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+            yield from zip(half, copies, strict=True)
+        for full in part.fp32_from_fp32_groups:
+            yield from zip(full, full, strict=True)
+    else:
+        yield from ((param, param) for group in groups for param in group["params"])
+
+
 def gradients_outside_the_norm(part: Any) -> list[Any]:
     """The gradients that an optimizer of Megatron's chain leaves out of the norm that it clips by."""
     if part.optimizer is None:
