@@ -10,6 +10,10 @@ CANONICAL = "--dist-ckpt-optim-fully-reshardable"
 REMAINDER = "--lion-master-weights remainder"
 
 
+@pytest.mark.supports(
+    "`--lion-momentum-dtype bf16|int8`, `--lion-master-weights remainder`, bf16 gradients",
+    "the sharded step equals Lion on whole parameters bit for bit, DP 1, 2, 4; resumed bit for bit",
+)
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [
@@ -30,6 +34,10 @@ def test_a_sharded_step_equals_lion_on_whole_parameters_bit_for_bit(text: Path, 
         assert answer["different"] == []
 
 
+@pytest.mark.supports(
+    "`--lion-momentum-dtype bf16|int8`, `--lion-master-weights remainder`, bf16 gradients",
+    "the sharded step equals Lion on whole parameters bit for bit, DP 1, 2, 4; resumed bit for bit",
+)
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [
@@ -65,6 +73,10 @@ def test_remainders_train_as_fp32_masters_do(text: Path, tmp_path: Path) -> None
     assert relative_difference(runs["fp32"].log, crossed.log) < 1e-4
 
 
+@pytest.mark.supports(
+    "`--use-precision-aware-optimizer`, `--exp-avg-dtype`, `--main-grads-dtype`",
+    "the same losses as with Lion's own flags, without Transformer Engine",
+)
 def test_megatrons_own_flags_mean_the_same(text: Path) -> None:
     common = f"--optimizer lion --bf16 {DISTRIBUTED} --train-iters 4"
     theirs = pretrain(text, f"{common} --use-precision-aware-optimizer --exp-avg-dtype bf16", ranks=2)
