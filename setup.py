@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_lion", "megatron_lion.*"]),
     package_data={"megatron_lion": ["py.typed"], "megatron_lion.kernels": ["*.cpp"]},
-    install_requires=["torch>=2.6", "megatron-core>=0.19.2,<0.20"],
+    install_requires=["torch>=2.6", "megatron-core>=0.16.1,<0.21"],
     extras_require={
         # What Megatron's own training loop asks for beyond megatron-core's hard dependencies.
         "train": ["sentencepiece>=0.2", "tensorboard>=2.16", "psutil>=5.9", "datasets>=2.19", "matplotlib>=3.8"],

@@ -3,9 +3,10 @@
 Megatron as it is on a machine without a GPU, with nothing of this package registered: that is each run's own first act.
 """
 
+import functools
 import importlib
-import importlib.util
 import inspect
+import multiprocessing
 import os
 
 from megatron_lion.integration import compat, cpu_backend
@@ -30,3 +31,6 @@ if compat.known().loop_builds_gpt:
 filesystem = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
 if hasattr(filesystem, "get_write_results_queue"):
     inspect.unwrap(filesystem.get_write_results_queue).__defaults__ = ("fork",)
+else:  # before 0.17 it cannot be told
+    fork = multiprocessing.get_context("fork")
+    filesystem._get_write_results_queue = functools.cache(lambda: fork.Manager().Queue())

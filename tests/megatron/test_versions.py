@@ -30,7 +30,8 @@ from harness import (
 )
 from versions import Megatron, started
 
-from megatron_lion.integration.compat.versions import RELEASES
+from megatron_lion.config import LionError
+from megatron_lion.integration.compat.versions import KNOWN, RELEASES
 
 HERE = Path(__file__).parent
 LATEST = "latest_checkpointed_iteration.txt"
@@ -267,3 +268,12 @@ def test_our_scripts_say_that_this_wheel_has_no_loop(megatron: Megatron, text: P
     assert f"megatron-core {megatron.version} is released without Megatron's own loop" in message
     assert "torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py" in message
     table.add("`launch/pretrain_gpt.py`", megatron, "refused: released without Megatron's own loop")
+
+
+@pytest.mark.parametrize("minor", ["0.16", "0.18"])
+def test_evaluation_needs_a_loop_that_builds_the_model(minor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evaluation import scoring
+
+    monkeypatch.setattr("megatron_lion.integration.compat.loop.known", lambda: KNOWN[minor])
+    with pytest.raises(LionError, match=r"evaluation needs a Megatron whose loop builds a GPT.*0\.19 or later"):
+        scoring.build_model(None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from evaluation.windows import Window
 from megatron_lion.config import LionError
+from megatron_lion.integration.compat.loop import require_a_loop_that_builds_gpt
 
 # What else decides the function a model computes, beside what Megatron's own load_args_from_checkpoint takes over.
 FUNCTION_ARGS = (
@@ -71,7 +72,8 @@ def megatron_args(argv: list[str], checkpoints: Path, step: int, saved: Any) -> 
 
 
 def build_model(args: Any) -> torch.nn.Module:
-    """Return this rank's part of the GPT, without gradients."""
+    """Return this rank's part of the GPT, without gradients. Raises LionError for a Megatron before 0.19."""
+    require_a_loop_that_builds_gpt("evaluation")
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_lion.config import LionError
 from megatron_lion.integration.compat.patching import substituted
-from megatron_lion.integration.compat.versions import has_training, known, megatron_version
+from megatron_lion.integration.compat.versions import INSTALL_HINT, has_training, known, megatron_version
 
 # What the builder below, for versions whose loop has none, leaves to Megatron-LM's own script.
 OLDER_GPT_LEAVES_OUT = ("spec", "heterogeneous_layers_config_path", "experimental_attention_variant", "yaml_cfg")
@@ -40,6 +40,15 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Any:
     arguments.validate_args(args, args_defaults)
     set_global_variables(args)
     return args
+
+
+def require_a_loop_that_builds_gpt(what: str) -> None:
+    """Raise LionError where ``what`` asks Megatron's loop for a GPT and the installed one has none to give."""
+    if not (has_training() and known().loop_builds_gpt):
+        raise LionError(
+            f"{what} needs a Megatron whose loop builds a GPT from its arguments, 0.19 or later; this is "
+            f"{megatron_version()}. {INSTALL_HINT}"
+        )
 
 
 def pretrain(
