@@ -13,6 +13,7 @@ needs the package emerging-optimizers. Where there is no GPU, the ranks run on t
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,8 +53,28 @@ def stock_on_cpu() -> None:
         cpu_backend.replace_cuda()
         cpu_backend.adapt_core()
         cpu_backend.adapt_training()
+        gather_unequal_sizes()
     compat.allow_wheel_without_makefile()
     megatron_lion.register = lambda: None
+
+
+def gather_unequal_sizes() -> None:
+    """Let gloo gather tensors of unequal sizes, as NCCL does and stock's layer-wise optimizer needs."""
+    import torch.distributed as dist
+
+    stock_gather = dist.all_gather
+
+    def all_gather(received: list[Any], sent: Any, group: Any = None, async_op: bool = False) -> Any:
+        if len({tensor.numel() for tensor in received}) == 1:
+            return stock_gather(received, sent, group=group, async_op=async_op)
+        for rank, tensor in enumerate(received):
+            if rank == dist.get_rank(group):
+                tensor.copy_(sent)
+            work = dist.broadcast(tensor, group_src=rank, group=group, async_op=True)
+            work.wait()
+        return work if async_op else None
+
+    dist.all_gather = all_gather
 
 
 def parts_of(optimizer: Any) -> Iterator[Any]:
@@ -128,7 +149,7 @@ def inspect_one_step(side: str, output: Path) -> None:
 
 
 def answers(side: str, line: str, ranks: int) -> list[dict[str, Any]] | str:
-    """What each rank of a run of ``line`` found, or the last line of the error that ended it."""
+    """What each rank of a run of ``line`` found, or the error that ended it."""
     on_cpu = os.environ.get("MEGATRON_LION_DEVICE") == "cpu"
     words = [*MODEL.split(), *(CPU.split() if on_cpu else ()), *line.split()]
     with tempfile.TemporaryDirectory() as folder:
@@ -140,8 +161,8 @@ def answers(side: str, line: str, ranks: int) -> list[dict[str, Any]] | str:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
         )
         if run.returncode:
-            errors = [text for text in run.stderr.splitlines() if "Error" in text or "error:" in text]
-            return errors[0].strip() if errors else f"ended with status {run.returncode}"
+            error = re.search(r"(\w+Error|megatron-lion: error): .*", run.stderr)
+            return error[0] if error else f"ended with status {run.returncode}"
         return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -43,8 +43,9 @@ def install() -> None:
     @functools.wraps(stock_reader)
     def _get_filesystem_reader(*args: Any, **kwargs: Any) -> Any:
         reader = stock_reader(*args, **kwargs)
-        slice_file = reader._slice_file
-        reader._slice_file = lambda file, place: checked(slice_file(file, place), file.name, place.offset)
+        if hasattr(reader, "_slice_file"):  # not the multi-storage client's
+            slice_file = reader._slice_file
+            reader._slice_file = lambda file, place: checked(slice_file(file, place), file.name, place.offset)
         return reader
 
     @functools.wraps(stock_load)

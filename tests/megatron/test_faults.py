@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,11 +66,15 @@ def test_a_run_killed_at_a_random_moment_and_resumed_ends_as_if_nothing_had_happ
     kill = {"kill_at": dice.randrange(1, LAST), "kill_after": dice.uniform(0.0, 0.6)}
     killed = pretrain(text, run, ranks=2, kill_rank=None if moment % 2 else 1, **kill)
     cut = unfinished(tmp_path)
+    start = time.monotonic()
     resumed = pretrain(text, run, ranks=2)
+    seconds = time.monotonic() - start
     with capsys.disabled():
         where = f"in the save of iteration {cut}" if cut else f"after iteration {max(killed.log.loss)}"
-        print(f"\nmoment {moment}: killed {where}, resumed at {min(resumed.log.loss, default='the end')}")
-    assert killed.returncode == -9 or max(killed.log.loss) == LAST, killed.output[-3000:]
+        first = min(resumed.log.loss, default=LAST)
+        print(f"\nmoment {moment}: killed {where}, resumed at {first}, {LAST - first + 1} steps in {seconds:.1f} s")
+    # Where rank 1 is killed, rank 0 may end first, at the connection that it lost.
+    assert killed.returncode != 0 or max(killed.log.loss) == LAST, killed.output[-3000:]
     assert_same_checkpoint(undisturbed, read_checkpoint(tmp_path, LAST))
 
 
