@@ -1,0 +1,121 @@
+"""tools/report.py: what is there beside the paper's, what is not with its command, and damaged records in words."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report
+from reporting.paper import EXHIBITS
+
+from megatron_lion.config import LionError
+
+HARDWARE = "a test's machine"
+STEP = " iteration {0}/ 40 | elapsed time per iteration (ms): 5.0 | lm loss: {1:.4E} |\n"
+
+
+def rows(runs: Path, output: Path) -> dict[str, Any]:
+    return {row.exhibit.name: row for row in report.write_report(runs, output, HARDWARE)}
+
+
+def language_run(folder: Path, loss: float, steps: int = 40, dims: tuple[int, ...] = (400, 400)) -> None:
+    folder.mkdir(parents=True)
+    (folder / "log.txt").write_text("".join(STEP.format(step, loss) for step in range(10, steps + 1, 10)))
+    lines = [
+        {"iteration": 20 * index, "d": d, "ratio": 8.0, "ratio_over_sqrt_d": 0.4, "converged": True}
+        for index, d in enumerate(dims)
+    ]
+    (folder / "norm_ratio.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def recipe_run(folder: Path, optimizer: str, **kwargs: Any) -> None:
+    language_run(folder, **kwargs)
+    names = {"model": "gpt2_small", "optimizer": optimizer, "cluster": "a100x16"}
+    (folder / "recipe.json").write_text(json.dumps({"names": names}))
+
+
+def rates_result(folder: Path, lion: float, sgd: float) -> None:
+    folder.mkdir(parents=True)
+    shared = {"at_step": 40, "converged": 3, "rounds": 5, "d": 400, "steps": [20, 40], "repeats": 5}
+    found = {"lion": {**shared, "constant": lion}, "sgd": {**shared, "constant": sgd}}
+    ln = {"lion": [3.0, 3.1], "sgd": [3.2, 3.0], "lion_step": 20, "sgd_step": 40, "lion_lower": 1, "seeds": 2}
+    (folder / "rates.json").write_text(json.dumps({"rates": found, "perplexity": ln}))
+    (folder / "A3.svg").write_text("<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'></svg>")
+
+
+def test_without_runs_every_exhibit_is_there_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    found = rows(tmp_path / "runs", tmp_path / "out")
+    names = [f"Figure {name}" for name in ("1", "2", "3", "A1", "A2", "A3", "A4", "A5")]
+    assert set(found) >= {*names, "Table 1", "Table A1", "Table A2"}
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("report.html", "report.md"))
+    assert page.count("Not run here.") == text.count("Not run here.") == len(EXHIBITS)
+    assert "tools/vision_study.py --dataset cifar100" in page and "gpt2_medium $o a100x16" in text
+    assert "8.202" in page and "| GPT-2 Medium | LION | 3.221 |" in text
+
+
+def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
+    rates_result(tmp_path / "runs" / "rates", 0.5, 1.0)
+    rows(tmp_path / "runs", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    addresses = re.findall(r"(?:src|href)=\"([^\"]*)\"|url\(([^)]*)\)", page)
+    assert len(addresses) > len(EXHIBITS)
+    assert all(
+        address.startswith(("#", "data:image/svg+xml;base64,")) for pair in addresses for address in pair if address
+    )
+    assert "<script" not in page and "<link" not in page and "@import" not in page
+
+
+def test_verdicts_follow_the_numbers(tmp_path: Path) -> None:
+    rates_result(tmp_path / "a" / "rates", 0.5, 1.0)
+    held = rows(tmp_path / "a", tmp_path / "out")
+    assert held["Figure A3"].findings[0].verdict.startswith("Held: c_LION = 0.500")
+    assert held["Table A1"].findings[0].verdict.startswith("Not held: Lion's first is below SGD's last in 1 of 2")
+    rates_result(tmp_path / "b" / "rates", 1.5, 1.0)
+    assert rows(tmp_path / "b", tmp_path / "out")["Figure A3"].findings[0].verdict.startswith("Not held")
+
+
+def test_language_runs_are_paired_by_their_recipes(tmp_path: Path) -> None:
+    recipe_run(tmp_path / "runs" / "x", "lion", loss=2.0)
+    recipe_run(tmp_path / "runs" / "y", "sgd", loss=3.0)
+    (found,) = rows(tmp_path / "runs", tmp_path / "out")["Figure 3"].findings
+    assert found.verdict.startswith("Held") and not found.missing
+    assert found.tables[0][1] == ["lion", "40", "2.0000", "-", "0.400 to 0.400", "2 of 2"]
+    assert "gpt2_small, d = 400, 40 steps" in found.made and HARDWARE in found.made
+    assert (tmp_path / "out" / "figures" / "figure-3-0-0.svg").read_text().startswith("<svg")
+
+
+def test_a_run_cut_short_and_one_that_mixes_models_are_said_in_the_report(tmp_path: Path) -> None:
+    recipe_run(tmp_path / "runs" / "x", "lion", loss=2.0, steps=20)
+    recipe_run(tmp_path / "runs" / "y", "sgd", loss=3.0, dims=(400, 900))
+    (found,) = rows(tmp_path / "runs", tmp_path / "out")["Figure 3"].findings
+    assert found.verdict.startswith("Cannot be said")
+    assert any("x was cut short: 20 of 40 steps" in entry for entry in found.missing)
+    assert any("y/norm_ratio.jsonl mixes runs: d = 400 and 900" in entry for entry in found.missing)
+    assert "Missing: " in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["", '{"rates": {"lion"', "[]", '{"rates": {"lion": {}, "sgd": {}}}'])
+def test_damaged_results_leave_the_rest_of_the_report(tmp_path: Path, content: str) -> None:
+    (tmp_path / "runs" / "rates").mkdir(parents=True)
+    (tmp_path / "runs" / "rates" / "rates.json").write_text(content)
+    recipe_run(tmp_path / "runs" / "x", "lion", loss=2.0)
+    found = rows(tmp_path / "runs", tmp_path / "out")
+    (problem,) = found["Figure A3"].problems
+    assert "rates" in problem and "To make it again: python tools/rate_constants.py" in problem
+    assert found["Figure 3"].findings
+    assert "To make it again" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_empty_records_of_a_run_are_named(tmp_path: Path) -> None:
+    recipe_run(tmp_path / "runs" / "x", "lion", loss=2.0)
+    (tmp_path / "runs" / "x" / "norm_ratio.jsonl").write_text("")
+    (problem,) = rows(tmp_path / "runs", tmp_path / "out")["Figure 3"].problems
+    assert "x/norm_ratio.jsonl holds no round" in problem
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LionError, match="is not a folder: give the one that holds toy/"):
+        report.write_report(tmp_path / "none", tmp_path / "out", HARDWARE)
+    assert not (tmp_path / "out").exists()
