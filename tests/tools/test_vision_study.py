@@ -1,0 +1,109 @@
+"""tools/vision_study.py on scikit-learn's digits: three passes, resume bit for bit, and data that is not there."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from vision import data, epochs, models
+
+from megatron_lion.config import LionError
+
+pytestmark = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("sklearn", "timm", "torchvision"))),
+    reason="needs pip install 'megatron-lion[vision]'",
+)
+DIGITS = {"dataset": "digits", "model": "small", "optimizer": "lion", "lr": 1e-3, "batch": 50, "weight_decay": 0.1}
+
+
+def small(dropout: float) -> nn.Module:
+    """A convolution with BatchNorm and dropout: all that has state or draws random numbers."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(288, 10)]
+    return nn.Sequential(*layers)
+
+
+def start(folder: Path, *, limit: int = 220, dropout: float = 0.1, **changes: Any) -> epochs.VisionRun:
+    settings = epochs.Settings(**{**DIGITS, "epochs": 3, "seed": 1, "size": 8, "limit": limit, **changes})
+    images = data.load("digits", None, 8, limit)
+    return epochs.VisionRun(settings, images, small(dropout), folder, device="cpu", workers=0)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = start(tmp_path / "whole")
+    whole.run()
+    interrupted = start(tmp_path / "cut")
+    monkeypatch.setattr(interrupted, "_test", iter([0.5]).__next__)  # stops in the second epoch, after its statistics
+    with pytest.raises(StopIteration):
+        interrupted.run()
+    resumed = start(tmp_path / "cut")
+    assert resumed.epoch == 1
+    resumed.run()
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    keys = ("iteration", "loss", "l1", "l2", "ratio")
+    for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "cut"), strict=True):
+        assert [one[key] for key in keys] == [other[key] for key in keys]
+
+
+def test_the_statistics_are_those_of_every_training_image(tmp_path: Path) -> None:
+    run = start(tmp_path, epochs=1, dropout=0.0)
+    run.run()
+    (line,) = lines(tmp_path)
+    model = run.model.train()  # the weights that were measured
+    batches = list(data.loader(run.images.train_plain, 50, workers=0))
+    assert [len(labels) for _, labels in batches] == [50, 50, 50, 50, 20]
+    loss = sum(nn.functional.cross_entropy(model(x), y) * len(y) for x, y in batches) / 220
+    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+    assert (line["batches"], line["d"]) == (5, gradient.numel())
+    assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert line["l1"] == pytest.approx(float(gradient.abs().sum()), rel=1e-5)
+    assert line["l2"] == pytest.approx(float(gradient.norm()), rel=1e-5)
+
+
+def test_other_settings_in_the_folder_are_refused_and_named(tmp_path: Path) -> None:
+    start(tmp_path, epochs=1, limit=60).run()
+    with pytest.raises(LionError, match=r"holds a run with lr=0\.001: give another --output"):
+        start(tmp_path, epochs=1, limit=60, lr=1e-2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(LionError, match="in epoch 1: lower --lr"):
+        start(tmp_path, limit=150, optimizer="sgd", lr=1e30).run()
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_the_schedules_of_cifar_and_imagenet() -> None:
+    shared = {**DIGITS, "lr": 1.0, "seed": 1, "size": 8, "limit": None}
+    cifar = epochs.Settings(**shared, epochs=100)
+    assert [round(epochs.learning_rate(cifar, at), 6) for at in (0, 50, 100)] == [1.0, 0.5, 0.0]
+    imagenet = epochs.Settings(**shared, epochs=90, warmup=10, cooldown=10)
+    assert [round(epochs.learning_rate(imagenet, at), 6) for at in (0, 5, 10, 45, 80, 85, 90)] == [
+        *(0.0, 0.5, 1.0, 0.505),
+        *(0.01, 0.01, 0.01),
+    ]
+
+
+@pytest.mark.parametrize(("name", "place"), [("cifar10", "cifar-10-batches-py/"), ("imagenet", "train/ and val/")])
+def test_absent_data_says_what_to_put_where(tmp_path: Path, name: str, place: str) -> None:
+    with pytest.raises(LionError, match=f"needs --data DIR, a folder with {place}"):
+        data.load(name, None, 32)
+    with pytest.raises(LionError, match=f"put there {place}"):
+        data.load(name, tmp_path, 32)
+
+
+def test_the_papers_models_have_their_sizes_and_weights_of_another_are_refused(tmp_path: Path) -> None:
+    counts = {"resnet18": 11_220_132, "resnet50": 23_705_252, "vit_s": 21_704_164}
+    for name, count in counts.items():
+        model = models.build(name, 100, 224, None)
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=0.01), name
+    torch.save(small(0.0).state_dict(), tmp_path / "small.pt")
+    with pytest.raises(LionError, match=r"small.pt is of another model"):
+        models.build("resnet18", 10, 32, tmp_path / "small.pt")

@@ -1,0 +1,1 @@
+"""The paper's vision protocol: data from folders, models from timm, three passes an epoch."""

@@ -1,0 +1,119 @@
+"""The paper's vision experiments: ResNet18, ResNet50 and ViT-S on CIFAR-10, CIFAR-100 and ImageNet, Lion against SGD.
+
+    python tools/vision_study.py --dataset cifar100 --data DIR --output runs/vision/cifar100
+    python tools/vision_study.py --dataset cifar100 --data DIR --output runs/vision/cifar100 --grid --models resnet18
+    python tools/vision_study.py --dataset digits --models resnet18 --epochs 3 --output runs/vision/digits
+
+Every epoch has three passes: training, loss and gradient of the whole training set with the parameters held fixed, and
+top-1 accuracy on the test set. Each run leaves epochs.jsonl, which the other tools read as they read norm_ratio.jsonl,
+and a checkpoint: the same command goes on where it was stopped. Needs pip install 'megatron-lion[vision]'; nothing is
+downloaded. One process on one device; ImageNet's run over several GPUs is not here.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from corpus.shards import write_json
+
+from megatron_lion.config import LionError
+from megatron_lion.run import readable_errors
+
+GRID = (3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
+# Table A2: by data set and model, Lion's and SGD's. Others take 1e-4 and 1e-2, which nobody searched for.
+RATES = {
+    ("cifar10", "resnet18"): (3e-6, 1e-6),
+    ("cifar100", "resnet18"): (3e-5, 3e-4),
+    ("cifar10", "resnet50"): (3e-6, 3e-6),
+    ("cifar100", "resnet50"): (3e-5, 1e-4),
+    ("cifar10", "vit_s"): (1e-6, 1e-6),
+    ("cifar100", "vit_s"): (1e-6, 1e-6),
+}
+SIZES = {"digits": 8, "cifar10": 32, "cifar100": 32, "imagenet": 224}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", choices=SIZES, required=True)
+    add("--data", type=Path, metavar="DIR", help="folder of the data set; an error says what belongs there")
+    add("--output", type=Path, required=True, metavar="DIR", help="a folder for each run is made in it")
+    add("--models", nargs="+", choices=("resnet18", "resnet50", "vit_s"), default=["resnet18", "resnet50", "vit_s"])
+    add("--optimizers", nargs="+", choices=("lion", "sgd", "adam"), default=["lion", "sgd"])
+    add("--grid", action="store_true", help="every rate of the paper's grid, and the best of each run in grid.json")
+    add("--lr", type=float, help="instead of the paper's")
+    add("--epochs", type=int, help="(100; ImageNet 90: 10 warm-up, 70 cosine, 10 cool-down)")
+    add("--batch", type=int, default=64, metavar="N", help="(64)")
+    add("--weight-decay", type=float, default=0.1, metavar="X", help="(0.1)")
+    add("--pretrained", type=Path, metavar="FILE", help="timm's ImageNet weights, with which the paper's ViT-S starts")
+    add("--limit", type=int, metavar="N", help="the first N images only, for trials")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--workers", type=int, default=2, metavar="N", help="processes that load images (2)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def rates(options: argparse.Namespace, model: str, optimizer: str) -> tuple[float, ...]:
+    """The learning rates to run."""
+    if options.grid:
+        return GRID
+    lion, sgd = RATES.get((options.dataset, model), (1e-4, 1e-2))
+    return (options.lr or (sgd if optimizer == "sgd" else lion),)
+
+
+def run_one(options: argparse.Namespace, model: str, optimizer: str, lr: float) -> Path:
+    """Run, or go on with, one model with one optimizer at one rate; returns its folder."""
+    from vision import data, epochs, models
+
+    imagenet = options.dataset == "imagenet"
+    size = 224 if model == "vit_s" and options.dataset != "digits" else SIZES[options.dataset]
+    if options.dataset == "digits" and model == "vit_s":
+        raise LionError("--dataset digits is for the ResNets: ViT-S cuts images into patches of 16 pixels")
+    settings = epochs.Settings(
+        dataset=options.dataset,
+        model=model,
+        optimizer=optimizer,
+        lr=lr,
+        epochs=options.epochs or (90 if imagenet else 100),
+        batch=options.batch,
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        size=size,
+        limit=options.limit,
+        warmup=10 if imagenet else 0,
+        cooldown=10 if imagenet else 0,
+    )
+    images = data.load(options.dataset, options.data, size, options.limit)
+    torch.manual_seed(options.seed)
+    network = models.build(model, images.classes, size, options.pretrained)
+    folder = options.output / f"{model}-{optimizer}{f'-{lr:g}' if options.grid else ''}"
+    epochs.VisionRun(settings, images, network, folder, device=options.device, workers=options.workers).run()
+    return folder
+
+
+def main() -> None:
+    """Every model with every optimizer."""
+    options = parse()
+    best = {}
+    try:
+        from vision.epochs import last_epoch
+
+        for model in options.models:
+            for optimizer in options.optimizers:
+                ends = {}
+                for lr in rates(options, model, optimizer):
+                    ends[lr] = last_epoch(run_one(options, model, optimizer, lr))
+                winner = max(ends, key=lambda lr: ends[lr]["top1"])
+                best[f"{model}-{optimizer}"] = {"lr": winner, "top1": ends[winner]["top1"]}
+    except ImportError as error:
+        raise LionError(f"{error}: pip install 'megatron-lion[vision]'") from error
+    if options.grid:
+        write_json(options.output / "grid.json", best)
+    for name, row in best.items():
+        print(f"{name}: lr {row['lr']:g}, top-1 {100 * row['top1']:.2f} %")
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()
