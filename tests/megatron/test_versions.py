@@ -124,7 +124,9 @@ def test_every_parameter_is_on_lion_with_the_betas_asked_for(
 
 
 @releases(WITH_LOOP, in_ci=("0.17.1",))
-@pytest.mark.parametrize("precision", ["--bf16", ""], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "precision", [pytest.param("--bf16", id="bf16"), pytest.param("", id="fp32", marks=pytest.mark.slow)]
+)
 def test_a_sharded_step_equals_plain_lion_bit_for_bit(
     megatron: Megatron, text: Path, table: Table, tmp_path: Path, precision: str
 ) -> None:
