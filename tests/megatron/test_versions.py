@@ -61,6 +61,18 @@ class Table:
     def add(self, feature: str, megatron: Megatron, found: str = "works") -> None:
         self.cells.setdefault(feature, {})[megatron.version] = found
 
+    @classmethod
+    def of(cls, text: str) -> "Table":
+        """The table as it stands in ``text``."""
+        table = cls()
+        for feature, *cells in re.findall(r"^\| (\S.*?) \|" + r" (.*?) \|" * len(RELEASES) + "$", text, re.MULTILINE):
+            table.cells[feature] = {v: cell for v, cell in zip(RELEASES, cells, strict=True) if cell != "-"}
+        return table
+
+    def __or__(self, newer: "Table") -> "Table":
+        features = {**self.cells, **newer.cells}
+        return Table({name: self.cells.get(name, {}) | newer.cells.get(name, {}) for name in features})
+
     def __str__(self) -> str:
         rows = [f"| | {' | '.join(RELEASES)} |", f"|---|{'---|' * len(RELEASES)}"]
         for feature, found in self.cells.items():
@@ -68,16 +80,21 @@ class Table:
         return "\n".join(rows)
 
 
+MEASURED = re.compile(r"(?s)<!-- measured -->.*<!-- end -->")
+
+
 @pytest.fixture(scope="session")
 def table() -> Iterator[Table]:
+    """What is found is written over the cells of the page that MEGATRON_LION_VERSIONS_PAGE names; the others stay."""
     found = Table()
     yield found
     if page := os.environ.get("MEGATRON_LION_VERSIONS_PAGE"):
-        path = ROOT / page
+        text = (ROOT / page).read_text()
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-        when = f"Measured {datetime.date.today()} at {commit.stdout.strip()}, gloo ranks on a CPU:"
-        before, after = re.split(r"(?s)<!-- measured -->.*<!-- end -->", path.read_text())
-        path.write_text(f"{before}<!-- measured -->\n{when}\n\n{found}\n<!-- end -->{after}")
+        when = f"Last measured {datetime.date.today()} at {commit.stdout.strip()}, gloo ranks on a CPU:"
+        whole = Table.of(MEASURED.search(text)[0]) | found
+        block = f"<!-- measured -->\n{when}\n\n{whole}\n<!-- end -->"
+        (ROOT / page).write_text(MEASURED.sub(lambda _: block, text))
 
 
 def assert_all_on_lion(answers: list[dict[str, Any]], parameters: int) -> None:
