@@ -15,7 +15,6 @@ BETA_FLAGS = dict(zip(("lion_beta1", "lion_beta2"), LANGUAGE_MODEL_BETAS, strict
 REFUSED = {
     "use_megatron_fsdp": "Megatron-FSDP has its own optimizer state layout. Use --use-distributed-optimizer",
     "use_torch_fsdp2": "torch FSDP2 is not supported with Lion. Use --use-distributed-optimizer",
-    "optimizer_cpu_offload": "Lion's state stays on the device. Drop the flag",
     "optimizer_cuda_graph": "a captured step would keep the first learning rate for ever. Drop the flag",
 }
 

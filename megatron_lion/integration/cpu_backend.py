@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.utils.data
+from torch.overrides import TorchFunctionMode
 
 from megatron_lion.config import LionError, check_choice
 from megatron_lion.integration.compat import substituted
@@ -225,6 +226,38 @@ def adapt_core() -> None:
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
     _allow_sequence_parallel_norms()
+    _tell_host_from_device()
+
+
+class _HostCopies(TorchFunctionMode):
+    """Answers ``is_cuda``: false for what ``Tensor.cpu`` returned and what was made from that, true for all else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._on_host: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_on_host = bool(args) and any(args[0] is tensor for tensor in self._on_host)
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return not is_on_host
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.cpu or (is_on_host and isinstance(result, torch.Tensor)):
+            self._on_host.append(result)
+        return result
+
+
+def _tell_host_from_device() -> None:
+    """Let the optimizer of ``--optimizer-cpu-offload`` offload: it takes what ``is_cuda`` says for the device's."""
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    stock_groups = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    @functools.wraps(stock_groups)
+    def groups(self: Any, offload_fraction: float) -> Any:
+        with _HostCopies():
+            return stock_groups(self, offload_fraction)
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
 
 
 def _allow_sequence_parallel_norms() -> None:

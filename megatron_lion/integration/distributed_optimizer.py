@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, summary
 from megatron_lion.integration.init_from import InitFromAdam
+from megatron_lion.integration.offload import LIONS, OffloadingLion
 from megatron_lion.integration.repaired_optimizer import RepairedDistributedOptimizer
 from megatron_lion.lion import Lion
 from megatron_lion.precision import BLOCK, Place
@@ -109,7 +110,7 @@ class LionChainedOptimizer(ChainedOptimizer):
         There is none where a part has a second group with a norm of its own, for multi-token prediction.
         """
         for part in self.chained_optimizers:
-            mine = part.get_parameters() if isinstance(part.optimizer, Lion) else []
+            mine = part.get_parameters() if isinstance(part.optimizer, LIONS) else []
             if len(mine) == len(parameters) and all(one is two for one, two in zip(mine, parameters, strict=True)):
                 part.optimizer.grad_scale = factor
                 return True
@@ -120,7 +121,7 @@ class LionChainedOptimizer(ChainedOptimizer):
             return self._step_if_finite()
         finally:
             for part in self.chained_optimizers:
-                if isinstance(part.optimizer, Lion):
+                if isinstance(part.optimizer, LIONS):
                     part.optimizer.grad_scale = 1.0
 
     def _step_if_finite(self) -> bool:
@@ -207,14 +208,22 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
         return {"param": master, "exp_avg": momentum}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if isinstance(self.optimizer, Lion):
+        if isinstance(self.optimizer, LIONS):
             self.optimizer.init_state()  # Megatron would allocate tensors of its own notion
         super().load_state_dict(state_dict)
+
+    def load_parameter_state_from_dp_reshardable(self, state_dict: Any) -> None:
+        super().load_parameter_state_from_dp_reshardable(state_dict)
+        if isinstance(self.optimizer, OffloadingLion):
+            # Stock forgets it for this format, its default one (2062), and goes on from zero momentum and the masters
+            # that the 16-bit parameters give.
+            self.optimizer._sync_hdo_state_to_sub_optimizers()
 
     @torch.no_grad()
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
         """Masters from the model's parameters, after these were loaded. Stock leaves stale ones on this path (3086)."""
-        if self.is_stub_optimizer or not compat.is_precision_aware(self.config):
+        offloads = isinstance(self.optimizer, OffloadingLion)  # stock has a branch for it
+        if self.is_stub_optimizer or offloads or not compat.is_precision_aware(self.config):
             super()._copy_model_params_to_main_params(state_dict)
             return
         if state_dict is not None:

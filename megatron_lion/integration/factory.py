@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_lion.config import LANGUAGE_MODEL_BETAS, LionConfig, LionError
-from megatron_lion.integration import compat, storage, summary
+from megatron_lion.integration import compat, offload, storage, summary
 from megatron_lion.integration.distributed_optimizer import (
     LionChainedOptimizer,
     LionDistributedOptimizer,
@@ -101,7 +101,7 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: An
         stored = {}  # Megatron keeps the masters, and Lion's momentum has their dtype
 
     def lion_in_place_of_sgd(param_groups: Any, lr: float, weight_decay: float, momentum: float) -> Lion:
-        inner = Lion(
+        return Lion(
             param_groups,
             lr=lr,
             betas=lion_config.betas,
@@ -109,8 +109,9 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: An
             kernel=lion_config.kernel,
             **stored,  # type: ignore[arg-type]
         )
-        inner.register_load_state_dict_post_hook(functools.partial(_keep_betas, lion_config))
-        return inner
+
+    def hybrid_of_lions(param_groups: Any, **settings: Any) -> offload.OffloadingLion:
+        return offload.build(lion_config, param_groups, **settings)
 
     stock_log = optimizers.log_single_rank
 
@@ -119,15 +120,20 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: An
 
     with (
         compat.substituted(config, optimizer="sgd"),
+        compat.offloading_with(offload.OffloadingLion),
         compat.substituted(
             optimizers,
             SGD=lion_in_place_of_sgd,
+            HybridDeviceOptimizer=hybrid_of_lions,
             DistributedOptimizer=LionDistributedOptimizer,
             ChainedOptimizer=LionChainedOptimizer,
             log_single_rank=log_single_rank,
         ),
     ):
         optimizer = _with_init_state(build(), init_lion_state)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, offload.LIONS):
+            part.optimizer.register_load_state_dict_post_hook(functools.partial(_keep_betas, lion_config))
     summary.report(lion_config, config, model_chunks, optimizer)
     return optimizer
 

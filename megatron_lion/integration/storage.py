@@ -44,6 +44,8 @@ def resolve(args: Any) -> None:
 
     Raises LionError where they contradict each other or cannot be honoured.
     """
+    if args.optimizer_cpu_offload:  # Megatron would ask for the flag that its own path to the CPU takes
+        args.use_precision_aware_optimizer = True
     aware, given = args.use_precision_aware_optimizer, {"fp32": "fp32", "bf16": "bf16"}
     exp_avg = EXP_AVG_DTYPES.get(args.exp_avg_dtype) or given.get(args.exp_avg_dtype)
     if aware and exp_avg is None:
@@ -65,12 +67,13 @@ def resolve(args: Any) -> None:
             f"--lion-momentum-dtype {args.lion_momentum_dtype} contradicts --exp-avg-dtype {exp_avg}: drop one of them"
         )
     if args.lion_master_weights is None:
-        args.lion_master_weights = "remainder" if aware and args.bf16 else "fp32"
+        args.lion_master_weights = "remainder" if aware and args.bf16 and not args.optimizer_cpu_offload else "fp32"
     _check(args)
 
 
 def _check(args: Any) -> None:
     wanted = {
+        "--optimizer-cpu-offload": args.optimizer_cpu_offload,
         f"--lion-momentum-dtype {args.lion_momentum_dtype}": args.lion_momentum_dtype != "fp32",
         f"--lion-master-weights {args.lion_master_weights}": args.lion_master_weights != "fp32",
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer,
@@ -79,6 +82,18 @@ def _check(args: Any) -> None:
     asked = [flag for flag, is_asked in wanted.items() if is_asked]
     if asked and not args.use_distributed_optimizer:
         raise LionError(f"{asked[0]} needs --use-distributed-optimizer (also on one rank): add it")
+    if args.optimizer_cpu_offload and not compat.known().asks_for_state_keys:
+        raise LionError(
+            f"--optimizer-cpu-offload has been made to work with Lion from megatron-core 0.19 on, and this is "
+            f"{compat.megatron_version()}: drop the flag"
+        )
+    if args.optimizer_cpu_offload and getattr(args, "lion_telemetry", False):
+        raise LionError("--lion-telemetry does not see what --optimizer-cpu-offload steps: drop one of them")
+    if args.optimizer_cpu_offload and not (args.bf16 or args.fp16):
+        raise LionError(
+            "--optimizer-cpu-offload cannot be had in fp32: Megatron's optimizer for it refuses shards of fp32 "
+            "parameters. Add --bf16, or drop the flag"
+        )
     if args.lion_master_weights == "remainder" and not args.bf16:
         raise LionError(
             "--lion-master-weights remainder stores what a bf16 parameter lacks of its fp32 master; this run has no "
@@ -99,11 +114,18 @@ def use_precision_aware_path(config: Any, lion_config: LionConfig, model_chunks:
     """
     ddp_config = getattr(model_chunks[0], "ddp_config", None)
     bf16_gradients = config.bf16 and ddp_config is not None and not ddp_config.grad_reduce_in_fp32
-    needed = lion_config.is_compact or (bf16_gradients and config.use_distributed_optimizer)
+    if config.optimizer_cpu_offload and lion_config.is_compact:
+        raise LionError(
+            f"--optimizer-cpu-offload keeps momentum and master weights in fp32, so --lion-momentum-dtype "
+            f"{lion_config.momentum_dtype} with --lion-master-weights {lion_config.master_weights} cannot be honoured: "
+            "give fp32 for both, or drop --optimizer-cpu-offload, which they may make unnecessary"
+        )
+    needed = lion_config.is_compact or config.optimizer_cpu_offload
+    needed = needed or (bf16_gradients and config.use_distributed_optimizer)
     if needed and not config.use_distributed_optimizer:
         raise LionError(
-            f"momentum in {lion_config.momentum_dtype} and master weights as {lion_config.master_weights} need "
-            "use_distributed_optimizer=True (also on one rank)"
+            f"momentum in {lion_config.momentum_dtype}, master weights as {lion_config.master_weights}, offload to the "
+            f"CPU {config.optimizer_cpu_offload}: this needs use_distributed_optimizer=True (also on one rank)"
         )
     if needed:
         compat.set_precision_aware(config)

@@ -9,7 +9,7 @@ import torch
 from megatron_lion import kernels
 from megatron_lion.config import LionConfig
 from megatron_lion.integration import compat, gradients
-from megatron_lion.lion import Lion
+from megatron_lion.integration.offload import LIONS, OffloadingLion
 
 PREFIX = "megatron-lion:"
 
@@ -56,7 +56,7 @@ def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:
     """The model's parameters (not the optimizer's shards of them) whose update Lion makes."""
     covered: set[torch.nn.Parameter] = set()
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not isinstance(part.optimizer, Lion):
+        if not isinstance(part.optimizer, LIONS):
             continue
         if hasattr(part, "model_param_group_index_map"):  # the distributed optimizer owns whole buffers
             covered.update(param for buffer in part.buffers for param in buffer.params)
@@ -66,9 +66,17 @@ def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:
 
 
 def _updated_tensors(optimizer: Any) -> list[torch.Tensor]:
-    """This rank's masters: what the kernel is chosen by."""
+    """This rank's masters: what the kernel is chosen by. Where some are offloaded, those on the CPU."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [param for part in parts if part.optimizer is not None for param in part.get_parameters()]
+    return _offloaded(parts) or [
+        param for part in parts if part.optimizer is not None for param in part.get_parameters()
+    ]
+
+
+def _offloaded(parts: list[Any]) -> list[torch.Tensor]:
+    """The masters that are stepped on the CPU for a device."""
+    hybrids = [part.optimizer for part in parts if isinstance(part.optimizer, OffloadingLion)]
+    return [param for hybrid in hybrids for param in hybrid.host_parameters()]
 
 
 def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int, int]:
@@ -93,25 +101,27 @@ def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int
 def _state_bytes(lion_config: LionConfig, config: Any, optimizer: Any) -> tuple[str, str]:
     """How the state is laid out, and its bytes on the fullest rank."""
     momentum = master = dp = 0
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    on_host = 8 * sum(param.numel() for param in _offloaded(parts))  # an fp32 master and an fp32 momentum
+    for part in parts:
         if part.optimizer is None:
             continue
-        if isinstance(part.optimizer, Lion):
+        if isinstance(part.optimizer, LIONS):
             sizes = part.optimizer.state_bytes()
             momentum, master = momentum + sizes[0], master + sizes[1]
         copies = getattr(part, "shard_fp32_from_float16_groups", getattr(part, "fp32_from_float16_groups", []))
         master += sum(p.numel() * p.element_size() for group in copies for p in group if p is not None)
         if config.use_distributed_optimizer:
             dp = max(dp, part.data_parallel_group.size())
-    largest = torch.tensor([momentum, master, dp], dtype=torch.int64, device=torch.cuda.current_device())
+    largest = torch.tensor([momentum, master, on_host, dp], dtype=torch.int64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    momentum, master, dp = largest.tolist()
+    momentum, master, on_host, dp = largest.tolist()
     kept = {"fp32": "fp32 master", "remainder": "16 bits beside each bf16 parameter"}[lion_config.master_weights]
     state = f"{lion_config.momentum_dtype} momentum {_megabytes(momentum)}" + (
         f" + {kept} {_megabytes(master)}" if master else " (fp32 parameters are their own master)"
     )
     sharding = f"state sharded over DP={dp}" if config.use_distributed_optimizer else "state on every rank, not sharded"
-    return sharding, state
+    return sharding, state + (f", {_megabytes(on_host)} of it on the CPU" if on_host else "")
 
 
 def _count(number: int) -> str:

@@ -72,6 +72,13 @@ def is_precision_aware(config: Any) -> bool:
     return bool(getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False))
 
 
+def offloading_with(optimizer_class: type) -> contextlib.AbstractContextManager[None]:
+    """Have DistributedOptimizer make ``optimizer_class`` again of its shards (0.19.2: distrib_optimizer 779)."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    return substituted(distrib_optimizer, HybridDeviceOptimizer=optimizer_class)
+
+
 def has_te_or_apex() -> bool:
     """Whether Megatron took its Adam and SGD from Transformer Engine or NVIDIA's Apex, not from torch."""
     from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER

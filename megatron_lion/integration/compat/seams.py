@@ -73,6 +73,8 @@ CORE: tuple[Seam, ...] = (
         "clip_grad_by_total_norm_fp32",
         ("parameters", "max_norm", "total_norm", "use_decoupled_grad"),
     ),
+    Seam(_OPTIMIZER, "HybridDeviceOptimizer._sync_sub_optimizers_state_to_hdo", ("self",), since="0.19"),
+    Seam(_OPTIMIZER, "HybridDeviceOptimizer._sync_hdo_state_to_sub_optimizers", ("self",), since="0.19"),
     Seam(_OPTIMIZER, "SGD", ("params", "lr", "momentum", "weight_decay")),
     Seam(_SHARDED, "DistributedOptimizer.__init__", uses=("Adam",), until="0.18"),
     Seam(_SHARDED, "DistributedOptimizer._copy_main_params_to_model_params", ("self",)),
