@@ -87,7 +87,18 @@ STOCK = {
     # torch.compile makes one pass of 16 bytes of the direction's three operations, which move 32.
     "lion": Phase("stock with Lion (emerging-optimizers, on every parameter)", FP32, "stock-lion", merged=-16),
 }
-OWN = (Phase(f"{OURS}, fp32 master and momentum", FP32, "lion"),)
+OWN = (
+    Phase(f"{OURS}, fp32 master and momentum", FP32, "lion"),
+    *(
+        Phase(
+            f"{OURS}, {master} master, {momentum} momentum",
+            f"{momentum} momentum, {master} master",
+            "lion",
+            {"lion_master_weights": master, "lion_momentum_dtype": momentum, "lion_kernel": "fused"},
+        )
+        for master, momentum in (("fp32", "bf16"), ("remainder", "bf16"), ("remainder", "int8"))
+    ),
+)
 
 
 def build(phase: Phase, model: Model) -> Any:

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Every table of docs/benchmarks.md in one command, on a machine that does nothing else. Usage: tools/benchmark.sh [OUT]
+# PYTHON names the interpreter; THREADS the threads of a step (default 2). Peers: see tools/benchmark_step.py --help.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+PYTHON="${PYTHON:-python3}" THREADS="${THREADS:-2}" OUT="${1:-$ROOT/runs/benchmarks}"
+mkdir -p "$OUT"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+phase=("$PYTHON" "$ROOT/tools/benchmark_phase.py")
+{
+    printf '## The update alone\n\n'
+    "$PYTHON" "$ROOT/tools/benchmark_step.py" --peers all --threads "$THREADS" --rounds 9 --json "$OUT/step.json" --plot "$OUT/step.svg"
+    printf '\n## The whole optimizer phase in Megatron\n\n'
+    "${phase[@]}" --threads "$THREADS" --rounds 7 --json "$OUT/phase.json"
+    printf '\n## The host alone\n\n'
+    "${phase[@]}" --host --threads 1 --rounds 30 --json "$OUT/host.json"
+    printf '\n## Over data-parallel ranks\n\n'
+    "${phase[@]}" --ranks 1 2 4 --threads 1 --rounds 5 --peers adam-fused
+} 2>"$OUT/benchmark.log" | tee "$OUT/benchmarks.md"
