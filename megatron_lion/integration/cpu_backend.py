@@ -227,6 +227,7 @@ def adapt_core() -> None:
     )
     _allow_sequence_parallel_norms()
     _tell_host_from_device()
+    _copy_what_is_written_behind()
 
 
 class _HostCopies(TorchFunctionMode):
@@ -258,6 +259,26 @@ def _tell_host_from_device() -> None:
             return stock_groups(self, offload_fraction)
 
     HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
+
+
+def _copy_what_is_written_behind() -> None:
+    """Give the writer of ``--async-save`` copies: training goes on while it writes.
+
+    What lies on a GPU is copied to the host before (filesystem_async 243); what lies there already would be shared, and
+    change under the writer.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    stock_get = FileSystemWriterAsync.get_save_function_and_args
+
+    def get_save_function_and_args(self: Any) -> Any:
+        self.write_buckets = [
+            (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (data, tensors) in self.write_buckets or ()
+        ]
+        return stock_get(self)
+
+    FileSystemWriterAsync.get_save_function_and_args = get_save_function_and_args
 
 
 def _allow_sequence_parallel_norms() -> None:

@@ -39,6 +39,7 @@ FORMATS = {
         "--dist-ckpt-optim-fully-reshardable --distrib-optim-fully-reshardable-mem-efficient"
     ),
     "dp_reshardable": "",
+    "dp_reshardable, async": "--async-save --use-persistent-ckpt-worker --async-strategy mcore",
     "torch": "--ckpt-format torch",
 }
 STORAGES = {
