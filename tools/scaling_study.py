@@ -143,7 +143,7 @@ def parse() -> argparse.Namespace:
     add("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="(default: all three)")
     add("--iterations", type=int, default=30, metavar="N", help="steps of each run (30)")
     add("--interval", type=int, default=15, metavar="N", help="a round after every N steps (15)")
-    add("--batches", type=int, default=32, metavar="N", help="batches of a round (32)")
+    add("--batches", type=int, default=64, metavar="N", help="batches of a round (64)")
     add("--seed", type=int, default=1234, metavar="N", help="(1234)")
     add("--threads", type=int, default=1, metavar="N", help="threads of a run (1)")
     options = parser.parse_args()

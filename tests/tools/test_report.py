@@ -115,6 +115,29 @@ def test_empty_records_of_a_run_are_named(tmp_path: Path) -> None:
     assert "x/norm_ratio.jsonl holds no round" in problem
 
 
+@pytest.mark.parametrize(
+    ("sizes", "said"), [((10**4, 10**5, 10**6), True), ((10**4, 10**4.5, 10**5, 10**5.5, 10**6), False)]
+)
+def test_a_scaling_study_of_few_sizes_says_so(tmp_path: Path, sizes: tuple[float, ...], said: bool) -> None:
+    folder = tmp_path / "runs" / "scaling"
+    folder.mkdir(parents=True)
+    fit = {
+        "optimizer": "lion",
+        "iteration": 5,
+        "sizes": 3,
+        "exponent": 0.4,
+        "low": -0.8,
+        "high": 1.6,
+        "holds_half": True,
+    }
+    points = [{"d": int(d), "ratio_over_sqrt_d": 0.3, "converged": True} for d in sizes]
+    (folder / "scaling.json").write_text(json.dumps({"fits": [fit], "points": points}))
+    for name in ("exponent.svg", "ratio_over_sqrt_d.svg"):
+        (folder / name).write_text("<svg></svg>")
+    (found,) = rows(tmp_path / "runs", tmp_path / "out")["Section 5"].findings
+    assert found.missing == (["3 sizes up to 100 times the smallest: intervals this wide show little"] if said else [])
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LionError, match="is not a folder: give the one that holds toy/"):
         report.write_report(tmp_path / "none", tmp_path / "out", HARDWARE)

@@ -150,6 +150,7 @@ def scaling(folder: Path, hardware: str) -> Finding:
     inside = sum(fit["holds_half"] for fit in result["fits"])
     sizes = sorted({point["d"] for point in result["points"]})
     shares = [point["ratio_over_sqrt_d"] for point in result["points"] if point["converged"]]
+    few = f"{len(sizes)} sizes up to {sizes[-1] / sizes[0]:.0f} times the smallest: intervals this wide show little"
     return Finding(
         verdict=f"0.5 lies in {inside} of {len(result['fits'])} intervals; r / sqrt(d) of converged rounds lies "
         f"between {min(shares):.3f} and {max(shares):.3f}.",
@@ -159,6 +160,7 @@ def scaling(folder: Path, hardware: str) -> Finding:
             "r / sqrt(d) over training": _read_svg(folder / "ratio_over_sqrt_d.svg"),
         },
         tables=[table],
+        missing=[few] if len(sizes) < 5 or sizes[-1] < 100 * sizes[0] else [],
     )
 
 

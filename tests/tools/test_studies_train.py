@@ -1,0 +1,46 @@
+"""The studies' own runs of Megatron, at the smallest size: what they leave, and that they are kept the next time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def run(tool: str, *arguments: object) -> str:
+    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_rate_constants_trains_evaluates_and_goes_on(tmp_path: Path) -> None:
+    text = tmp_path / "test.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog .\n" * 50)
+    flags = ("--evaluate", text, "--seeds", 1, "--iterations", 8, "--rounds", 2, "--batches", 4, "--output", tmp_path)
+    first = run("rate_constants.py", *flags)
+    assert "2/2 sgd-1: " in first and "| c_LION | " in first and "seeds." in first
+    result = json.loads((tmp_path / "rates.json").read_text())
+    assert result["rates"]["lion"]["steps"] == [4, 8]
+    assert (result["perplexity"]["lion_step"], result["perplexity"]["sgd_step"]) == (4, 8)
+    again = run("rate_constants.py", *flags)
+    assert again.count("2 of 2 runs were complete and were kept") == 2
+    assert json.loads((tmp_path / "rates.json").read_text())["rates"] == result["rates"]
+
+
+@pytest.mark.slow
+def test_scaling_study_trains_three_sizes(tmp_path: Path) -> None:
+    flags = ("--sizes", 32, 64, 128, "--optimizers", "lion", "--iterations", 4, "--interval", 2, "--batches", 24)
+    assert "exponent [95 %]" in run("scaling_study.py", *flags, "--output", tmp_path)
+    points = json.loads((tmp_path / "scaling.json").read_text())["points"]
+    assert [(point["d"], point["iteration"]) for point in points[:4]] == [
+        (39808, 0),
+        (39808, 2),
+        (39808, 4),
+        (128768, 0),
+    ]
+    assert all(point["d_padding"] == 0 for point in points)
