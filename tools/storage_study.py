@@ -53,7 +53,7 @@ def train(storage: Storage, seed: int, options: argparse.Namespace) -> float:
             *(sys.executable, str(ROOT / "launch" / "launch.py"), "tiny_gpt", "lion", "cpu"),
             *("gpus-per-node=1", f"data={options.data}", f"run={run}", f"seed={seed}", f"train-iters={steps}"),
             *(f"lr-decay-iters={steps}", f"eval-interval={steps}", f"save-interval={steps}", "norm-ratio-interval=0"),
-            *("norm-ratio-batches=1", *storage.overrides),
+            *("norm-ratio-batches=1", *storage.overrides, *options.overrides),
         ]
         done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode != 0 or not _is_complete(run):
@@ -96,11 +96,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each storage (default 3)")
     parser.add_argument("--iterations", type=int, default=300, help="steps of each run (default 300)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further keys of the recipe, such as lr=3e-4")
+    parser.add_argument("--model", choices=("fp32", "bf16"), help="these storages alone (default: both)")
     parser.add_argument("--json", type=Path, help="also write the losses here")
     options = parser.parse_args()
     losses: dict[str, list[float]] = {}
     for seed in range(1, options.seeds + 1):
         for storage in STORAGES:
+            if options.model and not storage.name.startswith(options.model):
+                continue
             loss = train(storage, seed, options)
             losses.setdefault(storage.name, []).append(loss)
             print(f"  seed {seed}, {storage.name}: validation loss {loss:.4f}", file=sys.stderr, flush=True)
