@@ -34,8 +34,10 @@ def training_flags(recipe: Recipe, extra: list[str]) -> list[str]:
     return words + extra
 
 
-def torchrun(recipe: Recipe, extra: list[str], launcher: list[str], host: str | None = None) -> list[str]:
-    """The words of the line that starts this node's ranks. ``host`` is the first node's name, for several nodes."""
+def torchrun(
+    recipe: Recipe, extra: list[str], launcher: list[str], *, host: str | None = None, node: int = 0
+) -> list[str]:
+    """The words of the line that starts the ranks of ``node``. ``host`` is the first node's name, for several nodes."""
     line = [
         *launcher,
         "--nproc-per-node",
@@ -46,19 +48,26 @@ def torchrun(recipe: Recipe, extra: list[str], launcher: list[str], host: str | 
     if recipe["nodes"] == 1 and host is None:
         line.append("--standalone")
     else:
-        endpoint = f"{host or recipe.get('master-address', HOST)}:{recipe.get('master-port', 29500)}"
+        first = host or recipe.get("master-address") or (recipe.addresses or [HOST])[0]
+        endpoint = f"{first}:{recipe.get('master-port', 29500)}"
         line += ["--nnodes", str(recipe["nodes"]), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
         line += ["--rdzv-id", Path(recipe["run"]).name]
+        if recipe.addresses and host is None:
+            # torchrun finds out whether it is the host by its name's addresses alone, which may be the loopback's.
+            line += ["--local-addr", recipe.addresses[node], "--rdzv-conf", f"is_host={node == 0}".lower()]
     return [*line, str(Path("launch") / recipe["script"]), *training_flags(recipe, extra)]
 
 
 def printed(recipe: Recipe, extra: list[str]) -> str:
     """The plain lines, one for each node, with the environment before each."""
     environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in recipe.environment.items())
-    line = " ".join(filter(None, [environment, shlex.join(torchrun(recipe, extra, ["torchrun"]))]))
+    lines = [
+        " ".join(filter(None, [environment, shlex.join(torchrun(recipe, extra, ["torchrun"], node=node))]))
+        for node in range(recipe["nodes"])
+    ]
     if recipe["nodes"] == 1:
-        return line
-    return "\n".join(f"# node {node} of {recipe['nodes']}\n{line}" for node in range(recipe["nodes"]))
+        return lines[0]
+    return "\n".join(f"# node {node} of {recipe['nodes']}\n{line}" for node, line in enumerate(lines))
 
 
 def slurm_script(recipe: Recipe, extra: list[str], python: str) -> str:

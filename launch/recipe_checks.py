@@ -107,6 +107,11 @@ def _check_layout(recipe: Recipe) -> None:
             f"tensor-model-parallel-size {layout['TP']} reaches over the gpus-per-node {recipe['gpus-per-node']} of a "
             "node: lower it, and raise pipeline-model-parallel-size instead"
         )
+    if recipe.addresses and len(recipe.addresses) != recipe["nodes"]:
+        raise LionError(
+            f"node-addresses {recipe['node-addresses']} are {len(recipe.addresses)}, but nodes is {recipe['nodes']}: "
+            "give one for each, with commas between"
+        )
     step = recipe["micro-batch-size"] * recipe.dp
     if recipe["global-batch-size"] % step:
         below = recipe["global-batch-size"] // step * step

@@ -27,6 +27,7 @@ LAUNCH_KEYS: dict[str, type] = {
     "max-restarts": int,
     "master-address": str,
     "master-port": int,
+    "node-addresses": str,  # one for each node, commas between
     "slurm-time": str,
     "slurm-partition": str,
     "slurm-account": str,
@@ -79,6 +80,11 @@ class Recipe:
     def ranks(self) -> int:
         """The number of processes, one for each GPU."""
         return int(self["nodes"] * self["gpus-per-node"])
+
+    @property
+    def addresses(self) -> list[str]:
+        """The nodes' addresses where they were given, in the nodes' order."""
+        return str(self.get("node-addresses", "")).replace(" ", "").split(",") if self.get("node-addresses") else []
 
     @property
     def layout(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ import argparse
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 from megatron_lion.config import LionError
 from megatron_lion.integration.training_log import TrainingLog, read_training_log
@@ -39,6 +40,16 @@ def draw(runs: dict[str, TrainingLog], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    plot_losses(axes, runs)
+    axes.set_xlabel("iteration")
+    axes.set_title("Pretraining loss")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_losses(axes: Any, runs: dict[str, TrainingLog]) -> None:
+    """Each run's training loss as a line of matplotlib's next colour, and its validation loss as points of it."""
     for name, log in runs.items():
         iterations = sorted(log.loss)
         (line,) = axes.plot(iterations, [log.loss[i] for i in iterations], label=f"{name}, training", linewidth=1.2)
@@ -47,14 +58,9 @@ def draw(runs: dict[str, TrainingLog], path: Path) -> None:
             axes.plot(
                 points, [log.validation[i] for i in points], "o", color=line.get_color(), label=f"{name}, validation"
             )
-    axes.set_xlabel("iteration")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title("Pretraining loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def table(runs: dict[str, TrainingLog]) -> str:

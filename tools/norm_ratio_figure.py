@@ -31,31 +31,38 @@ def draw(runs: dict[str, list[Record]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (ratio, loss) = plt.subplots(2, sharex=True, figsize=(7.5, 6.5), layout="constrained", height_ratios=(2, 1))
-    for name, records in runs.items():
-        (line,) = ratio.plot(*_points(records, "ratio"), linewidth=1.2)
+    plot_ratios(ratio, runs)
+    for line, (name, records) in zip(ratio.lines, runs.items(), strict=False):
+        loss.plot(*_points(records, "loss"), "o-", markersize=3, color=line.get_color(), label=name, linewidth=1.2)
+    loss.set_ylabel("loss of the rounds (nats)")
+    loss.set_xlabel("iteration")
+    loss.grid(alpha=0.3)
+    ratio.set_title("Norm ratio of the mean gradient")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_ratios(axes: Any, runs: dict[str, list[Record]]) -> None:
+    """Each run's r, first all runs' lines, then their points; and the values that r is to be held against."""
+    lines = [axes.plot(*_points(records, "ratio"), linewidth=1.2)[0] for records in runs.values()]
+    for line, (name, records) in zip(lines, runs.items(), strict=True):
         for converged, fill in ((True, line.get_color()), (False, "white")):
             chosen = [record for record in records if bool(record["converged"]) is converged]
             label = name if converged else f"{name}, not converged"
             style = {"color": line.get_color(), "markerfacecolor": fill, "label": label}
             if chosen:
-                ratio.plot(*_points(chosen, "ratio"), "o", **style)
-        loss.plot(*_points(records, "loss"), "o-", markersize=3, color=line.get_color(), label=name, linewidth=1.2)
-    for d in sorted({record["d"] for records in runs.values() for record in records}):
-        ratio.axhline(math.sqrt(d), color="black", linewidth=0.8)
-        ratio.axhline(GAUSSIAN_RATIO * math.sqrt(d), color="black", linewidth=0.8, linestyle="--")
-        ratio.annotate(rf"$\sqrt{{d}}$, d = {d:,}", (1, math.sqrt(d)), **ANNOTATION)
-        ratio.annotate(r"noise alone: $\sqrt{2d/\pi}$", (1, GAUSSIAN_RATIO * math.sqrt(d)), **ANNOTATION)
-    ratio.set_ylim(0, 1.1 * math.sqrt(max(record["d"] for records in runs.values() for record in records)))
-    ratio.set_ylabel(r"$r = \|g\|_1 / \|g\|_2$")
-    loss.set_ylabel("loss of the rounds (nats)")
-    loss.set_xlabel("iteration")
-    ratio.set_title("Norm ratio of the mean gradient")
-    for axes in (ratio, loss):
-        axes.grid(alpha=0.3)
-    ratio.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+                axes.plot(*_points(chosen, "ratio"), "o", **style)
+    sizes = sorted({record["d"] for records in runs.values() for record in records})
+    for d in sizes:
+        axes.axhline(math.sqrt(d), color="black", linewidth=0.8)
+        axes.axhline(GAUSSIAN_RATIO * math.sqrt(d), color="black", linewidth=0.8, linestyle="--")
+        axes.annotate(rf"$\sqrt{{d}}$, d = {d:,}", (1, math.sqrt(d)), **ANNOTATION)
+        axes.annotate(r"noise alone: $\sqrt{2d/\pi}$", (1, GAUSSIAN_RATIO * math.sqrt(d)), **ANNOTATION)
+    axes.set_ylim(0, 1.1 * math.sqrt(max(sizes)))
+    axes.set_ylabel(r"$r = \|g\|_1 / \|g\|_2$")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
 
 
 ANNOTATION: dict[str, Any] = {

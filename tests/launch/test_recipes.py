@@ -85,6 +85,7 @@ BROKEN = {
     "gpt2_small lion h100x8 tensor-model-parallel-size=3": ("TP 3 x PP 1 x CP 1", "a multiple of 3 GPUs", "are 8"),
     "gpt2_medium lion a100x16 tensor-model-parallel-size=16": ("size 16 reaches over the gpus-per-node 8", "pipeline"),
     "gpt2_small lion a100x16 global-batch-size=600": ("global-batch-size 600", "8 x 16", "512 or 640"),
+    "gpt2_small lion a100x16 node-addresses=10.0.0.1": ("node-addresses 10.0.0.1 are 1, but nodes is 2", "commas"),
     "gpt2_small lion a100x16 sequence-parallel=true": ("sequence-parallel needs tensor-model-parallel-size above 1",),
     "gpt2_small lion a100x16 fp16=true": ("bf16 and fp16 are both true",),
     "tiny_gpt lion cpu distributed-backend=nccl": ("device cpu with distributed-backend nccl", "backend=gloo"),
@@ -237,6 +238,14 @@ def test_the_printed_lines_meet_at_the_address_given() -> None:
         == 2
     )
     assert [line for line in printed.splitlines() if line.startswith("#")] == ["# node 0 of 2", "# node 1 of 2"]
+
+
+def test_every_node_gets_its_own_address_and_the_first_is_the_host() -> None:
+    overrides = ["node-addresses=10.0.0.1, 10.0.0.2", "master-port=1234"]
+    lines = commands.printed(recipe("gpt2_small", "lion", "a100x16", *overrides), []).splitlines()[1::2]
+    assert [" --rdzv-endpoint 10.0.0.1:1234 " in line for line in lines] == [True, True]
+    assert " --local-addr 10.0.0.1 --rdzv-conf is_host=true " in lines[0]
+    assert " --local-addr 10.0.0.2 --rdzv-conf is_host=false " in lines[1]
 
 
 @pytest.fixture
