@@ -1,6 +1,6 @@
 """What is supported, as the tests say it: ``@pytest.mark.supports(row, how)`` on a test, and one file of outcomes.
 
-    python -m pytest ... --support-file support.json
+    python -m pytest ... --support-file=support.json
 
 writes, or adds to, a JSON object: for every row of the table, how it is tested and the outcome of each of its tests.
 ``tools/support_table.py`` makes the README's table from it. A run of some tests renews the outcomes of those alone.

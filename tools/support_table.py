@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the table of what is supported into the README, from the outcomes of the tests that say so.
 
-    OMP_NUM_THREADS=1 python -m pytest --support-file support.json    # every test, the slow ones too
+    OMP_NUM_THREADS=1 python -m pytest --support-file=support.json    # every test, the slow ones too
     python tools/support_table.py support.json README.md              # between the two marker lines; --check: only look
 
 A row is there if all of its tests that ran have passed. One with a failure ends this with an error, one whose tests
