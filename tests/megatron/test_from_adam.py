@@ -15,7 +15,7 @@ ADAM = "--optimizer adam --lr 6e-4 --min-lr 6e-5"
 LION = "--override-opt_param-scheduler"
 CASES = [
     ("DP 2", "TP 2", "fully_reshardable", "bf16 weights", "adam"),
-    ("DP 2", "DP 1", "dp_reshardable", "fp32", "fresh"),
+    pytest.param("DP 2", "DP 1", "dp_reshardable", "fp32", "fresh", marks=pytest.mark.slow),
     pytest.param("DP 2", "DP 1", "torch", "fp32", "adam", marks=pytest.mark.slow),
     pytest.param("DP 2", "DP 4", "torch", "bf16 weights", "fresh", marks=pytest.mark.slow),
     pytest.param("PP 2", "PP 2 x DP 2", "dp_reshardable", "int8 momentum, remainders", "adam", marks=pytest.mark.slow),
@@ -47,6 +47,7 @@ def test_masters_are_kept_and_momentum_is_adams_or_zero(
     assert rate == pytest.approx(1e-5 + 9e-5 * (1 + math.cos(math.pi * (SAVED_AT + 1) / 20)) / 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_taken_is_what_stands_in_the_checkpoint(text: Path, tmp_path: Path) -> None:
     # Read without Megatron and without this package: tied embeddings on one stage, so names are those of the model.
     adam = reshard.save(text, tmp_path, "DP 2", "bf16 weights", "fully_reshardable", ADAM, SAVE_ALONE)

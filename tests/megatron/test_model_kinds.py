@@ -57,7 +57,7 @@ CASES = {
     "experts, EP 2": Kind(None, MOE, 2, f"{DISTRIBUTED} --expert-model-parallel-size 2"),
     "experts, EP 2, not sharded": Kind(None, MOE, 2, "--expert-model-parallel-size 2", slow=True),
     "experts, TP 2 x EP 2, expert TP 1": Kind(
-        None, MOE, 2, f"{TENSOR_PARALLEL} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+        None, MOE, 2, f"{TENSOR_PARALLEL} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1", slow=True
     ),
     "experts, TP 2 x EP 2 x DP 2, expert TP 2": Kind(
         None, MOE, 4, f"{TENSOR_PARALLEL} --expert-model-parallel-size 2 --expert-tensor-parallel-size 2", slow=True
@@ -65,7 +65,7 @@ CASES = {
     "experts, interleaved PP 2": Kind(None, MOE, 2, f"{PIPELINE} --num-layers-per-virtual-pipeline-stage 1", slow=True),
     "context parallel 2": Kind("context-parallel", "", 2, f"{DISTRIBUTED} --context-parallel-size 2"),
     "context parallel 2 x DP 2, not sharded": Kind("context-parallel", "", 4, "--context-parallel-size 2", slow=True),
-    "frozen parameters, DP 2": Kind("frozen", UNTIED, 2, DISTRIBUTED),
+    "frozen parameters, DP 2": Kind("frozen", UNTIED, 2, DISTRIBUTED, slow=True),
     "frozen parameters, PP 2": Kind("frozen", UNTIED, 2, PIPELINE, slow=True),
     "fp16, DP 2": Kind(None, "--fp16 --initial-loss-scale 65536", 2, DISTRIBUTED),
     "fp16, DP 2, not sharded": Kind(None, "--fp16 --initial-loss-scale 65536", 2, "", slow=True),
@@ -80,13 +80,15 @@ CASES = {
         f"{DISTRIBUTED} --num-distributed-optimizer-instances 2 --overlap-grad-reduce --overlap-param-gather",
         slow=True,
     ),
-    "decoupled learning rate, tied, PP 2": Kind(None, "--decoupled-lr 3e-4 --decoupled-min-lr 3e-5", 2, PIPELINE),
+    "decoupled learning rate, tied, PP 2": Kind(
+        None, "--decoupled-lr 3e-4 --decoupled-min-lr 3e-5", 2, PIPELINE, slow=True
+    ),
     "decoupled learning rate, untied, DP 2": Kind(
         None, f"--decoupled-lr 3e-4 --decoupled-min-lr 3e-5 {UNTIED}", 2, DISTRIBUTED, slow=True
     ),
     "HybridModel of attention and MLP layers, DP 2": Kind("hybrid", HYBRID, 2, DISTRIBUTED, slow=True),
-    "HybridModel of attention and MLP layers, TP 2": Kind("hybrid", HYBRID, 2, TENSOR_PARALLEL),
-    "multi-token prediction, DP 2": Kind("multi-token", MULTI_TOKEN, 2, DISTRIBUTED),
+    "HybridModel of attention and MLP layers, TP 2": Kind("hybrid", HYBRID, 2, TENSOR_PARALLEL, slow=True),
+    "multi-token prediction, DP 2": Kind("multi-token", MULTI_TOKEN, 2, DISTRIBUTED, slow=True),
     "multi-token prediction, TP 2": Kind("multi-token", MULTI_TOKEN, 2, TENSOR_PARALLEL, slow=True),
 }
 

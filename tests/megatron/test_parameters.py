@@ -102,13 +102,17 @@ NON_FINITE = {
     "PP 2, in the tied copy": ("output_layer", f"{DISTRIBUTED} --pipeline-model-parallel-size 2"),
     "in one rank's expert": ("experts", f"{DISTRIBUTED} {MOE} --expert-model-parallel-size 2"),
 }
+SLOW = ("bf16, not sharded", "fp32, sharded, not clipped", "fp16, sharded", "TP 2, in one rank's copy")
 
 
 @pytest.mark.supports(
     "a NaN or Inf gradient on one rank alone",
     "every rank skips the update; weights, masters and momentum keep every bit",
 )
-@pytest.mark.parametrize(("where", "flags"), NON_FINITE.values(), ids=NON_FINITE)
+@pytest.mark.parametrize(
+    ("where", "flags"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in NON_FINITE.items()],
+)
 def test_a_non_finite_gradient_on_one_rank_changes_nothing_on_any(text: Path, where: str, flags: str) -> None:
     for answer in probe(text, "non-finite", "--optimizer lion", flags, ranks=2, PROBE_BAD=where):
         assert answer["applied"] == [True, False, False, True]

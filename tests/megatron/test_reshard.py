@@ -14,10 +14,10 @@ SAME_FUNCTION = 1e-6
 PAIRS = [
     ("DP 1", "TP 2, sequence parallel", "fully_reshardable", "int8 momentum, remainders"),
     ("TP 2, sequence parallel", "PP 2", "fully_reshardable, memory-efficient", "fp32"),
-    ("PP 2", "PP 2", "dp_reshardable", "fp32"),
-    ("PP 2", "PP 2 x DP 2", "dp_reshardable", "fp32"),
+    pytest.param("PP 2", "PP 2", "dp_reshardable", "fp32", marks=pytest.mark.slow),
+    pytest.param("PP 2", "PP 2 x DP 2", "dp_reshardable", "fp32", marks=pytest.mark.slow),
     ("DP 4", "DP 2", "dp_reshardable", "bf16 momentum"),
-    ("DP 2", "DP 2", "torch", "fp32"),
+    pytest.param("DP 2", "DP 2", "torch", "fp32", marks=pytest.mark.slow),
     ("DP 2", "DP 1", "torch", "fp32"),
     pytest.param("DP 2", "DP 2", "dp_reshardable, async", "bf16 weights", marks=pytest.mark.slow),
     pytest.param("TP 2 x DP 2", "TP 2", "torch", "fp32", marks=pytest.mark.slow),

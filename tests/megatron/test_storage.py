@@ -21,9 +21,9 @@ REMAINDER = "--lion-master-weights remainder"
         (2, f"--bf16 --lion-momentum-dtype int8 {REMAINDER} --grad-reduce-in-bf16"),
         (4, f"--bf16 --lion-momentum-dtype int8 {REMAINDER} --overlap-grad-reduce --overlap-param-gather"),
         (2, f"--bf16 --lion-momentum-dtype bf16 {REMAINDER}"),
-        (4, "--bf16 --lion-momentum-dtype int8"),
-        (2, "--lion-momentum-dtype int8"),
-        (2, "--bf16 --grad-reduce-in-bf16"),
+        pytest.param(4, "--bf16 --lion-momentum-dtype int8", marks=pytest.mark.slow),
+        pytest.param(2, "--lion-momentum-dtype int8", marks=pytest.mark.slow),
+        pytest.param(2, "--bf16 --grad-reduce-in-bf16", marks=pytest.mark.slow),
         (2, "--bf16 --use-precision-aware-optimizer --exp-avg-dtype bf16 --main-grads-dtype bf16"),
     ],
 )
@@ -41,8 +41,12 @@ def test_a_sharded_step_equals_lion_on_whole_parameters_bit_for_bit(text: Path, 
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [
-        (2, f"--lion-momentum-dtype int8 {REMAINDER} {CANONICAL}"),
-        (2, f"--lion-momentum-dtype bf16 {CANONICAL} --overlap-grad-reduce --overlap-param-gather"),
+        pytest.param(2, f"--lion-momentum-dtype int8 {REMAINDER} {CANONICAL}", marks=pytest.mark.slow),
+        pytest.param(
+            2,
+            f"--lion-momentum-dtype bf16 {CANONICAL} --overlap-grad-reduce --overlap-param-gather",
+            marks=pytest.mark.slow,
+        ),
         (4, f"--lion-momentum-dtype int8 {REMAINDER} {CANONICAL} --tensor-model-parallel-size 2 --sequence-parallel"),
     ],
 )

@@ -41,7 +41,7 @@ WITHOUT_LOOP, *WITH_LOOP = RELEASES
 NEWEST = RELEASES[-1]  # the environment's, which runs all other tests
 
 
-def releases(versions: list[str] | tuple[str, ...], *, in_ci: tuple[str, ...] = RELEASES[:-1]) -> Any:
+def releases(versions: list[str] | tuple[str, ...], *, in_ci: tuple[str, ...] = RELEASES[:2]) -> Any:
     """Parameters for the fixture ``megatron``: those not ``in_ci`` go to tests/full.sh."""
     params = [pytest.param(v, id=v, marks=[] if v in in_ci else [pytest.mark.slow]) for v in versions]
     return pytest.mark.parametrize("megatron", params, indirect=True)
