@@ -36,6 +36,9 @@ LAYOUTS = {
     "TP 2 x DP 2, bf16": (4, f"{DISTRIBUTED} --tensor-model-parallel-size 2 --bf16", BF16_TOLERANCE),
 }
 
+# What another case has as well goes to tests/full.sh.
+SLOW = ("DP 2", "TP 2")
+
 # A round before the first step from the checkpoint, and one after the last.
 ROUNDS = f"--norm-ratio-at-start --norm-ratio-interval {END} --norm-ratio-batches 4"
 EXACT = ("iteration", "batches", "tokens", "d", "d_padding", "nonfinite")
@@ -61,7 +64,10 @@ def one_process(
     "DP, TP, sequence parallel, PP, interleaved PP, TP 2 x PP 2 x DP 2; tied and untied; overlap",
     "loss curve of one process from one checkpoint, 10 steps, to 5e-6 relative in fp32 (bf16: 4e-3)",
 )
-@pytest.mark.parametrize(("ranks", "layout", "tolerance"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("ranks", "layout", "tolerance"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in LAYOUTS.items()],
+)
 def test_a_layout_gives_the_one_process_loss_curve(
     text: Path,
     one_process: tuple[str, Path, Run],

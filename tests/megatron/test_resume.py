@@ -26,8 +26,13 @@ CASES = {
 }
 
 
-# What these two show beside the others is rare enough for tests/full.sh.
-SLOW = ("sgd without momentum, DP 2, sharded", "adam, DP 2, sharded, bf16, canonical")
+# What these show beside the others is rare enough for tests/full.sh.
+SLOW = (
+    "sgd without momentum, DP 2, sharded",
+    "adam, DP 2, sharded, bf16, canonical",
+    "lion, one process, fp32",
+    "sgd, one process, fp32",
+)
 
 
 @pytest.mark.supports(
