@@ -12,6 +12,7 @@ storage = pytest.importorskip("megatron_lion.integration.storage")
 
 DEFAULTS = {
     "use_precision_aware_optimizer": False,
+    "optimizer_cpu_offload": False,
     "exp_avg_dtype": "fp32",
     "exp_avg_sq_dtype": "fp32",
     "main_params_dtype": "fp32",
