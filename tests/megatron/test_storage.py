@@ -11,7 +11,7 @@ REMAINDER = "--lion-master-weights remainder"
 
 
 @pytest.mark.supports(
-    "`--lion-momentum-dtype bf16|int8`, `--lion-master-weights remainder`, bf16 gradients",
+    "`--lion-momentum-dtype bf16` and `int8`, `--lion-master-weights remainder`, bf16 gradients",
     "the sharded step equals Lion on whole parameters bit for bit, DP 1, 2, 4; resumed bit for bit",
 )
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_sharded_step_equals_lion_on_whole_parameters_bit_for_bit(text: Path, 
 
 
 @pytest.mark.supports(
-    "`--lion-momentum-dtype bf16|int8`, `--lion-master-weights remainder`, bf16 gradients",
+    "`--lion-momentum-dtype bf16` and `int8`, `--lion-master-weights remainder`, bf16 gradients",
     "the sharded step equals Lion on whole parameters bit for bit, DP 1, 2, 4; resumed bit for bit",
 )
 @pytest.mark.parametrize(
