@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from megatron_lion.config import LionError
+from megatron_lion.integration import cpu_run
 from megatron_lion.integration.training_log import TrainingLog, read_training_log
 from megatron_lion.run import readable_errors
 
@@ -26,13 +27,6 @@ MODEL = "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 1
 LAYOUT = "--tensor-model-parallel-size 2 --use-distributed-optimizer"
 ROUNDS = "--norm-ratio-interval 60 --norm-ratio-batches 20 --norm-ratio-at-start"
 BATCH = "--micro-batch-size 4 --global-batch-size 16 --lr-decay-style cosine --lr-warmup-iters 20 --num-workers 0"
-# What a CPU lacks: fused kernels and NCCL.
-CPU = (
-    "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion --no-rope-fusion "
-    "--no-persist-layer-norm --no-masked-softmax-fusion"
-)
-# Also on a machine with a GPU, which the CPU backend would otherwise refuse to hide.
-CPU_ENVIRONMENT = {"MEGATRON_LION_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 # Each the best of a small sweep at this size (docs/demo.md); a tiny model takes larger steps than a real one.
 OPTIMIZERS = {
     "lion": "--optimizer lion --lr 1e-3 --min-lr 1e-4 --weight-decay 0.1",
@@ -56,7 +50,7 @@ def command(name: str, text: Path, folder: Path, iterations: int, save_interval:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)),
         *(
             str(ROOT / "launch" / "pretrain_gpt.py"),
-            *f"{MODEL} {LAYOUT} {BATCH} {CPU} {run} {ROUNDS} {OPTIMIZERS[name]}".split(),
+            *f"{MODEL} {LAYOUT} {BATCH} {cpu_run.FLAGS} {run} {ROUNDS} {OPTIMIZERS[name]}".split(),
         ),
         *(*data, "--save", str(checkpoints), "--load", str(checkpoints), "--save-interval", str(save_interval)),
         *("--norm-ratio-file", str(folder / "norm_ratio.jsonl")),
@@ -69,7 +63,7 @@ def train(name: str, line: list[str], log_path: Path, kill_at: int | None = None
     Raises LionError, with the end of the log, where the run ends by itself with an error.
     """
     log = TrainingLog()
-    environment = {**os.environ, **CPU_ENVIRONMENT, "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **cpu_run.ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         for iteration in follow(process, log_path, log):

@@ -16,6 +16,7 @@ import torch
 from ranks import Ranks
 from torch import Tensor
 
+from megatron_lion.integration import cpu_run
 from megatron_lion.integration.training_log import TrainingLog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,12 +26,8 @@ BATCH = (
     "--micro-batch-size 2 --global-batch-size 8 --num-workers 0 --eval-iters 0 --eval-interval 1000 --log-interval 1"
 )
 RATE = "--lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1"
-CPU = (
-    "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion --no-rope-fusion "
-    "--no-persist-layer-norm --no-masked-softmax-fusion"
-)
-# Also on a machine with a GPU, which the CPU backend would otherwise refuse to hide.
-CPU_ENVIRONMENT = {"MEGATRON_LION_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+CPU = cpu_run.FLAGS
+CPU_ENVIRONMENT = {**cpu_run.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 # The server that ranks are forked from inherits it, and a thread count is read when torch is loaded.
 PATHS = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
 os.environ.update(CPU_ENVIRONMENT, PYTHONPATH=os.pathsep.join(filter(None, PATHS)))

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_lion.integration import cpu_run
+
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("stock", "ours")
 LION = "--optimizer lion --lion-beta1 0.9 --lion-beta2 0.95"
@@ -34,10 +36,6 @@ MODEL = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
     "--micro-batch-size 1 --global-batch-size 4 --train-iters 1 --eval-iters 0 --eval-interval 1000 --lr 1e-4 "
     "--weight-decay 0.1 --mock-data --tokenizer-type NullTokenizer --vocab-size 511 --num-workers 0"
-)
-CPU = (
-    "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion --no-rope-fusion "
-    "--no-persist-layer-norm --no-masked-softmax-fusion"
 )
 
 
@@ -102,7 +100,7 @@ def owners(model: list[Any], optimizer: Any) -> dict[str, dict[str, Any]]:
         }
         for part in parts_of(optimizer)
         if part.optimizer is not None
-        for param, group in compat.model_params_with_groups(part)
+        for param, _, group in compat.updated_params(part)
     }
 
 
@@ -151,7 +149,7 @@ def inspect_one_step(side: str, output: Path) -> None:
 def answers(side: str, line: str, ranks: int) -> list[dict[str, Any]] | str:
     """What each rank of a run of ``line`` found, or the error that ended it."""
     on_cpu = os.environ.get("MEGATRON_LION_DEVICE") == "cpu"
-    words = [*MODEL.split(), *(CPU.split() if on_cpu else ()), *line.split()]
+    words = [*MODEL.split(), *(cpu_run.FLAGS.split() if on_cpu else ()), *line.split()]
     with tempfile.TemporaryDirectory() as folder:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         run = subprocess.run(

@@ -17,16 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lion.config import LionError
+from megatron_lion.integration import cpu_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN_GPT = ROOT / "launch" / "pretrain_gpt.py"
 FINISHED = "finished.json"
-# What a CPU lacks: fused kernels and NCCL.
-CPU = (
-    "--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion --no-rope-fusion "
-    "--no-persist-layer-norm --no-masked-softmax-fusion --num-workers 0"
-)
-ENVIRONMENT = {"MEGATRON_LION_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+CPU = f"{cpu_run.FLAGS} --num-workers 0"
+ENVIRONMENT = {**cpu_run.ENVIRONMENT, "PYTHONWARNINGS": "ignore"}
 
 
 # A tiny model takes larger steps than a real one; the first two are the demo's (docs/demo.md), Adam's was not tuned.
