@@ -1,6 +1,5 @@
 """Lion as an ordinary ``torch.optim.Optimizer``."""
 
-import itertools
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -197,9 +196,9 @@ class Lion(torch.optim.Optimizer):
                 rows.setdefault(kind, []).append(row)
         for alike in rows.values():
             self._update(group, alike)
-        storage = _storage(group)
-        for row in itertools.chain.from_iterable(rows.values()):
-            if storage.is_unpacked(self.state[row.param], row.param):
+        if group.get("momentum_dtype") == "int8":
+            storage = _storage(group)
+            for row in (row for alike in rows.values() for row in alike if row.scale is None):  # it waited in fp32
                 storage.set_momentum(self.state[row.param], row.param, row.exp_avg, row.place)
 
     def _is_counted(self, row: Row) -> bool:

@@ -64,8 +64,8 @@ class Storage:
     def set_momentum(self, state: State, param: Tensor, value: Tensor, place: Place, *, exact: bool = False) -> None:
         """Store ``value`` (fp32, of as many elements as ``param``) as the momentum, rounded to the storage.
 
-        With ``exact``, values that int8 would change stay in fp32 until :meth:`pack`: so a momentum that was quantised
-        in other blocks, or not at all, is not rounded before the first step that uses it.
+        With ``exact``, values that int8 would change stay in fp32, without a scale, until they are set without it: so a
+        momentum that was quantised in other blocks, or not at all, is not rounded before the first step.
         """
         value = value.detach().view(param.shape)
         if self._momentum(param) != torch.int8:
@@ -90,10 +90,6 @@ class Storage:
             state["master_param"] = value.to(param.device, torch.float32, copy=True)
         else:
             param.data.copy_(value)
-
-    def is_unpacked(self, state: State, param: Tensor) -> bool:
-        """Whether the momentum waits in fp32 for its first step."""
-        return self._momentum(param) == torch.int8 and "exp_avg_scale" not in state
 
     def restore(self, saved: State, param: Tensor, place: Place) -> State:
         """``saved`` state in this storage; its tensors themselves where nothing has to be converted.
