@@ -4,6 +4,7 @@ Nothing of the sharding is written again here. The subclasses say what the state
 Megatron's own code allocates, saves, loads and reshards it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -136,11 +137,17 @@ class LionChainedOptimizer(ChainedOptimizer):
         The norm does not see all that Lion updates: not the gradients of parameters that every tensor-parallel rank
         holds whole, on any rank but the first, nor those of a tied copy, nor those of multi-token prediction.
         """
-        unseen = [grad for part in self.chained_optimizers for grad in compat.gradients_outside_the_norm(part)]
+        grads = (compat.gradient_of(part, param) for part, param in self._outside_the_norm)
+        unseen = [grad for grad in grads if grad is not None]
         size = float(self._grad_norm) + sum(float(norm) for norm in (torch._foreach_norm(unseen) if unseen else ()))
         bad = torch.tensor(float(not math.isfinite(size)), device=torch.cuda.current_device())
         torch.distributed.all_reduce(bad)
         return not bad
+
+    @functools.cached_property
+    def _outside_the_norm(self) -> list[tuple[Any, torch.Tensor]]:
+        """Each part's parameters whose gradients its norm leaves out; found at the first step, when there are some."""
+        return [(part, param) for part in self.chained_optimizers for param in compat.params_outside_the_norm(part)]
 
     def load_state_dict(self, state_dict: Any) -> None:
         try:
@@ -171,8 +178,8 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
         if isinstance(optimizer, Lion) and compat.is_precision_aware(config):
             optimizer.use_decoupled_grad = True
             optimizer.places = {
-                self._inner_param(param): Place(compat.shard_range(self, param)[0], Place.of_whole(param).row)
-                for param in self.model_param_group_index_map
+                inner: Place(compat.shard_range(self, param)[0], Place.of_whole(param).row)
+                for param, inner, _ in compat.updated_params(self)
             }
             if any(group["momentum_dtype"] == "int8" for group in optimizer.param_groups):
                 self._require_whole_blocks()
@@ -231,8 +238,7 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
                 "Lion's master weights cannot be taken from another state dict when Lion stores them: load the "
                 "parameters first, then call reload_model_params() without one"
             )
-        for model_param in self.model_param_group_index_map:
-            shard = self._inner_param(model_param)
+        for _, shard, _ in compat.updated_params(self):
             if self.optimizer.state[shard]:  # else it is made from the parameter at the first step
                 self.optimizer.set_scaled_state(shard, "master_param", shard.float())
 

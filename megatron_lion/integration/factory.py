@@ -131,7 +131,7 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: An
         ),
     ):
         optimizer = _with_init_state(build(), init_lion_state)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in compat.parts_of(optimizer):
         if isinstance(part.optimizer, offload.LIONS):
             part.optimizer.register_load_state_dict_post_hook(functools.partial(_keep_betas, lion_config))
     summary.report(lion_config, config, model_chunks, optimizer)
@@ -140,7 +140,7 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: An
 
 def _with_init_state(optimizer: Any, init_state: Any) -> Any:
     """Give the wrappers that stock left without an ``init_state_fn``, and so unable to load a checkpoint, theirs."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in compat.parts_of(optimizer):
         if part.init_state_fn is None:
             part.init_state_fn = init_state
     return optimizer

@@ -178,10 +178,10 @@ class _Owned(NamedTuple):
 
 
 def _owned(optimizer: Any) -> Iterator[_Owned]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in compat.parts_of(optimizer):
         if part.optimizer is None:  # this rank holds none of the part's parameters
             continue
-        for param, group in compat.model_params_with_groups(part):
+        for param, _, group in compat.updated_params(part):
             if hasattr(part, "distributed_optimizer_instance_id"):
                 start, stop = compat.shard_range(part, param)
                 first_instance = part.distributed_optimizer_instance_id == 0

@@ -55,19 +55,19 @@ def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimi
 def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:
     """The model's parameters (not the optimizer's shards of them) whose update Lion makes."""
     covered: set[torch.nn.Parameter] = set()
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in compat.parts_of(optimizer):
         if not isinstance(part.optimizer, LIONS):
             continue
         if hasattr(part, "model_param_group_index_map"):  # the distributed optimizer owns whole buffers
             covered.update(param for buffer in part.buffers for param in buffer.params)
         else:
-            covered.update(param for param, _ in compat.model_params_with_groups(part))
+            covered.update(param for param, _, _ in compat.updated_params(part))
     return covered
 
 
 def _updated_tensors(optimizer: Any) -> list[torch.Tensor]:
     """This rank's masters: what the kernel is chosen by. Where some are offloaded, those on the CPU."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = compat.parts_of(optimizer)
     return _offloaded(parts) or [
         param for part in parts if part.optimizer is not None for param in part.get_parameters()
     ]
@@ -101,7 +101,7 @@ def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int
 def _state_bytes(lion_config: LionConfig, config: Any, optimizer: Any) -> tuple[str, str]:
     """How the state is laid out, and its bytes on the fullest rank."""
     momentum = master = dp = 0
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = compat.parts_of(optimizer)
     on_host = 8 * sum(param.numel() for param in _offloaded(parts))  # an fp32 master and an fp32 momentum
     for part in parts:
         if part.optimizer is None:

@@ -47,14 +47,12 @@ def install() -> None:
     from megatron.training import get_args
 
     stock_step, stock_callbacks = training.train_step, training.post_training_step_callbacks
-    begun: set[str] = set()
 
     @functools.wraps(stock_step)
     def train_step(
         forward_step_func: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, **kw: Any
     ) -> Any:
-        if get_args().lion_telemetry and not begun:
-            begun.add("training")
+        if get_args().lion_telemetry and any(lion.counted is None for lion in _lions(optimizer)):  # the first step
             begin(optimizer)
             measure_next_step(optimizer, True)
         return stock_step(forward_step_func, data_iterator, model, optimizer, *rest, **kw)
@@ -76,10 +74,10 @@ def install() -> None:
 
 def begin(optimizer: Any) -> None:
     """Tell each Lion which of its parameters this rank counts."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in compat.parts_of(optimizer):
         if isinstance(part.optimizer, Lion):
             part.optimizer.counted = {
-                inner for param, inner in compat.inner_params(part) if gradients.counts_here(part, param)
+                inner for param, inner, _ in compat.updated_params(part) if gradients.counts_here(part, param)
             }
 
 
@@ -90,8 +88,7 @@ def measure_next_step(optimizer: Any, wanted: bool) -> None:
 
 
 def _lions(optimizer: Any) -> list[Lion]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part.optimizer for part in parts if isinstance(part.optimizer, Lion)]
+    return [part.optimizer for part in compat.parts_of(optimizer) if isinstance(part.optimizer, Lion)]
 
 
 def over_ranks(lions: list[Lion]) -> Telemetry:

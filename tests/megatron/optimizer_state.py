@@ -23,7 +23,7 @@ def write(folder: Path, model: list[Any], optimizer: Any) -> None:
     }
     shards = []
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for param, _ in compat.model_params_with_groups(part):
+        for param, _, _ in compat.updated_params(part):
             if param in names:
                 split = getattr(param, "tensor_model_parallel", False)
                 start, stop = compat.shard_range(part, param)

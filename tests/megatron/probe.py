@@ -60,7 +60,7 @@ def sharded_step(model: list[Any], optimizer: Any, steps: int = 5) -> dict[str, 
     args = get_args()
     params = {f"{i}.{name}": param for i, chunk in enumerate(model) for name, param in chunk.named_parameters()}
     settings = {
-        param: group for part in optimizer.chained_optimizers for param, group in compat.model_params_with_groups(part)
+        param: group for part in optimizer.chained_optimizers for param, _, group in compat.updated_params(part)
     }
     weight_decay = {name: settings[param]["weight_decay"] for name, param in params.items() if param in settings}
     gathered: list[Any] = [None] * torch.distributed.get_world_size()

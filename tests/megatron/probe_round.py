@@ -136,7 +136,7 @@ def reference(step: Step, dataset: Any, batches: int, iteration: int) -> dict[st
     decay = {
         param: group["weight_decay"]
         for part in getattr(step.optimizer, "chained_optimizers", [step.optimizer])
-        for param, group in compat.model_params_with_groups(part)
+        for param, _, group in compat.updated_params(part)
     }
     l1 = sum(float(copied.grad.abs().sum()) for copied in double.values())
     l2 = sum(float(copied.grad.square().sum()) for copied in double.values()) ** 0.5

@@ -86,45 +86,43 @@ def has_te_or_apex() -> bool:
     return not USING_PYTORCH_OPTIMIZER
 
 
-def model_params_with_groups(part: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Each of the model's parameters that an optimizer of Megatron's chain updates, with its parameter group.
+def parts_of(optimizer: Any) -> list[Any]:
+    """The optimizers that Megatron chained for dense and expert parameters, or the one that it made alone."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def updated_params(part: Any) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    """Each of the model's parameters that ``part`` updates, the inner optimizer's tensor for it, and its group.
 
     The distributed optimizer and the one with fp32 copies of 16-bit parameters hold the model's parameters beside the
     inner optimizer's; the fp32 one hands them over as they are.
     """
     groups = part.optimizer.param_groups
     if hasattr(part, "model_param_group_index_map"):
-        yield from ((param, groups[index]) for param, (index, _) in part.model_param_group_index_map.items())
-    elif hasattr(part, "float16_groups"):
-        for half, full, group in zip(part.float16_groups, part.fp32_from_fp32_groups, groups, strict=True):
-            yield from ((param, group) for param in (*half, *full))
-    else:
-        yield from ((param, group) for group in groups for param in group["params"])
-
-
-def inner_params(part: Any) -> Iterator[tuple[Any, Any]]:
-    """Each of the model's parameters that ``part`` updates, with the tensor that its inner optimizer has for it."""
-    groups = part.optimizer.param_groups
-    if hasattr(part, "model_param_group_index_map"):
         for param, (index, order) in part.model_param_group_index_map.items():
-            yield param, groups[index]["params"][order]
+            yield param, groups[index]["params"][order], groups[index]
     elif hasattr(part, "float16_groups"):
-        for half, copies in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
-            yield from zip(half, copies, strict=True)
-        for full in part.fp32_from_fp32_groups:
-            yield from zip(full, full, strict=True)
+        kinds = (part.float16_groups, part.fp32_from_float16_groups, part.fp32_from_fp32_groups)
+        for half, copies, full, group in zip(*kinds, groups, strict=True):
+            yield from ((param, copy, group) for param, copy in zip((*half, *full), (*copies, *full), strict=True))
     else:
-        yield from ((param, param) for group in groups for param in group["params"])
+        yield from ((param, param, group) for group in groups for param in group["params"])
 
 
-def gradients_outside_the_norm(part: Any) -> list[Any]:
-    """The gradients that an optimizer of Megatron's chain leaves out of the norm that it clips by."""
+def params_outside_the_norm(part: Any) -> list[Any]:
+    """The parameters of an optimizer of Megatron's chain whose gradients it leaves out of the norm that it clips by.
+
+    To be asked when there are gradients. Which they are is decided by marks on the parameters, so it stays so.
+    """
     if part.optimizer is None:
         return []
     seen = {id(grad) for grad in getattr(part, known().gradients_of_the_norm)()}
-    name = "decoupled_grad" if is_precision_aware(part.config) else "grad"
-    grads = (getattr(param, name, None) for param in part.get_parameters())
-    return [grad for grad in grads if grad is not None and id(grad) not in seen]
+    return [param for param in part.get_parameters() if id(gradient_of(part, param)) not in seen]
+
+
+def gradient_of(part: Any, param: Any) -> Any:
+    """The gradient that ``part`` gave ``param``, one of its own parameters; None where there is none."""
+    return getattr(param, "decoupled_grad" if is_precision_aware(part.config) else "grad", None)
 
 
 def shard_range(part: Any, param: Any) -> tuple[int, int]:
