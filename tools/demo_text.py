@@ -95,6 +95,13 @@ def paragraphs(text: str) -> list[str]:
     return [part.strip("\n") for part in re.split(r"\n[^\S\n]*(?=\n)", text) if part.strip()]
 
 
+def read_documents(text: Sequence[Path]) -> list[str]:
+    """Return the paragraphs of the files in order, or Python's documentation if there is no file."""
+    if not text:
+        return python_documents(STANDARD_LIBRARY)
+    return [part for path in text for part in paragraphs(read_text(path))]
+
+
 def at_most(documents: list[str], megabytes: float) -> list[str]:
     """Return a sample of at most so many megabytes, in the given order; hashes spread it over all of the text."""
     kept, budget = set(), megabytes * 1e6
@@ -195,16 +202,14 @@ def prepare(
         raise LionError(f"--vocab-size {vocab_size} is not a possible number of pieces: give one like 2048")
     if max_megabytes is not None and not 0 < max_megabytes < math.inf:
         raise LionError(f"--max-megabytes {max_megabytes:g} is not above zero: give one like 2, or leave it out")
-    texts = [read_text(path) for path in text]
-    sources = [hashlib.sha256(content.encode("utf-8")).hexdigest() for content in texts]
+    sources = [hashlib.sha256(read_text(path).encode("utf-8")).hexdigest() for path in text]
     options = {"vocab_size": vocab_size, "max_megabytes": max_megabytes, "text_sha256": sources}
     request = {"format": FORMAT, "python": platform.python_version(), "options": options}
     if not force and (manifest := complete_manifest(output, request)):
         print(f"reusing the complete corpus in {output} (--force rebuilds it)")
         return manifest
     print("reading: " + (" ".join(map(str, text)) or "Python's help topics and docstrings"))
-    documents = [part for content in texts for part in paragraphs(content)]
-    splits = select_documents(documents if text else python_documents(STANDARD_LIBRARY), max_megabytes)
+    splits = select_documents(read_documents(text), max_megabytes)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as staging:
         manifest = request | build(Path(staging), splits, vocab_size)

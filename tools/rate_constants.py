@@ -18,11 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import demo_text
 from compare_runs import named_run
 from corpus.shards import write_json
-from studies import figures, rates
-from studies.megatron_runs import CPU, OPTIMIZERS, ROOT, VOCABULARY, MegatronRun, run_all, text_flags
+from studies import figures, rates, texts
+from studies.megatron_runs import CPU, OPTIMIZERS, ROOT, MegatronRun, run_all
 
 from megatron_lion.config import LionError, did_you_mean
 from megatron_lion.run import readable_errors
@@ -32,9 +31,8 @@ BATCH = "--micro-batch-size 16 --global-batch-size 16 --eval-iters 0 --eval-inte
 EVALUATE = ROOT / "tools" / "eval_wikitext103.py"
 
 
-def study_runs(options: argparse.Namespace) -> list[MegatronRun]:
+def study_runs(options: argparse.Namespace, data: str) -> list[MegatronRun]:
     """One run for each seed and optimizer, with rounds, and checkpoints as often as rounds if they are evaluated."""
-    data = text_flags(options.output / "text")
     interval = options.iterations // options.rounds
     runs = []
     for seed in range(1, options.seeds + 1):
@@ -145,8 +143,7 @@ def main() -> None:
     if options.run:
         files = by_optimizer(options.run)
     else:
-        demo_text.prepare(options.output / "text", VOCABULARY, None, options.text)
-        runs = study_runs(options)
+        runs = study_runs(options, texts.gpt(options.output / "text", options.text))
         run_all(runs, options.threads)
         files = by_optimizer([(run.folder.name.partition("-")[0], run.folder / "norm_ratio.jsonl") for run in runs])
         if options.evaluate:

@@ -1,6 +1,7 @@
 """How the norm ratio r = ||g||_1 / ||g||_2 grows with the number of parameters d: the paper says as sqrt(d).
 
     python tools/scaling_study.py --text TEXT... --output runs/scaling            trains small GPTs here, on a CPU
+    python tools/scaling_study.py --model bert --text TEXT... --output runs/scaling-bert                 or BERTs
     python tools/scaling_study.py --run lion=a/norm_ratio.jsonl --run lion=b/norm_ratio.jsonl ... --output out
 
 The first form pretrains five sizes with Lion, SGD and Adam through Megatron's own loop; the same command goes on where
@@ -15,11 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import demo_text
 from compare_runs import named_run
 from corpus.shards import write_json
-from studies import figures, scaling
-from studies.megatron_runs import CPU, OPTIMIZERS, VOCABULARY, MegatronRun, run_all, text_flags
+from studies import figures, scaling, texts
+from studies.megatron_runs import CPU, OPTIMIZERS, PRETRAIN, MegatronRun, run_all
 
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
@@ -30,9 +30,8 @@ HEAD_SIZE = 16
 SEQUENCE = 64
 
 
-def study_runs(options: argparse.Namespace) -> list[MegatronRun]:
+def study_runs(options: argparse.Namespace, data: str) -> list[MegatronRun]:
     """The runs of the study, smallest first; rounds before the first step are measured once for each size."""
-    data = text_flags(options.output / "text")
     runs = []
     for hidden in options.sizes:
         for name in options.optimizers:
@@ -46,14 +45,13 @@ def study_runs(options: argparse.Namespace) -> list[MegatronRun]:
             rounds += f" --norm-ratio-file {folder}/norm_ratio.jsonl"
             rounds += " --norm-ratio-at-start" if name == options.optimizers[0] else ""
             flags = f"{model} {steps} {rate} {quiet} {rounds} {OPTIMIZERS[name]} --seed {options.seed} {data} {CPU}"
-            runs.append(MegatronRun(folder=folder, flags=flags))
+            runs.append(MegatronRun(folder=folder, flags=flags, script=PRETRAIN[options.model]))
     return runs
 
 
 def train(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Make the text and the runs that are missing; returns the points of all of them."""
-    demo_text.prepare(options.output / "text", VOCABULARY, None, options.text)
-    runs = study_runs(options)
+    runs = study_runs(options, texts.CORPORA[options.model](options.output / "text", options.text))
     run_all(runs, options.threads)
     return [
         point
@@ -137,6 +135,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder for runs, figures and results")
+    add("--model", choices=texts.CORPORA, default="gpt", help="what is trained, or was (gpt)")
     add("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text to train on (default: Python's documentation)")
     add("--run", type=named_run, action="append", default=[], metavar="OPTIMIZER=JSONL", help="rounds; repeatable")
     add("--sizes", type=int, nargs="+", choices=SIZES, default=list(SIZES), metavar="H", help="hidden sizes to train")

@@ -20,7 +20,7 @@ from megatron_lion.config import LionError
 from megatron_lion.integration import cpu_run
 
 ROOT = Path(__file__).resolve().parents[2]
-PRETRAIN_GPT = ROOT / "launch" / "pretrain_gpt.py"
+PRETRAIN = {"gpt": ROOT / "launch" / "pretrain_gpt.py", "bert": ROOT / "launch" / "pretrain_bert.py"}
 FINISHED = "finished.json"
 CPU = f"{cpu_run.FLAGS} --num-workers 0"
 ENVIRONMENT = {**cpu_run.ENVIRONMENT, "PYTHONWARNINGS": "ignore"}
@@ -32,13 +32,6 @@ OPTIMIZERS = {
     "sgd": "--optimizer sgd --lr 0.1 --weight-decay 1e-4",
     "adam": "--optimizer adam --lr 2e-3 --weight-decay 0.1",
 }
-VOCABULARY = 384  # three times 128, so that no row is padding
-
-
-def text_flags(text: Path) -> str:
-    """Megatron's flags for the corpus that tools/demo_text.py left in ``text``."""
-    splits = " ".join(f"--{split}-data-path {text}/{split}_text_document" for split in ("train", "valid", "test"))
-    return f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {text}/tokenizer.model {splits}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +40,7 @@ class MegatronRun:
 
     folder: Path
     flags: str
-    script: Path = PRETRAIN_GPT
+    script: Path = PRETRAIN["gpt"]
 
     @property
     def is_finished(self) -> bool:
