@@ -114,6 +114,7 @@ def parse() -> argparse.Namespace:
     add("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text to train on (default: Python's documentation)")
     add("--evaluate", type=Path, metavar="FILE", help="text of the perplexities, WikiText's test tokens for example")
     add("--run", type=named_run, action="append", default=[], metavar="OPTIMIZER=JSONL", help="rounds; repeatable")
+    add("--model", default="tiny GPT", metavar="NAME", help="what made the rounds of --run, for the report")
     add("--seeds", type=int, default=5, metavar="N", help="repeats of each optimizer (5)")
     add("--iterations", type=int, default=200, metavar="N", help="steps of each run (200)")
     add("--rounds", type=int, default=10, metavar="N", help="rounds and checkpoints of each run (10)")
@@ -139,7 +140,7 @@ def by_optimizer(entries: list[tuple[str, Path]]) -> dict[str, list[Path]]:
 def main() -> None:
     """Train or read, estimate, draw and write."""
     options = parse()
-    result: dict[str, Any] = {"command": shlex.join(["python", *sys.argv])}
+    result: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "model": options.model}
     if options.run:
         files = by_optimizer(options.run)
     else:

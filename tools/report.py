@@ -2,8 +2,9 @@
 
     python tools/report.py --runs runs --output report
 
-Reads runs/toy (tools/toy_convergence.py), runs/scaling, runs/rates (the tools of these names), runs/vision/DATASET
-(tools/vision_study.py), runs/demo (launch/demo.sh) and every folder in runs with a recipe.json (launch/launch.py).
+Reads runs/toy (tools/toy_convergence.py), runs/scaling and runs/scaling-bert, runs/rates and runs/rates-vision (the
+tools of these names), runs/vision/DATASET (tools/vision_study.py), runs/demo (launch/demo.sh) and every folder in runs
+with a recipe.json (launch/launch.py).
 What is missing or damaged is said in its place, with the command that makes it. Leaves report.html, which holds all
 that it needs, and report.md with its pictures in figures/.
 """
@@ -16,13 +17,27 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from reporting import findings
+from reporting import findings, vision
 from reporting.pages import Row, to_html, to_markdown
 from reporting.paper import EXHIBITS, Exhibit
 
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 
+Maker = Callable[[Path, str], findings.Finding]
+# By exhibit: folders that may hold its records, the file that says that they do, and who reads them.
+RECORDS: dict[str, list[tuple[str, str, Maker]]] = {
+    "Table 1": [("toy", "result.json", findings.toy_rates)],
+    "Figure A1": [("toy", "result.json", findings.toy_pictures)],
+    "Figure A2": [("toy", "result.json", findings.toy_bound)],
+    "Figure A3": [(folder, "rates.json", findings.rate_constants) for folder in ("rates", "rates-vision")],
+    "Table A1": [("rates", "rates.json", findings.perplexities)],
+    "Section 5": [(folder, "scaling.json", findings.scaling) for folder in ("scaling", "scaling-bert")],
+    "Figure 1": [(f"vision/{data}", "", vision.curves) for data in ("cifar100", "digits")],
+    "Figure A4": [("vision/cifar10", "", vision.curves)],
+    "Figure A5": [("vision/imagenet", "", vision.curves)],
+    "Table A2": [(f"vision/{data}", vision.GRID, vision.rates_found) for data in ("cifar10", "cifar100", "digits")],
+}
 LANGUAGE_MODELS = {"Figure 2": "bert", "Figure 3": "gpt"}  # a part of their models' names
 # What a damaged or foreign record raises where it is read.
 BAD_RECORD = (LionError, KeyError, TypeError, ValueError, IndexError, AttributeError)
@@ -38,7 +53,9 @@ def language_pairs(runs: Path) -> dict[str, dict[str, Path]]:
         except (ValueError, KeyError, TypeError):  # cut short: the folder's usual name says the same
             model, optimizer, *_ = [*path.parent.name.split("-"), "unknown"]
         pairs.setdefault(str(model), {})[str(optimizer)] = path.parent
-    for model, folder, suffix in (("demo_gpt", runs / "demo", ""), ("study_gpt", runs / "rates", "-1")):
+    studies = (("demo_gpt", "demo", ""), ("study_gpt", "rates", "-1"), ("study_bert", "scaling-bert", "-400"))
+    for model, where, suffix in studies:
+        folder = runs / where
         found = {name: folder / f"{name}{suffix}" for name in ("lion", "sgd") if (folder / f"{name}{suffix}").is_dir()}
         pairs |= {model: found} if found else {}
     return pairs
@@ -47,8 +64,7 @@ def language_pairs(runs: Path) -> dict[str, dict[str, Path]]:
 def make_row(exhibit: Exhibit, runs: Path, hardware: str, pairs: dict[str, dict[str, Path]]) -> Row:
     """What ``runs`` hold of an exhibit; a damaged record becomes a problem in words, not the report's end."""
     makers: dict[str, Callable[[], findings.Finding]] = {}  # by where the records are
-    if exhibit.name in findings.MAKERS:
-        folder, needed, maker = findings.MAKERS[exhibit.name]
+    for folder, needed, maker in RECORDS.get(exhibit.name, []):
         if (runs / folder / needed).exists():
             makers[str(runs / folder)] = partial(maker, runs / folder, hardware)
     for model, pair in pairs.items():

@@ -11,7 +11,9 @@ downloaded. One process on one device; ImageNet's run over several GPUs is not h
 """
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from corpus.shards import write_json
@@ -92,26 +94,45 @@ def run_one(options: argparse.Namespace, model: str, optimizer: str, lr: float) 
     return folder
 
 
+def search(options: argparse.Namespace, model: str, optimizer: str) -> dict[str, Any]:
+    """Run every learning rate; the best by the last epoch's top-1, and the top-1 of each (null where it diverged).
+
+    Raises LionError where none is left.
+    """
+    from vision.epochs import Diverged, last_epoch
+
+    ends: dict[float, dict[str, Any]] = {}
+    tried: dict[str, float | None] = {}
+    problem: LionError | None = None
+    for lr in rates(options, model, optimizer):
+        try:
+            ends[lr] = last_epoch(run_one(options, model, optimizer, lr))
+        except Diverged as error:
+            problem = error
+        tried[f"{lr:g}"] = ends[lr]["top1"] if lr in ends else None
+    if not ends:
+        raise LionError(f"{model} with {optimizer}: {problem}")
+    best = max(ends, key=lambda lr: ends[lr]["top1"])
+    shared = {key: ends[best][key] for key in ("top1", "epochs", "data")}
+    return {"lr": best, **shared, "tried": tried}
+
+
 def main() -> None:
     """Every model with every optimizer."""
     options = parse()
-    best = {}
+    found = {}
     try:
-        from vision.epochs import last_epoch
-
         for model in options.models:
             for optimizer in options.optimizers:
-                ends = {}
-                for lr in rates(options, model, optimizer):
-                    ends[lr] = last_epoch(run_one(options, model, optimizer, lr))
-                winner = max(ends, key=lambda lr: ends[lr]["top1"])
-                best[f"{model}-{optimizer}"] = {"lr": winner, "top1": ends[winner]["top1"]}
+                found[f"{model}-{optimizer}"] = search(options, model, optimizer)
     except ImportError as error:
         raise LionError(f"{error}: pip install 'megatron-lion[vision]'") from error
-    if options.grid:
-        write_json(options.output / "grid.json", best)
-    for name, row in best.items():
+    for name, row in found.items():
         print(f"{name}: lr {row['lr']:g}, top-1 {100 * row['top1']:.2f} %")
+    if options.grid:
+        path = options.output / "grid.json"
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # of other models
+        write_json(path, earlier | found)
 
 
 if __name__ == "__main__":

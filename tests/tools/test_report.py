@@ -115,25 +115,21 @@ def test_empty_records_of_a_run_are_named(tmp_path: Path) -> None:
     assert "x/norm_ratio.jsonl holds no round" in problem
 
 
+def scaling_result(folder: Path, sizes: tuple[float, ...], **more: Any) -> None:
+    folder.mkdir(parents=True)
+    interval = {"exponent": 0.4, "low": -0.8, "high": 1.6, "holds_half": True}
+    fit = {"optimizer": "lion", "iteration": 5, "sizes": 3, **interval}
+    points = [{"d": int(d), "ratio_over_sqrt_d": 0.3, "converged": True} for d in sizes]
+    (folder / "scaling.json").write_text(json.dumps({"fits": [fit], "points": points, **more}))
+    for name in ("exponent.svg", "ratio_over_sqrt_d.svg"):
+        (folder / name).write_text("<svg></svg>")
+
+
 @pytest.mark.parametrize(
     ("sizes", "said"), [((10**4, 10**5, 10**6), True), ((10**4, 10**4.5, 10**5, 10**5.5, 10**6), False)]
 )
 def test_a_scaling_study_of_few_sizes_says_so(tmp_path: Path, sizes: tuple[float, ...], said: bool) -> None:
-    folder = tmp_path / "runs" / "scaling"
-    folder.mkdir(parents=True)
-    fit = {
-        "optimizer": "lion",
-        "iteration": 5,
-        "sizes": 3,
-        "exponent": 0.4,
-        "low": -0.8,
-        "high": 1.6,
-        "holds_half": True,
-    }
-    points = [{"d": int(d), "ratio_over_sqrt_d": 0.3, "converged": True} for d in sizes]
-    (folder / "scaling.json").write_text(json.dumps({"fits": [fit], "points": points}))
-    for name in ("exponent.svg", "ratio_over_sqrt_d.svg"):
-        (folder / name).write_text("<svg></svg>")
+    scaling_result(tmp_path / "runs" / "scaling", sizes)
     (found,) = rows(tmp_path / "runs", tmp_path / "out")["Section 5"].findings
     assert found.missing == (["3 sizes up to 100 times the smallest: intervals this wide show little"] if said else [])
 
@@ -142,3 +138,57 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LionError, match="is not a folder: give the one that holds toy/"):
         report.write_report(tmp_path / "none", tmp_path / "out", HARDWARE)
     assert not (tmp_path / "out").exists()
+
+
+def vision_run(folder: Path, optimizer: str, lr: float, top1: float, losses: tuple[float, ...]) -> None:
+    folder.mkdir(parents=True)
+    shared = {"model": "resnet18", "optimizer": optimizer, "lr": lr, "epochs": 2, "data": "digits, 9 images", "d": 400}
+    lines = [
+        shared | {"epoch": epoch, "loss": loss, "top1": top1, "ratio_over_sqrt_d": 0.4}
+        for epoch, loss in enumerate(losses, start=1)
+    ]
+    (folder / "epochs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def grid_of_digits(folder: Path) -> None:
+    """Two rates for either optimizer; SGD's larger one diverged."""
+    vision_run(folder / "resnet18-lion-0.003", "lion", 3e-3, 0.5, (2.0, 1.9))
+    vision_run(folder / "resnet18-lion-0.001", "lion", 1e-3, 0.9, (1.0, 0.5))
+    vision_run(folder / "resnet18-sgd-0.001", "sgd", 1e-3, 0.8, (0.9, 0.8))
+    shared = {"epochs": 2, "data": "digits, 9 images", "lr": 1e-3}
+    lion = {**shared, "top1": 0.9, "tried": {"0.003": 0.5, "0.001": 0.9}}
+    sgd = {**shared, "top1": 0.8, "tried": {"0.003": None, "0.001": 0.8}}
+    (folder / "grid.json").write_text(json.dumps({"resnet18-lion": lion, "resnet18-sgd": sgd}))
+
+
+def test_a_grids_best_rates_stand_in_table_a2_and_its_best_runs_in_figure_1(tmp_path: Path) -> None:
+    grid_of_digits(tmp_path / "runs" / "vision" / "digits")
+    found = rows(tmp_path / "runs", tmp_path / "out")
+    (rates,), (curves,) = found["Table A2"].findings, found["Figure 1"].findings
+    assert rates.tables[0] == [
+        ["run", "best rate", "its top-1", "0.003", "0.001"],
+        ["resnet18-lion", "0.001", "90.00 %", "50.0", "90.0"],
+        ["resnet18-sgd", "0.001", "80.00 %", "-", "80.0"],
+    ]
+    assert "at most SGD's for 1 of 1 models." in rates.verdict
+    assert [row[0] for row in curves.tables[0][1:]] == ["resnet18-lion-0.001", "resnet18-sgd-0.001"]
+    assert "after 1 of 2 epochs Lion's training loss is the lower, after 2 its top-1" in curves.verdict
+    for one in (rates, curves):
+        assert one.verdict.startswith("Not the paper's data: digits stands in for it.")
+        assert "digits, 9 images" in one.made
+
+
+def test_a_damaged_grid_is_said_and_the_figure_of_its_folder_too(tmp_path: Path) -> None:
+    grid_of_digits(tmp_path / "runs" / "vision" / "digits")
+    (tmp_path / "runs" / "vision" / "digits" / "grid.json").write_text('{"resnet18-lion": {"lr"')
+    found = rows(tmp_path / "runs", tmp_path / "out")
+    for name in ("Table A2", "Figure 1"):
+        (problem,) = found[name].problems
+        assert "grid.json cannot be read" in problem and "To make it again" in problem
+
+
+def test_gpt_and_bert_stand_beside_each_other_in_section_5(tmp_path: Path) -> None:
+    for name, model in (("scaling", {}), ("scaling-bert", {"model": "bert"})):
+        scaling_result(tmp_path / "runs" / name, (10**4, 10**5, 10**6), **model)
+    findings = rows(tmp_path / "runs", tmp_path / "out")["Section 5"].findings
+    assert [one.made.split(" of ")[0] for one in findings] == ["GPTs", "BERTs"]

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import vision_study
 from torch import nn
 from vision import data, epochs, models
 
@@ -78,6 +80,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(LionError, match="in epoch 1: lower --lr"):
         start(tmp_path, limit=150, optimizer="sgd", lr=1e30).run()
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_grid_goes_on_where_a_rate_diverges_and_keeps_the_models_that_it_searched_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(options: Any, model: str, optimizer: str, lr: float) -> Path:
+        if lr > 1e-3:
+            raise epochs.Diverged("the loss is nan")
+        record = {"top1": 0.5 + lr, "epochs": 2, "data": "digits, 9 images"}
+        (tmp_path / "epochs.jsonl").write_text(json.dumps(record) + "\n")
+        return tmp_path
+
+    monkeypatch.setattr(vision_study, "run_one", end)
+    for model in ("resnet18", "resnet50"):
+        line = f"vision_study.py --dataset digits --grid --models {model} --optimizers lion --output {tmp_path}"
+        monkeypatch.setattr(sys, "argv", line.split())
+        vision_study.main()
+    found = json.loads((tmp_path / "grid.json").read_text())
+    assert list(found) == ["resnet18-lion", "resnet50-lion"]
+    assert found["resnet18-lion"]["lr"] == 1e-3 and found["resnet18-lion"]["epochs"] == 2
+    assert list(found["resnet18-lion"]["tried"].items())[:2] == [("0.003", None), ("0.001", 0.501)]
+    monkeypatch.setattr(vision_study, "GRID", (3e-3,))
+    with pytest.raises(LionError, match="resnet50 with lion: the loss is nan"):
+        vision_study.main()
 
 
 def test_the_schedules_of_cifar_and_imagenet() -> None:

@@ -7,6 +7,7 @@ from studies import figures
 
 from megatron_lion.integration.training_log import TrainingLog
 
+LINES = ("-", "--", ":")  # by model; colours are the optimizers'
 Records = list[dict[str, Any]]
 
 
@@ -48,9 +49,12 @@ def epochs(runs: dict[str, Records]) -> str:
     """Training loss, top-1 and r / sqrt(d) over epochs."""
     figure, panels = figures.pyplot().subplots(1, 3, figsize=(10.5, 3.4))
     titles = {"loss": "training loss", "top1": "top-1 accuracy", "ratio_over_sqrt_d": r"$r / \sqrt{d}$"}
+    models = list(dict.fromkeys(rows[0]["model"] for rows in runs.values()))
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         for name, rows in runs.items():
-            axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], "o-", markersize=3, label=name)
+            line = "o" + LINES[models.index(rows[0]["model"])]
+            (drawn,) = axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], line, markersize=3)
+            drawn.set(color=figures.COLOURS.get(rows[0]["optimizer"]), label=name)
         axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,8 @@ def toy_bound(folder: Path, hardware: str) -> Finding:
 
 def rate_constants(folder: Path, hardware: str) -> Finding:
     """Figure A3."""
-    found = read_json(folder / "rates.json")["rates"]
+    result = read_json(folder / "rates.json")
+    found = result["rates"]
     if len(found) < 2:
         raise LionError(f"{folder / 'rates.json'} has {', '.join(found)} alone: both optimizers are needed")
     lion, sgd = found["lion"], found["sgd"]
@@ -113,7 +113,8 @@ def rate_constants(folder: Path, hardware: str) -> Finding:
     return Finding(
         verdict=f"{verb}: c_LION = {lion['constant']:.3f}, c_SGD = {sgd['constant']:.3f}. Noise adds to the norms of "
         "rounds that did not converge, so that the constants are estimates from above.",
-        made=f"tiny GPT, d = {lion['d']:,}, {lion['steps'][-1]} steps, {lion['repeats']} seeds; {hardware}",
+        made=f"{result.get('model', 'tiny GPT')}, d = {lion['d']:,}, {lion['steps'][-1]} steps, {lion['repeats']} "
+        f"seeds; {hardware}",
         pictures={"(a) and (b)": _read_svg(folder / "A3.svg")},
         tables=[table],
     )
@@ -142,6 +143,7 @@ def perplexities(folder: Path, hardware: str) -> Finding:
 def scaling(folder: Path, hardware: str) -> Finding:
     """The exponent of r against d."""
     result = read_json(folder / "scaling.json")
+    model = result.get("model", "gpt").upper()
     table = [["optimizer", "step", "sizes", "exponent [95 %]", "0.5 inside"]]
     for fit in result["fits"]:
         interval = f"{fit['exponent']:.3f} [{fit['low']:.3f}, {fit['high']:.3f}]"
@@ -152,9 +154,9 @@ def scaling(folder: Path, hardware: str) -> Finding:
     shares = [point["ratio_over_sqrt_d"] for point in result["points"] if point["converged"]]
     few = f"{len(sizes)} sizes up to {sizes[-1] / sizes[0]:.0f} times the smallest: intervals this wide show little"
     return Finding(
-        verdict=f"0.5 lies in {inside} of {len(result['fits'])} intervals; r / sqrt(d) of converged rounds lies "
-        f"between {min(shares):.3f} and {max(shares):.3f}.",
-        made=f"GPTs of {len(sizes)} sizes, d = {sizes[0]:,} to {sizes[-1]:,}; {hardware}",
+        verdict=f"{model}: 0.5 lies in {inside} of {len(result['fits'])} intervals; r / sqrt(d) of converged rounds "
+        f"lies between {min(shares):.3f} and {max(shares):.3f}.",
+        made=f"{model}s of {len(sizes)} sizes, d = {sizes[0]:,} to {sizes[-1]:,}; {hardware}",
         pictures={
             "r against d": _read_svg(folder / "exponent.svg"),
             "r / sqrt(d) over training": _read_svg(folder / "ratio_over_sqrt_d.svg"),
@@ -208,45 +210,3 @@ def language(pair: dict[str, Path], model: str, hardware: str) -> Finding:
         tables=[table],
         missing=missing,
     )
-
-
-def vision(folder: Path, hardware: str) -> Finding:
-    """Figures 1, A4, A5 from the epochs.jsonl of each model's and optimizer's run."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    missing = []
-    for path in sorted(folder.glob("*/epochs.jsonl")):
-        try:
-            runs[path.parent.name] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            missing.append(f"{path} is damaged ({error}): its run is left out")
-    runs = {name: epochs for name, epochs in runs.items() if epochs}
-    if not runs:
-        raise LionError("; ".join(missing) or f"no run in {folder} has finished an epoch")
-    table = [["run", "epochs", "training loss", "top-1", "r / sqrt(d)"]]
-    for name, epochs in runs.items():
-        shares, last = [epoch["ratio_over_sqrt_d"] for epoch in epochs], epochs[-1]
-        cells = [f"{last['epoch']} of {last['epochs']}", f"{last['loss']:.4f}", f"{100 * last['top1']:.2f} %"]
-        table.append([name, *cells, f"{min(shares):.3f} to {max(shares):.3f}"])
-        if last["epoch"] < last["epochs"]:
-            missing.append(f"{name} was cut short: {last['epoch']} of {last['epochs']} epochs")
-    return Finding(
-        verdict="See the table.",
-        made=f"{next(iter(runs.values()))[0]['data']}; {hardware}",
-        pictures={"loss, top-1 and r": drawings.epochs(runs)},
-        tables=[table],
-        missing=missing,
-    )
-
-
-Maker = Callable[[Path, str], Finding]
-MAKERS: dict[str, tuple[str, str, Maker]] = {
-    "Table 1": ("toy", "result.json", toy_rates),
-    "Figure A1": ("toy", "result.json", toy_pictures),
-    "Figure A2": ("toy", "result.json", toy_bound),
-    "Figure A3": ("rates", "rates.json", rate_constants),
-    "Table A1": ("rates", "rates.json", perplexities),
-    "Section 5": ("scaling", "scaling.json", scaling),
-    "Figure 1": ("vision/cifar100", "", vision),
-    "Figure A4": ("vision/cifar10", "", vision),
-    "Figure A5": ("vision/imagenet", "", vision),
-}

@@ -70,8 +70,13 @@ def fits(points: Sequence[dict[str, Any]]) -> list[Fit]:
     return found
 
 
-def result(points: Sequence[dict[str, Any]], command: str, seconds: float | None = None) -> dict[str, Any]:
-    """What the study found, as it is written to scaling.json. Raises LionError where nothing can be fitted."""
+def result(
+    points: Sequence[dict[str, Any]], command: str, *, model: str = "gpt", seconds: float | None = None
+) -> dict[str, Any]:
+    """What the study of one kind of model found, as it is written to scaling.json.
+
+    Raises LionError where nothing can be fitted.
+    """
     fitted = fits(points)
     if not fitted:
         held = sorted({point["d"] for point in points if point["converged"]})
@@ -80,4 +85,4 @@ def result(points: Sequence[dict[str, Any]], command: str, seconds: float | None
             f"have d = {', '.join(map(str, held)) or 'none'}; add runs, or give rounds more batches"
         )
     rows = [asdict(fit) | {"holds_half": fit.holds_half} for fit in fitted]
-    return {"command": command, "seconds": seconds, "points": list(points), "fits": rows}
+    return {"command": command, "model": model, "seconds": seconds, "points": list(points), "fits": rows}

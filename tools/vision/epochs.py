@@ -19,6 +19,10 @@ from megatron_lion.stats.writer import RecordFile
 from vision import data
 
 
+class Diverged(LionError):
+    """The loss was not finite. A finding in a grid of learning rates, an error elsewhere."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a run is; a run that is resumed must have the same."""
@@ -112,7 +116,7 @@ class VisionRun:
                 group["lr"] = learning_rate(self.settings, self.epoch + (step + 1) / self.steps)
             loss = self._loss(self.model, batch)[0]
             if not math.isfinite(float(loss.detach())):
-                raise LionError(f"the loss is {float(loss.detach())} in epoch {self.epoch + 1}: lower --lr")
+                raise Diverged(f"the loss is {float(loss.detach())} in epoch {self.epoch + 1}: lower --lr")
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
