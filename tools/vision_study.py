@@ -7,7 +7,9 @@
 Every epoch has three passes: training, loss and gradient of the whole training set with the parameters held fixed, and
 top-1 accuracy on the test set. Each run leaves epochs.jsonl, which the other tools read as they read norm_ratio.jsonl,
 and a checkpoint: the same command goes on where it was stopped. Needs pip install 'megatron-lion[vision]'; nothing is
-downloaded. One process on one device; ImageNet's run over several GPUs is not here.
+downloaded. Over several GPUs, --batch remaining that of all of them together:
+
+    torchrun --nproc-per-node 8 tools/vision_study.py --dataset imagenet --data DIR --output runs/vision/imagenet
 """
 
 import argparse
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from corpus.shards import write_json
+from vision.ranks import Ranks, join
 
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
@@ -64,7 +67,7 @@ def rates(options: argparse.Namespace, model: str, optimizer: str) -> tuple[floa
     return (options.lr or (sgd if optimizer == "sgd" else lion),)
 
 
-def run_one(options: argparse.Namespace, model: str, optimizer: str, lr: float) -> Path:
+def run_one(options: argparse.Namespace, ranks: Ranks, model: str, optimizer: str, lr: float) -> Path:
     """Run, or go on with, one model with one optimizer at one rate; returns its folder."""
     from vision import data, epochs, models
 
@@ -90,11 +93,11 @@ def run_one(options: argparse.Namespace, model: str, optimizer: str, lr: float) 
     torch.manual_seed(options.seed)
     network = models.build(model, images.classes, size, options.pretrained)
     folder = options.output / f"{model}-{optimizer}{f'-{lr:g}' if options.grid else ''}"
-    epochs.VisionRun(settings, images, network, folder, device=options.device, workers=options.workers).run()
+    epochs.VisionRun(settings, images, network, folder, ranks=ranks, workers=options.workers).run()
     return folder
 
 
-def search(options: argparse.Namespace, model: str, optimizer: str) -> dict[str, Any]:
+def search(options: argparse.Namespace, ranks: Ranks, model: str, optimizer: str) -> dict[str, Any]:
     """Run every learning rate; the best by the last epoch's top-1, and the top-1 of each (null where it diverged).
 
     Raises LionError where none is left.
@@ -106,7 +109,7 @@ def search(options: argparse.Namespace, model: str, optimizer: str) -> dict[str,
     problem: LionError | None = None
     for lr in rates(options, model, optimizer):
         try:
-            ends[lr] = last_epoch(run_one(options, model, optimizer, lr))
+            ends[lr] = last_epoch(run_one(options, ranks, model, optimizer, lr))
         except Diverged as error:
             problem = error
         tried[f"{lr:g}"] = ends[lr]["top1"] if lr in ends else None
@@ -120,13 +123,19 @@ def search(options: argparse.Namespace, model: str, optimizer: str) -> dict[str,
 def main() -> None:
     """Every model with every optimizer."""
     options = parse()
+    ranks = join(options.device)
+    if options.batch < 2 * ranks.world:
+        raise LionError(f"--batch {options.batch} is of all {ranks.world} ranks together: give two images for each")
     found = {}
     try:
         for model in options.models:
             for optimizer in options.optimizers:
-                found[f"{model}-{optimizer}"] = search(options, model, optimizer)
+                found[f"{model}-{optimizer}"] = search(options, ranks, model, optimizer)
     except ImportError as error:
         raise LionError(f"{error}: pip install 'megatron-lion[vision]'") from error
+    ranks.leave()
+    if ranks.rank > 0:
+        return
     for name, row in found.items():
         print(f"{name}: lr {row['lr']:g}, top-1 {100 * row['top1']:.2f} %")
     if options.grid:

@@ -8,10 +8,11 @@ one call.
 from megatron_lion.stats.convergence import NoiseEstimate, has_converged, noise_estimate, round_prefixes
 from megatron_lion.stats.full_gradient import full_gradient
 from megatron_lion.stats.record import GradientRecord, Part
-from megatron_lion.stats.round import Counted, GradientRound
+from megatron_lion.stats.round import BatchShare, Counted, GradientRound
 from megatron_lion.stats.sums import GradientSums, MeanGradient, pack, squared_norm, unpack
 
 __all__ = [
+    "BatchShare",
     "Counted",
     "GradientRecord",
     "GradientRound",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_lion.config import LionError, check_non_negative
 from megatron_lion.stats.convergence import PREFIXES
 from megatron_lion.stats.record import GradientRecord
-from megatron_lion.stats.round import Counted, GradientRound
+from megatron_lion.stats.round import BatchShare, Counted, GradientRound
 
 Loss = Tensor | tuple[Tensor, float]
 WeightDecay = float | Sequence[Mapping[str, Any]]
@@ -26,6 +26,7 @@ def full_gradient(
     *,
     weight_decay: WeightDecay = 0.0,
     prefixes: Iterable[int] = PREFIXES,
+    share: BatchShare | None = None,
 ) -> GradientRecord:
     """Measure loss, gradient norms, their ratio and noise over ``batches``, with the parameters held fixed.
 
@@ -40,12 +41,15 @@ def full_gradient(
     those of a loader's own generator, are what they were, also after an error. An iterator that is passed is used up.
 
     Args:
-        model: any module on one process; not one that is sharded or wrapped for data-parallel training.
+        model: any module on one process; not one that is sharded or wrapped for data-parallel training (the module
+            inside, with ``share``).
         batches: anything to iterate over: a DataLoader, a list.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss, a scalar with a graph, or ``(loss, weight)``. It
             neither calls ``backward()`` nor changes parameters.
         weight_decay: lambda for the KKT residual, one for all, or ``optimizer.param_groups`` for each group's own.
         prefixes: after how many batches the ratio is also recorded.
+        share: for data-parallel ranks with equal parameters: ``batches`` are this rank's own, and the record, on every
+            rank, is that of all of them. It then issues collectives, and every rank must call it.
 
     Raises:
         LionError: for no batches, a loss that is no scalar, is not finite or has no gradient, a weight that is not
@@ -61,7 +65,7 @@ def full_gradient(
     params = list(named.values())
     decays = _decays(named, weight_decay)
     counted = [Counted(name=n, value=p, weight_decay=d) for (n, p), d in zip(named.items(), decays, strict=True)]
-    measured = GradientRound(counted, prefixes=prefixes)
+    measured = GradientRound(counted, prefixes=prefixes, share=share)
     versions = [param._version for param in params]
     with _undisturbed(model, batches), torch.enable_grad():
         for index, batch in enumerate(batches):
@@ -71,7 +75,7 @@ def full_gradient(
     for (name, param), version in zip(named.items(), versions, strict=True):
         if param._version != version:
             raise LionError(f"loss_fn changed parameter {name}; it must only compute the loss")
-    if measured.mean.batches == 0:
+    if measured.mean.batches == 0 and not (share and share.batches):
         raise LionError("full_gradient got no batches; an iterator can be used only once")
     return measured.finish()
 

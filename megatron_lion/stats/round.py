@@ -28,18 +28,37 @@ class Counted:
     """the parts that they belong to, such as ``(("kinds", "mlp"), ("layers", "3"))``"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchShare:
+    """Which of a round's batches this process adds, where ranks share them out: every ``world``-th from ``rank`` on."""
+
+    rank: int
+    world: int
+    batches: int
+    """of all ranks together"""
+    all_reduce: Callable[[Tensor], object]
+    """sums a tensor over the ranks in place: float64 on the CPU, and the mean gradient's on their own device"""
+
+    def own(self, batches: int) -> int:
+        """How many of the first ``batches`` are this rank's."""
+        return len(range(self.rank, batches, self.world))
+
+
 class GradientRound:
     """The mean gradient of a round and everything that is recorded of it.
 
     The loss and the weights of the batches come with their gradients. Over several ranks each holds the elements that
-    it counts, adds the same batches in the same order, and gives the share of the loss that no other rank gives.
+    it counts, adds the same batches in the same order, and gives the share of the loss that no other rank gives. With
+    ``share`` it is the other way about: each counts every element, and adds batches of its own.
 
-    Memory: one float32 copy of the counted elements (:class:`stats.MeanGradient`).
+    Memory: one float32 copy of the counted elements (:class:`stats.MeanGradient`), two for a moment with ``share``.
 
     Args:
         counted: what this process counts.
         tags: every tag there is on any rank, in the same order on each. The record's ``parts`` follow it.
         prefixes: after how many batches the ratio is recorded too.
+        share: the batches that are this rank's. ``add`` then issues its collectives at the prefixes, which are those of
+            the batches of all ranks, and ``finish`` some more.
     """
 
     def __init__(
@@ -48,17 +67,23 @@ class GradientRound:
         *,
         tags: Sequence[tuple[str, str]] = (),
         prefixes: Iterable[int] = PREFIXES,
+        share: BatchShare | None = None,
     ) -> None:
         self.counted = counted
+        self.share = share
         self.tags = tuple(tags)
         self.mean = MeanGradient([one.value for one in counted])
-        self._recorded = check_prefixes(prefixes)
+        self._recorded: dict[int, list[int]] = {}  # by how many batches are here when so many are there on all ranks
+        for count in check_prefixes(prefixes):
+            if share is None or count <= share.batches:  # one that not all ranks reach would be waited for
+                self._recorded.setdefault(share.own(count) if share else count, []).append(count)
         self._prefixes: dict[int, GradientSums] = {}
         self._weighted_loss: float | Tensor = 0.0
         self._start = time.perf_counter()
         unknown = {tag for one in counted for tag in one.tags} - set(self.tags)
         if unknown:
             raise LionError(f"counted tensors have the tags {sorted(unknown)}, which are not among those of the round")
+        self._record_prefixes()  # those of which this rank has no batch
 
     def add(self, grads: Sequence[Tensor | None], *, loss: float | Tensor, weight: float = 1.0) -> None:
         """Add one batch. ``grads`` stay as they are and may be overwritten afterwards.
@@ -66,13 +91,12 @@ class GradientRound:
         Args:
             grads: in the order of ``counted``; None counts as zeros.
             loss: this process's share of the batch's mean loss; the shares of all ranks are summed at the end.
-            weight: of the batch, > 0 and the same on every rank.
+            weight: of the batch, > 0, and the same on every rank unless they share out the batches.
         """
         self.mean.add(grads, weight)
         # A tensor is not waited for: the sum stays on its device.
         self._weighted_loss = weight * (loss.double() if isinstance(loss, Tensor) else loss) + self._weighted_loss
-        if self.mean.batches in self._recorded:
-            self._prefixes[self.mean.batches] = sum(self._sums(), GradientSums())
+        self._record_prefixes()
 
     def finish(
         self,
@@ -90,9 +114,12 @@ class GradientRound:
             expected: this process's share of the number of elements that should have been counted.
 
         Raises:
-            LionError: where another number of elements was counted than the ranks expected together.
+            LionError: where another number of elements was counted than the ranks expected together, or of batches
+                added than ``share`` has.
         """
-        each = self._sums()
+        if self.share:
+            self._gather(self.share)
+        each = self._sums(self.mean)
         packed = pack([*self._prefixes.values(), sum(each, GradientSums()), *self._by_tag(each)], rank, world)
         scalars = [float(self._weighted_loss), self.mean.sum_squared, float(expected or 0)]
         vector = torch.cat((torch.tensor(scalars, dtype=torch.float64), packed))
@@ -149,10 +176,26 @@ class GradientRound:
             seconds=time.perf_counter() - self._start,
         )
 
-    def _sums(self) -> list[GradientSums]:
+    def _record_prefixes(self) -> None:
+        for count in self._recorded.get(self.mean.batches, ()):
+            mean = self.mean.over_ranks(self.share.all_reduce) if self.share else self.mean
+            self._prefixes[count] = sum(self._sums(mean), GradientSums())
+
+    def _gather(self, share: BatchShare) -> None:
+        """Make this the round of all ranks' batches."""
+        self.mean = self.mean.over_ranks(share.all_reduce)
+        loss = torch.tensor(float(self._weighted_loss), dtype=torch.float64)
+        share.all_reduce(loss)
+        self._weighted_loss = float(loss)
+        if self.mean.batches != share.batches:
+            raise LionError(
+                f"the ranks added {self.mean.batches} batches of {share.batches}: each must add all its own"
+            )
+
+    def _sums(self, mean: MeanGradient) -> list[GradientSums]:
         return [
-            GradientSums.from_tensors(mean, one.value, one.weight_decay, padding=one.padding)
-            for mean, one in zip(self.mean.means, self.counted, strict=True)
+            GradientSums.from_tensors(part, one.value, one.weight_decay, padding=one.padding)
+            for part, one in zip(mean.means, self.counted, strict=True)
         ]
 
     def _by_tag(self, each: Sequence[GradientSums]) -> list[GradientSums]:

@@ -1,11 +1,11 @@
 """Sums over gradient elements that can be added up over tensors, shards and ranks; the mean gradient they are taken of.
 
 Every element is counted where its sums are made: whoever calls :meth:`GradientSums.from_tensors` decides which elements
-this rank counts. Nothing here issues a collective.
+this rank counts. Nothing here issues a collective but :meth:`MeanGradient.over_ranks`, which is given it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -202,6 +202,26 @@ class MeanGradient:
             else:
                 mean.lerp_(grad.to(mean.dtype), share)
         self._weighted_squares = weight * squared_norm(grads) + self._weighted_squares
+
+    @torch.no_grad()
+    def over_ranks(self, all_reduce: Callable[[Tensor], object]) -> "MeanGradient":
+        """The mean over the batches of all ranks, where each added batches of its own; the same on every rank.
+
+        Args:
+            all_reduce: sums a tensor over the ranks in place. Called for a float64 vector on the CPU, then for each
+                tensor, on its device and in its dtype.
+
+        Modifies nothing. Memory: one more copy, as long as the result lives.
+        """
+        found = MeanGradient(self.means)
+        numbers = torch.tensor([self.batches, self.weight, float(self._weighted_squares)], dtype=torch.float64)
+        all_reduce(numbers)
+        batches, found.weight, found._weighted_squares = numbers.tolist()
+        found.batches = round(batches)
+        for mean, own in zip(found.means, self.means, strict=True):
+            torch.mul(own, self.weight / found.weight if found.weight else 0.0, out=mean)
+            all_reduce(mean)
+        return found
 
     @property
     def sum_squared(self) -> float:

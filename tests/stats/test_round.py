@@ -1,6 +1,8 @@
 """A round whose elements lie on several ranks gives the record of one process, with one all-reduce."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lion.config import LionError
-from megatron_lion.stats import Counted, GradientRecord, GradientRound
+from megatron_lion.stats import BatchShare, Counted, GradientRecord, GradientRound
 
 RANKS = 3
 TAGS = [("kinds", "mlp"), ("kinds", "norm"), ("layers", "1"), ("layers", "2"), ("layers", "3")]
@@ -78,6 +80,56 @@ def test_the_record_of_three_ranks_is_that_of_one_process() -> None:
         assert record.d_padding == 3 * (0 + 1 + 2)
     assert whole.loss == pytest.approx((2 + 3 * 3 + 2 * 4 + 5) / 7)
     assert list(whole.prefixes) == [1, 2]
+
+
+class Together:
+    """An all-reduce among threads, one for each rank; a collective that one of them never joins is a BrokenBarrier."""
+
+    def __init__(self, world: int) -> None:
+        self.barrier = threading.Barrier(world, timeout=20)
+        self.given: list[Tensor] = []
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        self.barrier.wait()
+        self.given.append(tensor.clone())
+        self.barrier.wait()
+        total = torch.stack(self.given).sum(0)
+        if self.barrier.wait() == 0:
+            self.given.clear()
+        self.barrier.wait()
+        tensor.copy_(total)
+
+
+def shared_out(batches: int, share: BatchShare | None = None, own: range | None = None) -> GradientRecord:
+    """The record on one of the ranks that share out the batches, or of one process."""
+    mine = [counted(name, value) for name, value in values().items()]
+    measured = GradientRound(mine, tags=TAGS, prefixes=(1, 2, 3, 6), share=share)
+    for batch in range(batches) if own is None else own:
+        measured.add(list(gradients(batch).values()), loss=torch.tensor(2.0 + batch), weight=WEIGHTS[batch % 4])
+    return measured.finish(expected=sum(SHAPES.values()))
+
+
+@pytest.mark.parametrize(("world", "batches"), [(2, 5), (3, 6), (4, 3)])
+def test_ranks_that_share_out_the_batches_have_the_record_of_one_process(world: int, batches: int) -> None:
+    """Also its prefixes, that of the last batch too, with an uneven share and with a rank that has no batch."""
+    whole, together = shared_out(batches), Together(world)
+
+    def one(rank: int) -> GradientRecord:
+        share = BatchShare(rank=rank, world=world, batches=batches, all_reduce=together.all_reduce)
+        return shared_out(batches, share, range(rank, batches, world))
+
+    with ThreadPoolExecutor(world) as pool:
+        records = list(pool.map(one, range(world)))
+    assert list(whole.prefixes) == [count for count in (1, 2, 3, 6) if count <= batches]
+    assert whole.batches == batches
+    for record in records:
+        assert numbers(record) == pytest.approx(numbers(whole), rel=1e-6)
+
+
+def test_a_batch_that_no_rank_added_is_an_error_not_a_number() -> None:
+    alone = BatchShare(rank=0, world=1, batches=4, all_reduce=Together(1).all_reduce)
+    with pytest.raises(LionError, match="the ranks added 3 batches of 4"):
+        shared_out(4, alone, range(3))
 
 
 def test_parts_hold_the_norms_of_their_elements_and_only_those_that_exist() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import vision_study
 from torch import nn
 from vision import data, epochs, models
+from vision.ranks import Ranks
 
 from megatron_lion.config import LionError
 
@@ -18,20 +20,23 @@ pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("sklearn", "timm", "torchvision"))),
     reason="needs pip install 'megatron-lion[vision]'",
 )
+ALONE = Ranks()
 DIGITS = {"dataset": "digits", "model": "small", "optimizer": "lion", "lr": 1e-3, "batch": 50, "weight_decay": 0.1}
 
 
-def small(dropout: float) -> nn.Module:
+def small(dropout: float, norm: bool = True) -> nn.Module:
     """A convolution with BatchNorm and dropout: all that has state or draws random numbers."""
     torch.manual_seed(3)
-    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(288, 10)]
-    return nn.Sequential(*layers)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(288, 10)]
+    return nn.Sequential(layers[0], nn.BatchNorm2d(8) if norm else nn.Identity(), *layers[1:])
 
 
-def start(folder: Path, *, limit: int = 220, dropout: float = 0.1, **changes: Any) -> epochs.VisionRun:
+def start(
+    folder: Path, *, limit: int = 220, dropout: float = 0.1, norm: bool = True, ranks: Ranks = ALONE, **changes: Any
+) -> epochs.VisionRun:
     settings = epochs.Settings(**{**DIGITS, "epochs": 3, "seed": 1, "size": 8, "limit": limit, **changes})
     images = data.load("digits", None, 8, limit)
-    return epochs.VisionRun(settings, images, small(dropout), folder, device="cpu", workers=0)
+    return epochs.VisionRun(settings, images, small(dropout, norm), folder, ranks=ranks, workers=0)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -60,7 +65,7 @@ def test_the_statistics_are_those_of_every_training_image(tmp_path: Path) -> Non
     run.run()
     (line,) = lines(tmp_path)
     model = run.model.train()  # the weights that were measured
-    batches = list(data.loader(run.images.train_plain, 50, workers=0))
+    batches = list(data.loader(run.images.train_plain, data.cut(run.images.train_plain, 50), workers=0))
     assert [len(labels) for _, labels in batches] == [50, 50, 50, 50, 20]
     loss = sum(nn.functional.cross_entropy(model(x), y) * len(y) for x, y in batches) / 220
     gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
@@ -68,6 +73,40 @@ def test_the_statistics_are_those_of_every_training_image(tmp_path: Path) -> Non
     assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     assert line["l1"] == pytest.approx(float(gradient.abs().sum()), rel=1e-5)
     assert line["l2"] == pytest.approx(float(gradient.norm()), rel=1e-5)
+
+
+def two_ranks(folder: Path, changes: dict[str, Any]) -> None:
+    script = Path(__file__).with_name("vision_ranks.py")
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*line, str(folder), json.dumps(changes)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
+    """At equal weights, with BatchNorm over whole batches; an odd number of them, the last one small."""
+    still = {"optimizer": "sgd", "lr": 1e-30, "weight_decay": 0.0, "epochs": 1, "dropout": 0.0, "batch": 20}
+    start(tmp_path / "one", **still).run()
+    two_ranks(tmp_path / "two", still)
+    (one,), (two,) = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert one["batches"] == two["batches"] == 11 and one["prefixes"].keys() == two["prefixes"].keys() == {"10"}
+    for key in ("loss", "l1", "l2", "ratio", "kkt_residual", "sigma2", "snr", "prefixes"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5), key
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
+    """Without BatchNorm, which sees a rank's part of a batch; the last batch falls in unequal parts."""
+    changes = {"optimizer": "sgd", "lr": 0.03, "epochs": 2, "dropout": 0.0, "norm": False, "limit": 221}
+    start(tmp_path / "one", **changes).run()
+    two_ranks(tmp_path / "two", changes)
+    ones, twos = (torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("one", "two"))
+    moved = small(0.0, norm=False).state_dict()
+    for key, value in ones.items():
+        off = (twos[key] - value).norm() / (value - moved[key]).norm()
+        assert off < 1e-4, key
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert two["top1"] == one["top1"] and two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
 def test_other_settings_in_the_folder_are_refused_and_named(tmp_path: Path) -> None:
@@ -85,7 +124,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 def test_a_grid_goes_on_where_a_rate_diverges_and_keeps_the_models_that_it_searched_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def end(options: Any, model: str, optimizer: str, lr: float) -> Path:
+    def end(options: Any, ranks: Any, model: str, optimizer: str, lr: float) -> Path:
         if lr > 1e-3:
             raise epochs.Diverged("the loss is nan")
         record = {"top1": 0.5 + lr, "epochs": 2, "data": "digits, 9 images"}

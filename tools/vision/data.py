@@ -84,7 +84,15 @@ def _folders(name: str, folder: Path, size: int) -> dict[str, Any]:
     return {"train": make(True, varied), "train_plain": make(True, plain), "test": make(False, plain)}
 
 
-def loader(images: Dataset[Any], batch: int, *, workers: int, seed: int | None = None) -> DataLoader[Any]:
-    """Batches in order, or shuffled by ``seed`` alone: an epoch's order does not depend on those before it."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return DataLoader(images, batch, shuffle=seed is not None, generator=generator, num_workers=workers)
+def cut(images: Dataset[Any], batch: int, seed: int | None = None) -> list[list[int]]:
+    """The indices of each batch, in order, or shuffled by ``seed`` alone: no epoch's order depends on those before."""
+    count = len(images)  # type: ignore[arg-type]
+    order = (
+        torch.arange(count) if seed is None else torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    )
+    return [part.tolist() for part in order.split(batch)]
+
+
+def loader(images: Dataset[Any], batches: list[list[int]], *, workers: int) -> DataLoader[Any]:
+    """The images of ``batches``, batch by batch."""
+    return DataLoader(images, batch_sampler=batches, num_workers=workers)

@@ -14,9 +14,10 @@ from torch.nn import functional
 
 import megatron_lion
 from megatron_lion.config import LionError
-from megatron_lion.stats import full_gradient
+from megatron_lion.stats import GradientRecord, full_gradient
 from megatron_lion.stats.writer import RecordFile
 from vision import data
+from vision.ranks import Ranks
 
 
 class Diverged(LionError):
@@ -64,24 +65,31 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
 class VisionRun:
     """A run in a folder: epochs.jsonl, one line an epoch, and checkpoint.pt.
 
+    Over several ranks each trains on its part of every batch, with BatchNorm over that part, as usual; the statistics
+    and the test share out whole batches, so that they are those of one process at the same weights.
+
     Args:
         settings: what to run.
         images: the data.
         model: on ``device``, as it starts.
-        folder: gone on with where it holds a checkpoint of the same settings; LionError where of others.
+        folder: gone on with where it holds a checkpoint of the same settings; LionError where of others. The first rank
+            writes it, all ranks read it.
+        ranks: this process among those of the run, and its device.
+        workers: processes that load images.
     """
 
     def __init__(
-        self, settings: Settings, images: data.Images, model: nn.Module, folder: Path, *, device: str, workers: int
+        self, settings: Settings, images: data.Images, model: nn.Module, folder: Path, *, ranks: Ranks, workers: int
     ) -> None:
-        self.settings, self.images, self.model, self.folder = settings, images, model.to(device), folder
-        self.device, self.workers, self.epoch = device, workers, 0
+        self.settings, self.images, self.model, self.folder = settings, images, model.to(ranks.device), folder
+        self.ranks, self.device, self.workers, self.epoch = ranks, ranks.device, workers, 0
         self.optimizer = make_optimizer(settings, model)
         self.records, self.checkpoint = RecordFile(folder / "epochs.jsonl"), folder / "checkpoint.pt"
         self.steps = math.ceil(len(images.train) / settings.batch)  # type: ignore[arg-type]
         if self.checkpoint.is_file():
             self._load()
-        if moved := self.records.resume(self.epoch * self.steps):
+        self.trained = ranks.wrap(self.model)
+        if ranks.rank == 0 and (moved := self.records.resume(self.epoch * self.steps)):
             print(f"  {moved}")
 
     def run(self) -> None:
@@ -89,32 +97,36 @@ class VisionRun:
         while self.epoch < self.settings.epochs:
             began = time.monotonic()
             self._train()
-            record = self._statistics()
-            first = {
-                "iteration": (self.epoch + 1) * self.steps,
-                "epoch": self.epoch + 1,
-                "epochs": self.settings.epochs,
-            }
-            first |= {"top1": self._test(), "model": self.settings.model, "optimizer": self.settings.optimizer}
-            first |= {"lr": self.settings.lr, "data": f"{self.settings.dataset}, {len(self.images.train):,} images"}  # type: ignore[arg-type]
-            self.records.append(record.to_json(first))
+            record, top1 = self._statistics(), self._test()
             self.epoch += 1
-            self._save()
-            left = (time.monotonic() - began) * (self.settings.epochs - self.epoch)
-            text = f"  {self.folder.name} epoch {self.epoch}/{self.settings.epochs}: loss {record.loss:.4f}"
-            text += (
-                f"  top-1 {100 * first['top1']:.2f} %  r {record.ratio:.1f} = {record.ratio_over_sqrt_d:.3f} sqrt(d)"
-            )
-            print(f"{text}  about {left / 60:.0f} min left", flush=True)
+            if self.ranks.rank == 0:
+                self._write(record, top1)
+                left = (time.monotonic() - began) * (self.settings.epochs - self.epoch) / 60
+                text = f"  {self.folder.name} epoch {self.epoch}/{self.settings.epochs}: loss {record.loss:.4f}"
+                text += f"  top-1 {100 * top1:.2f} %  r {record.ratio:.1f} = {record.ratio_over_sqrt_d:.3f} sqrt(d)"
+                print(f"{text}  about {left:.0f} min left", flush=True)
+        self.ranks.wait()  # for what the first writes
+
+    def _write(self, record: GradientRecord, top1: float) -> None:
+        first = {"iteration": self.epoch * self.steps, "epoch": self.epoch, "epochs": self.settings.epochs}
+        first |= {"top1": top1, "model": self.settings.model, "optimizer": self.settings.optimizer}
+        first |= {"lr": self.settings.lr, "data": f"{self.settings.dataset}, {len(self.images.train):,} images"}  # type: ignore[arg-type]
+        self.records.append(record.to_json(first))
+        self._save()
 
     def _train(self) -> None:
-        self.model.train()
-        batches = data.loader(self.images.train, self.settings.batch, workers=self.workers, seed=self._seed())
-        torch.manual_seed(self._seed())
-        for step, batch in enumerate(batches):
+        self.trained.train()
+        world, rank = self.ranks.world, self.ranks.rank
+        # A last batch that is too small for two images a rank, as BatchNorm needs, is left out.
+        every = data.cut(self.images.train, self.settings.batch, self._seed())
+        batches = [one for one in every if len(one) >= 2 * world]
+        own = data.loader(self.images.train, [one[rank::world] for one in batches], workers=self.workers)
+        torch.manual_seed(self._seed() + (rank << 40))  # dropout's and the augmentation's are each rank's own
+        for step, batch in enumerate(own):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.settings, self.epoch + (step + 1) / self.steps)
-            loss = self._loss(self.model, batch)[0]
+            loss, images = self._loss(self.trained, batch)
+            loss = loss * (images * world / len(batches[step]))  # the ranks' mean is that over the batch's images
             if not math.isfinite(float(loss.detach())):
                 raise Diverged(f"the loss is {float(loss.detach())} in epoch {self.epoch + 1}: lower --lr")
             self.optimizer.zero_grad()
@@ -128,20 +140,25 @@ class VisionRun:
         images, labels = (part.to(self.device) for part in batch)
         return functional.cross_entropy(model(images), labels), float(len(labels))
 
-    def _statistics(self) -> Any:
+    def _statistics(self) -> GradientRecord:
         """f and its gradient over all training images, parameters fixed, in training mode as the loss trained on."""
         self.model.train()
-        batches = data.loader(self.images.train_plain, self.settings.batch, workers=self.workers)
-        return full_gradient(self.model, batches, self._loss, weight_decay=self.optimizer.param_groups)
+        batches = data.cut(self.images.train_plain, self.settings.batch)
+        own = data.loader(self.images.train_plain, batches[self.ranks.rank :: self.ranks.world], workers=self.workers)
+        share, decays = self.ranks.share(len(batches)), self.optimizer.param_groups
+        return full_gradient(self.model, own, self._loss, weight_decay=decays, share=share)
 
     @torch.no_grad()
     def _test(self) -> float:
+        self.ranks.take_buffers(self.model)
         self.model.eval()
-        right = total = 0
-        for images, labels in data.loader(self.images.test, self.settings.batch, workers=self.workers):
-            right += int((self.model(images.to(self.device)).argmax(1).cpu() == labels).sum())
-            total += len(labels)
-        return right / total
+        batches = data.cut(self.images.test, self.settings.batch)[self.ranks.rank :: self.ranks.world]
+        counts = torch.zeros(2, dtype=torch.int64)  # right, all
+        for images, labels in data.loader(self.images.test, batches, workers=self.workers):
+            right = self.model(images.to(self.device)).argmax(1).cpu() == labels
+            counts += torch.tensor([int(right.sum()), len(labels)])
+        self.ranks.sum(counts)
+        return float(counts[0] / counts[1])
 
     def _save(self) -> None:
         state = {"settings": vars(self.settings), "epoch": self.epoch, "model": self.model.state_dict()}
