@@ -84,6 +84,9 @@ def draw(found: dict[str, Any], folder: Path) -> Path:
         label = rf"${entry['constant']:.3f}\,{bound}K^{{-1/4}}$"
         axes.loglog(entry["steps"], entry["right"], "--", color="black", label=label)
         axes.set(xlabel="K, steps", title=f"{figures.NAMES[name]}, mean of {entry['repeats']} runs")
+        ticks = [step for step in entry["steps"] if math.log2(step / entry["steps"][0]).is_integer()]
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
         axes.legend()
     return figures.save(figure, folder / "A3.svg")

@@ -2,25 +2,29 @@
 
 import base64
 import html
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from reporting.findings import Finding
 from reporting.paper import Exhibit, Table
 
+SVG_WIDTH = re.compile(r'<svg[^>]* width="([\d.]+)pt"')
 STYLE = """
 :root { color-scheme: light; --line: #d5dae1; --soft: #f4f6f9; --ink: #1d2430; --blue: #1f5fa8; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1100px; padding: 1.2rem; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 1360px; padding: 1.2rem; color: var(--ink); background: #fff;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .4rem 0; }
 h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
 h3 { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase; color: #5b6675; margin: 0 0 .4rem; }
 section { border: 1px solid var(--line); border-radius: 8px; padding: 1rem; margin: 1.1rem 0; }
-.pair { display: grid; grid-template-columns: minmax(0, 9fr) minmax(0, 11fr); gap: 1.2rem; }
+.pair { display: grid; grid-template-columns: minmax(0, 9fr) minmax(0, 11fr); gap: 1.2rem; align-items: start; }
 .paper { background: var(--soft); border-radius: 6px; padding: .8rem; }
-.pictures { display: flex; flex-wrap: wrap; gap: .6rem; }
-figure { margin: 0; flex: 1 1 260px; min-width: 0; } figure img { width: 100%; height: auto; display: block; }
+.paper table { font-size: .8rem; } .paper th, .paper td { padding: .2rem .4rem; }
+.pictures { display: flex; flex-wrap: wrap; gap: .8rem; }
+figure { margin: 0; flex-grow: 1; flex-shrink: 1; min-width: 0; max-width: 100%; overflow-x: auto; }
+figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: .85rem; color: #5b6675; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; margin: .5rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; vertical-align: top; text-align: left; }
@@ -28,6 +32,8 @@ th { background: var(--soft); } code { background: var(--soft); padding: .1rem .
   overflow-wrap: anywhere; font-size: .85rem; }
 .verdict { border-left: 4px solid var(--blue); padding-left: .7rem; margin: .6rem 0; }
 .absent { border-left: 4px solid #b0b8c4; padding-left: .7rem; } .wrong { color: #9c2a1b; }
+.finding td { white-space: nowrap; }
+.finding + .finding { border-top: 1px solid var(--line); margin-top: 1rem; padding-top: 1rem; }
 .made { font-size: .86rem; color: #5b6675; } nav a { margin-right: .8rem; white-space: nowrap; color: var(--blue); }
 @media (max-width: 760px) { .pair { grid-template-columns: minmax(0, 1fr); } body { padding: .7rem; }
   section { padding: .7rem; } }
@@ -70,14 +76,18 @@ def _section(row: Row) -> str:
 
 
 def _html_finding(found: Finding) -> str:
-    pictures = "".join(
-        f'<figure><img alt="{_text(caption)}" src="data:image/svg+xml;base64,{_base64(svg)}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
-        for caption, svg in found.pictures.items()
-    )
-    text = f'<div class="pictures">{pictures}</div>' + "".join(map(_html_table, found.tables))
+    pictures = "".join(_html_picture(caption, svg) for caption, svg in found.pictures.items())
+    text = f'<div class="finding"><div class="pictures">{pictures}</div>' + "".join(map(_html_table, found.tables))
     text += f'<p class="verdict">{_text(found.verdict)}</p><p class="made">Made on: {_text(found.made)}</p>'
-    return text + "".join(f'<p class="wrong">Missing: {_text(entry)}</p>' for entry in found.missing)
+    return text + "".join(f'<p class="wrong">Missing: {_text(entry)}</p>' for entry in found.missing) + "</div>"
+
+
+def _html_picture(caption: str, svg: str) -> str:
+    """As wide as there is room for, but no narrower than its letters can be read: on a phone it is scrolled instead."""
+    width = float(found[1]) if (found := SVG_WIDTH.match(svg)) else 360.0
+    source = f'src="data:image/svg+xml;base64,{_base64(svg)}"'
+    image = f'<img alt="{_text(caption)}" {source} style="min-width:{0.7 * width:.0f}px">'
+    return f'<figure style="flex-basis:{0.8 * width:.0f}px">{image}<figcaption>{_text(caption)}</figcaption></figure>'
 
 
 def _html_table(table: Table) -> str:
