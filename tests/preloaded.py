@@ -3,6 +3,7 @@
 Megatron as it is on a machine without a GPU, with nothing of this package registered: that is each run's own first act.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -26,6 +27,8 @@ for module in MODULES:
     importlib.import_module(module)
 if compat.known().loop_builds_gpt:
     importlib.import_module("megatron.training.models.gpt")
+with contextlib.suppress(ImportError):  # not in every Megatron; it brings transformers, the slowest of all
+    importlib.import_module("megatron.core.tokenizers.text.libraries")
 
 # Each rank that saves a checkpoint starts a process that holds a queue. Spawned, it would import everything again.
 filesystem = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
