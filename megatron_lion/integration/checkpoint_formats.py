@@ -15,6 +15,12 @@ FIXED = {
     "virtual_pipeline_model_parallel_size": "virtual PP",
 }
 FIXED_FOR_EXPERTS = {"expert_model_parallel_size": "EP", "expert_tensor_parallel_size": "expert TP"}
+# Megatron keeps experts in an optimizer of their own where expert parallel is above 1, and there alone.
+EXPERTS_APART = (
+    "the checkpoint's optimizer state is divided otherwise between dense and expert parameters than this run's, and "
+    "Megatron cannot convert it: resume with the --expert-model-parallel-size that it was saved with, or load the "
+    "weights alone (--no-load-optim)"
+)
 # Formats that belong to other ways of sharding than Lion's.
 FOREIGN_FORMATS = {"fsdp_dtensor": "Megatron-FSDP", "torch_dcp": "torch FSDP2"}
 # The state of one parameter, or of one bucket of them, in a torch_dist checkpoint.
@@ -65,6 +71,8 @@ def refuse_another_layout(load_dir: str, state: dict[str, Any], saved_args: Any,
             f"the optimizer state in {load_dir} was saved {one} --use-distributed-optimizer and this run is {other} "
             "it: Megatron's two formats differ. Resume as it was saved, or load the weights alone (--no-load-optim)"
         )
+    if getattr(args, "num_experts", None) and _has_experts_apart(saved_args) != _has_experts_apart(args):
+        raise LionError(EXPERTS_APART)
     fixed = FIXED | (FIXED_FOR_EXPERTS if getattr(args, "num_experts", None) else {})
     sizes = [(name, getattr(saved_args, size, None) or 1, getattr(args, size) or 1) for size, name in fixed.items()]
     changed = [f"{name} {saved} to {running}" for name, saved, running in sizes if saved != running]
@@ -75,6 +83,10 @@ def refuse_another_layout(load_dir: str, state: dict[str, Any], saved_args: Any,
             f"which can change data-parallel size alone. Resume once in the old layout with {SAVE_WITH}: what it "
             "saves then loads in any layout. Or load the weights alone (--no-load-optim)"
         )
+
+
+def _has_experts_apart(args: Any) -> bool:
+    return (getattr(args, "expert_model_parallel_size", None) or 1) > 1
 
 
 def refuse_other_shards(args: Any) -> None:

@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, summary
+from megatron_lion.integration.checkpoint_formats import EXPERTS_APART
 from megatron_lion.integration.init_from import InitFromAdam
 from megatron_lion.integration.offload import LIONS, OffloadingLion
 from megatron_lion.integration.repaired_optimizer import RepairedDistributedOptimizer
@@ -155,11 +156,7 @@ class LionChainedOptimizer(ChainedOptimizer):
         except RuntimeError as error:
             if not str(error).startswith("Expected "):  # as many optimizers as this run has (0.19.2: optimizer 1579)
                 raise
-            raise LionError(
-                "the checkpoint's optimizer state is divided otherwise between dense and expert parameters than this "
-                "run's, and Megatron cannot convert it: resume with the --expert-model-parallel-size that it was saved "
-                "with, or load the weights alone (--no-load-optim)"
-            ) from error
+            raise LionError(EXPERTS_APART) from error
 
 
 class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):

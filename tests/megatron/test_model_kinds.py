@@ -21,6 +21,8 @@ from harness import (
     text_flags,
 )
 
+from megatron_lion.integration.checkpoint_formats import EXPERTS_APART
+
 KINDS = Path(__file__).with_name("kinds.py")
 DISTRIBUTED = "--use-distributed-optimizer"
 CANONICAL = "--dist-ckpt-optim-fully-reshardable"
@@ -257,6 +259,26 @@ def test_experts_saved_whole_are_not_loaded_in_parts_but_their_weights_are(text:
     assert not run.log.loss
     assert "the --expert-model-parallel-size that it was saved with" in run.output
     assert "--no-load-optim" in run.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["", CANONICAL])
+def test_experts_saved_in_parts_go_to_another_number_of_parts_but_not_into_one(
+    text: Path, tmp_path: Path, how: str
+) -> None:
+    model = f"{MOE} {DISTRIBUTED} {how} --train-iters 6"
+    two = f"--expert-model-parallel-size 2 --save {tmp_path} --save-interval {START}"
+    saved = finished(train(text, None, model, two, ranks=2))
+    load = f"--load {tmp_path} --ckpt-step {START} --no-load-rng"
+    whole = train(text, None, model, load, ranks=2)
+    assert whole.returncode not in (0, -9), whole.output[-3000:]
+    assert EXPERTS_APART in whole.output
+    four = train(text, None, model, load, "--expert-model-parallel-size 4", ranks=4)
+    if how:
+        assert relative_difference(saved.log, finished(four).log) <= FP32_TOLERANCE
+    else:
+        assert four.returncode not in (0, -9), four.output[-3000:]
+        assert f"EP 2 to 4: the optimizer state in {tmp_path} is in Megatron's default format" in four.output
 
 
 def test_context_parallel_without_transformer_engine_is_refused_by_megatron_before_a_step(text: Path) -> None:

@@ -64,6 +64,22 @@ def test_weights_loaded_without_their_optimizer_reach_the_masters_on_both_sides(
     assert relative_difference(*loaded) == 0.0
 
 
+@pytest.mark.slow
+def test_an_adam_checkpoint_is_continued_the_same_with_a_part_on_the_cpu(text: Path, tmp_path: Path) -> None:
+    flags = f"--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --bf16 {HORIZON} --train-iters 6"
+    pretrain(text, flags, f"--optimizer adam --save {tmp_path} --save-interval 3 --exit-interval 3", ranks=2)
+    lion = "--optimizer lion --lion-init-from adam --override-opt_param-scheduler --lr 5e-5 --min-lr 5e-6"
+    logs = []
+    for name, more in (("whole", ""), ("part", f"{OFFLOAD} 0.5")):
+        run = pretrain(
+            text, flags, lion, more, f"--load {tmp_path} --save {tmp_path / name} --save-interval 6", ranks=2
+        )
+        assert "continuing an Adam run" in run.output
+        logs.append(run.log)
+    assert relative_difference(*logs) == 0.0
+    assert_same_checkpoint(read_checkpoint(tmp_path / "whole", 6), read_checkpoint(tmp_path / "part", 6))
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
