@@ -10,9 +10,13 @@ import pytest
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def run(tool: str, *arguments: object) -> str:
+def start(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def run(tool: str, *arguments: object) -> str:
+    done = start(tool, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -44,3 +48,18 @@ def test_scaling_study_trains_three_sizes(tmp_path: Path) -> None:
         (128768, 0),
     ]
     assert all(point["d_padding"] == 0 for point in points)
+
+
+@pytest.mark.slow
+def test_scaling_study_trains_berts_of_the_same_text(tmp_path: Path) -> None:
+    """One size and few batches: no exponent, which is said, but rounds of a BERT without padded rows, and kept."""
+    flags = ("--model", "bert", "--sizes", 32, "--optimizers", "sgd", "--iterations", 2, "--interval", 2)
+    for kept in (False, True):
+        done = start("scaling_study.py", *flags, "--batches", 4, "--output", tmp_path)
+        assert done.returncode != 0 and "no exponent" in done.stderr
+        assert ("1 of 1 runs were complete and were kept" in done.stdout) is kept
+    rounds = [json.loads(line) for line in (tmp_path / "sgd-32" / "norm_ratio.jsonl").read_text().splitlines()]
+    assert [(one["iteration"], one["d"], one["d_padding"]) for one in rounds] == [(0, 42498, 0), (2, 42498, 0)]
+    assert "sop loss" in (tmp_path / "sgd-32" / "log.txt").read_text()
+    (corpus,) = (tmp_path / "text").iterdir()
+    assert (corpus / "vocab.txt").is_file() and (corpus / "text_train_text_sentence.idx").is_file()
