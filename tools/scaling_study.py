@@ -38,7 +38,8 @@ def study_runs(options: argparse.Namespace, data: str) -> list[MegatronRun]:
             folder = options.output / f"{name}-{hidden}"
             model = f"--num-layers {SIZES[hidden]} --hidden-size {hidden} --num-attention-heads {hidden // HEAD_SIZE}"
             model += f" --seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE}"
-            rate = "--lr-decay-style constant --lr-warmup-iters 10 --hidden-dropout 0 --attention-dropout 0"
+            warmup = min(10, options.iterations // 3)
+            rate = f"--lr-decay-style constant --lr-warmup-iters {warmup} --hidden-dropout 0 --attention-dropout 0"
             steps = f"--train-iters {options.iterations} --micro-batch-size 16 --global-batch-size 16"
             quiet = "--eval-iters 0 --eval-interval 100000 --log-interval 5"
             rounds = f"--norm-ratio-interval {options.interval} --norm-ratio-batches {options.batches}"
