@@ -38,7 +38,8 @@ class Lion(torch.optim.Optimizer):
     Args:
         params: parameters or parameter groups; each group may have its own ``lr``, ``betas``, ``weight_decay``,
             ``momentum_init`` and ``maximize``.
-        lr: step size, >= 0. 3 to 10 times lower than AdamW's.
+        lr: step size, >= 0. 3 to 10 times lower than AdamW's. Like weight_decay it may be a one-element tensor, which
+            the Triton kernel reads on the device: a captured CUDA graph follows what is written to it later.
         betas: (beta1, beta2), each in [0, 1). For language models the paper uses (0.9, 0.95).
         weight_decay: decoupled weight decay lambda, >= 0.
         momentum_init: ``"zero"`` starts from m_0 = 0, as practice does; ``"gradient"`` from m_0 = g_1, as the
@@ -64,11 +65,13 @@ class Lion(torch.optim.Optimizer):
     """
 
     # For whoever drives the step from outside, as Megatron's distributed optimizer does: a factor on every gradient,
-    # 16-bit copies of parameters, by parameter, that the step writes too, where in its parameter each shard lies,
-    # whether gradients are in ``decoupled_grad``, which may have another dtype than the parameter, what each step's
-    # sums are added to, and for which parameters (None: all). Class attributes, so that an unpickled optimizer, which
-    # keeps groups and state alone, has them.
-    grad_scale: float = 1.0
+    # a one-element int32 tensor that leaves everything as it is where it is not 0, 16-bit copies of parameters, by
+    # parameter, that the step writes too, where in its parameter each shard lies, whether gradients are in
+    # ``decoupled_grad``, which may have another dtype than the parameter, what each step's sums are added to, and for
+    # which parameters (None: all). Class attributes, so that an unpickled optimizer, which keeps groups and state
+    # alone, has them.
+    grad_scale: float | Tensor = 1.0
+    skip: Tensor | None = None
     copies: Mapping[Tensor, Tensor] = MappingProxyType({})
     places: Mapping[Tensor, Place] = MappingProxyType({})
     use_decoupled_grad: bool = False
@@ -229,13 +232,18 @@ class Lion(torch.optim.Optimizer):
         packed = tensors["remainders"] is not None or tensors["scales"] is not None
         choice = (tensors["params"], tensors["grads"], tensors["exp_avgs"])
         update = kernels.choose(group.get("kernel", "auto"), *choice, packed=packed)
+        hyper: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay")} | {"grad_scale": self.grad_scale}
+        if kernels.reads_on_device(update):
+            hyper["skip"] = self.skip
+        elif self.skip is not None and bool(self.skip):
+            return
+        else:
+            hyper = {key: float(value) for key, value in hyper.items()}
         update(
             **tensors,
-            lr=float(group["lr"]),
+            **hyper,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            weight_decay=float(group["weight_decay"]),
-            grad_scale=self.grad_scale,
             telemetry=self.telemetry if self._is_counted(rows[0]) else None,
         )
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_kernels import LANGUAGE, assert_same_bits, problem
 
+from megatron_lion.lion import Lion
 from megatron_lion.update import lion_update_
 
 pytestmark = pytest.mark.skipif(
@@ -12,31 +13,27 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_a_captured_step_follows_what_is_later_written_to_the_learning_rate_and_the_skip_flag() -> None:
-    from megatron_lion.kernels.triton_lion import lion_update_triton_
-
-    lists = problem([4099, 1, 1024], torch.float32, "cuda")
-    expected = [[tensor.clone() for tensor in tensors] for tensors in lists]
-    lr, skip = torch.tensor(1e-3, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+    params, grads, _ = problem([4099, 1, 1024], torch.float32, "cuda")
+    expected, momenta = [param.clone() for param in params], [torch.zeros_like(param) for param in params]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    lr = torch.tensor(1e-3, device="cuda")
     rest = {key: value for key, value in LANGUAGE.items() if key != "lr"}
-
-    def step() -> None:
-        lion_update_triton_(*lists, lr=lr, skip=skip, **rest)
-
-    skip.fill_(1)  # compile, and warm up, without a change
-    step()
+    lion = Lion(params, lr=lr, betas=(rest["beta1"], rest["beta2"]), weight_decay=rest["weight_decay"], kernel="fused")
+    lion.skip = torch.ones(1, dtype=torch.int32, device="cuda")
+    lion.step()  # compiles, makes the state and copies its addresses to the device, without a change
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        lion.step()
     for rate, skipped in ((1e-3, 0), (5e-4, 1), (2e-4, 0)):
         lr.fill_(rate)
-        skip.fill_(skipped)
+        lion.skip.fill_(skipped)
         graph.replay()
         if not skipped:
-            lion_update_(*expected, lr=rate, **rest)
+            lion_update_(expected, grads, momenta, lr=lr.item(), **rest)
     torch.cuda.synchronize()
-    for actual, right in zip(lists, expected, strict=True):
-        assert_same_bits(actual, right)
+    assert_same_bits(params, expected)
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1024, 2_000_003])

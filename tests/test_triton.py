@@ -69,6 +69,32 @@ def test_hyperparameters_on_the_device_give_the_bits_of_numbers():
         assert_same_bits(actual, right)
 
 
+@pytest.mark.parametrize("on_device", [True, False])
+def test_lion_follows_what_is_written_to_its_tensors(on_device, monkeypatch):
+    """By the Triton kernel without a word to the host, by the others as the host reads them."""
+    from megatron_lion import Lion, kernels
+    from megatron_lion.update import lion_update_
+
+    chosen = update if on_device else lion_update_
+    monkeypatch.setattr(kernels, "choose", lambda *args, **kwargs: chosen)
+    params, grads, _ = problem([1027, 3], FP32, DEVICE)
+    expected = [param.clone() for param in params]
+    momenta = [torch.zeros_like(param) for param in params]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    lr, weight_decay, scale = (torch.tensor(value, device=DEVICE) for value in (1e-3, 0.1, 1.0))
+    lion = Lion(params, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    lion.grad_scale, lion.skip = scale, torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for rate, decay, factor, skip in ((1e-3, 0.1, 1.0, 0), (5e-4, 0.2, 0.5, 1), (2e-4, 0.3, 0.25, 0)):
+        for tensor, value in ((lr, rate), (weight_decay, decay), (scale, factor), (lion.skip, skip)):
+            tensor.fill_(value)
+        rounded = {"lr": lr.item(), "weight_decay": weight_decay.item(), "grad_scale": factor}
+        lion.step()
+        if not skip:
+            lion_update_(expected, grads, momenta, beta1=0.9, beta2=0.95, **rounded)
+        assert_same_bits(params, expected)
+
+
 @pytest.mark.parametrize("skip", [0, 1])
 def test_the_skip_flag_leaves_everything_as_it_was(skip):
     lists = problem([2000, 3], FP32, DEVICE)

@@ -9,7 +9,7 @@ from megatron_lion.kernels.foreach import foreach_supports, lion_update_foreach_
 from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_update_fused_
 from megatron_lion.update import LionUpdate, lion_update_
 
-__all__ = ["KERNELS", "choose", "describe"]
+__all__ = ["KERNELS", "choose", "describe", "reads_on_device"]
 
 
 def choose(
@@ -44,6 +44,11 @@ def choose(
     if kernel != "reference" and not packed and foreach_supports(params, grads, exp_avgs):
         return lion_update_foreach_
     return lion_update_
+
+
+def reads_on_device(update: LionUpdate) -> bool:
+    """Whether ``update`` takes ``skip``, and hyperparameters in tensors without reading them on the host."""
+    return getattr(update, "__name__", "") == "lion_update_triton_"  # by name, as Triton takes a second to import
 
 
 def describe(kernel: str, tensors: Sequence[Tensor], *, packed: bool = False) -> str:
