@@ -60,14 +60,18 @@ def judge(cell: reshard.Cell, is_same_layout: bool, storage: str) -> None:
 def test_every_layout_loads_what_every_layout_saves(
     text: Path, tmp_path: Path, storage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Prints the table of docs/checkpoints.md: rows save, columns load."""
+    """Prints the table of docs/checkpoints.md: rows save, columns load. In bf16 another layout rounds otherwise, so that
+    there the losses say nothing and the runs end early."""
     rows = [f"{storage} | {' | '.join(LAYOUTS)}", "|".join(["---"] * (len(LAYOUTS) + 1))]
     for number, one in enumerate(LAYOUTS):
         kept = reshard.save(text, tmp_path / str(number), one, storage, "fully_reshardable")
         row = [one]
         for other in LAYOUTS:
-            cell = reshard.load(text, kept, tmp_path / f"{number}-{len(row)}", other, storage)
-            row.append(f"{'equal' if not cell.different else 'DIFFERS'}, {cell.loss_difference:.1e}")
+            has_losses = storage == "fp32" or one == other
+            end = () if has_losses else (reshard.LOAD_ALONE,)
+            cell = reshard.load(text, kept, tmp_path / f"{number}-{len(row)}", other, storage, *end)
+            state = "equal" if not cell.different else "DIFFERS"
+            row.append(f"{state}, {cell.loss_difference:.1e}" if has_losses else state)
             judge(cell, one == other, storage)
         rows.append(" | ".join(row))
     with capsys.disabled():
