@@ -60,8 +60,10 @@ def judge(cell: reshard.Cell, is_same_layout: bool, storage: str) -> None:
 def test_every_layout_loads_what_every_layout_saves(
     text: Path, tmp_path: Path, storage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Prints the table of docs/checkpoints.md: rows save, columns load. In bf16 another layout rounds otherwise, so that
-    there the losses say nothing and the runs end early."""
+    """Prints the table of docs/checkpoints.md: rows save, columns load.
+
+    In bf16 another layout rounds otherwise: the losses say nothing there, and these runs end early.
+    """
     rows = [f"{storage} | {' | '.join(LAYOUTS)}", "|".join(["---"] * (len(LAYOUTS) + 1))]
     for number, one in enumerate(LAYOUTS):
         kept = reshard.save(text, tmp_path / str(number), one, storage, "fully_reshardable")

@@ -102,3 +102,19 @@ def test_the_weights_alone_of_an_adam_checkpoint_start_a_lion_run(text: Path, tm
     flags = f"--optimizer lion {DISTRIBUTED} {HORIZON} --train-iters 4 --load {tmp_path} --no-load-optim"
     run = pretrain(text, flags)
     assert sorted(run.log.loss) == [3, 4]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_a_non_persistent_checkpoint(text: Path, tmp_path: Path) -> None:
+    run = f"--optimizer lion {DISTRIBUTED} --bf16 {HORIZON} --train-iters 8 --save-interval 8"
+    passing = (
+        "--non-persistent-save-interval 2 --non-persistent-ckpt-type global "
+        f"--non-persistent-global-ckpt-dir {tmp_path}/passing --save {tmp_path}/cut --load {tmp_path}/cut"
+    )
+    whole = pretrain(text, run, f"--save {tmp_path}/whole", ranks=2)
+    pretrain(text, run, passing, ranks=2, kill_at=5)
+    assert not list(tmp_path.glob("cut/iter_*"))
+    resumed = pretrain(text, run, passing, ranks=2)
+    assert min(resumed.log.loss) == 5
+    assert relative_difference(whole.log, resumed.log) == 0.0
+    assert_same_checkpoint(read_checkpoint(tmp_path / "whole", 8), read_checkpoint(tmp_path / "cut", 8))
