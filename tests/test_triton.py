@@ -1,15 +1,19 @@
 """The Triton kernel has the bits of the reference: in Triton's interpreter, and on a GPU where there is one."""
 
 import itertools
+from dataclasses import asdict
 
 import pytest
 import torch
 from test_kernels import DYADIC, LANGUAGE, assert_same_bits, compare, problem, with_special_values
 from test_packed_kernels import MIXES, compare_packed, packed
+from test_telemetry import sums
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_lion import Lion, kernels
 from megatron_lion.precision import Place
 from megatron_lion.telemetry import Telemetry
+from megatron_lion.update import lion_update_
 
 pytest.importorskip("triton")
 
@@ -72,9 +76,6 @@ def test_hyperparameters_on_the_device_give_the_bits_of_numbers():
 @pytest.mark.parametrize("on_device", [True, False])
 def test_lion_follows_what_is_written_to_its_tensors(on_device, monkeypatch):
     """By the Triton kernel without a word to the host, by the others as the host reads them."""
-    from megatron_lion import Lion, kernels
-    from megatron_lion.update import lion_update_
-
     chosen = update if on_device else lion_update_
     monkeypatch.setattr(kernels, "choose", lambda *args, **kwargs: chosen)
     params, grads, _ = problem([1027, 3], FP32, DEVICE)
@@ -102,6 +103,34 @@ def test_the_skip_flag_leaves_everything_as_it_was(skip):
     update(*lists, skip=torch.tensor([skip], dtype=torch.int32, device=DEVICE), **LANGUAGE)
     unchanged = all(torch.equal(a, b) for i in (0, 2) for a, b in zip(lists[i], before[i], strict=True))
     assert unchanged == bool(skip)
+
+
+@pytest.mark.parametrize("mix", [(FP32, FP32, FP32), ("remainder", BF16, torch.int8)], ids=str)
+def test_the_sums_of_a_step_are_the_references_and_change_no_bit(mix):
+    lists = problem([4099, 0, 33], FP32, DEVICE)
+    lists[1][0][:7] = 0
+    call = packed(lists, *mix)
+    ours, right = (asdict(sums(kernel, call, grad_scale=0.3, beta1=0.5)) for kernel in (update, lion_update_))
+    for name, value in right.items():  # what is added is the same but for the order, all else exactly
+        assert ours[name] == (pytest.approx(value, rel=1e-12) if name in ("l1", "l2_squared", "inner") else value)
+    compare_packed(update, call, telemetry=Telemetry())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_the_sums(bad):
+    call = {name: [torch.ones(40, device=DEVICE)] for name in ("params", "grads", "exp_avgs")}
+    call["params"][0][3] = call["grads"][0][5] = bad
+    telemetry = sums(update, call)
+    assert telemetry.linf_param == float("inf")
+    assert telemetry.l1 != telemetry.l1 or telemetry.l1 == float("inf")
+    assert telemetry.zeros == int(bad != bad)
+
+
+def test_a_skipped_step_sums_nothing():
+    telemetry = Telemetry()
+    skip = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    update(*problem([2000], FP32, DEVICE), skip=skip, telemetry=telemetry, **LANGUAGE)
+    assert telemetry == Telemetry()
 
 
 @pytest.mark.parametrize("tensors", [1, 5, 40])
@@ -166,7 +195,6 @@ def test_momentum_of_every_magnitude_is_quantised_as_the_reference_does():
         ({"scales": None}, "exp_avgs must be .*int8"),
         ({"params": [torch.zeros(7, device=DEVICE)]}, "params must be .*float32"),
         ({"remainders": [torch.zeros(8, dtype=torch.int16, device=DEVICE)]}, "of one size"),
-        ({"telemetry": Telemetry()}, "no telemetry"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, said):

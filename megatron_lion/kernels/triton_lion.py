@@ -85,6 +85,28 @@ def _quantise(codes, scale_pointers, value, inside, known):
 
 
 @triton.jit
+def _add(x, y):
+    return x + y
+
+
+@triton.jit
+def _store_sums(sums, sign, g, m, theta, inside):
+    """Store what :class:`Telemetry` sums, over the elements inside, as six numbers; the last as the bits of an fp32."""
+    gradient = tl.where(inside, g, 0.0).to(tl.float64)
+    signs = tl.where(inside, sign, 0.0)
+    zeros = tl.where(inside & (sign == 0.0), 1, 0)
+    flipped = tl.where(signs * tl.where(m > 0.0, 1.0, tl.where(m < 0.0, -1.0, 0.0)) < 0.0, 1, 0)
+    magnitudes = tl.where(inside, theta, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN is the largest
+    tl.store(sums, tl.reduce(tl.abs(gradient), None, _add))
+    tl.store(sums + 1, tl.reduce(gradient * gradient, None, _add))
+    tl.store(sums + 2, tl.reduce(signs.to(tl.float64) * gradient, None, _add))
+    tl.store(sums + 3, tl.reduce(zeros, None, _add).to(tl.float64))
+    tl.store(sums + 4, tl.reduce(flipped, None, _add).to(tl.float64))
+    largest = tl.reduce(magnitudes, None, tl.standard._elementwise_max)
+    tl.store(sums + 5, largest.to(tl.float32, bitcast=True).to(tl.float64))
+
+
+@triton.jit
 def _lion_kernel(
     table,  # int64 [tensors, 9]: addresses of parameter, gradient, momentum, copy, remainder, scales (0 where there is
     # none), then the number of elements, and where in its parameter the tensor begins and how long the rows there are
@@ -92,12 +114,14 @@ def _lion_kernel(
     block_number,  # int64 [programs]: which of that tensor's blocks
     hyper,  # fp32 [7]: lr, beta1, 1 - beta1, beta2, 1 - beta2, weight decay, gradient scale
     skip,  # int32 [1]: not 0 where nothing must change
+    sums,  # fp64 [programs, 6] with TELEMETRY
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     MOMENTUM: tl.constexpr,
     COPY: tl.constexpr,
     REMAINDER: tl.constexpr,
     PACKED: tl.constexpr,  # momentum in int8
+    TELEMETRY: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     if tl.load(skip) == 0:
@@ -130,6 +154,8 @@ def _lion_kernel(
         c = m * tl.load(hyper + 1) + g * tl.load(hyper + 2)
         sign = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, 0.0))
         theta = theta - (sign + theta * tl.load(hyper + 5)) * tl.load(hyper)
+        if TELEMETRY:
+            _store_sums(sums + 6 * program, sign, g, m, theta, inside)
         m = m * tl.load(hyper + 3) + g * tl.load(hyper + 4)
         if REMAINDER:
             _split(params, remainders, theta, inside)
@@ -171,11 +197,10 @@ def lion_update_triton_(
     are bf16. ``lr``, ``weight_decay`` and ``grad_scale`` may be one-element tensors on that device, which the kernel
     reads there, so that a captured graph follows what is later written to them. ``skip``, an int32 tensor of one
     element, leaves everything as it was where it is not 0. The first call on a set of tensors copies their addresses to
-    the device, later calls copy nothing from the host: make one before a capture. Raises ValueError, and writes
-    nothing, where sizes or dtypes do not fit, and where ``telemetry`` is asked for, which it does not sum.
+    the device, later calls copy nothing from the host: make one before a capture. ``telemetry`` is summed in the same
+    launch, and read back at its end: it cannot be captured. Raises ValueError, and writes nothing, where sizes or
+    dtypes do not fit.
     """
-    if telemetry is not None:
-        raise ValueError("the Triton kernel sums no telemetry: use foreach or the reference")
     given = [role for role in (copies, remainders, scales) if role is not None]
     if scales is not None and places is None:
         places = [Place.of_whole(param) for param in params]
@@ -192,21 +217,29 @@ def lion_update_triton_(
     entries = zip(*addresses, [param.numel() for param in params], *zip(*where, strict=True), strict=True)
     device = params[0].device
     table, block_tensor, block_number = _tables(device, tuple(entries), scales is not None)
-    _lion_kernel[(len(block_number),)](
+    programs = len(block_number)
+    sums = torch.zeros(0 if telemetry is None else programs, 6, dtype=torch.float64, device=device)
+    _lion_kernel[(programs,)](
         table,
         block_tensor,
         block_number,
         _hyper(device, lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, weight_decay, grad_scale),
         torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip,
+        sums,
         PARAM=TYPES[params[0].dtype],
         GRAD=TYPES[grads[0].dtype],
         MOMENTUM=TYPES[exp_avgs[0].dtype],
         COPY=copies is not None,
         REMAINDER=remainders is not None,
         PACKED=scales is not None,
+        TELEMETRY=telemetry is not None,
         SIZE=SIZE,
         enable_fp_fusion=False,
     )
+    if telemetry is not None and not (skip is not None and bool(skip)):
+        l1, l2_squared, inner, zeros, flipped, linf_param = [*sums[:, :5].sum(0).tolist(), float(sums[:, 5].max())]
+        elements = sum(param.numel() for param in params)
+        telemetry.merge(Telemetry(elements, l1, l2_squared, inner, int(zeros), int(flipped), linf_param))
 
 
 def _check(
