@@ -32,13 +32,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: Any) -> None:
-    """Raise LionError where there is no Lion to tell anything, or its kernel does not."""
-    if not getattr(args, "lion_telemetry", False):
-        return
-    if args.optimizer != "lion":
+    """Raise LionError where there is no Lion to tell anything."""
+    if getattr(args, "lion_telemetry", False) and args.optimizer != "lion":
         raise LionError(f"--lion-telemetry is Lion's, and this run's optimizer is {args.optimizer}: drop the flag")
-    if args.lion_kernel == "fused" and torch.cuda.is_available():
-        raise LionError("--lion-telemetry is not in the Triton kernel yet: drop it, or give --lion-kernel auto")
 
 
 def install() -> None:
