@@ -115,10 +115,10 @@ def test_empty_records_of_a_run_are_named(tmp_path: Path) -> None:
     assert "x/norm_ratio.jsonl holds no round" in problem
 
 
-def scaling_result(folder: Path, sizes: tuple[float, ...], **more: Any) -> None:
+def scaling_result(folder: Path, sizes: tuple[float, ...], fitted: int = 0, **more: Any) -> None:
     folder.mkdir(parents=True)
     interval = {"exponent": 0.4, "low": -0.8, "high": 1.6, "holds_half": True}
-    fit = {"optimizer": "lion", "iteration": 5, "sizes": 3, **interval}
+    fit = {"optimizer": "lion", "iteration": 5, "sizes": fitted or len(sizes), **interval}
     points = [{"d": int(d), "ratio_over_sqrt_d": 0.3, "converged": True} for d in sizes]
     (folder / "scaling.json").write_text(json.dumps({"fits": [fit], "points": points, **more}))
     for name in ("exponent.svg", "ratio_over_sqrt_d.svg"):
@@ -132,6 +132,12 @@ def test_a_scaling_study_of_few_sizes_says_so(tmp_path: Path, sizes: tuple[float
     scaling_result(tmp_path / "runs" / "scaling", sizes)
     (found,) = rows(tmp_path / "runs", tmp_path / "out")["Section 5"].findings
     assert found.missing == (["3 sizes up to 100 times the smallest: intervals this wide show little"] if said else [])
+
+
+def test_a_fit_without_all_sizes_is_said(tmp_path: Path) -> None:
+    scaling_result(tmp_path / "runs" / "scaling", (10**4, 10**4.5, 10**5, 10**5.5, 10**6), fitted=4)
+    (found,) = rows(tmp_path / "runs", tmp_path / "out")["Section 5"].findings
+    assert found.missing == ["1 of 1 fits lack sizes whose rounds did not converge"]
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:

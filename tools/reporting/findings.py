@@ -153,6 +153,9 @@ def scaling(folder: Path, hardware: str) -> Finding:
     sizes = sorted({point["d"] for point in result["points"]})
     shares = [point["ratio_over_sqrt_d"] for point in result["points"] if point["converged"]]
     few = f"{len(sizes)} sizes up to {sizes[-1] / sizes[0]:.0f} times the smallest: intervals this wide show little"
+    missing = [few] if len(sizes) < 5 or sizes[-1] < 100 * sizes[0] else []
+    thin = sum(fit["sizes"] < len(sizes) for fit in result["fits"])
+    missing += [f"{thin} of {len(result['fits'])} fits lack sizes whose rounds did not converge"] if thin else []
     return Finding(
         verdict=f"{model}: 0.5 lies in {inside} of {len(result['fits'])} intervals; r / sqrt(d) of converged rounds "
         f"lies between {min(shares):.3f} and {max(shares):.3f}.",
@@ -162,7 +165,7 @@ def scaling(folder: Path, hardware: str) -> Finding:
             "r / sqrt(d) over training": _read_svg(folder / "ratio_over_sqrt_d.svg"),
         },
         tables=[table],
-        missing=[few] if len(sizes) < 5 or sizes[-1] < 100 * sizes[0] else [],
+        missing=missing,
     )
 
 
