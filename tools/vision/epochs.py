@@ -158,7 +158,7 @@ class VisionRun:
             right = self.model(images.to(self.device)).argmax(1).cpu() == labels
             counts += torch.tensor([int(right.sum()), len(labels)])
         self.ranks.sum(counts)
-        return float(counts[0] / counts[1])
+        return int(counts[0]) / int(counts[1])
 
     def _save(self) -> None:
         state = {"settings": vars(self.settings), "epoch": self.epoch, "model": self.model.state_dict()}
