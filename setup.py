@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_lion", "megatron_lion.*"]),
-    package_data={"megatron_lion": ["py.typed"], "megatron_lion.kernels": ["*.cpp"]},
+    package_data={"megatron_lion": ["py.typed"], "megatron_lion.kernels": ["*.cpp", "*.h"]},
     install_requires=["torch>=2.6", "megatron-core>=0.16.1,<0.21"],
     extras_require={
         # What Megatron's own training loop asks for beyond megatron-core's hard dependencies.

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).with_name("lion_cpu.cpp")
 # No contraction: a fused multiply-add rounds once where update.py rounds twice. The two -fno flags give up
 # floating-point exceptions and errno, which nobody reads, so that comparisons can be vectorised; no value changes.
 FLAGS = (
-    "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
+    "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-shared", "-fPIC",
 )  # fmt: skip
 COMPILERS = ("c++", "g++", "clang++")
@@ -29,10 +29,10 @@ class CompilerUnavailable(RuntimeError):
 def load(source: Path = SOURCE, *defined: str) -> ctypes.CDLL:
     """The library compiled from ``source`` with the macros ``defined``, from the cache where it is there.
 
-    It is cached in ``$XDG_CACHE_HOME/megatron_lion`` (``~/.cache/megatron_lion``) under a name made of the source, the
-    compiler, the flags and the CPU. Several processes may call this at once: each compiles to a file of its own and
-    renames it, so that no process sees half a library. Where the cache cannot be written the library lives in a
-    temporary folder, and the next run compiles again. Issues no collective.
+    It is cached in ``$XDG_CACHE_HOME/megatron_lion`` (``~/.cache/megatron_lion``) under a name made of the source and
+    the headers beside it, the compiler, the flags and the CPU. Several processes may call this at once: each compiles
+    to a file of its own and renames it, so that no process sees half a library. Where the cache cannot be written the
+    library lives in a temporary folder, and the next run compiles again. Issues no collective.
 
     Raises:
         CompilerUnavailable: no compiler, or one that fails; the message says which, and what it said.
@@ -61,7 +61,8 @@ def _key(source: Path, compiler: str, *flags: str) -> str:
         version = subprocess.run([compiler, "--version"], capture_output=True, timeout=SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise CompilerUnavailable(f"{compiler} --version failed: {error}") from error
-    parts = (source.read_bytes(), compiler.encode(), version, " ".join(flags).encode(), _cpu().encode())
+    code = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    parts = (*code, compiler.encode(), version, " ".join(flags).encode(), _cpu().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 

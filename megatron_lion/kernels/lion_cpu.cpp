@@ -5,11 +5,13 @@
 // The bits are those of megatron_lion/update.py and precision.py: every product and every sum is rounded on its own
 // (-ffp-contract=off), sign(0) and sign(NaN) are 0, arithmetic is fp32 whatever the storage, rounded to storage once.
 
+#include "lion_blocks.h"
+#include "lion_storage.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -18,108 +20,6 @@
 #endif
 
 namespace {
-
-constexpr int64_t BLOCK = 32;        // elements of momentum that share a scale
-constexpr float LEVELS = 127 * 127;  // codes hold the square root of a magnitude
-constexpr float SMALLEST_SCALE = 0x1p-100f;
-
-inline uint32_t to_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-inline float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline float widen(uint16_t bf16) { return from_bits(static_cast<uint32_t>(bf16) << 16); }
-
-inline uint16_t nearest_even(float value) {
-    const uint32_t bits = to_bits(value);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return static_cast<uint16_t>(value == value ? rounded : 0x7fc0u); // NaN is not equal to itself
-}
-
-// What a role is stored in. Each reads and writes fp32 values.
-
-struct Fp32 {
-    float *values;
-    float load(int64_t i) const { return values[i]; }
-    void store(int64_t i, float value) const { values[i] = value; }
-};
-
-struct Bf16 {
-    uint16_t *values;
-    float load(int64_t i) const { return widen(values[i]); }
-    void store(int64_t i, float value) const { values[i] = nearest_even(value); }
-};
-
-struct Remainder { // a bf16 and the 16 bits that it lacks: it is rounded half away from zero
-    uint16_t *high;
-    int16_t *low;
-    float load(int64_t i) const {
-        return from_bits((static_cast<uint32_t>(high[i]) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low[i])));
-    }
-    void store(int64_t i, float value) const {
-        const uint32_t bits = value == value ? to_bits(value) : 0x7fc00000u;
-        high[i] = static_cast<uint16_t>((bits + 0x8000u) >> 16);
-        low[i] = static_cast<int16_t>(bits);
-    }
-};
-
-struct Nothing { void store(int64_t, float) const {} };
-
-struct Place { // where in its parameter a tensor begins, and how long the parameter's rows are
-    int64_t start, row;
-    int64_t block_of(int64_t i) const { return block_at(start + i) - block_at(start); } // its number in the tensor
-    int64_t blocks(int64_t count) const { return count ? block_of(count - 1) + 1 : 0; }
-    // The beginning of the block of element i.
-    int64_t cut(int64_t i) const { return std::max<int64_t>(i - (start + i) % row % BLOCK, 0); }
-
-  private:
-    int64_t block_at(int64_t i) const { return i / row * ((row + BLOCK - 1) / BLOCK) + i % row / BLOCK; }
-};
-
-struct Codes { // int8 codes and a bf16 scale a block
-    int8_t *codes;
-    uint16_t *scales;
-    Place place;
-};
-
-template <class Size> inline void dequantise(const int8_t *codes, uint16_t scale, float *values, Size count) {
-    const float unit = widen(scale) * (1.0f / LEVELS);
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-        const float code = codes[j];
-        values[j] = (code * std::fabs(code)) * unit; // the first product is exact
-    }
-}
-
-template <class Size> inline uint16_t scale_of(const float *values, Size count) {
-    int32_t largest = 0; // of magnitudes as integers, among which a NaN is the largest
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < count; ++j) {
-        const int32_t magnitude = static_cast<int32_t>(to_bits(values[j]) & 0x7fffffffu);
-        largest = std::max(largest, magnitude);
-    }
-    const float peak = from_bits(static_cast<uint32_t>(largest));
-    return peak < SMALLEST_SCALE ? 0 : nearest_even(peak);
-}
-
-template <class Size> inline void quantise(const float *values, uint16_t scale, int8_t *codes, Size count) {
-    const float inverse = scale == 0 ? 0.0f : LEVELS / widen(scale);
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-        const uint32_t root = to_bits(std::sqrt(std::fabs(values[j]) * inverse)), top = to_bits(127.0f);
-        const float code = from_bits(std::min(root, top) | (to_bits(values[j]) & 0x80000000u));
-        // A number near 2^23 has its units in the last place: the sum rounds to nearest even, and ends in the code.
-        codes[j] = static_cast<int8_t>(to_bits(code + 0x1.8p23f));
-    }
-    if (!(widen(scale) < std::numeric_limits<float>::infinity())) std::memset(codes, 0, static_cast<size_t>(count));
-}
 
 struct Hyper { float lr, beta1, rest1, beta2, rest2, weight_decay, grad_scale; };
 
@@ -136,39 +36,134 @@ struct Sums {
     }
 };
 
+struct Exact { // lanes in double
+    Doubles low, high;
+    explicit Exact(Floats values) {
+        Quarter parts[2];
+        std::memcpy(parts, &values, sizeof parts);
+        low = __builtin_convertvector(parts[0], Doubles), high = __builtin_convertvector(parts[1], Doubles);
+    }
+};
+
+// The same in each lane; without TELEMETRY it stays zero and costs nothing.
+struct LaneSums {
+    Doubles l1{}, squares{}, inner{};
+    Ints zeros{}, flipped{}, largest{};
+
+    void add(Floats theta, Floats m, Floats g, Floats sign) {
+        if (!TELEMETRY) return;
+        const Exact exact(g), signed_g(sign * g);
+        l1 += absolute(exact.low) + absolute(exact.high);
+        squares += exact.low * exact.low + exact.high * exact.high;
+        inner += signed_g.low + signed_g.high;
+        zeros -= sign == 0.0f; // what is true is -1
+        flipped -= sign * m < 0.0f;
+        largest = larger(largest, magnitude(theta));
+    }
+    Sums total() const {
+        Sums sums;
+        for (int64_t i = 0; i < LANES / 2; ++i) sums.add({l1[i], squares[i], inner[i], 0, 0, 0});
+        for (int64_t i = 0; i < LANES; ++i) sums.add({0, 0, 0, zeros[i], flipped[i], largest[i]});
+        return sums;
+    }
+};
+
+template <class Float> struct Moved { Float theta, momentum, sign; };
+
+// The step, for one element or lanes of them.
+template <class Float> inline Moved<Float> moved(Float theta, Float m, Float g, const Hyper &h) {
+    const Float c = m * h.beta1 + g * h.rest1;
+    const Float sign = sign_of(c);
+    return {theta - (sign + theta * h.weight_decay) * h.lr, m * h.beta2 + g * h.rest2, sign};
+}
+
+// 16 elements from number i on, whose momentum is `m`. Returns their new momentum.
+template <class P, class G, class C>
+inline Pair update_pair(const P param, const G grad, const C copy, int64_t i, const Pair m, const Hyper &h,
+                        LaneSums &sums) {
+    const Pair theta = param.load_pair(i), unscaled = grad.load_pair(i);
+    const Pair g = {unscaled.even * h.grad_scale, unscaled.odd * h.grad_scale};
+    const auto even = moved(theta.even, m.even, g.even, h), odd = moved(theta.odd, m.odd, g.odd, h);
+    const Pair new_theta = {even.theta, odd.theta};
+    param.store_pair(i, new_theta);
+    copy.store_pair(i, new_theta);
+    sums.add(even.theta, m.even, g.even, even.sign);
+    sums.add(odd.theta, m.odd, g.odd, odd.sign);
+    return {even.momentum, odd.momentum};
+}
+
 // Elements `first` to `last`; element i of the momentum is stored at i - `shift`.
 template <class P, class G, class M, class C>
 Sums update(const P param, const G grad, const M momentum, int64_t shift, const C copy, int64_t first, int64_t last,
             const Hyper h) {
+    LaneSums lanes;
+    if constexpr (P::NARROW || G::NARROW || M::NARROW)
+        for (; first + PAIR <= last; first += PAIR) {
+            const Pair m = momentum.load_pair(first - shift);
+            momentum.store_pair(first - shift, update_pair(param, grad, copy, first, m, h, lanes));
+        }
+    // What is left; and all of fp32, which a compiler's own vectors keep in its order.
     double l1 = 0, squares = 0, inner = 0;
     int32_t zeros = 0, flipped = 0, largest = 0;
 #pragma omp simd reduction(+ : l1, squares, inner, zeros, flipped) reduction(max : largest)
     for (int64_t i = first; i < last; ++i) {
-        const float theta = param.load(i), m = momentum.load(i - shift), g = grad.load(i) * h.grad_scale;
-        const float c = m * h.beta1 + g * h.rest1;
-        const float sign = static_cast<float>((c > 0.0f) - (c < 0.0f));
-        const float new_theta = theta - (sign + theta * h.weight_decay) * h.lr;
-        param.store(i, new_theta);
-        momentum.store(i - shift, m * h.beta2 + g * h.rest2);
-        copy.store(i, new_theta);
+        const float before = param.load(i), m = momentum.load(i - shift), g = grad.load(i) * h.grad_scale;
+        const auto [theta, new_m, sign] = moved(before, m, g, h);
+        param.store(i, theta);
+        momentum.store(i - shift, new_m);
+        copy.store(i, theta);
         if (TELEMETRY) {
             const double exact = g;
-            const int32_t magnitude = static_cast<int32_t>(to_bits(new_theta) & 0x7fffffffu);
+            const int32_t size = static_cast<int32_t>(to_bits(theta) & MAGNITUDE);
             l1 += std::fabs(exact);
             squares += exact * exact;
             inner += static_cast<double>(sign) * exact;
             zeros += sign == 0.0f;
-            flipped += (sign > 0.0f && m < 0.0f) || (sign < 0.0f && m > 0.0f);
-            largest = std::max(largest, magnitude);
+            flipped += sign * m < 0.0f;
+            largest = std::max(largest, size);
         }
     }
-    return {l1, squares, inner, zeros, flipped, largest};
+    Sums sums = lanes.total();
+    sums.add({l1, squares, inner, zeros, flipped, largest});
+    return sums;
 }
 
 template <class P, class G, class M, class C>
 Sums update_chunk(const P param, const G grad, const M momentum, const C copy, int64_t first, int64_t last,
                   const Hyper &h) {
     return update(param, grad, momentum, 0, copy, first, last, h);
+}
+
+// Whole blocks from `first` on, as many groups as end before `last`; `first` becomes where they end.
+template <class P, class G, class C>
+Sums update_groups(const P param, const G grad, const Codes momentum, const C copy, int64_t &first, int64_t last,
+                   const Hyper h) {
+    LaneSums sums;
+    Group groups[2] = {};
+    int8_t nowhere[GROUP], *before = nowhere; // the codes of the group before this one, which has still to be encoded
+    uint16_t *scales = momentum.scales + momentum.place.block_of(first);
+    int64_t number = 0;
+    for (; first + GROUP <= last; first += GROUP, scales += LANES, ++number) {
+        Group &group = groups[number % 2];
+        const Group &done = groups[1 - number % 2];
+        const Units units(scales);
+        for (int64_t block = 0; block < LANES; ++block) {
+            const int64_t i = first + block * BLOCK;
+            const auto new_momentum = [&](int64_t i) {
+                return update_pair(param, grad, copy, i, dequantise(momentum.codes + i, units.of[block]), h, sums);
+            };
+            const Roots roots(done, block); // the update fills the time that they take
+            group.set(block, new_momentum(i), new_momentum(i + PAIR));
+            roots.encode(done, block, before);
+        }
+        group.scale(scales);
+        before = momentum.codes + first;
+    }
+    for (int64_t block = 0; block < LANES; ++block) {
+        const Group &done = groups[1 - number % 2];
+        Roots(done, block).encode(done, block, before);
+    }
+    return sums.total();
 }
 
 // Calls `work` with the size of a block, as a constant where the block is a whole one.
@@ -179,7 +174,8 @@ template <class Work> inline void for_block(int64_t size, Work work) {
         work(size);
 }
 
-// Quantised momentum goes through a strip in fp32 that stays in the cache; `first` is where a block begins.
+// Quantised momentum that is not whole groups goes through a strip in fp32 that stays in the cache; `first` is where a
+// block begins.
 template <class P, class G, class C>
 Sums update_chunk(const P param, const G grad, const Codes momentum, const C copy, int64_t first, int64_t last,
                   const Hyper &h) {
@@ -187,6 +183,8 @@ Sums update_chunk(const P param, const G grad, const Codes momentum, const C cop
     alignas(64) float strip[STRIP];
     Sums sums;
     const Place place = momentum.place;
+    if (place.row % BLOCK == 0 && (place.start + first) % BLOCK == 0)
+        sums.add(update_groups(param, grad, momentum, copy, first, last, h));
     while (first < last) {
         uint16_t *const scales = momentum.scales + place.block_of(first);
         int8_t *const codes = momentum.codes + first;
