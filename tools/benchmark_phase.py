@@ -1,8 +1,9 @@
 """Megatron's whole optimizer phase on a CPU, this package's Lion beside stock Megatron's Lion and Adam.
 
-What is timed is the step that Megatron's training loop calls: gradient norm, clipping, update, bf16 parameters and,
-with several ranks, their all-gather, in its real DistributedOptimizer on real gradient buffers. All candidates step the
-same buffers in turn, and medians are printed; the gradient is put back before each step, so that every step clips.
+What is timed is the step that Megatron's training loop calls: gradient norm, clipping, update, bf16 parameters, in its
+real DistributedOptimizer on real gradient buffers. Their all-gather is as with --overlap-param-gather, part of the next
+forward pass, and has a row of its own; with ``--wait-for-gather`` each step ends with it. All candidates step the same
+buffers in turn, and medians are printed; the gradient is put back before each step, so that every step clips.
 
     python tools/benchmark_phase.py --threads 2 --rounds 7 --json runs/phase.json
     python tools/benchmark_phase.py --host --threads 1 --rounds 30
@@ -47,7 +48,7 @@ def main() -> None:
     megatron_phase.start_ranks()
     tables = {}
     for title, sizes in models(args).items():
-        model = megatron_phase.Model(sizes)
+        model = megatron_phase.Model(sizes, overlaps_gather=not args.wait_for_gather)
         candidates = megatron_phase.candidates(model, args.peers)
         candidates = [*measure.limits(candidates, model.numel), *candidates]
         tables[title] = measure.rows(candidates, measure.measure(candidates, args.rounds), model.numel)
@@ -78,6 +79,7 @@ def scaling(ranks: list[int], args: argparse.Namespace) -> str:
             command += [__file__, "--threads", str(args.threads), "--rounds", str(args.rounds), "--json", str(record)]
             command += ["--shapes", args.shapes, "--peers", *args.peers]
             command += ["--numel", str(args.numel)] if args.numel else []
+            command += ["--wait-for-gather"] if args.wait_for_gather else []
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             (rows,) = json.loads(record.read_text())["tables"].values()
         columns[number] = {row["name"]: row["milliseconds"] for row in rows if row["state"] != "-"}
@@ -99,6 +101,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--numel", type=int, help="one flat tensor of so many elements instead")
     parser.add_argument("--host", action="store_true", help="many tiny parameters: the host's own time")
     parser.add_argument("--ranks", type=int, nargs="*", help="how many ranks to start, one number after the other")
+    parser.add_argument("--wait-for-gather", action="store_true", help="the step ends with the parameters' all-gather")
     parser.add_argument("--peers", nargs="*", choices=STOCK, default=STOCK, help="which of stock's (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of a rank (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each that are counted (%(default)s)")

@@ -8,6 +8,7 @@ import pytest
 from harness import ROOT, run_ranks
 
 SCRIPT = ROOT / "tools" / "benchmark_phase.py"
+GATHER = "all-gather of the bf16 parameters (gloo), not in the others"
 
 
 def rows(path: Path, *flags: str) -> dict[str, dict[str, dict[str, float]]]:
@@ -24,13 +25,15 @@ def test_the_phase_moves_26_bytes_with_clipping_and_is_held_against_the_limit(tm
     assert "streaming limit, 16 B read and 10 B written" in table
     adam = table["stock with Adam (torch AdamW, fused=True set by hand)"]
     assert adam["bytes_per_parameter"] == pytest.approx(4 + 16 + 28 + 6, abs=0.01), "norm, clip, update, copy"
+    assert GATHER in table
 
 
 @pytest.mark.slow
 def test_the_hosts_time_is_measured_on_many_small_parameters(tmp_path: Path, monkeypatch) -> None:
-    tables = rows(tmp_path / "rows.json", "--host --peers adam")
+    tables = rows(tmp_path / "rows.json", "--host --peers adam --wait-for-gather")
     assert list(tables) == ["300 parameters of 8 elements", "3,000 parameters of 8 elements"]
     assert all(row["milliseconds"] > 0 for table in tables.values() for row in table.values())
+    assert not any(GATHER in table for table in tables.values()), "each step ends with its own"
 
 
 def test_scaling_is_a_column_for_each_number_of_ranks() -> None:

@@ -1,5 +1,6 @@
 """The benchmark's shapes, its arithmetic, what it counts, and one small run of it."""
 
+import dataclasses
 import json
 import sys
 
@@ -113,6 +114,14 @@ def test_a_peer_that_is_not_installed_is_named_with_the_reason(monkeypatch) -> N
 def test_a_peer_that_fails_is_named_with_its_error(monkeypatch) -> None:
     monkeypatch.setitem(peers.PEERS, "broken", peers.Peer("torch.optim", "AdamW", options=(("fused", 3.5), ("x", 1))))
     assert peers.build(shapes.parameters([(3,)]), ["broken"], "cpu")[1]["broken"].startswith("TypeError: ")
+
+
+def test_state_that_a_peer_never_reads_is_not_counted(monkeypatch) -> None:
+    peer = peers.Peer("torch.optim", "AdamW", peers.TWO_MOMENTS, peers.ONE_PASS, peers.FUSED)
+    monkeypatch.setitem(peers.PEERS, "whole", peer)
+    monkeypatch.setitem(peers.PEERS, "part", dataclasses.replace(peer, untouched=("exp_avg_sq",)))
+    (whole, part), _ = peers.build(shapes.parameters([(100,)]), ["whole", "part"], "cpu")
+    assert (whole.bytes, part.bytes) == (2800, 2000)
 
 
 def test_an_unknown_peer_is_refused_with_the_nearest(monkeypatch) -> None:

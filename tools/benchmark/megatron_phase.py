@@ -5,6 +5,7 @@ get_megatron_optimizer, DistributedOptimizer, ChainedOptimizer.step. Register me
 """
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Sequence
@@ -49,12 +50,20 @@ class Parameters(torch.nn.Module):
 
 
 class Model:
-    """The parameters in Megatron's buffers, with a gradient that can be put back after a step has scaled it."""
+    """The parameters in Megatron's buffers, with a gradient that can be put back after a step has scaled it.
 
-    def __init__(self, sizes: list[tuple[int, ...]], dtype: torch.dtype = torch.bfloat16) -> None:
+    ``overlaps_gather`` is Megatron's --overlap-param-gather: the parameters' all-gather belongs to the next forward
+    pass instead of the step.
+    """
+
+    def __init__(
+        self, sizes: list[tuple[int, ...]], dtype: torch.dtype = torch.bfloat16, overlaps_gather: bool = False
+    ) -> None:
         torch.manual_seed(1234)
         config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
-        layout = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        layout = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_param_gather=overlaps_gather
+        )
         self.dtype = dtype
         self.ddp = DistributedDataParallel(config, layout, Parameters(sizes, dtype))
         self.numel = sum(param.numel() for param in self.ddp.parameters())
@@ -155,5 +164,9 @@ def candidate(phase: Phase, model: Model) -> Candidate:
 
 
 def candidates(model: Model, peers: Sequence[str]) -> list[Candidate]:
-    """Every one of ours and the named ones of stock's, on one model."""
-    return [candidate(phase, model) for phase in (*OWN, *(STOCK[name] for name in peers))]
+    """Every one of ours and the named ones of stock's, on one model, and the all-gather where none waits for it."""
+    made = [candidate(phase, model) for phase in (*OWN, *(STOCK[name] for name in peers))]
+    if model.ddp.ddp_config.overlap_param_gather:
+        gather = functools.partial(model.ddp.start_param_sync, force_sync=True)
+        made.append(Candidate("all-gather of the bf16 parameters (gloo), not in the others", "all", gather))
+    return made

@@ -9,6 +9,7 @@ from benchmark.peers import FP32_MOMENTUM, HYPER
 from benchmark.shapes import gradient
 from benchmark.traffic import counted, streams_of
 from megatron_lion import Lion
+from megatron_lion.telemetry import Telemetry
 
 MASTERS, MOMENTA = ("fp32", "remainder"), ("fp32", "bf16", "int8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,12 +34,14 @@ def build(params: list[torch.nn.Parameter]) -> tuple[list[Candidate], dict[str, 
 
 
 def in_fp32(params: list[torch.nn.Parameter]) -> list[Candidate]:
-    """fp32 parameters, gradients and momentum: fused in one pass, foreach in several."""
-    fused, foreach = (Lion(params, **HYPER, kernel=kernel) for kernel in ("fused", "foreach"))
-    fused.step()
-    foreach.step()
+    """fp32 parameters, gradients and momentum: fused in one pass, with and without telemetry, foreach in several."""
+    fused, watched, foreach = (Lion(params, **HYPER, kernel=kernel) for kernel in ("fused", "fused", "foreach"))
+    watched.telemetry = Telemetry()
+    for optimizer in (fused, watched, foreach):
+        optimizer.step()
     return [
         Candidate(f"{OURS} fused", FP32_MOMENTUM, fused.step, passes=[streams_of(fused)]),
+        Candidate(f"{OURS} fused, with telemetry", FP32_MOMENTUM, watched.step, passes=[streams_of(watched)]),
         Candidate(f"{OURS} foreach", FP32_MOMENTUM, foreach.step, counted(foreach.step)),
     ]
 

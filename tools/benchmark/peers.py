@@ -26,6 +26,7 @@ class Peer:
 
     ``passes`` is ONE_PASS for a fused step; BY_OPERATION for one made of torch's operations, which are counted; bytes
     per parameter, added up from its source, where a compiler merges some operations; UNKNOWN where it hides them.
+    ``untouched`` names state that it keeps and its step never reads.
     """
 
     module: str
@@ -36,6 +37,7 @@ class Peer:
     without: tuple[str, ...] = ()
     compiles_for_minutes: bool = False
     device: str | None = None
+    untouched: tuple[str, ...] = ()
 
     def build(self, params: Params) -> torch.optim.Optimizer:
         """The optimizer on ``params``."""
@@ -78,7 +80,12 @@ PEERS = {
     "pytorch_optimizer Lion foreach": Peer("pytorch_optimizer", "Lion", options=FOREACH),
     "timm Lion foreach": Peer("timm.optim", "Lion", options=FOREACH),
     "DeepSpeed CPULion": Peer(
-        "deepspeed.ops.lion", "DeepSpeedCPULion", passes=ONE_PASS, compiles_for_minutes=True, device="cpu"
+        "deepspeed.ops.lion",
+        "DeepSpeedCPULion",
+        passes=ONE_PASS,
+        compiles_for_minutes=True,
+        device="cpu",
+        untouched=("exp_avg_sq",),  # made, kept and saved, but not given to its kernel
     ),
     "DeepSpeed FusedLion": Peer("deepspeed.ops.lion", "FusedLion", passes=ONE_PASS, device="cuda"),
     # On a CPU bitsandbytes has no kernel for Lion: it makes it of torch operations inside one operation of its own.
@@ -132,7 +139,7 @@ def _candidate(name: str, params: Params) -> Candidate:
     optimizer = peer.build(params)
     optimizer.step()  # makes its state
     if peer.passes == ONE_PASS:
-        return Candidate(name, peer.state, optimizer.step, passes=[streams_of(optimizer)])
+        return Candidate(name, peer.state, optimizer.step, passes=[streams_of(optimizer, peer.untouched)])
     size = None
     if peer.passes == BY_OPERATION:
         size = counted(optimizer.step)

@@ -43,17 +43,17 @@ class Stream:
         return (2 if self.mode == UPDATE else 1) * sum(t.numel() * t.element_size() for t in self.tensors)
 
 
-def streams_of(optimizer: torch.optim.Optimizer) -> list[Stream]:
+def streams_of(optimizer: torch.optim.Optimizer, untouched: Sequence[str] = ()) -> list[Stream]:
     """What a one-pass step of ``optimizer``, stepped once, moves: gradients in; parameters and state in and out.
 
-    A 16-bit parameter beside an fp32 master is written only.
+    A 16-bit parameter beside an fp32 master is written only; state named in ``untouched`` is left alone.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     name = "decoupled_grad" if getattr(optimizer, "use_decoupled_grad", False) else "grad"
     state: dict[str, list[Tensor]] = {}
     for param in params:
         for key, value in optimizer.state[param].items():
-            if torch.is_tensor(value) and value.dim():
+            if torch.is_tensor(value) and value.dim() and key not in untouched:
                 state.setdefault(key, []).append(value)
     has_masters = any(tensor.dtype == torch.float32 for tensor in state.get("master_param", ()))
     made = [
