@@ -21,7 +21,7 @@ from typing import Any
 from compare_runs import named_run
 from corpus.shards import write_json
 from studies import figures, rates, texts
-from studies.megatron_runs import CPU, OPTIMIZERS, ROOT, MegatronRun, run_all
+from studies.megatron_runs import CPU, LEARNING_RATES, ROOT, MegatronRun, optimizer_flags, run_all
 
 from megatron_lion.config import LionError, did_you_mean
 from megatron_lion.run import readable_errors
@@ -29,6 +29,11 @@ from megatron_lion.run import readable_errors
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64"
 BATCH = "--micro-batch-size 16 --global-batch-size 16 --eval-iters 0 --eval-interval 100000 --log-interval 10"
 EVALUATE = ROOT / "tools" / "eval_wikitext103.py"
+
+
+def learning_rates(options: argparse.Namespace) -> dict[str, float]:
+    """Of the runs that are trained here; those of --run may tell their own."""
+    return {} if options.run else {"lion": LEARNING_RATES["lion"], "sgd": options.sgd_lr}
 
 
 def study_runs(options: argparse.Namespace, data: str) -> list[MegatronRun]:
@@ -43,7 +48,8 @@ def study_runs(options: argparse.Namespace, data: str) -> list[MegatronRun]:
             if options.evaluate:
                 rounds += f" --save {folder}/checkpoints --save-interval {interval} --no-save-optim"
             steps = f"--train-iters {options.iterations} --lr-decay-style cosine --lr-warmup-iters {interval // 2}"
-            flags = f"{MODEL} {BATCH} {steps} {rounds} {OPTIMIZERS[name]} --seed {seed} {data} {CPU}"
+            optimizer = optimizer_flags(name, learning_rates(options)[name])
+            flags = f"{MODEL} {BATCH} {steps} {rounds} {optimizer} --seed {seed} {data} {CPU}"
             runs.append(MegatronRun(folder=folder, flags=flags))
     return runs
 
@@ -94,10 +100,12 @@ def draw(found: dict[str, Any], folder: Path) -> Path:
 
 def markdown(result: dict[str, Any]) -> str:
     """Both constants beside the paper's, and the perplexities."""
-    lines = ["| | constant | decided at step | repeats | d | rounds that converged |", "|---|---|---|---|---|---|"]
+    lines = ["| | constant | decided at step | repeats | rate | d | rounds that converged |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for name, entry in result["rates"].items():
-        converged = f"{entry['converged']} of {entry['rounds']}"
-        cells = [f"{entry['constant']:.4f}", entry["at_step"], entry["repeats"], f"{entry['d']:,}", converged]
+        lr = "-" if entry["lr"] is None else f"{entry['lr']:g}"
+        cells = [f"{entry['constant']:.4f}", entry["at_step"], entry["repeats"], lr, f"{entry['d']:,}"]
+        cells.append("exact" if entry["exact"] else f"{entry['converged']} of {entry['rounds']}")
         lines.append(f"| c_{name.upper()} | {' | '.join(map(str, cells))} |")
     lines += ["", "The paper, ResNet18 on CIFAR-100: c_LION = 0.701, c_SGD = 1.365."]
     if found := result.get("perplexity"):
@@ -122,8 +130,12 @@ def parse() -> argparse.Namespace:
     add("--iterations", type=int, default=200, metavar="N", help="steps of each run (200)")
     add("--rounds", type=int, default=10, metavar="N", help="rounds and checkpoints of each run (10)")
     add("--batches", type=int, default=16, metavar="N", help="batches of a round (16)")
+    sgd, lion = LEARNING_RATES["sgd"], LEARNING_RATES["lion"]
+    add("--sgd-lr", type=float, default=sgd, metavar="X", help=f"SGD's rate ({sgd:g}; Lion's is {lion:g})")
     add("--threads", type=int, default=1, metavar="N", help="threads of a run (1)")
     options = parser.parse_args()
+    if not options.sgd_lr > 0:
+        raise LionError(f"--sgd-lr {options.sgd_lr:g}: a learning rate is above zero")
     if options.run and (options.text or options.evaluate):
         raise LionError("--run takes rounds that are there, --text and --evaluate train: give one or the other")
     options.text = options.text or []
@@ -154,7 +166,10 @@ def main() -> None:
             scored = evaluations(options)
             run_all(scored, options.threads)
             result["perplexity"] = perplexities(scored)
-    result["rates"] = rates.constants({name: rates.read_repeats(name, paths) for name, paths in files.items()})
+    repeats = {name: rates.read_repeats(name, paths) for name, paths in files.items()}
+    for name, lr in learning_rates(options).items():
+        repeats[name]["lr"] = lr
+    result["rates"] = rates.constants(repeats)
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(options.output / "rates.json", result)
     text = markdown(result)

@@ -2,9 +2,9 @@
 
     python tools/report.py --runs runs --output report
 
-Reads runs/toy (tools/toy_convergence.py), runs/scaling and runs/scaling-bert, runs/rates and runs/rates-vision (the
-tools of these names), runs/vision/DATASET (tools/vision_study.py), runs/demo (launch/demo.sh) and every folder in runs
-with a recipe.json (launch/launch.py).
+Reads runs/toy (tools/toy_convergence.py), runs/scaling and runs/scaling-bert, runs/rates, runs/rates-10to1 and
+runs/rates-vision (the tools of these names), runs/vision/DATASET (tools/vision_study.py), runs/demo (launch/demo.sh)
+and every folder in runs with a recipe.json (launch/launch.py).
 What is missing or damaged is said in its place, with the command that makes it. Leaves report.html, which holds all
 that it needs, and report.md with its pictures in figures/.
 """
@@ -25,13 +25,14 @@ from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 
 Maker = Callable[[Path, str], findings.Finding]
+STUDIED_RATES = ("rates", "rates-10to1")  # SGD at its best rate, and at the paper's 10 times Lion's
 # By exhibit: folders that may hold its records, the file that says that they do, and who reads them.
 RECORDS: dict[str, list[tuple[str, str, Maker]]] = {
     "Table 1": [("toy", "result.json", findings.toy_rates)],
     "Figure A1": [("toy", "result.json", findings.toy_pictures)],
     "Figure A2": [("toy", "result.json", findings.toy_bound)],
-    "Figure A3": [(folder, "rates.json", findings.rate_constants) for folder in ("rates", "rates-vision")],
-    "Table A1": [("rates", "rates.json", findings.perplexities)],
+    "Figure A3": [(folder, "rates.json", findings.rate_constants) for folder in (*STUDIED_RATES, "rates-vision")],
+    "Table A1": [(folder, "rates.json", findings.perplexities) for folder in STUDIED_RATES],
     "Section 5": [(folder, "scaling.json", findings.scaling) for folder in ("scaling", "scaling-bert")],
     "Figure 1": [(f"vision/{data}", "", vision.curves) for data in ("cifar100", "digits")],
     "Figure A4": [("vision/cifar10", "", vision.curves)],

@@ -19,7 +19,7 @@ from typing import Any
 from compare_runs import named_run
 from corpus.shards import write_json
 from studies import figures, scaling, texts
-from studies.megatron_runs import CPU, OPTIMIZERS, PRETRAIN, MegatronRun, run_all
+from studies.megatron_runs import CPU, LEARNING_RATES, PRETRAIN, MegatronRun, optimizer_flags, run_all
 
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
@@ -45,7 +45,9 @@ def study_runs(options: argparse.Namespace, data: str) -> list[MegatronRun]:
             rounds = f"--norm-ratio-interval {options.interval} --norm-ratio-batches {options.batches}"
             rounds += f" --norm-ratio-file {folder}/norm_ratio.jsonl"
             rounds += " --norm-ratio-at-start" if name == options.optimizers[0] else ""
-            flags = f"{model} {steps} {rate} {quiet} {rounds} {OPTIMIZERS[name]} --seed {options.seed} {data} {CPU}"
+            flags = (
+                f"{model} {steps} {rate} {quiet} {rounds} {optimizer_flags(name)} --seed {options.seed} {data} {CPU}"
+            )
             runs.append(MegatronRun(folder=folder, flags=flags, script=PRETRAIN[options.model]))
     return runs
 
@@ -140,7 +142,7 @@ def parse() -> argparse.Namespace:
     add("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text to train on (default: Python's documentation)")
     add("--run", type=named_run, action="append", default=[], metavar="OPTIMIZER=JSONL", help="rounds; repeatable")
     add("--sizes", type=int, nargs="+", choices=SIZES, default=list(SIZES), metavar="H", help="hidden sizes to train")
-    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="(default: all three)")
+    add("--optimizers", nargs="+", choices=LEARNING_RATES, default=list(LEARNING_RATES), help="(default: all three)")
     add("--iterations", type=int, default=30, metavar="N", help="steps of each run (30)")
     add("--interval", type=int, default=15, metavar="N", help="a round after every N steps (15)")
     add("--batches", type=int, default=64, metavar="N", help="batches of a round (64)")

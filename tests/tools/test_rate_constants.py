@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rate_constants
@@ -14,12 +15,12 @@ from megatron_lion.config import LionError
 STEPS = (10, 20, 40, 80)
 
 
-def write(path: Path, factor: float, *, d: int = 400, steps: tuple[int, ...] = STEPS) -> Path:
+def write(path: Path, factor: float, *, d: int = 400, steps: tuple[int, ...] = STEPS, **more: Any) -> Path:
     """Norms that fall as k^(-1/4), l1 = factor and l2 = factor / 10 at k = 1, after a round before the first step."""
     lines = [{"iteration": 0, "d": d, "l1": 1e9, "l2": 1e9, "converged": True}]
     for step in steps:
         l1 = factor * step**-0.25
-        lines.append({"iteration": step, "d": d, "l1": l1, "l2": l1 / 10, "converged": step < 40})
+        lines.append({"iteration": step, "d": d, "l1": l1, "l2": l1 / 10, "converged": step < 40, **more})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -47,6 +48,28 @@ def test_a_repeat_that_was_cut_short_or_is_of_another_model_is_named(tmp_path: P
         rates.read_repeats("lion", [short, whole])
     with pytest.raises(LionError, match="other is of another model: d = 500, elsewhere 400"):
         rates.read_repeats("lion", [whole, write(tmp_path / "other", 1.0, d=500)])
+
+
+def test_epochs_of_the_vision_study_are_exact_and_tell_their_optimizer_and_rate(tmp_path: Path) -> None:
+    told = {"epoch": 1, "optimizer": "sgd", "lr": 3e-3}
+    paths = [write(tmp_path / name, 1.0, **told) for name in ("a", "b")]
+    found = rates.constants({"sgd": rates.read_repeats("sgd", paths)})["sgd"]
+    assert found["exact"] and found["lr"] == 3e-3
+    assert not rates.read_repeats("sgd", [write(tmp_path / "rounds", 1.0)])["exact"]
+    with pytest.raises(LionError, match="a is of sgd, not of lion"):
+        rates.read_repeats("lion", paths)
+    with pytest.raises(LionError, match=r"several learning rates: 0.003 \(.*a\), 0.001 \(.*c\)"):
+        rates.read_repeats("sgd", [paths[0], write(tmp_path / "c", 1.0, **{**told, "lr": 1e-3})])
+
+
+def test_sgds_rate_goes_to_its_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = ["rate_constants.py", "--output", str(tmp_path), "--seeds", "1", "--sgd-lr"]
+    monkeypatch.setattr(sys, "argv", [*base, "0.01"])
+    runs = {run.folder.name: run.flags for run in rate_constants.study_runs(rate_constants.parse(), "")}
+    assert "--optimizer lion --lr 0.001 " in runs["lion-1"] and "--optimizer sgd --lr 0.01 " in runs["sgd-1"]
+    monkeypatch.setattr(sys, "argv", [*base, "0"])
+    with pytest.raises(LionError, match="--sgd-lr 0: a learning rate is above zero"):
+        rate_constants.parse()
 
 
 def test_the_command_draws_both_panels_and_refuses_another_optimizer(tmp_path: Path) -> None:

@@ -35,10 +35,11 @@ def recipe_run(folder: Path, optimizer: str, **kwargs: Any) -> None:
     (folder / "recipe.json").write_text(json.dumps({"names": names}))
 
 
-def rates_result(folder: Path, lion: float, sgd: float) -> None:
+def rates_result(folder: Path, lion: float, sgd: float, **more: Any) -> None:
     folder.mkdir(parents=True)
-    shared = {"at_step": 40, "converged": 3, "rounds": 5, "d": 400, "steps": [20, 40], "repeats": 5}
+    shared = {"at_step": 40, "converged": 3, "rounds": 5, "d": 400, "steps": [20, 40], "repeats": 5, **more}
     found = {"lion": {**shared, "constant": lion}, "sgd": {**shared, "constant": sgd}}
+    found["sgd"]["lr"] = 10 * more.get("lr", 0)
     ln = {"lion": [3.0, 3.1], "sgd": [3.2, 3.0], "lion_step": 20, "sgd_step": 40, "lion_lower": 1, "seeds": 2}
     (folder / "rates.json").write_text(json.dumps({"rates": found, "perplexity": ln}))
     (folder / "A3.svg").write_text("<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'></svg>")
@@ -74,6 +75,23 @@ def test_verdicts_follow_the_numbers(tmp_path: Path) -> None:
     assert held["Table A1"].findings[0].verdict.startswith("Not held: Lion's first is below SGD's last in 1 of 2")
     rates_result(tmp_path / "b" / "rates", 1.5, 1.0)
     assert rows(tmp_path / "b", tmp_path / "out")["Figure A3"].findings[0].verdict.startswith("Not held")
+
+
+def test_either_proportion_of_learning_rates_stands_beside_the_papers(tmp_path: Path) -> None:
+    rates_result(tmp_path / "runs" / "rates", 0.5, 1.0)
+    rates_result(tmp_path / "runs" / "rates-10to1", 0.4, 1.0, lr=1e-3)
+    found = rows(tmp_path / "runs", tmp_path / "out")
+    assert len(found["Figure A3"].findings) == 2
+    untold, told = found["Table A1"].findings
+    assert "times Lion's" not in untold.verdict and "SGD's rate is 10 times Lion's here" in told.verdict
+
+
+def test_constants_of_exact_gradients_are_told_from_those_of_rounds(tmp_path: Path) -> None:
+    rates_result(tmp_path / "runs" / "rates", 0.5, 1.0)
+    rates_result(tmp_path / "runs" / "rates-vision", 0.5, 1.0, exact=True, lr=1e-3)
+    rounds, exact = rows(tmp_path / "runs", tmp_path / "out")["Figure A3"].findings
+    assert "Noise adds" in rounds.verdict and rounds.tables[0][1][-2:] == ["-", "3 of 5"]
+    assert "the whole training set's gradient" in exact.verdict and exact.tables[0][1][-2:] == ["0.001", "exact"]
 
 
 def test_language_runs_are_paired_by_their_recipes(tmp_path: Path) -> None:

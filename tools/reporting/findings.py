@@ -105,14 +105,18 @@ def rate_constants(folder: Path, hardware: str) -> Finding:
         raise LionError(f"{folder / 'rates.json'} has {', '.join(found)} alone: both optimizers are needed")
     lion, sgd = found["lion"], found["sgd"]
     verb = "Held" if lion["constant"] < sgd["constant"] else "Not held"
-    table = [["", "ours", "the paper's", "decided at step", "rounds that converged"]]
+    table = [["", "ours", "the paper's", "decided at step", "learning rate", "rounds that converged"]]
     for name, theirs in (("lion", "0.701"), ("sgd", "1.365")):
         entry = found[name]
-        cells = [f"{entry['constant']:.4f}", theirs, str(entry["at_step"])]
-        table.append([f"c_{name.upper()}", *cells, f"{entry['converged']} of {entry['rounds']}"])
+        lr = f"{entry['lr']:g}" if entry.get("lr") else "-"
+        converged = "exact" if entry.get("exact") else f"{entry['converged']} of {entry['rounds']}"
+        table.append([f"c_{name.upper()}", f"{entry['constant']:.4f}", theirs, str(entry["at_step"]), lr, converged])
+    if lion.get("exact") and sgd.get("exact"):
+        noise = "Each norm is that of the whole training set's gradient, after each epoch."
+    else:
+        noise = "Noise adds to the norms of rounds that did not converge: the constants are estimates from above."
     return Finding(
-        verdict=f"{verb}: c_LION = {lion['constant']:.3f}, c_SGD = {sgd['constant']:.3f}. Noise adds to the norms of "
-        "rounds that did not converge, so that the constants are estimates from above.",
+        verdict=f"{verb}: c_LION = {lion['constant']:.3f}, c_SGD = {sgd['constant']:.3f}. {noise}",
         made=f"{result.get('model', 'tiny GPT')}, d = {lion['d']:,}, {lion['steps'][-1]} steps, {lion['repeats']} "
         f"seeds; {hardware}",
         pictures={"(a) and (b)": _read_svg(folder / "A3.svg")},
@@ -122,7 +126,8 @@ def rate_constants(folder: Path, hardware: str) -> Finding:
 
 def perplexities(folder: Path, hardware: str) -> Finding:
     """Table A1."""
-    found = read_json(folder / "rates.json").get("perplexity")
+    result = read_json(folder / "rates.json")
+    found = result.get("perplexity")
     if not found:
         raise LionError(
             f"{folder / 'rates.json'} has no perplexities: run tools/rate_constants.py with --evaluate FILE"
@@ -131,10 +136,11 @@ def perplexities(folder: Path, hardware: str) -> Finding:
     for name in ("sgd", "lion"):
         values = [f"{value:.3f}" for value in found[name]]
         table.append([name.upper(), str(found[f"{name}_step"]), f"{statistics.mean(found[name]):.3f}", *values])
-    held = found["lion_lower"] == found["seeds"]
+    words = "Held" if found["lion_lower"] == found["seeds"] else "Not held"
+    lrs = [result["rates"][name].get("lr") for name in ("sgd", "lion")]
+    rates = f" SGD's rate is {lrs[0] / lrs[1]:.0f} times Lion's here, in the paper 10 times." if all(lrs) else ""
     return Finding(
-        verdict=f"{'Held' if held else 'Not held'}: Lion's first is below SGD's last in {found['lion_lower']} of "
-        f"{found['seeds']} seeds. SGD's rate here is 100 times Lion's (each tuned), in the paper 10 times.",
+        verdict=f"{words}: Lion's first is below SGD's last in {found['lion_lower']} of {found['seeds']} seeds.{rates}",
         made=f"tiny GPT, ln perplexity per token, {found['seeds']} seeds; {hardware}",
         tables=[table],
     )

@@ -27,11 +27,13 @@ ENVIRONMENT = {**cpu_run.ENVIRONMENT, "PYTHONWARNINGS": "ignore"}
 
 
 # A tiny model takes larger steps than a real one; the first two are the demo's (docs/demo.md), Adam's was not tuned.
-OPTIMIZERS = {
-    "lion": "--optimizer lion --lr 1e-3 --weight-decay 0.1",
-    "sgd": "--optimizer sgd --lr 0.1 --weight-decay 1e-4",
-    "adam": "--optimizer adam --lr 2e-3 --weight-decay 0.1",
-}
+LEARNING_RATES = {"lion": 1e-3, "sgd": 0.1, "adam": 2e-3}
+WEIGHT_DECAYS = {"lion": 0.1, "sgd": 1e-4, "adam": 0.1}
+
+
+def optimizer_flags(name: str, lr: float | None = None) -> str:
+    """Megatron's flags for an optimizer, at the rate of LEARNING_RATES unless told."""
+    return f"--optimizer {name} --lr {lr or LEARNING_RATES[name]:g} --weight-decay {WEIGHT_DECAYS[name]:g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ NORMS = {"lion": "l1", "sgd": "l2"}
 def read_repeats(optimizer: str, paths: Sequence[Path]) -> dict[str, Any]:
     """The rounds of one optimizer's repeats: steps, d, and the norms, (repeats, records).
 
-    Rounds before the first step are left out: the rates count from k = 1. Raises LionError where the repeats are not of
-    one model at the same steps, as when one was cut short, naming the file.
+    Rounds before the first step are left out: the rates count from k = 1. Those of the vision study are exact: sums
+    over the whole training set. Raises LionError where the repeats are not of one model at the same steps, as when one
+    was cut short, or say that they are of another optimizer or of several learning rates, naming the file.
     """
     runs = {path: [record for record in read_records(path) if record["iteration"] > 0] for path in paths}
     shapes = {path: ([record["iteration"] for record in run], {r["d"] for r in run}) for path, run in runs.items()}
@@ -32,6 +33,7 @@ def read_repeats(optimizer: str, paths: Sequence[Path]) -> dict[str, Any]:
                 "short? Finish it, or leave it out"
             )
     key = NORMS[optimizer]
+    _check_same(optimizer, runs)
     for path, run in runs.items():
         if any(record[key] is None for record in run):
             raise LionError(f"{path} has a round whose {key} is not finite: leave that run out, it diverged")
@@ -42,7 +44,20 @@ def read_repeats(optimizer: str, paths: Sequence[Path]) -> dict[str, Any]:
         "norms": [[record[key] for record in run] for run in runs.values()],
         "converged": sum(bool(record["converged"]) for record in rounds),
         "rounds": len(rounds),
+        "exact": all("epoch" in record for record in rounds),
+        "lr": rounds[0].get("lr"),
     }
+
+
+def _check_same(optimizer: str, runs: Mapping[Path, list[dict[str, Any]]]) -> None:
+    """Whether what the rounds themselves say, those of the vision study, agrees. Raises LionError where not."""
+    for path, run in runs.items():
+        if others := {record.get("optimizer", optimizer) for record in run} - {optimizer}:
+            raise LionError(f"{path} is of {others.pop()}, not of {optimizer}: give it under its own name")
+    rates = {record.get("lr"): path for path, run in runs.items() for record in run}
+    if len(rates) > 1:
+        listed = ", ".join(f"{lr} ({path})" for lr, path in rates.items())
+        raise LionError(f"repeats of {optimizer} have several learning rates: {listed}; give those of one")
 
 
 def constants(repeats: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
