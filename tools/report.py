@@ -54,7 +54,7 @@ def language_pairs(runs: Path) -> dict[str, dict[str, Path]]:
         except (ValueError, KeyError, TypeError):  # cut short: the folder's usual name says the same
             model, optimizer, *_ = [*path.parent.name.split("-"), "unknown"]
         pairs.setdefault(str(model), {})[str(optimizer)] = path.parent
-    studies = (("demo_gpt", "demo", ""), ("study_gpt", "rates", "-1"), ("study_bert", "scaling-bert", "-400"))
+    studies = (("the demo's GPT", "demo", ""), ("tiny GPT", "rates", "-1"), ("small BERT", "scaling-bert", "-400"))
     for model, where, suffix in studies:
         folder = runs / where
         found = {name: folder / f"{name}{suffix}" for name in ("lion", "sgd") if (folder / f"{name}{suffix}").is_dir()}
@@ -69,7 +69,7 @@ def make_row(exhibit: Exhibit, runs: Path, hardware: str, pairs: dict[str, dict[
         if (runs / folder / needed).exists():
             makers[str(runs / folder)] = partial(maker, runs / folder, hardware)
     for model, pair in pairs.items():
-        if LANGUAGE_MODELS.get(exhibit.name, "none") in model:
+        if LANGUAGE_MODELS.get(exhibit.name, "none") in model.lower():
             makers[", ".join(map(str, pair.values()))] = partial(findings.language, pair, model, hardware)
     found, problems = [], []
     for where, make in makers.items():

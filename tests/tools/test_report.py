@@ -190,9 +190,9 @@ def test_a_grids_best_rates_stand_in_table_a2_and_its_best_runs_in_figure_1(tmp_
     found = rows(tmp_path / "runs", tmp_path / "out")
     (rates,), (curves,) = found["Table A2"].findings, found["Figure 1"].findings
     assert rates.tables[0] == [
-        ["run", "best rate", "its top-1", "0.003", "0.001"],
-        ["resnet18-lion", "0.001", "90.00 %", "50.0", "90.0"],
-        ["resnet18-sgd", "0.001", "80.00 %", "-", "80.0"],
+        ["learning rate", "resnet18-lion", "resnet18-sgd"],
+        ["0.003", "50.00 %", "-"],
+        ["0.001", "90.00 % (best)", "80.00 % (best)"],
     ]
     assert "at most SGD's for 1 of 1 models." in rates.verdict
     assert [row[0] for row in curves.tables[0][1:]] == ["resnet18-lion-0.001", "resnet18-sgd-0.001"]

@@ -115,11 +115,11 @@ def rate_constants(folder: Path, hardware: str) -> Finding:
         noise = "Each norm is that of the whole training set's gradient, after each epoch."
     else:
         noise = "Noise adds to the norms of rounds that did not converge: the constants are estimates from above."
+    model = result.get("model", "tiny GPT")
     return Finding(
         verdict=f"{verb}: c_LION = {lion['constant']:.3f}, c_SGD = {sgd['constant']:.3f}. {noise}",
-        made=f"{result.get('model', 'tiny GPT')}, d = {lion['d']:,}, {lion['steps'][-1]} steps, {lion['repeats']} "
-        f"seeds; {hardware}",
-        pictures={"(a) and (b)": _read_svg(folder / "A3.svg")},
+        made=f"{model}, d = {lion['d']:,}, {lion['steps'][-1]} steps, {lion['repeats']} seeds; {hardware}",
+        pictures={f"(a) and (b): {model}": _read_svg(folder / "A3.svg")},
         tables=[table],
     )
 
@@ -167,8 +167,8 @@ def scaling(folder: Path, hardware: str) -> Finding:
         f"lies between {min(shares):.3f} and {max(shares):.3f}.",
         made=f"{model}s of {len(sizes)} sizes, d = {sizes[0]:,} to {sizes[-1]:,}; {hardware}",
         pictures={
-            "r against d": _read_svg(folder / "exponent.svg"),
-            "r / sqrt(d) over training": _read_svg(folder / "ratio_over_sqrt_d.svg"),
+            f"{model}: r against d": _read_svg(folder / "exponent.svg"),
+            f"{model}: r / sqrt(d) over training": _read_svg(folder / "ratio_over_sqrt_d.svg"),
         },
         tables=[table],
         missing=missing,

@@ -9,6 +9,7 @@ from pathlib import Path
 from reporting.findings import Finding
 from reporting.paper import Exhibit, Table
 
+PHONE = 340  # CSS pixels that a picture has there
 SVG_WIDTH = re.compile(r'<svg[^>]* width="([\d.]+)pt"')
 STYLE = """
 :root { color-scheme: light; --line: #d5dae1; --soft: #f4f6f9; --ink: #1d2430; --blue: #1f5fa8; }
@@ -20,13 +21,15 @@ h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
 h3 { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase; color: #5b6675; margin: 0 0 .4rem; }
 section { border: 1px solid var(--line); border-radius: 8px; padding: 1rem; margin: 1.1rem 0; }
 .pair { display: grid; grid-template-columns: minmax(0, 9fr) minmax(0, 11fr); gap: 1.2rem; align-items: start; }
-.paper { background: var(--soft); border-radius: 6px; padding: .8rem; }
+.paper { background: var(--soft); border-radius: 6px; padding: .8rem; position: sticky; top: .6rem; }
 .paper table { font-size: .8rem; } .paper th, .paper td { padding: .2rem .4rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: .8rem; }
 figure { margin: 0; flex-grow: 1; flex-shrink: 1; min-width: 0; max-width: 100%; overflow-x: auto; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: .85rem; color: #5b6675; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; margin: .5rem 0; }
+.scroll { overflow-x: auto; background: linear-gradient(to left, var(--ground, #fff) 50%, transparent) right / 2.4rem
+  100% no-repeat local, linear-gradient(to left, #0003, transparent) right / .8rem 100% no-repeat; }
+.paper .scroll { --ground: var(--soft); } table { border-collapse: collapse; font-size: .86rem; margin: .5rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; vertical-align: top; text-align: left; }
 th { background: var(--soft); } code { background: var(--soft); padding: .1rem .3rem; border-radius: 4px;
   overflow-wrap: anywhere; font-size: .85rem; }
@@ -36,7 +39,7 @@ th { background: var(--soft); } code { background: var(--soft); padding: .1rem .
 .finding + .finding { border-top: 1px solid var(--line); margin-top: 1rem; padding-top: 1rem; }
 .made { font-size: .86rem; color: #5b6675; } nav a { margin-right: .8rem; white-space: nowrap; color: var(--blue); }
 @media (max-width: 760px) { .pair { grid-template-columns: minmax(0, 1fr); } body { padding: .7rem; }
-  section { padding: .7rem; } }
+  section { padding: .7rem; } .paper { position: static; } .wide figcaption::after { content: " (scroll sideways)"; } }
 """
 
 
@@ -85,9 +88,11 @@ def _html_finding(found: Finding) -> str:
 def _html_picture(caption: str, svg: str) -> str:
     """As wide as there is room for, but no narrower than its letters can be read: on a phone it is scrolled instead."""
     width = float(found[1]) if (found := SVG_WIDTH.match(svg)) else 360.0
+    kind = ' class="wide"' if 0.7 * width > PHONE else ""
     source = f'src="data:image/svg+xml;base64,{_base64(svg)}"'
     image = f'<img alt="{_text(caption)}" {source} style="min-width:{0.7 * width:.0f}px">'
-    return f'<figure style="flex-basis:{0.8 * width:.0f}px">{image}<figcaption>{_text(caption)}</figcaption></figure>'
+    text = f"{image}<figcaption>{_text(caption)}</figcaption>"
+    return f'<figure{kind} style="flex-basis:{0.8 * width:.0f}px">{text}</figure>'
 
 
 def _html_table(table: Table) -> str:

@@ -78,22 +78,24 @@ def rates_found(folder: Path, hardware: str) -> Finding:
     """Table A2 from grid.json: the best rate of each model and optimizer, and the top-1 of every rate tried."""
     grid = _grid(folder)
     every = list(dict.fromkeys(rate for row in grid.values() for rate in row["tried"]))
-    table = [["run", "best rate", "its top-1", *every]]
-    inside = []
-    for name, row in grid.items():
-        cells = ["-" if (top1 := row["tried"].get(rate)) is None else f"{100 * top1:.1f}" for rate in every]
-        table.append([name, f"{row['lr']:g}", f"{100 * row['top1']:.2f} %", *cells])
-        inside += [name] if row["lr"] < max(map(float, row["tried"])) else []
+    table = [["learning rate", *grid]] + [[rate, *(_top1(row, rate) for row in grid.values())] for rate in every]
     pairs = [(row, grid[f"{name[:-5]}-sgd"]) for name, row in grid.items() if _has_pair(name, grid)]
     held = sum(lion["lr"] <= sgd["lr"] for lion, sgd in pairs)
     first = next(iter(grid.values()))
-    at_edge = [name for name in grid if name not in inside]
+    at_edge = [name for name, row in grid.items() if row["lr"] >= max(map(float, row["tried"]))]
     edge = f" The largest rate tried was the best of {', '.join(at_edge)}: a larger one may be better." * bool(at_edge)
     return Finding(
         verdict=f"{_stand_in(folder)}LION's best rate is at most SGD's for {held} of {len(pairs)} models.{edge}",
-        made=f"{first['data']}, {first['epochs']} epochs, top-1 in % by learning rate; {hardware}",
+        made=f"{first['data']}, {first['epochs']} epochs, top-1 by learning rate; {hardware}",
         tables=[table],
     )
+
+
+def _top1(row: dict[str, Any], rate: str) -> str:
+    """A run's at one of the rates, the best marked; a dash where it diverged or was not tried."""
+    if (top1 := row["tried"].get(rate)) is None:
+        return "-"
+    return f"{100 * top1:.2f} %" + " (best)" * (float(rate) == row["lr"])
 
 
 def _has_pair(name: str, grid: dict[str, Any]) -> bool:
