@@ -27,8 +27,8 @@ section { border: 1px solid var(--line); border-radius: 8px; padding: 1rem; marg
 figure { margin: 0; flex-grow: 1; flex-shrink: 1; min-width: 0; max-width: 100%; overflow-x: auto; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: .85rem; color: #5b6675; }
-.scroll { overflow-x: auto; background: linear-gradient(to left, var(--ground, #fff) 50%, transparent) right / 2.4rem
-  100% no-repeat local, linear-gradient(to left, #0003, transparent) right / .8rem 100% no-repeat; }
+.scroll { overflow-x: auto; background: linear-gradient(to left, var(--ground, #fff) 50%, transparent) right -1px top /
+  2.4rem 100% no-repeat local, linear-gradient(to left, #0002, transparent) right / .8rem 100% no-repeat; }
 .paper .scroll { --ground: var(--soft); } table { border-collapse: collapse; font-size: .86rem; margin: .5rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; vertical-align: top; text-align: left; }
 th { background: var(--soft); } code { background: var(--soft); padding: .1rem .3rem; border-radius: 4px;
