@@ -31,7 +31,9 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory()
         self._output = Path(self._folder.name) / "output"
         self._output.touch()
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count)}
+        self._reserved = reserved_port()
+        port = self._reserved.getsockname()[1]
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
         self._processes: list[BaseProcess] = []
         for rank in range(count):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count), **rendezvous}
@@ -69,6 +71,7 @@ class Ranks:
         """The exit status of the first rank that failed, else 0."""
         for process in self._processes:
             process.join()
+        self._reserved.close()
         self._folder.cleanup()
         return next((code for process in self._processes if (code := process.exitcode)), 0)
 
@@ -96,7 +99,9 @@ def _run(output: str, script: str, arguments: list[str], environment: dict[str, 
     runpy.run_path(script, run_name="__main__")
 
 
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def reserved_port() -> socket.socket:
+    """A socket bound to a free port, which nobody else is given while it is open. It does not listen: rank 0 can."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store sets it: both may be bound
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
