@@ -181,7 +181,7 @@ class Lion(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:  # before anything is updated
             for param in group["params"]:
-                if param.grad is not None and param.grad.is_sparse:
+                if (grad := param.grad) is not None and grad.is_sparse:
                     raise LionError(
                         f"Lion does not take sparse gradients (parameter of shape {tuple(param.shape)}): "
                         "build the embedding with sparse=False. Nothing was updated"
@@ -202,7 +202,7 @@ class Lion(torch.optim.Optimizer):
         if group.get("momentum_dtype") == "int8":
             storage = _storage(group)
             for row in (row for alike in rows.values() for row in alike if row.scale is None):  # it waited in fp32
-                storage.set_momentum(self.state[row.param], row.param, row.exp_avg, row.place)
+                storage.set_momentum(self.state[row.param], row.param, row.exp_avg, self._place(row.param))
 
     def _is_counted(self, row: Row) -> bool:
         return self.counted is None or row.param in self.counted
@@ -215,17 +215,19 @@ class Lion(torch.optim.Optimizer):
 
     def _state_of(self, param: Tensor, group: dict[str, Any], start: Tensor | None = None) -> dict[str, Any]:
         """The state of ``param``, made if there is none: with momentum ``start`` where that is given, else zero."""
-        if not self.state[param]:
+        state: dict[str, Any] = self.state[param]
+        if not state:
             storage, place = _storage(group), self._place(param)
-            self.state[param] = storage.create(param, place)
+            state = self.state[param] = storage.create(param, place)
             if start is not None:
-                storage.set_momentum(self.state[param], param, start, place)
-        return self.state[param]
+                storage.set_momentum(state, param, start, place)
+        return state
 
     def _row(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Row:
         start = grad.to(compute_dtype(param)) * self.grad_scale if group["momentum_init"] == "gradient" else None
         state = self._state_of(param, group, start)
-        return row_of(param, grad, state, self.copies.get(param), self._place(param))
+        place = self._place(param) if "exp_avg_scale" in state else None
+        return row_of(param, grad, state, self.copies.get(param) if self.copies else None, place)
 
     def _update(self, group: dict[str, Any], rows: list[Row]) -> None:
         tensors = columns(rows)

@@ -21,15 +21,17 @@ class Row(NamedTuple):
     """what receives the new master, rounded"""
     remainder: Tensor | None
     scale: Tensor | None
-    place: Place
+    place: Place | None
+    """where there is a scale"""
 
     def kind(self) -> tuple[Any, ...]:
         """Equal for rows that one call of a kernel can update."""
-        absent = tuple(tensor is None for tensor in (self.copy, self.remainder, self.scale))
-        return (self.master.dtype, self.grad.dtype, self.exp_avg.dtype, self.master.device, *absent)
+        master = self.master
+        stored = (master.dtype, self.grad.dtype, self.exp_avg.dtype, master.device)
+        return (*stored, self.copy is None, self.remainder is None, self.scale is None)
 
 
-def row_of(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], copy: Tensor | None, place: Place) -> Row:
+def row_of(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], copy: Tensor | None, place: Place | None) -> Row:
     """The row of ``param`` with its ``state`` (:mod:`megatron_lion.storage`); ``copy`` is one kept outside of it."""
     master = state.get("master_param")
     has_remainder = master is not None and master.dtype == torch.int16
