@@ -50,16 +50,23 @@ def main() -> None:
     for title, sizes in models(args).items():
         model = megatron_phase.Model(sizes, overlaps_gather=not args.wait_for_gather)
         candidates = megatron_phase.candidates(model, args.peers)
-        candidates = [*measure.limits(candidates, model.numel), *candidates]
+        limits = [] if args.host else measure.limits(candidates, model.numel)
+        candidates = [*limits, *candidates]
         tables[title] = measure.rows(candidates, measure.measure(candidates, args.rounds), model.numel)
     ranks = torch.distributed.get_world_size()
     if torch.distributed.get_rank() == 0:
-        for title, table in tables.items():
-            print(f"{title}, DP {ranks}; {machine()}; medians of {args.rounds} rounds\n\n{measure.markdown(table)}\n")
+        print(f"DP {ranks}; {machine()}; medians of {args.rounds} rounds\n\n{described(tables, args.host)}\n")
         if args.json:
             rows = {title: [asdict(row) for row in table] for title, table in tables.items()}
             measure.write_json(args.json, machine=machine(), ranks=ranks, tables=rows)
     torch.distributed.destroy_process_group()
+
+
+def described(tables: dict[str, list[measure.Row]], host: bool) -> str:
+    """A table for each model; of the host's own time, which no memory limits, a column for each."""
+    if host:
+        return table_of({title: {row.name: row.milliseconds for row in tables[title]} for title in tables}, "ms a step")
+    return "\n\n".join(f"{title}:\n\n{measure.markdown(table)}" for title, table in tables.items())
 
 
 def models(args: argparse.Namespace) -> dict[str, list[tuple[int, ...]]]:
@@ -86,8 +93,8 @@ def scaling(ranks: list[int], args: argparse.Namespace) -> str:
     return table_of(columns, f"ms a step on rank 0 of DP, {args.threads} threads each")
 
 
-def table_of(columns: dict[int, dict[str, Any]], title: str) -> str:
-    """Rows by name, columns by number of ranks, as Markdown."""
+def table_of(columns: dict[Any, dict[str, float]], title: str) -> str:
+    """Rows by name, a column for each key, as Markdown."""
     lines = [f"| {title} | {' | '.join(map(str, columns))} |", "|---|" + "---|" * len(columns)]
     for name in next(iter(columns.values())):
         lines.append(f"| {name} | {' | '.join(f'{column[name]:.1f}' for column in columns.values())} |")

@@ -99,7 +99,7 @@ def now() -> float:
 
 def rows(candidates: Sequence[Candidate], times: dict[str, float], numel: int) -> list[Row]:
     """The table, fastest first. A step of several passes is held against the first limit's bytes per second."""
-    of_limits = [one for one in candidates if one.state == "-"]
+    of_limits = [one for one in candidates if one.state == "-"]  # none where no memory limits the step
     table = []
     for one in sorted(candidates, key=lambda candidate: times[candidate.name]):
         rivals = [
@@ -109,7 +109,7 @@ def rows(candidates: Sequence[Candidate], times: dict[str, float], numel: int) -
         ]
         own = limit_name(one.passes, numel) if one.passes else None
         bound = None
-        if one.bytes is not None:
+        if one.bytes is not None and of_limits:
             bound = times[own] if own else times[of_limits[0].name] * one.bytes / of_limits[0].bytes
         table.append(
             Row(
