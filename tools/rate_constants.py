@@ -6,7 +6,7 @@
 (A2) mean ||grad f||_1 <= c_LION sqrt(d) K^(-1/4), (A1) mean ||grad f||_2 <= c_SGD K^(-1/4), for every K: the smallest
 constants that hold at every recorded step. The first form pretrains a tiny GPT with either optimizer and five seeds,
 and goes on where it was stopped; the second reads rounds that other runs left, each optimizer's repeats averaged.
-Leaves rates.json, rates.md and A3.svg in --output; with --evaluate the perplexities stand in them too.
+Leaves rates.json, rates.md and A3.svg in --output; with --evaluate the perplexities after each fifth of the run too.
 """
 
 import argparse
@@ -54,30 +54,33 @@ def study_runs(options: argparse.Namespace, data: str) -> list[MegatronRun]:
     return runs
 
 
+def evaluated_steps(options: argparse.Namespace) -> list[int]:
+    """The checkpoints after each fifth of the run, as in the paper's table A1, or the nearest that there are."""
+    interval = options.iterations // options.rounds
+    return sorted({interval * max(1, round(options.rounds * part / 5)) for part in range(1, 6)})
+
+
 def evaluations(options: argparse.Namespace) -> list[MegatronRun]:
-    """Lion's first checkpoint and SGD's last, of each seed, on the text of --evaluate."""
-    first = options.iterations // options.rounds
+    """One for each run's checkpoints, on the text of --evaluate."""
+    steps = ",".join(map(str, evaluated_steps(options)))
     found = []
     for seed in range(1, options.seeds + 1):
-        for name, step in (("lion", first), ("sgd", first * options.rounds)):
+        for name in rates.NORMS:
             folder = options.output / f"{name}-{seed}" / "perplexity"
-            flags = f"--checkpoints {folder.parent}/checkpoints --steps {step} --text {options.evaluate}"
-            flags += f" --overlapping-eval 64 --micro-batch-size 64 --output {folder}/{step}.json {CPU}"
+            flags = f"--checkpoints {folder.parent}/checkpoints --steps {steps} --text {options.evaluate}"
+            flags += f" --overlapping-eval 64 --micro-batch-size 64 --output {folder}/results.json {CPU}"
             found.append(MegatronRun(folder=folder, flags=flags, script=EVALUATE))
     return found
 
 
-def perplexities(runs: list[MegatronRun]) -> dict[str, Any]:
-    """ln(perplexity) of each evaluation by optimizer, and in how many seeds Lion's is the lower."""
-    found: dict[str, Any] = {"lion": [], "sgd": []}
+def perplexities(runs: list[MegatronRun], steps: list[int]) -> dict[str, Any]:
+    """ln(perplexity) by optimizer, for each seed at ``steps``, with what they say of the paper's claim."""
+    values: dict[str, list[list[float]]] = {name: [] for name in rates.NORMS}
     for run in runs:
-        (path,) = run.folder.glob("[0-9]*.json")
-        (result,) = json.loads(path.read_text(encoding="utf-8"))["results"].values()
-        name = run.folder.parent.name.partition("-")[0]
-        found[name].append(math.log(result["perplexity"]))
-        found[f"{name}_step"] = int(path.stem)
-    lower = sum(lion < sgd for lion, sgd in zip(found["lion"], found["sgd"], strict=True))
-    return found | {"lion_lower": lower, "seeds": len(found["lion"])}
+        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))["results"]
+        each = [math.log(results[str(step)]["perplexity"]) for step in steps]
+        values[run.folder.parent.name.partition("-")[0]].append(each)
+    return {"steps": steps, **values, **rates.early_against_late(steps, values["lion"], values["sgd"])}
 
 
 def draw(found: dict[str, Any], folder: Path) -> Path:
@@ -110,10 +113,12 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["", "The paper, ResNet18 on CIFAR-100: c_LION = 0.701, c_SGD = 1.365."]
     if found := result.get("perplexity"):
         lines += ["", "| ln perplexity | step | mean | of each seed |", "|---|---|---|---|"]
-        for name in ("lion", "sgd"):
-            each, mean = " ".join(f"{value:.3f}" for value in found[name]), statistics.mean(found[name])
-            lines.append(f"| {figures.NAMES[name]} | {found[f'{name}_step']} | {mean:.3f} | {each} |")
-        lines += ["", f"Lion's first is below SGD's last in {found['lion_lower']} of {found['seeds']} seeds."]
+        for name in rates.NORMS:
+            for step, each in zip(found["steps"], zip(*found[name], strict=True), strict=True):
+                cells = f"{step} | {statistics.mean(each):.3f} | {' '.join(f'{value:.3f}' for value in each)}"
+                lines.append(f"| {figures.NAMES[name]} | {cells} |")
+        first = f"Lion's first is below SGD's last in {found['lion_lower']} of {found['seeds']} seeds"
+        lines += ["", f"{first}, {rates.below_from(found)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -165,7 +170,7 @@ def main() -> None:
         if options.evaluate:
             scored = evaluations(options)
             run_all(scored, options.threads)
-            result["perplexity"] = perplexities(scored)
+            result["perplexity"] = perplexities(scored, evaluated_steps(options))
     repeats = {name: rates.read_repeats(name, paths) for name, paths in files.items()}
     for name, lr in learning_rates(options).items():
         repeats[name]["lr"] = lr

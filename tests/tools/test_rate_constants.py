@@ -1,5 +1,6 @@
 """tools/rate_constants.py: known constants, repeats averaged, and repeats that do not belong together."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -70,6 +71,19 @@ def test_sgds_rate_goes_to_its_runs_alone(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "argv", [*base, "0"])
     with pytest.raises(LionError, match="--sgd-lr 0: a learning rate is above zero"):
         rate_constants.parse()
+
+
+def test_from_which_step_on_lion_is_below_sgds_last_in_every_seed() -> None:
+    lion, sgd = [[5.0, 4.0, 3.0], [4.0, 4.4, 3.5]], [[6.0, 5.5, 4.1], [6.0, 5.0, 4.2]]
+    found = rates.early_against_late([10, 20, 30], lion, sgd)
+    assert found == {"lion_lower": 1, "seeds": 2, "below_from": 30}
+    assert rates.early_against_late([10, 20, 30], sgd, lion)["below_from"] is None
+
+
+@pytest.mark.parametrize(("rounds", "steps"), [(10, [40, 80, 120, 160, 200]), (5, [40, 80, 120, 160, 200]), (1, [200])])
+def test_checkpoints_after_each_fifth_are_evaluated(rounds: int, steps: list[int]) -> None:
+    options = argparse.Namespace(iterations=200, rounds=rounds)
+    assert rate_constants.evaluated_steps(options) == steps
 
 
 def test_the_command_draws_both_panels_and_refuses_another_optimizer(tmp_path: Path) -> None:

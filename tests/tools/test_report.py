@@ -40,7 +40,8 @@ def rates_result(folder: Path, lion: float, sgd: float, **more: Any) -> None:
     shared = {"at_step": 40, "converged": 3, "rounds": 5, "d": 400, "steps": [20, 40], "repeats": 5, **more}
     found = {"lion": {**shared, "constant": lion}, "sgd": {**shared, "constant": sgd}}
     found["sgd"]["lr"] = 10 * more.get("lr", 0)
-    ln = {"lion": [3.0, 3.1], "sgd": [3.2, 3.0], "lion_step": 20, "sgd_step": 40, "lion_lower": 1, "seeds": 2}
+    ln = {"lion": [[3.0, 2.9], [3.1, 2.9]], "sgd": [[3.3, 3.2], [3.3, 3.0]], "steps": [20, 40]}
+    ln |= {"lion_lower": 1, "seeds": 2, "below_from": 40}
     (folder / "rates.json").write_text(json.dumps({"rates": found, "perplexity": ln}))
     (folder / "A3.svg").write_text("<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'></svg>")
 
@@ -72,7 +73,12 @@ def test_verdicts_follow_the_numbers(tmp_path: Path) -> None:
     rates_result(tmp_path / "a" / "rates", 0.5, 1.0)
     held = rows(tmp_path / "a", tmp_path / "out")
     assert held["Figure A3"].findings[0].verdict.startswith("Held: c_LION = 0.500")
-    assert held["Table A1"].findings[0].verdict.startswith("Not held: Lion's first is below SGD's last in 1 of 2")
+    (table_a1,) = held["Table A1"].findings
+    assert table_a1.verdict.startswith(
+        "Not held: Lion's first is below SGD's last in 1 of 2 seeds, in all of them from"
+    )
+    assert table_a1.tables[0][1:] == [["SGD, mean", "3.300", "3.100"], ["LION, mean", "3.050", "2.900"]]
+    assert table_a1.tables[1][1:] == [["1", "3.000", "3.200"], ["2", "3.100", "3.000"]]
     rates_result(tmp_path / "b" / "rates", 1.5, 1.0)
     assert rows(tmp_path / "b", tmp_path / "out")["Figure A3"].findings[0].verdict.startswith("Not held")
 

@@ -27,10 +27,11 @@ def test_rate_constants_trains_evaluates_and_goes_on(tmp_path: Path) -> None:
     text.write_text("The quick brown fox jumps over the lazy dog .\n" * 50)
     flags = ("--evaluate", text, "--seeds", 1, "--iterations", 8, "--rounds", 2, "--batches", 4, "--output", tmp_path)
     first = run("rate_constants.py", *flags)
-    assert "2/2 sgd-1: " in first and "| c_LION | " in first and "seeds." in first
+    assert "2/2 sgd-1: " in first and "| c_LION | " in first and "seeds, in all of them" in first
     result = json.loads((tmp_path / "rates.json").read_text())
     assert result["rates"]["lion"]["steps"] == [4, 8]
-    assert (result["perplexity"]["lion_step"], result["perplexity"]["sgd_step"]) == (4, 8)
+    assert result["perplexity"]["steps"] == [4, 8]
+    assert [len(result["perplexity"][name][0]) for name in ("lion", "sgd")] == [2, 2]
     again = run("rate_constants.py", *flags)
     assert again.count("2 of 2 runs were complete and were kept") == 2
     assert json.loads((tmp_path / "rates.json").read_text())["rates"] == result["rates"]

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from studies.rates import below_from
+
 from megatron_lion.config import LionError
 from megatron_lion.integration.training_log import read_training_log
 from megatron_lion.stats.writer import read_records
@@ -132,17 +134,22 @@ def perplexities(folder: Path, hardware: str) -> Finding:
         raise LionError(
             f"{folder / 'rates.json'} has no perplexities: run tools/rate_constants.py with --evaluate FILE"
         )
-    table = [["tiny GPT", "step", "mean", *(f"seed {seed + 1}" for seed in range(found["seeds"]))]]
+    steps = found["steps"]
+    table = [["tiny GPT", *(f"step {step}" for step in steps)]]
     for name in ("sgd", "lion"):
-        values = [f"{value:.3f}" for value in found[name]]
-        table.append([name.upper(), str(found[f"{name}_step"]), f"{statistics.mean(found[name]):.3f}", *values])
+        means = map(statistics.mean, zip(*found[name], strict=True))
+        table.append([f"{name.upper()}, mean", *(f"{value:.3f}" for value in means)])
+    each = [["seed", f"LION at {steps[0]}", f"SGD at {steps[-1]}"]]
+    for seed, (lion, sgd) in enumerate(zip(found["lion"], found["sgd"], strict=True), start=1):
+        each.append([str(seed), f"{lion[0]:.3f}", f"{sgd[-1]:.3f}"])
     words = "Held" if found["lion_lower"] == found["seeds"] else "Not held"
     lrs = [result["rates"][name].get("lr") for name in ("sgd", "lion")]
     rates = f" SGD's rate is {lrs[0] / lrs[1]:.0f} times Lion's here, in the paper 10 times." if all(lrs) else ""
     return Finding(
-        verdict=f"{words}: Lion's first is below SGD's last in {found['lion_lower']} of {found['seeds']} seeds.{rates}",
+        verdict=f"{words}: Lion's first is below SGD's last in {found['lion_lower']} of {found['seeds']} seeds, "
+        f"{below_from(found)}.{rates}",
         made=f"tiny GPT, ln perplexity per token, {found['seeds']} seeds; {hardware}",
-        tables=[table],
+        tables=[table, each],
     )
 
 

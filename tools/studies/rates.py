@@ -77,6 +77,26 @@ def constants(repeats: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def early_against_late(
+    steps: Sequence[int], lion: Sequence[Sequence[float]], sgd: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """In how many seeds Lion's first value is below SGD's last, and from which step on Lion's is so in every seed.
+
+    ``lion`` and ``sgd`` hold a seed's values in a row, one for each of ``steps``; lower is better.
+    """
+    last = [row[-1] for row in sgd]
+    below = [all(row[at] < end for row, end in zip(lion, last, strict=True)) for at in range(len(steps))]
+    since = next((step for at, step in enumerate(steps) if all(below[at:])), None)
+    lower = sum(row[0] < end for row, end in zip(lion, last, strict=True))
+    return {"lion_lower": lower, "seeds": len(last), "below_from": since}
+
+
+def below_from(found: Mapping[str, Any]) -> str:
+    """What :func:`early_against_late` says of the step, in words."""
+    step = found["below_from"]
+    return "in all of them at none of these steps" if step is None else f"in all of them from step {step} on"
+
+
 def _listed(numbers: Sequence[int] | set[int]) -> str:
     shown = [str(number) for number in sorted(numbers)]
     return ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-2:]]) or "none"
