@@ -34,6 +34,7 @@ def test_the_constants_of_averaged_repeats(tmp_path: Path) -> None:
     expected = max(mean * step**0.25 for mean, step in zip(means, STEPS, strict=True))
     assert found["lion"]["constant"] == pytest.approx(expected / 20)  # sqrt(d) = 20
     assert found["sgd"]["constant"] == pytest.approx(expected / 10)
+    assert found["lion"]["l2_constant"] == found["sgd"]["l2_constant"] == found["sgd"]["constant"]
     assert found["lion"]["left"] == pytest.approx(means)
     assert all(
         left <= right * (1 + 1e-12) for left, right in zip(found["lion"]["left"], found["lion"]["right"], strict=True)

@@ -39,6 +39,7 @@ def rates_result(folder: Path, lion: float, sgd: float, **more: Any) -> None:
     folder.mkdir(parents=True)
     shared = {"at_step": 40, "converged": 3, "rounds": 5, "d": 400, "steps": [20, 40], "repeats": 5, **more}
     found = {"lion": {**shared, "constant": lion}, "sgd": {**shared, "constant": sgd}}
+    found["lion"]["l2_constant"], found["sgd"]["l2_constant"] = 1.2, sgd
     found["sgd"]["lr"] = 10 * more.get("lr", 0)
     ln = {"lion": [[3.0, 2.9], [3.1, 2.9]], "sgd": [[3.3, 3.2], [3.3, 3.0]], "steps": [20, 40]}
     ln |= {"lion_lower": 1, "seeds": 2, "below_from": 40}
@@ -72,7 +73,9 @@ def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
 def test_verdicts_follow_the_numbers(tmp_path: Path) -> None:
     rates_result(tmp_path / "a" / "rates", 0.5, 1.0)
     held = rows(tmp_path / "a", tmp_path / "out")
-    assert held["Figure A3"].findings[0].verdict.startswith("Held: c_LION = 0.500")
+    assert held["Figure A3"].findings[0].verdict.startswith("Held: c_LION = 0.500, c_SGD = 1.000.")
+    assert "in l2, as c_SGD, Lion's is 1.200." in held["Figure A3"].findings[0].verdict
+    assert "c_SGD is decided by the last step" in held["Figure A3"].findings[0].verdict
     (table_a1,) = held["Table A1"].findings
     assert table_a1.verdict.startswith(
         "Not held: Lion's first is below SGD's last in 1 of 2 seeds, in all of them from"

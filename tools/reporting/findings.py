@@ -107,19 +107,31 @@ def rate_constants(folder: Path, hardware: str) -> Finding:
         raise LionError(f"{folder / 'rates.json'} has {', '.join(found)} alone: both optimizers are needed")
     lion, sgd = found["lion"], found["sgd"]
     verb = "Held" if lion["constant"] < sgd["constant"] else "Not held"
-    table = [["", "ours", "the paper's", "decided at step", "learning rate", "rounds that converged"]]
+    table = [["", "ours", "the paper's", "in the l2 norm", "decided at step", "learning rate", "converged"]]
     for name, theirs in (("lion", "0.701"), ("sgd", "1.365")):
         entry = found[name]
         lr = f"{entry['lr']:g}" if entry.get("lr") else "-"
         converged = "exact" if entry.get("exact") else f"{entry['converged']} of {entry['rounds']}"
-        table.append([f"c_{name.upper()}", f"{entry['constant']:.4f}", theirs, str(entry["at_step"]), lr, converged])
+        cells = [
+            f"{entry['constant']:.4f}",
+            theirs,
+            f"{entry['l2_constant']:.4f}",
+            str(entry["at_step"]),
+            lr,
+            converged,
+        ]
+        table.append([f"c_{name.upper()}", *cells])
     if lion.get("exact") and sgd.get("exact"):
         noise = "Each norm is that of the whole training set's gradient, after each epoch."
     else:
         noise = "Noise adds to the norms of rounds that did not converge: the constants are estimates from above."
+    last = sgd["at_step"] == sgd["steps"][-1]
+    noise += " c_SGD is decided by the last step: a longer run can have a larger one." if last else ""
     model = result.get("model", "tiny GPT")
     return Finding(
-        verdict=f"{verb}: c_LION = {lion['constant']:.3f}, c_SGD = {sgd['constant']:.3f}. {noise}",
+        verdict=f"{verb}: c_LION = {lion['constant']:.3f}, c_SGD = {sgd['constant']:.3f}. c_LION is in "
+        f"the l1 norm over sqrt(d), which is never above the l2 norm; in l2, as c_SGD, Lion's is "
+        f"{lion['l2_constant']:.3f}. {noise}",
         made=f"{model}, d = {lion['d']:,}, {lion['steps'][-1]} steps, {lion['repeats']} seeds; {hardware}",
         pictures={f"(a) and (b): {model}": _read_svg(folder / "A3.svg")},
         tables=[table],

@@ -35,13 +35,14 @@ def read_repeats(optimizer: str, paths: Sequence[Path]) -> dict[str, Any]:
     key = NORMS[optimizer]
     _check_same(optimizer, runs)
     for path, run in runs.items():
-        if any(record[key] is None for record in run):
+        if any(record[norm] is None for record in run for norm in {key, "l2"}):
             raise LionError(f"{path} has a round whose {key} is not finite: leave that run out, it diverged")
     rounds = [record for run in runs.values() for record in run]
     return {
         "steps": first[0],
         "d": first[1].pop(),
         "norms": [[record[key] for record in run] for run in runs.values()],
+        "l2_norms": [[record["l2"] for record in run] for run in runs.values()],
         "converged": sum(bool(record["converged"]) for record in rounds),
         "rounds": len(rounds),
         "exact": all("epoch" in record for record in rounds),
@@ -61,7 +62,11 @@ def _check_same(optimizer: str, runs: Mapping[Path, list[dict[str, Any]]]) -> No
 
 
 def constants(repeats: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """c_LION and c_SGD, and both sides of (A1), (A2) at each step, from :func:`read_repeats` of each optimizer."""
+    """c_LION and c_SGD, and both sides of (A1), (A2) at each step, from :func:`read_repeats` of each optimizer.
+
+    ``l2_constant`` is either's in the l2 norm, as (A1) has it. As ||g||_1 <= sqrt(d) ||g||_2, a run's constant in (A2)
+    is never above its own in (A1): that c_LION < c_SGD can come of the norms alone.
+    """
     found: dict[str, Any] = {}
     for name, entry in repeats.items():
         norms, steps = torch.tensor(entry["norms"], dtype=torch.float64), entry["steps"]
@@ -72,8 +77,10 @@ def constants(repeats: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         scale = entry["d"] ** 0.5 if name == "lion" else 1.0
         left = theory.running_mean(norms.mean(0)).tolist()
         right = [constant.value * scale * step**-0.25 for step in steps]
-        row = {"constant": constant.value, "at_step": constant.at_step, "left": left, "right": right}
-        found[name] = {key: value for key, value in entry.items() if key != "norms"} | row | {"repeats": len(norms)}
+        in_l2 = theory.sgd_rate_constant(torch.tensor(entry["l2_norms"], dtype=torch.float64), steps=steps)
+        row = {"constant": constant.value, "l2_constant": in_l2.value, "at_step": constant.at_step, "left": left}
+        kept = {key: value for key, value in entry.items() if not key.endswith("norms")}
+        found[name] = kept | row | {"right": right, "repeats": len(norms)}
     return found
 
 
