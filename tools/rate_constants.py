@@ -119,7 +119,7 @@ def markdown(result: dict[str, Any]) -> str:
                 cells = f"{step} | {statistics.mean(each):.3f} | {' '.join(f'{value:.3f}' for value in each)}"
                 lines.append(f"| {figures.NAMES[name]} | {cells} |")
         first = f"Lion's first is below SGD's last in {found['lion_lower']} of {found['seeds']} seeds"
-        lines += ["", f"{first}; Lion's is so {rates.below_from(found)}."]
+        lines += ["", f"{first}; Lion is below it {rates.below_from(found)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -27,7 +27,7 @@ def test_rate_constants_trains_evaluates_and_goes_on(tmp_path: Path) -> None:
     text.write_text("The quick brown fox jumps over the lazy dog .\n" * 50)
     flags = ("--evaluate", text, "--seeds", 1, "--iterations", 8, "--rounds", 2, "--batches", 4, "--output", tmp_path)
     first = run("rate_constants.py", *flags)
-    assert "2/2 sgd-1: " in first and "| c_LION | " in first and "seeds; Lion's is so in all of them" in first
+    assert "2/2 sgd-1: " in first and "| c_LION | " in first and "seeds; Lion is below it in all of them" in first
     result = json.loads((tmp_path / "rates.json").read_text())
     assert result["rates"]["lion"]["steps"] == [4, 8]
     assert result["perplexity"]["steps"] == [4, 8]

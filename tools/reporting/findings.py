@@ -159,7 +159,7 @@ def perplexities(folder: Path, hardware: str) -> Finding:
     rates = f" SGD's rate is {lrs[0] / lrs[1]:.0f} times Lion's here, in the paper 10 times." if all(lrs) else ""
     return Finding(
         verdict=f"{words}: Lion's first is below SGD's last in {found['lion_lower']} of {found['seeds']} seeds; "
-        f"Lion's is so {below_from(found)}.{rates}",
+        f"Lion is below it {below_from(found)}.{rates}",
         made=f"tiny GPT, ln perplexity per token, {found['seeds']} seeds; {hardware}",
         tables=[table, each],
     )

@@ -101,7 +101,7 @@ def early_against_late(
 def below_from(found: Mapping[str, Any]) -> str:
     """What :func:`early_against_late` says of the step, in words."""
     step = found["below_from"]
-    return "in all of them at none of its later steps" if step is None else f"in all of them from step {step} on"
+    return "in all of them at no step" if step is None else f"in all of them from step {step} on"
 
 
 def _listed(numbers: Sequence[int] | set[int]) -> str:
