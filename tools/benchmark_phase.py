@@ -14,6 +14,7 @@ as many gloo ranks in turn and prints the milliseconds of a step on rank 0, for 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -49,7 +50,8 @@ def main() -> None:
     tables = {}
     for title, sizes in models(args).items():
         model = megatron_phase.Model(sizes, overlaps_gather=not args.wait_for_gather)
-        candidates = megatron_phase.candidates(model, args.peers)
+        with contextlib.redirect_stdout(sys.stderr):  # what is printed at start, for which the table has no place
+            candidates = megatron_phase.candidates(model, args.peers)
         limits = [] if args.host else measure.limits(candidates, model.numel)
         candidates = [*limits, *candidates]
         tables[title] = measure.rows(candidates, measure.measure(candidates, args.rounds), model.numel)

@@ -13,6 +13,7 @@ The peers are optional; one line installs them beside the environment, and what 
 """
 
 import argparse
+import contextlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,8 @@ def main() -> None:
     params = parameters(sizes, args.device)
     numel = sum(param.numel() for param in params)
     candidates, missing = ours.build(params)
-    others, missing_peers = peers.build(params, names, args.device)
+    with contextlib.redirect_stdout(sys.stderr):  # what a peer says at its start does not belong to the table
+        others, missing_peers = peers.build(params, names, args.device)
     candidates, missing = candidates + others, missing | missing_peers
     candidates = [*measure.limits(candidates, numel), *candidates]
     table = measure.rows(candidates, measure.measure(candidates, args.rounds), numel)

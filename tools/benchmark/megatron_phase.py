@@ -72,9 +72,13 @@ class Model:
         self.restore_gradients()
 
     def restore_gradients(self) -> None:
-        """The same gradient again: Megatron scales it in place, and would otherwise clip the first step alone."""
+        """The same gradient again: Megatron scales it in place, and would otherwise clip the first step alone.
+
+        On all ranks before any goes on: a step must not wait for a rank that is still at the one before.
+        """
         for buffer, gradient in zip(self.ddp.buffers, self._gradients, strict=True):
             buffer.grad_data.copy_(gradient)
+        torch.distributed.barrier()
 
 
 @dataclass(frozen=True)
@@ -168,5 +172,6 @@ def candidates(model: Model, peers: Sequence[str]) -> list[Candidate]:
     made = [candidate(phase, model) for phase in (*OWN, *(STOCK[name] for name in peers))]
     if model.ddp.ddp_config.overlap_param_gather:
         gather = functools.partial(model.ddp.start_param_sync, force_sync=True)
-        made.append(Candidate("all-gather of the bf16 parameters (gloo), not in the others", "all", gather))
+        name = "all-gather of the bf16 parameters (gloo), not in the others"
+        made.append(Candidate(name, "all", gather, prepare=torch.distributed.barrier))
     return made
