@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from reporting import findings, vision
+from reporting import findings, rates, vision
 from reporting.pages import Row, to_html, to_markdown
 from reporting.paper import EXHIBITS, Exhibit
 
@@ -31,8 +31,8 @@ RECORDS: dict[str, list[tuple[str, str, Maker]]] = {
     "Table 1": [("toy", "result.json", findings.toy_rates)],
     "Figure A1": [("toy", "result.json", findings.toy_pictures)],
     "Figure A2": [("toy", "result.json", findings.toy_bound)],
-    "Figure A3": [(folder, "rates.json", findings.rate_constants) for folder in (*STUDIED_RATES, "rates-vision")],
-    "Table A1": [(folder, "rates.json", findings.perplexities) for folder in STUDIED_RATES],
+    "Figure A3": [(folder, rates.RECORD, rates.constants) for folder in (*STUDIED_RATES, "rates-vision")],
+    "Table A1": [(folder, rates.RECORD, rates.perplexities) for folder in STUDIED_RATES],
     "Section 5": [(folder, "scaling.json", findings.scaling) for folder in ("scaling", "scaling-bert")],
     "Figure 1": [(f"vision/{data}", "", vision.curves) for data in ("cifar100", "digits")],
     "Figure A4": [("vision/cifar10", "", vision.curves)],

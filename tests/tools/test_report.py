@@ -74,7 +74,7 @@ def test_verdicts_follow_the_numbers(tmp_path: Path) -> None:
     rates_result(tmp_path / "a" / "rates", 0.5, 1.0)
     held = rows(tmp_path / "a", tmp_path / "out")
     assert held["Figure A3"].findings[0].verdict.startswith("Held: c_LION = 0.500, c_SGD = 1.000.")
-    assert "in l2, as c_SGD, Lion's is 1.200." in held["Figure A3"].findings[0].verdict
+    assert "in l2, as c_SGD is, Lion's is 1.200." in held["Figure A3"].findings[0].verdict
     assert "c_SGD is decided by the last step" in held["Figure A3"].findings[0].verdict
     (table_a1,) = held["Table A1"].findings
     said = "Not held: Lion's first is below SGD's last in 1 of 2 seeds; Lion is below it in all of them from step 40"

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from studies.rates import below_from
-
 from megatron_lion.config import LionError
 from megatron_lion.integration.training_log import read_training_log
 from megatron_lion.stats.writer import read_records
@@ -41,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_svg(path: Path) -> str:
+def read_svg(path: Path) -> str:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if "<svg" not in text:
         raise LionError(f"{path} is missing or empty: make it again with the tool that wrote the results beside it")
@@ -64,7 +62,7 @@ def toy_rates(folder: Path, hardware: str) -> Finding:
         "is a theorem; a run can only agree with it, and two dimensions say nothing about d.",
         made=f"the toy problem of appendix A.1.1, its own Gaussian noise; {hardware}",
         tables=[table],
-        pictures={"the corollaries' runs": _read_svg(folder / "corollary.svg")},
+        pictures={"the corollaries' runs": read_svg(folder / "corollary.svg")},
     )
 
 
@@ -75,7 +73,7 @@ def toy_pictures(folder: Path, hardware: str) -> Finding:
     return Finding(
         verdict=f"{'Held' if held else 'Not held'}: minima at +-{minimum:.6f}, f* = {lowest:.6f}.",
         made=f"computed, float64; {hardware}",
-        pictures={"(a)": _read_svg(folder / "A1a_surface.svg"), "(b)": _read_svg(folder / "A1b_contours.svg")},
+        pictures={"(a)": read_svg(folder / "A1a_surface.svg"), "(b)": read_svg(folder / "A1b_contours.svg")},
     )
 
 
@@ -94,74 +92,8 @@ def toy_bound(folder: Path, hardware: str) -> Finding:
         verdict=f"{verdict}. eta = 0.01 and the default betas are not the corollaries', which do not promise the bound "
         "for them.",
         made=f"5 starts x 5 repeats, 2,000 steps, the package's own update rule in float64; {hardware}",
-        pictures={"(a)": _read_svg(folder / "A2a_constrained.svg"), "(b)": _read_svg(folder / "A2b_unconstrained.svg")},
+        pictures={"(a)": read_svg(folder / "A2a_constrained.svg"), "(b)": read_svg(folder / "A2b_unconstrained.svg")},
         tables=[table],
-    )
-
-
-def rate_constants(folder: Path, hardware: str) -> Finding:
-    """Figure A3."""
-    result = read_json(folder / "rates.json")
-    found = result["rates"]
-    if len(found) < 2:
-        raise LionError(f"{folder / 'rates.json'} has {', '.join(found)} alone: both optimizers are needed")
-    lion, sgd = found["lion"], found["sgd"]
-    verb = "Held" if lion["constant"] < sgd["constant"] else "Not held"
-    table = [["", "ours", "the paper's", "in the l2 norm", "decided at step", "learning rate", "converged"]]
-    for name, theirs in (("lion", "0.701"), ("sgd", "1.365")):
-        entry = found[name]
-        lr = f"{entry['lr']:g}" if entry.get("lr") else "-"
-        converged = "exact" if entry.get("exact") else f"{entry['converged']} of {entry['rounds']}"
-        cells = [
-            f"{entry['constant']:.4f}",
-            theirs,
-            f"{entry['l2_constant']:.4f}",
-            str(entry["at_step"]),
-            lr,
-            converged,
-        ]
-        table.append([f"c_{name.upper()}", *cells])
-    if lion.get("exact") and sgd.get("exact"):
-        noise = "Each norm is that of the whole training set's gradient, after each epoch."
-    else:
-        noise = "Noise adds to the norms of rounds that did not converge: the constants are estimates from above."
-    last = sgd["at_step"] == sgd["steps"][-1]
-    noise += " c_SGD is decided by the last step: a longer run can have a larger one." if last else ""
-    model = result.get("model", "tiny GPT")
-    return Finding(
-        verdict=f"{verb}: c_LION = {lion['constant']:.3f}, c_SGD = {sgd['constant']:.3f}. c_LION is in "
-        f"the l1 norm over sqrt(d), which is never above the l2 norm; in l2, as c_SGD, Lion's is "
-        f"{lion['l2_constant']:.3f}. {noise}",
-        made=f"{model}, d = {lion['d']:,}, {lion['steps'][-1]} steps, {lion['repeats']} seeds; {hardware}",
-        pictures={f"(a) and (b): {model}": _read_svg(folder / "A3.svg")},
-        tables=[table],
-    )
-
-
-def perplexities(folder: Path, hardware: str) -> Finding:
-    """Table A1."""
-    result = read_json(folder / "rates.json")
-    found = result.get("perplexity")
-    if not found:
-        raise LionError(
-            f"{folder / 'rates.json'} has no perplexities: run tools/rate_constants.py with --evaluate FILE"
-        )
-    steps = found["steps"]
-    table = [["tiny GPT", *(f"step {step}" for step in steps)]]
-    for name in ("sgd", "lion"):
-        means = map(statistics.mean, zip(*found[name], strict=True))
-        table.append([f"{name.upper()}, mean", *(f"{value:.3f}" for value in means)])
-    each = [["seed", f"LION at {steps[0]}", f"SGD at {steps[-1]}"]]
-    for seed, (lion, sgd) in enumerate(zip(found["lion"], found["sgd"], strict=True), start=1):
-        each.append([str(seed), f"{lion[0]:.3f}", f"{sgd[-1]:.3f}"])
-    words = "Held" if found["lion_lower"] == found["seeds"] else "Not held"
-    lrs = [result["rates"][name].get("lr") for name in ("sgd", "lion")]
-    rates = f" SGD's rate is {lrs[0] / lrs[1]:.0f} times Lion's here, in the paper 10 times." if all(lrs) else ""
-    return Finding(
-        verdict=f"{words}: Lion's first is below SGD's last in {found['lion_lower']} of {found['seeds']} seeds; "
-        f"Lion is below it {below_from(found)}.{rates}",
-        made=f"tiny GPT, ln perplexity per token, {found['seeds']} seeds; {hardware}",
-        tables=[table, each],
     )
 
 
@@ -186,8 +118,8 @@ def scaling(folder: Path, hardware: str) -> Finding:
         f"lies between {min(shares):.3f} and {max(shares):.3f}.",
         made=f"{model}s of {len(sizes)} sizes, d = {sizes[0]:,} to {sizes[-1]:,}; {hardware}",
         pictures={
-            f"{model}: r against d": _read_svg(folder / "exponent.svg"),
-            f"{model}: r / sqrt(d) over training": _read_svg(folder / "ratio_over_sqrt_d.svg"),
+            f"{model}: r against d": read_svg(folder / "exponent.svg"),
+            f"{model}: r / sqrt(d) over training": read_svg(folder / "ratio_over_sqrt_d.svg"),
         },
         tables=[table],
         missing=missing,
