@@ -17,6 +17,4 @@ phase=("$PYTHON" "$ROOT/tools/benchmark_phase.py")
     "${phase[@]}" --host --threads 1 --rounds 30 --json "$OUT/host.json"
     printf '\n## Over data-parallel ranks\n\n'
     "${phase[@]}" --ranks 1 2 4 --threads 1 --rounds 5 --peers adam-fused lion
-    printf '\nWith the all-gather of the parameters in the step:\n\n'
-    "${phase[@]}" --ranks 1 2 4 --threads 1 --rounds 5 --peers adam-fused lion --wait-for-gather
 } 2>"$OUT/benchmark.log" | tee "$OUT/benchmarks.md"

@@ -157,24 +157,25 @@ def write_json(path: Path, **record: object) -> None:
 
 
 def plot(table: Sequence[Row], path: Path, title: str) -> None:
-    """A bar for each row, SVG or PNG by the name's ending; ours in another colour, limits in grey."""
+    """A bar for each row, SVG or PNG by the name's ending: ours in another colour, with a mark where its limit is."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     shown = [row for row in table if row.state != "-"]
-    limits_shown = [row.milliseconds for row in table if row.state == "-"]
     colours = ["tab:orange" if row.name.startswith(OURS) else "tab:blue" for row in shown]
-    figure, axes = plt.subplots(figsize=(9, 0.35 * len(shown) + 1.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 0.3 * len(shown) + 1.2), layout="constrained")
     bars = axes.barh([row.name for row in shown], [row.milliseconds for row in shown], color=colours)
-    axes.bar_label(bars, [f" {row.milliseconds:.1f}" for row in shown])
-    for milliseconds in limits_shown:
-        axes.axvline(milliseconds, color="grey", linestyle="--", linewidth=0.8)
-    axes.set_xscale("log")
+    axes.bar_label(bars, [f"{row.milliseconds:.1f}" for row in shown], padding=3, fontsize=8)
+    limits_shown = {y: row.milliseconds * row.share_of_limit for y, row in enumerate(shown) if row.share_of_limit}
+    edges = [y - 0.4 for y in limits_shown], [y + 0.4 for y in limits_shown]
+    axes.vlines(list(limits_shown.values()), *edges, color="black", linewidth=1.5, label="limit for as many bytes")
+    axes.legend(fontsize=8)
+    axes.margins(x=0.12, y=0.01)
     axes.invert_yaxis()
-    axes.set_xlabel("ms per step, median, logarithmic; dashed: streaming limits")
-    axes.set_title(title, fontsize=9)
+    axes.set_xlabel("ms per step, median")
+    figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
