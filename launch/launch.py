@@ -18,6 +18,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import commands
@@ -139,16 +141,36 @@ def run_here(recipe: Recipe, extra: list[str]) -> int:
     line = commands.torchrun(recipe, extra, [sys.executable, "-m", "torch.distributed.run"])
     line = [str(ROOT / word) if word == str(Path("launch") / recipe["script"]) else word for word in line]
     environment = {**os.environ, **recipe.environment}
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    path = folder / "log.txt"
+    with path.open("ab") as log:
+        start = log.tell()
+        process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment)
     signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
-    assert process.stdout is not None
-    with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        for text in process.stdout:
-            shown = step_line.readable(text, recipe)
-            print(text if shown is None else f"{shown}\n", end="", flush=True)
-            log.write(text)
-            log.flush()
+    for text in _written(path, start, process):
+        shown = step_line.readable(text, recipe)
+        print(text if shown is None else f"{shown}\n", end="", flush=True)
     return process.wait()
+
+
+def _written(path: Path, start: int, process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """Each line after byte ``start``, as it is written, until ``process`` has ended.
+
+    From a file: a pipe would stay open for as long as anything that a killed rank had started lives on.
+    """
+    with path.open(encoding="utf-8", errors="replace") as file:
+        file.seek(start)
+        partial, ended = "", False
+        while not ended:
+            ended = process.poll() is not None
+            for text in file:
+                partial += text
+                if partial.endswith("\n"):
+                    yield partial
+                    partial = ""
+            if not ended:
+                time.sleep(0.1)
+        if partial:
+            yield partial
 
 
 def submit(recipe: Recipe, extra: list[str], python: str) -> int:

@@ -1,5 +1,6 @@
 """The recipes' own line on the cpu cluster, for real: a few steps with each optimizer, a preemption, and a resume."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from recipe_cases import ROOT
 
@@ -75,3 +77,22 @@ def test_a_preempted_run_saves_at_once_and_the_same_line_goes_on_to_its_end(text
     rounds = (tmp_path / "run" / "norm_ratio.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in rounds] == [10, 20, 30]
     assert "test" in whole.final
+
+
+@pytest.mark.slow
+def test_a_run_whose_rank_is_killed_ends_though_what_the_rank_had_started_lives_on(text: Path, tmp_path: Path) -> None:
+    """Megatron starts the server of a queue at a rank's first save; it has the rank's output, and outlives it."""
+    process = start(text, tmp_path / "run", "lion", "train-iters=4000", "lr-decay-iters=4000", "save-interval=5")
+    assert process.stdout is not None
+    assert any(line.startswith("step 8/4000 ") for line in process.stdout)
+    below = psutil.Process(process.pid).children(recursive=True)
+    next(rank for rank in below if "RANK" in rank.environ()).kill()
+    try:
+        process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert any(child.is_running() for child in below)
+    finally:
+        for child in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.kill()
