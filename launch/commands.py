@@ -10,7 +10,9 @@ from recipes import MEGATRON_KEYS, ROOT, Recipe
 from megatron_lion.config import LionError
 
 SLURM_TEMPLATE = ROOT / "launch" / "slurm.sh.template"
-HOST, RANK = "MASTER_ADDRESS", "NODE_RANK"  # what the reader of --print puts in
+JOIN_TIMEOUT = 600  # torchrun's own, in seconds
+START_SECONDS = 120  # for torchrun and the ranks to start before and after they wait for the other nodes
+HOST = "MASTER_ADDRESS"  # what the reader of --print puts in
 
 
 def training_flags(recipe: Recipe, extra: list[str]) -> list[str]:
@@ -37,25 +39,34 @@ def training_flags(recipe: Recipe, extra: list[str]) -> list[str]:
 def torchrun(
     recipe: Recipe, extra: list[str], launcher: list[str], *, host: str | None = None, node: int = 0
 ) -> list[str]:
-    """The words of the line that starts the ranks of ``node``. ``host`` is the first node's name, for several nodes."""
-    line = [
-        *launcher,
-        "--nproc-per-node",
-        str(recipe["gpus-per-node"]),
-        "--max-restarts",
-        str(recipe.get("max-restarts", 0)),
-    ]
-    if recipe["nodes"] == 1 and host is None:
-        line.append("--standalone")
-    else:
-        first = host or recipe.get("master-address") or (recipe.addresses or [HOST])[0]
-        endpoint = f"{first}:{recipe.get('master-port', 29500)}"
-        line += ["--nnodes", str(recipe["nodes"]), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
-        line += ["--rdzv-id", Path(recipe["run"]).name]
-        if recipe.addresses and host is None:
-            # torchrun finds out whether it is the host by its name's addresses alone, which may be the loopback's.
-            line += ["--local-addr", recipe.addresses[node], "--rdzv-conf", f"is_host={node == 0}".lower()]
+    """The words of the line that starts the ranks of ``node``. ``host`` is the first node's name, under Slurm.
+
+    ``launcher`` is torchrun, or a Python and its -m. With several nodes ``watched.py`` ends one that hangs.
+    """
+    line = [*launcher, "--nproc-per-node", str(recipe["gpus-per-node"])]
+    line += ["--max-restarts", str(recipe.get("max-restarts", 0))]
+    line += _rendezvous(recipe, host, node)
+    if recipe["nodes"] > 1:
+        python = launcher[0] if len(launcher) > 1 else "python3"
+        seconds = recipe.get("join-timeout", JOIN_TIMEOUT) + START_SECONDS
+        line = [python, str(Path("launch") / "watched.py"), str(seconds), *line]
     return [*line, str(Path("launch") / recipe["script"]), *training_flags(recipe, extra)]
+
+
+def _rendezvous(recipe: Recipe, host: str | None, node: int) -> list[str]:
+    """Torchrun's flags for where the nodes meet."""
+    if recipe["nodes"] == 1 and host is None:
+        return ["--standalone"]
+    first = host or recipe.get("master-address") or (recipe.addresses or [HOST])[0]
+    endpoint = f"{first}:{recipe.get('master-port', 29500)}"
+    words = ["--nnodes", str(recipe["nodes"]), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    words += ["--rdzv-id", Path(recipe["run"]).name]
+    settings = f"join_timeout={recipe.get('join-timeout', JOIN_TIMEOUT)}"
+    if recipe.addresses and host is None:
+        # torchrun finds out whether it is the host by its name's addresses alone, which may be the loopback's.
+        words += ["--local-addr", recipe.addresses[node]]
+        settings += f",is_host={node == 0}".lower()
+    return [*words, "--rdzv-conf", settings]
 
 
 def printed(recipe: Recipe, extra: list[str]) -> str:
@@ -84,8 +95,9 @@ def slurm_script(recipe: Recipe, extra: list[str], python: str) -> str:
     return string.Template(SLURM_TEMPLATE.read_text(encoding="utf-8")).substitute(
         name="-".join(recipe.names),
         nodes=recipe["nodes"],
+        cpus=recipe.get("slurm-cpus", recipe["gpus-per-node"] * (1 + recipe.get("num-workers", 2))),
         options="\n".join(f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None),
-        log=shlex.quote(str(Path(recipe["run"]) / "slurm-%j.log")),
+        log=shlex.quote(str(Path(recipe["run"]) / "log.txt")),
         port=recipe.get("master-port", 29500),
         environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in recipe.environment.items()),
         setup=recipe.get("slurm-setup", ""),

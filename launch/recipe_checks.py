@@ -12,7 +12,8 @@ POSITIVE = (
     "num-layers", "hidden-size", "num-attention-heads", "seq-length", "max-position-embeddings", "global-batch-size",
     "micro-batch-size", "train-iters", "vocab-size", "nodes", "gpus-per-node", "tensor-model-parallel-size",
     "pipeline-model-parallel-size", "context-parallel-size", "save-interval", "eval-interval", "log-interval",
-    "lr-decay-iters", "norm-ratio-batches", "gpu-memory-gib", "distributed-timeout-minutes",
+    "lr-decay-iters", "norm-ratio-batches", "gpu-memory-gib", "distributed-timeout-minutes", "slurm-cpus",
+    "join-timeout",
 )  # fmt: skip
 FRACTIONS = (
     "hidden-dropout", "attention-dropout", "mask-prob", "short-seq-prob", "sgd-momentum", "adam-beta1", "adam-beta2",

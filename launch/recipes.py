@@ -25,10 +25,12 @@ LAUNCH_KEYS: dict[str, type] = {
     "gpu-memory-gib": float,
     "gpu-peak-tflops": float,
     "max-restarts": int,
+    "join-timeout": int,  # seconds that a node waits for the others, 600 where nothing is said
     "master-address": str,
     "master-port": int,
     "node-addresses": str,  # one for each node, commas between
     "slurm-time": str,
+    "slurm-cpus": int,  # on each node; one for each rank and each of its data workers where nothing is said
     "slurm-partition": str,
     "slurm-account": str,
     "slurm-setup": str,

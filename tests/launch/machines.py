@@ -46,7 +46,8 @@ class Machines:
     def __exit__(self, *exception: object) -> None:
         for node, process in self.started.items():
             for victim in [*self.processes(node), process]:
-                victim.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
             process.wait()
         for name in self.names:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)

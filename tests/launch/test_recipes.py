@@ -244,8 +244,8 @@ def test_every_node_gets_its_own_address_and_the_first_is_the_host() -> None:
     overrides = ["node-addresses=10.0.0.1, 10.0.0.2", "master-port=1234"]
     lines = commands.printed(recipe("gpt2_small", "lion", "a100x16", *overrides), []).splitlines()[1::2]
     assert [" --rdzv-endpoint 10.0.0.1:1234 " in line for line in lines] == [True, True]
-    assert " --local-addr 10.0.0.1 --rdzv-conf is_host=true " in lines[0]
-    assert " --local-addr 10.0.0.2 --rdzv-conf is_host=false " in lines[1]
+    assert " --local-addr 10.0.0.1 --rdzv-conf join_timeout=600,is_host=true " in lines[0]
+    assert " --local-addr 10.0.0.2 --rdzv-conf join_timeout=600,is_host=false " in lines[1]
 
 
 @pytest.fixture

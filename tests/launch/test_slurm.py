@@ -40,6 +40,7 @@ def test_the_options_are_the_recipes() -> None:
     for line in (
         "--nodes=2",
         "--gpus-per-node=8",
+        "--cpus-per-task=24",
         "--partition=gpu",
         "--account=lab-1",
         "--time=2-00:00:00",
@@ -48,6 +49,7 @@ def test_the_options_are_the_recipes() -> None:
         assert f"#SBATCH {line}\n" in text
     assert text.index("#SBATCH --requeue") < text.index("set -euo pipefail")
     assert "#SBATCH --gpus" not in script("tiny_gpt", "lion", "cpu")
+    assert "#SBATCH --cpus-per-task=5\n" in script("tiny_gpt", "lion", "cpu", **{"slurm-cpus": 5})
     with pytest.raises(LionError, match=r"slurm-partition 'a b' is no value for sbatch's --partition"):
         script("tiny_gpt", "lion", "cpu", **{"slurm-partition": "a b"})
 
@@ -84,7 +86,7 @@ def test_a_job_that_is_cut_short_is_queued_again_as_long_as_it_gets_further(clus
     assert done.returncode == 0, done.stderr
     assert (cluster / "scontrol.log").read_text() == "requeue 42\n"
     words = (cluster / "srun.log").read_text().splitlines()
-    assert words[:2] == ["--kill-on-bad-exit=1", sys.executable]
+    assert words[:3] == ["--cpus-per-task=2", "--kill-on-bad-exit=1", sys.executable]
     assert words[words.index("--rdzv-endpoint") + 1] == "node7:29500"
     assert words[words.index("--max-restarts") + 1] == "0"
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from harness import ROOT
 from machines import ADDRESSES, INTERFACE, Machines
+from recipe_cases import commands
 from test_launch_runs import finish, start
 
 from megatron_lion.integration.training_log import TrainingLog, read_training_log
@@ -98,14 +100,19 @@ def test_killed_ranks_are_started_again_on_both_machines_and_the_run_goes_on_fro
     assert {step: again[step] for step in range(25, 41)} == {step: one_machine.loss[step] for step in range(25, 41)}
 
 
-def test_a_link_that_stays_cut_ends_the_ranks_of_both_machines_at_their_time_out(
+def test_a_link_that_stays_cut_ends_the_ranks_at_their_time_out_and_both_launchers(
     machines: Machines, text: Path, tmp_path: Path
 ) -> None:
-    """And the first machine's launcher; the other's waits on for the rendezvous store, which is out of its reach."""
-    begin(machines, text, tmp_path / "run", "train-iters=4000", "lr-decay-iters=4000")
+    """Torchrun ends where the rendezvous store is; the other machine's is out of its reach, and is killed."""
+    begin(machines, text, tmp_path / "run", "train-iters=4000", "lr-decay-iters=4000", "join-timeout=20")
     machines.wait_for(reached(12), 400)
     machines.link("down")
-    assert machines.started[0].wait(400) != 0  # of which a minute is the time-out
+    assert machines.started[0].wait(200) == 1  # of which a minute is the time-out
     machines.wait_for_no_ranks(1, 60)
-    for log in machines.logs:
-        assert "Timed out waiting 60000ms" in log.read_text(errors="replace")
+    limit = 20 + commands.START_SECONDS
+    assert machines.started[1].wait(limit + 30) == -signal.SIGKILL
+    first, second = (log.read_text(errors="replace") for log in machines.logs)
+    for output in (first, second):
+        assert "Timed out waiting 60000ms" in output
+    assert f"torchrun has had no rank for {limit} s and does not end: killed" in second
+    assert "does not end" not in first
