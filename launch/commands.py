@@ -48,9 +48,13 @@ def torchrun(
     line += _rendezvous(recipe, host, node)
     if recipe["nodes"] > 1:
         python = launcher[0] if len(launcher) > 1 else "python3"
-        seconds = recipe.get("join-timeout", JOIN_TIMEOUT) + START_SECONDS
+        seconds = _join_timeout(recipe) + START_SECONDS
         line = [python, str(Path("launch") / "watched.py"), str(seconds), *line]
     return [*line, str(Path("launch") / recipe["script"]), *training_flags(recipe, extra)]
+
+
+def _join_timeout(recipe: Recipe) -> int:
+    return int(recipe.get("join-timeout", JOIN_TIMEOUT))
 
 
 def _rendezvous(recipe: Recipe, host: str | None, node: int) -> list[str]:
@@ -61,7 +65,7 @@ def _rendezvous(recipe: Recipe, host: str | None, node: int) -> list[str]:
     endpoint = f"{first}:{recipe.get('master-port', 29500)}"
     words = ["--nnodes", str(recipe["nodes"]), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
     words += ["--rdzv-id", Path(recipe["run"]).name]
-    settings = f"join_timeout={recipe.get('join-timeout', JOIN_TIMEOUT)}"
+    settings = f"join_timeout={_join_timeout(recipe)}"
     if recipe.addresses and host is None:
         # torchrun finds out whether it is the host by its name's addresses alone, which may be the loopback's.
         words += ["--local-addr", recipe.addresses[node]]

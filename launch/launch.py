@@ -18,12 +18,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import commands
 import estimates
+import output_lines
 import recipe_checks
 import recipes
 import step_line
@@ -146,31 +145,10 @@ def run_here(recipe: Recipe, extra: list[str]) -> int:
         start = log.tell()
         process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment)
     signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
-    for text in _written(path, start, process):
+    for text in output_lines.lines_of(path, start, lambda: process.poll() is not None):
         shown = step_line.readable(text, recipe)
         print(text if shown is None else f"{shown}\n", end="", flush=True)
     return process.wait()
-
-
-def _written(path: Path, start: int, process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Each line after byte ``start``, as it is written, until ``process`` has ended.
-
-    From a file: a pipe would stay open for as long as anything that a killed rank had started lives on.
-    """
-    with path.open(encoding="utf-8", errors="replace") as file:
-        file.seek(start)
-        partial, ended = "", False
-        while not ended:
-            ended = process.poll() is not None
-            for text in file:
-                partial += text
-                if partial.endswith("\n"):
-                    yield partial
-                    partial = ""
-            if not ended:
-                time.sleep(0.1)
-        if partial:
-            yield partial
 
 
 def submit(recipe: Recipe, extra: list[str], python: str) -> int:

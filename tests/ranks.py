@@ -18,8 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
-
-POLL_SECONDS = 0.05
+from output_lines import lines_of
 
 
 class Ranks:
@@ -44,20 +43,7 @@ class Ranks:
 
     def lines(self) -> Iterator[str]:
         """Each line as it is written, until all ranks have ended."""
-        with self._output.open(errors="replace") as file:
-            partial = ""
-            while True:
-                alive = self._watch()
-                for text in file:
-                    partial += text
-                    if partial.endswith("\n"):
-                        yield partial
-                        partial = ""
-                if not alive:
-                    break
-                time.sleep(POLL_SECONDS)
-            if partial:
-                yield partial
+        return lines_of(self._output, 0, lambda: not self._watch())
 
     def kill(self, rank: int | None = None) -> None:
         """SIGKILL every rank, or ``rank`` alone, and the processes that it started itself, which would live on."""

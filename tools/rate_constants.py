@@ -106,10 +106,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = ["| | constant | in the l2 norm | decided at step | repeats | rate | d | rounds that converged |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for name, entry in result["rates"].items():
-        lr = "-" if entry["lr"] is None else f"{entry['lr']:g}"
         cells = [f"{entry['constant']:.4f}", f"{entry['l2_constant']:.4f}", entry["at_step"]]
-        cells += [entry["repeats"], lr, f"{entry['d']:,}"]
-        cells.append("exact" if entry["exact"] else f"{entry['converged']} of {entry['rounds']}")
+        cells += [entry["repeats"], rates.rate_of(entry), f"{entry['d']:,}", rates.trusted(entry)]
         lines.append(f"| c_{name.upper()} | {' | '.join(map(str, cells))} |")
     lines += ["", "The paper, ResNet18 on CIFAR-100: c_LION = 0.701, c_SGD = 1.365."]
     if found := result.get("perplexity"):

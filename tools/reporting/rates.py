@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from studies.rates import below_from
+from studies.rates import below_from, rate_of, trusted
 
 from megatron_lion.config import LionError
 from reporting.findings import Finding, read_json, read_svg
@@ -40,9 +40,7 @@ def _constants_table(found: dict[str, Any]) -> Table:
     for name, theirs in PAPERS.items():
         entry = found[name]
         cells = [f"{entry['constant']:.4f}", theirs, f"{entry['l2_constant']:.4f}", str(entry["at_step"])]
-        cells.append(f"{entry['lr']:g}" if entry.get("lr") else "-")
-        cells.append("exact" if entry.get("exact") else f"{entry['converged']} of {entry['rounds']}")
-        table.append([f"c_{name.upper()}", *cells])
+        table.append([f"c_{name.upper()}", *cells, rate_of(entry), trusted(entry)])
     return table
 
 
@@ -63,9 +61,7 @@ def perplexities(folder: Path, hardware: str) -> Finding:
     result = read_json(folder / RECORD)
     found = result.get("perplexity")
     if not found:
-        raise LionError(
-            f"{folder / 'rates.json'} has no perplexities: run tools/rate_constants.py with --evaluate FILE"
-        )
+        raise LionError(f"{folder / RECORD} has no perplexities: run tools/rate_constants.py with --evaluate FILE")
     steps = found["steps"]
     table = [["tiny GPT", *(f"step {step}" for step in steps)]]
     for name in ("sgd", "lion"):

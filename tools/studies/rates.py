@@ -104,6 +104,16 @@ def below_from(found: Mapping[str, Any]) -> str:
     return "in all of them at no step" if step is None else f"in all of them from step {step} on"
 
 
+def trusted(entry: Mapping[str, Any]) -> str:
+    """How many of the rounds behind a constant converged, in words; those of the vision study are exact."""
+    return "exact" if entry.get("exact") else f"{entry['converged']} of {entry['rounds']}"
+
+
+def rate_of(entry: Mapping[str, Any]) -> str:
+    """The learning rate of the repeats, a dash where they do not tell it."""
+    return f"{entry['lr']:g}" if entry.get("lr") else "-"
+
+
 def _listed(numbers: Sequence[int] | set[int]) -> str:
     shown = [str(number) for number in sorted(numbers)]
     return ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-2:]]) or "none"
