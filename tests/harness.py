@@ -29,7 +29,7 @@ RATE = "--lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1"
 CPU = cpu_run.FLAGS
 CPU_ENVIRONMENT = {**cpu_run.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 # The server that ranks are forked from inherits it, and a thread count is read when torch is loaded.
-PATHS = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
+PATHS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "launch"), os.environ.get("PYTHONPATH")]
 os.environ.update(CPU_ENVIRONMENT, PYTHONPATH=os.pathsep.join(filter(None, PATHS)))
 # Without dropout, whose draws differ with the layout, two layouts compute the same function.
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
