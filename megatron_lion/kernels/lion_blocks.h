@@ -33,6 +33,7 @@ struct Codes { // int8 codes and a bf16 scale a block
     int8_t *codes;
     uint16_t *scales;
     Place place;
+    void fetch_piece(int64_t i) const { fetch(codes + i); } // its scales are next to nothing
 };
 
 // A block that may be cut, element by element.

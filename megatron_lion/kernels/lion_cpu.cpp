@@ -92,36 +92,51 @@ inline Pair update_pair(const P param, const G grad, const C copy, int64_t i, co
     return {even.momentum, odd.momentum};
 }
 
+// Begin to fetch the piece that comes AHEAD elements after number i, where it ends before `last`. Inlined by force: GCC
+// takes a function that only fetches for one without effect, and drops the call.
+template <class P, class G, class M, class C>
+__attribute__((always_inline)) inline void fetch_ahead(const P param, const G grad, const M momentum, int64_t shift,
+                                                       const C copy, int64_t i, int64_t last) {
+    if (i + AHEAD + PIECE > last) return;
+    param.fetch_piece(i + AHEAD), grad.fetch_piece(i + AHEAD), copy.fetch_piece(i + AHEAD);
+    momentum.fetch_piece(i + AHEAD - shift);
+}
+
 // Elements `first` to `last`; element i of the momentum is stored at i - `shift`.
 template <class P, class G, class M, class C>
 Sums update(const P param, const G grad, const M momentum, int64_t shift, const C copy, int64_t first, int64_t last,
             const Hyper h) {
     LaneSums lanes;
-    if constexpr (P::NARROW || G::NARROW || M::NARROW)
-        for (; first + PAIR <= last; first += PAIR) {
-            const Pair m = momentum.load_pair(first - shift);
-            momentum.store_pair(first - shift, update_pair(param, grad, copy, first, m, h, lanes));
-        }
-    // What is left; and all of fp32, which a compiler's own vectors keep in its order.
     double l1 = 0, squares = 0, inner = 0;
     int32_t zeros = 0, flipped = 0, largest = 0;
+    while (first < last) {
+        const int64_t end = std::min(first + PIECE, last);
+        fetch_ahead(param, grad, momentum, shift, copy, first, last);
+        if constexpr (P::NARROW || G::NARROW || M::NARROW)
+            for (; first + PAIR <= end; first += PAIR) {
+                const Pair m = momentum.load_pair(first - shift);
+                momentum.store_pair(first - shift, update_pair(param, grad, copy, first, m, h, lanes));
+            }
+        // What is left; and all of fp32, which a compiler's own vectors keep in its order.
 #pragma omp simd reduction(+ : l1, squares, inner, zeros, flipped) reduction(max : largest)
-    for (int64_t i = first; i < last; ++i) {
-        const float before = param.load(i), m = momentum.load(i - shift), g = grad.load(i) * h.grad_scale;
-        const auto [theta, new_m, sign] = moved(before, m, g, h);
-        param.store(i, theta);
-        momentum.store(i - shift, new_m);
-        copy.store(i, theta);
-        if (TELEMETRY) {
-            const double exact = g;
-            const int32_t size = static_cast<int32_t>(to_bits(theta) & MAGNITUDE);
-            l1 += std::fabs(exact);
-            squares += exact * exact;
-            inner += static_cast<double>(sign) * exact;
-            zeros += sign == 0.0f;
-            flipped += sign * m < 0.0f;
-            largest = std::max(largest, size);
+        for (int64_t i = first; i < end; ++i) {
+            const float before = param.load(i), m = momentum.load(i - shift), g = grad.load(i) * h.grad_scale;
+            const auto [theta, new_m, sign] = moved(before, m, g, h);
+            param.store(i, theta);
+            momentum.store(i - shift, new_m);
+            copy.store(i, theta);
+            if (TELEMETRY) {
+                const double exact = g;
+                const int32_t size = static_cast<int32_t>(to_bits(theta) & MAGNITUDE);
+                l1 += std::fabs(exact);
+                squares += exact * exact;
+                inner += static_cast<double>(sign) * exact;
+                zeros += sign == 0.0f;
+                flipped += sign * m < 0.0f;
+                largest = std::max(largest, size);
+            }
         }
+        first = end;
     }
     Sums sums = lanes.total();
     sums.add({l1, squares, inner, zeros, flipped, largest});
@@ -149,6 +164,7 @@ Sums update_groups(const P param, const G grad, const Codes momentum, const C co
         const Units units(scales);
         for (int64_t block = 0; block < LANES; ++block) {
             const int64_t i = first + block * BLOCK;
+            if (i % PIECE == first % PIECE) fetch_ahead(param, grad, momentum, 0, copy, i, last);
             const auto new_momentum = [&](int64_t i) {
                 return update_pair(param, grad, copy, i, dequantise(momentum.codes + i, units.of[block]), h, sums);
             };
