@@ -52,9 +52,9 @@ def main() -> None:
         model = megatron_phase.Model(sizes, overlaps_gather=not args.wait_for_gather)
         with contextlib.redirect_stdout(sys.stderr):  # what is printed at start, for which the table has no place
             candidates = megatron_phase.candidates(model, args.peers)
-        limits = [] if args.host else measure.limits(candidates, model.numel)
-        candidates = [*limits, *candidates]
-        tables[title] = measure.rows(candidates, measure.measure(candidates, args.rounds), model.numel)
+        limits = [] if args.host else measure.limits(candidates)
+        times = measure.measure([*candidates, *limits], args.rounds, evict=not args.host)
+        tables[title] = measure.rows(candidates, times, model.numel)
     ranks = torch.distributed.get_world_size()
     if torch.distributed.get_rank() == 0:
         print(f"DP {ranks}; {machine()}; medians of {args.rounds} rounds\n\n{described(tables, args.host)}\n")
@@ -91,7 +91,7 @@ def scaling(ranks: list[int], args: argparse.Namespace) -> str:
             command += ["--wait-for-gather"] if args.wait_for_gather else []
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             (rows,) = json.loads(record.read_text())["tables"].values()
-        columns[number] = {row["name"]: row["milliseconds"] for row in rows if row["state"] != "-"}
+        columns[number] = {row["name"]: row["milliseconds"] for row in rows}
     return table_of(columns, f"ms a step on rank 0 of DP, {args.threads} threads each")
 
 

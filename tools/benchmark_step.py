@@ -1,8 +1,9 @@
 """How long one optimizer step takes, and how much of the memory's speed it uses: this package's Lion beside its peers.
 
 Candidates of one table step the same parameters in turn, each with state of its own, round after round in one process,
-and medians are printed, so that a machine that slows down slows all of them. Bytes are counted, and the limit is a
-streaming pass in place over the same tensors, with the same reads and writes and one addition (benchmark/traffic.py).
+in an order drawn for each, and medians are printed, so that a machine that slows down slows all of them. On a CPU each
+step finds the caches full of other memory, as after a backward pass. Bytes are counted, and the limit is a streaming
+pass in place over the same tensors, with the same reads and writes and one addition (benchmark/traffic.py).
 
     python tools/benchmark_step.py --threads 2 --rounds 9 --peers all --json runs/step.json --plot runs/step.svg
 
@@ -36,8 +37,9 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # what a peer says at its start does not belong to the table
         others, missing_peers = peers.build(params, names, args.device)
     candidates, missing = candidates + others, missing | missing_peers
-    candidates = [*measure.limits(candidates, numel), *candidates]
-    table = measure.rows(candidates, measure.measure(candidates, args.rounds), numel)
+    measured = [*candidates, *measure.limits(candidates)]
+    times = measure.measure(measured, args.rounds, evict=args.device == "cpu")
+    table = measure.rows(candidates, times, numel)
     title = f"{len(sizes)} tensors, {numel:,} elements; {machine(args.device)}; medians of {args.rounds} rounds"
     print(f"{title}\n\n{measure.markdown(table)}")
     print(measure.not_measured(missing))

@@ -22,7 +22,7 @@ def test_the_phase_moves_26_bytes_with_clipping_and_is_held_against_the_limit(tm
     (table,) = rows(tmp_path / "rows.json", "--numel 262144 --peers adam-fused").values()
     ours = table["megatron-lion, fp32 master and momentum"]
     assert ours["bytes_per_parameter"] == pytest.approx(26, abs=0.01), "the norm's read, and one pass"
-    assert "streaming limit, 16 B read and 10 B written" in table
+    assert ours["limit_milliseconds"] > 0
     adam = table["stock with Adam (torch AdamW, fused=True set by hand)"]
     assert adam["bytes_per_parameter"] == pytest.approx(4 + 16 + 28 + 6, abs=0.01), "norm, clip, update, copy"
     assert GATHER in table

@@ -28,19 +28,20 @@ def test_gpt2_smalls_parameters_are_those_of_the_model() -> None:
 
 def test_share_and_ratio_are_counted_from_the_times() -> None:
     moved = streams(1000)
-    (limit,) = measure.limits([Candidate("peer", "fp32 momentum", lambda: None, passes=[moved])], 1000)
-    assert limit.name == "streaming limit, 8 B read and 6 B written"
     candidates = [
-        limit,
         Candidate("megatron-lion fused", "fp32 momentum", lambda: None, passes=[moved]),
         Candidate("megatron-lion foreach", "fp32 momentum", lambda: None, 28_000),
         Candidate("peer", "fp32 momentum", lambda: None, passes=[moved]),
         Candidate("hidden", "two moments", lambda: None),
     ]
-    times = dict(zip([one.name for one in candidates], (10.0, 12.5, 100.0, 25.0, 1.0), strict=True))
+    limits = measure.limits(candidates)
+    assert len(limits) == 4, "two for each of the two that are one pass"
+    names = [one.name for one in (*candidates, *limits)]
+    times = dict(zip(names, (12.5, 100.0, 25.0, 1.0, 15.0, 10.0, 20.0, 30.0), strict=True))
     table = {row.name: row for row in measure.rows(candidates, times, numel=1000)}
     ours = table["megatron-lion fused"]
     assert (ours.bytes_per_parameter, ours.share_of_limit, ours.times_as_fast) == (14.0, 0.8, 2.0)
+    assert (ours.limit_milliseconds, table["peer"].limit_milliseconds) == (10.0, 20.0), "the faster pass of its own two"
     assert ours.gigabytes_per_second == pytest.approx(14e3 / 12.5e-3 / 1e9)
     assert table["megatron-lion foreach"].share_of_limit == pytest.approx(0.2), (
         "twice the limit's bytes in 10 x its time"
@@ -50,10 +51,11 @@ def test_share_and_ratio_are_counted_from_the_times() -> None:
     assert table["hidden"].share_of_limit is None
 
 
-def test_the_streaming_pass_reads_everything_and_changes_only_what_it_writes() -> None:
+@pytest.mark.parametrize("ahead", [0, 512])
+def test_the_streaming_pass_reads_everything_and_changes_only_what_it_writes(ahead: int) -> None:
     moved = [*streams(300_001), Stream([torch.ones(9376, dtype=torch.int8)], UPDATE)]
     before = [stream.tensors[0].clone() for stream in moved]
-    traffic.streaming_pass(moved)()
+    traffic.streaming_pass(moved, ahead)()
     for stream, old in zip(moved, before, strict=True):
         assert torch.equal(stream.tensors[0], torch.zeros_like(old) if stream.mode == WRITE else old)
 
@@ -97,7 +99,8 @@ def test_a_small_run_leaves_its_rows_and_a_chart(tmp_path, monkeypatch, capsys) 
     benchmark_step.main()
     record = json.loads((tmp_path / "step.json").read_text())
     names = {row["name"] for row in record["rows"]}
-    assert {"megatron-lion fused", "streaming limit, 12 B read and 8 B written", "torch AdamW foreach"} <= names
+    assert {"megatron-lion fused", "torch SGD with momentum, fused", "torch AdamW foreach"} <= names
+    assert all(row["limit_milliseconds"] > 0 for row in record["rows"])
     assert record["missing"]["DeepSpeed CPULion"].startswith("not asked for")
     assert "| megatron-lion fused | fp32 momentum |" in capsys.readouterr().out
     assert "<svg" in (tmp_path / "step.svg").read_text()

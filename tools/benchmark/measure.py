@@ -1,6 +1,8 @@
 """Candidates, stepped in turn, and the table of what was measured."""
 
+import functools
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,9 +11,13 @@ from pathlib import Path
 
 import torch
 
-from benchmark.traffic import READ, UPDATE, WRITE, Stream, streaming_pass
+from benchmark.traffic import Stream, streaming_pass
 
 OURS = "megatron-lion"
+# The passes of which the faster is a candidate's limit, by how many elements ahead they fetch: what a CPU fetches on
+# its own may fall short of its memory.
+PASSES = {"the limit of ": 0, "the limit, fetched ahead, of ": 512}
+EVICTING_BYTES = 1 << 30  # more than any cache holds
 
 
 @dataclass
@@ -44,7 +50,7 @@ class Candidate:
 class Row:
     """What was measured of one candidate.
 
-    ``share_of_limit`` is the time of the streaming pass over the same bytes, over this one's;
+    ``limit_milliseconds`` is the time of a streaming pass over its tensors, and ``share_of_limit`` that over its own;
     ``times_as_fast`` compares with the fastest peer of the same state.
     """
 
@@ -53,35 +59,41 @@ class Row:
     milliseconds: float
     bytes_per_parameter: float | None
     gigabytes_per_second: float | None
+    limit_milliseconds: float | None
     share_of_limit: float | None
     times_as_fast: float | None
 
 
-def limit_name(passes: Sequence[Sequence[Stream]], numel: int) -> str:
-    """What the limit over these passes is called: those that move the same bytes the same way share one."""
-    streams = [stream for one in passes for stream in one]
-    read, written = (
-        sum(stream.bytes / (1 + (stream.mode == UPDATE)) for stream in streams if stream.mode & way) / numel
-        for way in (READ, WRITE)
-    )
-    return f"streaming limit, {read:.4g} B read and {written:.4g} B written"
+def limits(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Streaming passes over the tensors of each candidate of few passes, with its reads and writes.
+
+    Each has its own, over its very tensors: of a machine's memory one part can be much slower than another.
+    """
+    return [
+        Candidate(kind + one.name, "-", functools.partial(_all, [streaming_pass(each, ahead) for each in one.passes]))
+        for one in candidates
+        if one.passes
+        for kind, ahead in PASSES.items()
+    ]
 
 
-def limits(candidates: Sequence[Candidate], numel: int) -> list[Candidate]:
-    """Streaming passes for each set of reads and writes that a candidate of few passes makes, over its tensors."""
-    made: dict[str, Candidate] = {}
-    for one in candidates:
-        if one.passes and (name := limit_name(one.passes, numel)) not in made:
-            steps = [streaming_pass(streams) for streams in one.passes]
-            made[name] = Candidate(name, "-", lambda steps=steps: [step() for step in steps], passes=one.passes)
-    return list(made.values())
+def _all(steps: Sequence[Callable[[], object]]) -> None:
+    for step in steps:
+        step()
 
 
-def measure(candidates: Sequence[Candidate], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, stepped in turn; one round before that is not counted."""
+def measure(candidates: Sequence[Candidate], rounds: int, *, evict: bool = True) -> dict[str, float]:
+    """Median milliseconds of each, stepped in turn; one round before that is not counted.
+
+    Candidates share tensors, and the last cache of some CPUs holds a good part of them. So each round has an order of
+    its own, the same on every rank, and with ``evict`` the caches are filled with other memory before every step.
+    """
     times: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
+    other = torch.zeros(EVICTING_BYTES if evict else 0, dtype=torch.uint8)
+    draw = random.Random(0)
     for number in range(rounds + 1):
-        for candidate in candidates:
+        for candidate in draw.sample(candidates, len(candidates)):
+            other.add_(1)
             candidate.prepare()
             start = now()
             candidate.step()
@@ -98,19 +110,23 @@ def now() -> float:
 
 
 def rows(candidates: Sequence[Candidate], times: dict[str, float], numel: int) -> list[Row]:
-    """The table, fastest first. A step of several passes is held against the first limit's bytes per second."""
-    of_limits = [one for one in candidates if one.state == "-"]  # none where no memory limits the step
+    """The table, fastest first. What is not one of few passes is held against the first limit's bytes per second."""
+    bounds = {
+        one.name: min(times[kind + one.name] for kind in PASSES)
+        for one in candidates
+        if one.passes and all(kind + one.name in times for kind in PASSES)
+    }
+    of_first = [bounds[one.name] / one.bytes for one in candidates if one.name in bounds and one.bytes]
     table = []
     for one in sorted(candidates, key=lambda candidate: times[candidate.name]):
         rivals = [
             times[other.name]
             for other in candidates
-            if other.state == one.state and other is not one and not other.is_ours and one.state != "-"
+            if other.state == one.state and other is not one and not other.is_ours
         ]
-        own = limit_name(one.passes, numel) if one.passes else None
-        bound = None
-        if one.bytes is not None and of_limits:
-            bound = times[own] if own else times[of_limits[0].name] * one.bytes / of_limits[0].bytes
+        bound = bounds.get(one.name)
+        if bound is None and one.bytes is not None and of_first:
+            bound = one.bytes * of_first[0]
         table.append(
             Row(
                 name=one.name,
@@ -118,6 +134,7 @@ def rows(candidates: Sequence[Candidate], times: dict[str, float], numel: int) -
                 milliseconds=times[one.name],
                 bytes_per_parameter=None if one.bytes is None else one.bytes / numel,
                 gigabytes_per_second=None if one.bytes is None else one.bytes / times[one.name] / 1e6,
+                limit_milliseconds=bound,
                 share_of_limit=None if bound is None else bound / times[one.name],
                 times_as_fast=min(rivals) / times[one.name] if rivals else None,
             )
@@ -132,12 +149,12 @@ def markdown(table: Sequence[Row]) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
     lines = [
-        "| | state | ms | bytes per parameter | GB/s | share of the limit | times as fast as the fastest peer |",
-        "|---|---|---|---|---|---|---|",
+        "| | state | ms | bytes per parameter | GB/s | limit, ms | share of it | times as fast as the fastest peer |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in table:
         numbers = list(asdict(row).values())[2:]
-        cells = " | ".join(show(value, digits) for value, digits in zip(numbers, (1, 1, 1, 2, 2), strict=True))
+        cells = " | ".join(show(value, digits) for value, digits in zip(numbers, (1, 1, 1, 1, 2, 2), strict=True))
         lines.append(f"| {row.name} | {row.state} | {cells} |")
     return "\n".join(lines)
 
@@ -163,12 +180,11 @@ def plot(table: Sequence[Row], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [row for row in table if row.state != "-"]
-    colours = ["tab:orange" if row.name.startswith(OURS) else "tab:blue" for row in shown]
-    figure, axes = plt.subplots(figsize=(9, 0.3 * len(shown) + 1.2), layout="constrained")
-    bars = axes.barh([row.name for row in shown], [row.milliseconds for row in shown], color=colours)
-    axes.bar_label(bars, [f"{row.milliseconds:.1f}" for row in shown], padding=3, fontsize=8)
-    limits_shown = {y: row.milliseconds * row.share_of_limit for y, row in enumerate(shown) if row.share_of_limit}
+    colours = ["tab:orange" if row.name.startswith(OURS) else "tab:blue" for row in table]
+    figure, axes = plt.subplots(figsize=(9, 0.3 * len(table) + 1.2), layout="constrained")
+    bars = axes.barh([row.name for row in table], [row.milliseconds for row in table], color=colours)
+    axes.bar_label(bars, [f"{row.milliseconds:.1f}" for row in table], padding=3, fontsize=8)
+    limits_shown = {y: row.limit_milliseconds for y, row in enumerate(table) if row.limit_milliseconds}
     edges = [y - 0.4 for y in limits_shown], [y + 0.4 for y in limits_shown]
     axes.vlines(list(limits_shown.values()), *edges, color="black", linewidth=1.5, label="limit for as many bytes")
     axes.legend(fontsize=8)

@@ -6,6 +6,7 @@ writes. What fits a cache is counted all the same, so such a step can look faste
 """
 
 import ctypes
+import functools
 import tempfile
 from array import array
 from collections.abc import Callable, Sequence
@@ -112,10 +113,11 @@ STREAM = r"""
 #include <cstdint>
 
 // Pass once over the arrays of each of `tensors` tensors: read (their sum is returned), write, or add `zero` in place.
-// Arrays with as many elements as the tensor go together, element by element; shorter ones follow each chunk.
+// Arrays with as many elements as the tensor go together, element by element; shorter ones follow each chunk. Each is
+// fetched into the cache AHEAD elements before it is used, unless that is 0.
 extern "C" uint64_t stream(int64_t tensors, void *const *pointers, const int64_t *counts, uint32_t zero,
                            int64_t threads) {
-    const int64_t CHUNK = 262144;
+    const int64_t CHUNK = 262144, PIECE = 64;
     int64_t chunks = 0, next = 0;
     uint64_t sum = 0;
     for (int64_t t = 0; t < tensors; ++t) chunks += (counts[t * STREAMS] + CHUNK - 1) / CHUNK;
@@ -131,8 +133,14 @@ extern "C" uint64_t stream(int64_t tensors, void *const *pointers, const int64_t
         const int64_t to = from + CHUNK < numel ? from + CHUNK : numel;
         uint32_t part = 0;
 POINTERS
-        for (int64_t i = from; i < to; ++i) {
+        for (int64_t piece = from; piece < to; piece += PIECE) {
+            const int64_t end = piece + PIECE < to ? piece + PIECE : to;
+            if (AHEAD && end + AHEAD <= to) {
+FETCHED
+            }
+            for (int64_t i = piece; i < end; ++i) {
 TOGETHER
+            }
         }
 SHORTER
         sum += part;
@@ -141,24 +149,24 @@ SHORTER
 }
 """
 INTEGERS = {1: "uint8_t", 2: "uint16_t", 4: "uint32_t", 8: "uint64_t"}
+FETCH = "for (int64_t i = 0; i < PIECE; i += 64 / {size}) __builtin_prefetch(a{number} + piece + AHEAD + i);"
 STATEMENTS = {READ: "part += a{0}[{1}];", WRITE: "a{0}[{1}] = zero;", UPDATE: "a{0}[{1}] += zero;"}
 
 
-def streaming_pass(streams: Sequence[Stream]) -> Callable[[], object]:
+def streaming_pass(streams: Sequence[Stream], ahead: int = 0) -> Callable[[], object]:
     """A pass that moves what ``streams`` say and does one addition for each element; what is only written becomes zero.
 
-    On a GPU it is a copy of as many bytes, half of them read and half written.
+    A CPU's own prefetchers are left alone, or helped by fetching each stream ``ahead`` elements before it is used. On a
+    GPU it is a copy of as many bytes, half of them read and half written.
     """
     if any(tensor.is_cuda for stream in streams for tensor in stream.tensors):
-        half = torch.empty(sum(stream.bytes for stream in streams) // 2, dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(half)
-        return lambda: target.copy_(half)
+        return functools.partial(_copy_on_gpu, sum(stream.bytes for stream in streams) // 2)
     if len({len(stream.tensors) for stream in streams}) != 1:
         raise ValueError(f"streams of one pass have as many tensors each, not {[len(s.tensors) for s in streams]}")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "stream.cpp"
         source.write_text(_source(streams))
-        library = compiler.load(source)
+        library = compiler.load(source, f"STREAMS={len(streams)}", f"AHEAD={ahead}")
     rows = list(zip(*(stream.tensors for stream in streams), strict=True))
     pointers = array("Q", [tensor.data_ptr() for row in rows for tensor in row])
     counts = array("q", [tensor.numel() for row in rows for tensor in row])
@@ -172,18 +180,26 @@ def streaming_pass(streams: Sequence[Stream]) -> Callable[[], object]:
     return step
 
 
+def _copy_on_gpu(size: int) -> None:
+    half = torch.empty(size, dtype=torch.uint8, device="cuda")  # from the allocator's cache after the first time
+    torch.empty_like(half).copy_(half)
+
+
 def _source(streams: Sequence[Stream]) -> str:
     """The pass over these streams in C++. Their first has the tensors' own numbers of elements."""
-    pointers, together, shorter = [], [], []
+    pointers, fetched, together, shorter = [], [], [], []
     for number, stream in enumerate(streams):
         kind = INTEGERS[stream.tensors[0].element_size()]
         pointers.append(f"{kind} *__restrict a{number} = ({kind} *)pointers[t * STREAMS + {number}];")
         statement = STATEMENTS[stream.mode]
         if all(a.numel() == b.numel() for a, b in zip(stream.tensors, streams[0].tensors, strict=True)):
             together.append(statement.format(number, "i"))
+            fetched.append(FETCH.format(number=number, size=stream.tensors[0].element_size()))
         else:
             count = f"counts[t * STREAMS + {number}]"
             bounds = f"int64_t i = {count} * from / numel; i < {count} * to / numel; ++i"
             shorter.append(f"for ({bounds}) {statement.format(number, 'i')}")
-    text = STREAM.replace("POINTERS", "\n".join(pointers)).replace("TOGETHER", "\n".join(together))
-    return text.replace("SHORTER", "\n".join(shorter)).replace("STREAMS", str(len(streams)))
+    text = STREAM
+    for place, lines in (("POINTERS", pointers), ("FETCHED", fetched), ("TOGETHER", together), ("SHORTER", shorter)):
+        text = text.replace(place, "\n".join(lines))
+    return text
