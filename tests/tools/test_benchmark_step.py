@@ -57,7 +57,7 @@ def test_the_streaming_pass_reads_everything_and_changes_only_what_it_writes(ahe
     before = [stream.tensors[0].clone() for stream in moved]
     traffic.streaming_pass(moved, ahead)()
     for stream, old in zip(moved, before, strict=True):
-        assert torch.equal(stream.tensors[0], torch.zeros_like(old) if stream.mode == WRITE else old)
+        assert torch.equal(stream.tensors[0], torch.full_like(old, 0.011474609375) if stream.mode == WRITE else old)
 
 
 def test_what_torchs_operations_move_is_counted() -> None:
