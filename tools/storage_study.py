@@ -37,6 +37,11 @@ STORAGES = (
     Storage("fp32 model, int8 momentum", ("lion-momentum-dtype=int8",), "fp32 model, fp32 momentum"),
     Storage("bf16 model, fp32 momentum, fp32 master", ("bf16=true",), "bf16 model, fp32 momentum, fp32 master"),
     Storage(
+        "bf16 model, bf16 momentum, remainder",
+        ("bf16=true", "lion-momentum-dtype=bf16", "lion-master-weights=remainder"),
+        "bf16 model, fp32 momentum, fp32 master",
+    ),
+    Storage(
         "bf16 model, int8 momentum, remainder, bf16 gradients",
         ("bf16=true", "lion-momentum-dtype=int8", "lion-master-weights=remainder", "grad-reduce-in-bf16=true"),
         "bf16 model, fp32 momentum, fp32 master",
