@@ -182,15 +182,15 @@ def plot(table: Sequence[Row], path: Path, title: str) -> None:
 
     colours = ["tab:orange" if row.name.startswith(OURS) else "tab:blue" for row in table]
     figure, axes = plt.subplots(figsize=(9, 0.3 * len(table) + 1.2), layout="constrained")
-    bars = axes.barh([row.name for row in table], [row.milliseconds for row in table], color=colours)
+    bars = axes.barh([row.name for row in table], [row.milliseconds for row in table], color=colours, log=True)
     axes.bar_label(bars, [f"{row.milliseconds:.1f}" for row in table], padding=3, fontsize=8)
     limits_shown = {y: row.limit_milliseconds for y, row in enumerate(table) if row.limit_milliseconds}
     edges = [y - 0.4 for y in limits_shown], [y + 0.4 for y in limits_shown]
     axes.vlines(list(limits_shown.values()), *edges, color="black", linewidth=1.5, label="limit for as many bytes")
     axes.legend(fontsize=8)
-    axes.margins(x=0.12, y=0.01)
+    axes.margins(x=0.2, y=0.01)
     axes.invert_yaxis()
-    axes.set_xlabel("ms per step, median")
+    axes.set_xlabel("ms per step, median, on a logarithmic scale")
     figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
