@@ -92,11 +92,10 @@ inline Pair update_pair(const P param, const G grad, const C copy, int64_t i, co
     return {even.momentum, odd.momentum};
 }
 
-// Begin to fetch the piece that comes AHEAD elements after number i, where it ends before `last`. Inlined by force: GCC
-// takes a function that only fetches for one without effect, and drops the call.
+// Begin to fetch the piece that comes AHEAD elements after number i, where it ends before `last`.
 template <class P, class G, class M, class C>
-__attribute__((always_inline)) inline void fetch_ahead(const P param, const G grad, const M momentum, int64_t shift,
-                                                       const C copy, int64_t i, int64_t last) {
+inline void fetch_ahead(const P param, const G grad, const M momentum, int64_t shift, const C copy, int64_t i,
+                        int64_t last) {
     if (i + AHEAD + PIECE > last) return;
     param.fetch_piece(i + AHEAD), grad.fetch_piece(i + AHEAD), copy.fetch_piece(i + AHEAD);
     momentum.fetch_piece(i + AHEAD - shift);
@@ -164,7 +163,7 @@ Sums update_groups(const P param, const G grad, const Codes momentum, const C co
         const Units units(scales);
         for (int64_t block = 0; block < LANES; ++block) {
             const int64_t i = first + block * BLOCK;
-            if (i % PIECE == first % PIECE) fetch_ahead(param, grad, momentum, 0, copy, i, last);
+            if (block * BLOCK % PIECE == 0) fetch_ahead(param, grad, momentum, 0, copy, i, last);
             const auto new_momentum = [&](int64_t i) {
                 return update_pair(param, grad, copy, i, dequantise(momentum.codes + i, units.of[block]), h, sums);
             };

@@ -76,6 +76,7 @@ template <class Vector> inline void write(void *address, Vector vector) {
 constexpr int64_t PIECE = 64, AHEAD = 512, LINE_BYTES = 64;
 
 template <class Value> inline void fetch(const Value *piece) {
+    asm volatile(""); // else GCC takes a function that only fetches for one without effect, and drops calls of it
     const char *const bytes = reinterpret_cast<const char *>(piece);
     for (int64_t i = 0; i < PIECE * int64_t{sizeof(Value)}; i += LINE_BYTES) __builtin_prefetch(bytes + i);
 }

@@ -20,6 +20,14 @@ def streams(numel: int) -> list[Stream]:
     return [Stream([one], READ), Stream([other], UPDATE), Stream([half], WRITE)]
 
 
+def read_and_written(moved: list[Stream]) -> tuple[float, float]:
+    """Bytes of each, by the streams' modes; an update in place is half of either."""
+    sizes = [
+        [stream.bytes / (1 + (stream.mode == UPDATE)) for stream in moved if stream.mode & way] for way in (READ, WRITE)
+    ]
+    return sum(sizes[0]), sum(sizes[1])
+
+
 def test_gpt2_smalls_parameters_are_those_of_the_model() -> None:
     sizes = shapes.shapes("gpt2-small")
     assert len(sizes) == 148
@@ -28,6 +36,7 @@ def test_gpt2_smalls_parameters_are_those_of_the_model() -> None:
 
 def test_share_and_ratio_are_counted_from_the_times() -> None:
     moved = streams(1000)
+    assert read_and_written(moved) == (8 * 1000, 6 * 1000)
     candidates = [
         Candidate("megatron-lion fused", "fp32 momentum", lambda: None, passes=[moved]),
         Candidate("megatron-lion foreach", "fp32 momentum", lambda: None, 28_000),
@@ -88,8 +97,10 @@ def test_ours_moves_the_bytes_that_its_state_has() -> None:
     optimizer = Lion(params, kernel="reference")
     optimizer.step()
     assert sum(stream.bytes for stream in traffic.streams_of(optimizer)) == 20 * 1000
+    assert read_and_written(traffic.streams_of(optimizer)) == (12 * 1000, 8 * 1000)
     optimizer.copies = {params[0]: params[0].detach().bfloat16()}
     assert sum(stream.bytes for stream in traffic.streams_of(optimizer)) == 22 * 1000
+    assert read_and_written(traffic.streams_of(optimizer)) == (12 * 1000, 10 * 1000), "and Megatron's norm reads 4"
 
 
 def test_a_small_run_leaves_its_rows_and_a_chart(tmp_path, monkeypatch, capsys) -> None:

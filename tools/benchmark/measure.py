@@ -116,7 +116,7 @@ def rows(candidates: Sequence[Candidate], times: dict[str, float], numel: int) -
         for one in candidates
         if one.passes and all(kind + one.name in times for kind in PASSES)
     }
-    of_first = [bounds[one.name] / one.bytes for one in candidates if one.name in bounds and one.bytes]
+    per_byte = next((bounds[one.name] / one.bytes for one in candidates if one.name in bounds), None)
     table = []
     for one in sorted(candidates, key=lambda candidate: times[candidate.name]):
         rivals = [
@@ -125,8 +125,8 @@ def rows(candidates: Sequence[Candidate], times: dict[str, float], numel: int) -
             if other.state == one.state and other is not one and not other.is_ours
         ]
         bound = bounds.get(one.name)
-        if bound is None and one.bytes is not None and of_first:
-            bound = one.bytes * of_first[0]
+        if bound is None and one.bytes is not None and per_byte is not None:
+            bound = one.bytes * per_byte
         table.append(
             Row(
                 name=one.name,

@@ -113,8 +113,8 @@ STREAM = r"""
 #include <cstdint>
 
 // Pass once over the arrays of each of `tensors` tensors: read (their sum is returned), write `fill`, or add `zero`.
-// Arrays with as many elements as the tensor go together, element by element; shorter ones follow each chunk. Each is
-// fetched into the cache AHEAD elements before it is used, unless that is 0.
+// Arrays with as many elements as the tensor go together, element by element, and unless AHEAD is 0 they are fetched
+// into the cache so many elements before they are used; shorter ones follow each chunk.
 extern "C" uint64_t stream(int64_t tensors, void *const *pointers, const int64_t *counts, uint32_t zero,
                            uint32_t fill, int64_t threads) {
     const int64_t CHUNK = 262144, PIECE = 64;
