@@ -165,6 +165,15 @@ class Lion(torch.optim.Optimizer):
             check_choice("state", name, ("exp_avg", "master_param"))
             storage.set_master(self.state[param], param, value)
 
+    def unquantised(self) -> int:
+        """How many elements have momentum that is to be int8 and waits in fp32 for the next step."""
+        return sum(
+            param.numel()
+            for group in self.param_groups
+            for param in (group["params"] if group["momentum_dtype"] == "int8" else ())
+            if param in self.state and "exp_avg_scale" not in self.state[param]
+        )
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, in place; gradients are left as they are.

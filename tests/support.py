@@ -1,9 +1,12 @@
 """What is supported, as the tests say it: ``@pytest.mark.supports(row, how)`` on a test, and one file of outcomes.
 
+``@pytest.mark.refuses(row)`` is on a test which proves that a thing is refused by name where it does not work.
+
     python -m pytest ... --support-file=support.json
 
-writes, or adds to, a JSON object: for every row of the table, how it is tested and the outcome of each of its tests.
-``tools/support_table.py`` makes the README's table from it. A run of some tests renews the outcomes of those alone.
+writes, or adds to, a JSON object: for every row of the table, how it is tested and the outcome of each of its tests,
+``passed``, ``refused``, ``skipped`` or ``failed``. ``tools/support_table.py`` makes the README's table from it, and
+from one of each Megatron the table of versions. A run of some tests renews the outcomes of those alone.
 """
 
 import json
@@ -13,7 +16,10 @@ from typing import Any
 import pytest
 
 OPTION = "--support-file"
-MARK = "supports(row, how): a row of the table of what is supported, which this test proves, and how it does"
+MARKS = (
+    "supports(row, how): a row of the table of what is supported, which this test proves, and how it does",
+    "refuses(row): a row of that table, of which this test proves that it is refused by name",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,14 +27,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", MARK)
+    for mark in MARKS:
+        config.addinivalue_line("markers", mark)
     if config.getoption(OPTION):
         config.pluginmanager.register(Recorder(config.getoption(OPTION)), "support-recorder")
 
 
-def rows_of(item: pytest.Item) -> dict[str, str]:
-    """The rows that a test proves, each with how it is tested."""
-    return {mark.args[0]: mark.args[1] for mark in item.iter_markers("supports")}
+def rows_of(item: pytest.Item, outcome: str) -> list[tuple[str, str | None, str]]:
+    """The rows that a test with this outcome is about: each with how it is tested, and with what is found."""
+    refused = "refused" if outcome == "passed" else outcome
+    supports = [(*mark.args, outcome) for mark in item.iter_markers("supports")]
+    return supports + [(mark.args[0], None, refused) for mark in item.iter_markers("refuses")]
 
 
 class Recorder:
@@ -43,10 +52,10 @@ class Recorder:
         report = yield
         # A test that is skipped, or whose fixtures fail, ends before its call.
         if report.when == "call" or (report.when == "setup" and not report.passed):
-            for row, how in rows_of(item).items():
-                entry = self.rows.setdefault(row, {"tests": {}})
-                entry["how"] = how
-                entry["tests"][item.nodeid] = report.outcome
+            for row, how, found in rows_of(item, report.outcome):
+                entry = self.rows.setdefault(row, {"tests": {}, "how": "refused by name"})
+                entry["how"] = how or entry["how"]
+                entry["tests"][item.nodeid] = found
         return report
 
     def pytest_sessionfinish(self) -> None:

@@ -14,11 +14,11 @@ from harness import ROOT
 def test_every_row_in_the_readme_is_a_mark_on_a_test() -> None:
     marked = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
-        marked.update(re.findall(r'supports\(\s*"([^"]+)"', path.read_text(encoding="utf-8")))
+        marked.update(re.findall(r'(?:supports|refuses)\(\s*"([^"]+)"', path.read_text(encoding="utf-8")))
     assert set(support_table.rows_in((ROOT / "README.md").read_text(encoding="utf-8"))) <= marked
 
 
-# Three tests: two prove one row, one another; the last is skipped where the first argument says so.
+# Two tests prove one row, one another, which does what it is told, one a refusal.
 MARKED = """
 import pytest
 
@@ -28,11 +28,15 @@ def test_rows(case): pass
 
 @pytest.mark.supports("more", "looked at")
 def test_more(): {more}
+
+@pytest.mark.refuses("nonsense")
+def test_nonsense(): pass
 """
 
 
 def outcomes(folder: Path, more: str) -> Path:
     """What a run of ``MARKED`` writes."""
+    folder.mkdir(exist_ok=True)
     (folder / "test_marked.py").write_text(MARKED.format(more=more))
     line = [sys.executable, "-m", "pytest", "-q", "-p", "support", "--support-file", "support.json", "test_marked.py"]
     subprocess.run([*line, "-p", "no:cacheprovider"], cwd=folder, capture_output=True, check=False)
@@ -42,13 +46,14 @@ def outcomes(folder: Path, more: str) -> Path:
 def test_the_table_is_made_from_outcomes(tmp_path: Path) -> None:
     rows = json.loads(outcomes(tmp_path, "pass").read_text())
     made = support_table.table(rows)
-    assert made.splitlines()[2:] == ["| more | looked at | 1 |", "| rows | counted | 2 |"]
+    nonsense = "| nonsense | refused by name | refused |"
+    assert made.splitlines()[2:] == ["| more | looked at | 1 |", nonsense, "| rows | counted | 2 |"]
     readme = f"before\n{support_table.BEGIN}\nold\n{support_table.END}\nafter\n"
     written = support_table.with_table(readme, made)
     assert written.startswith("before\n")
     assert written.endswith("after\n")
     assert "old" not in written
-    assert support_table.rows_in(written) == ["more", "rows"]
+    assert support_table.rows_in(written) == ["more", "nonsense", "rows"]
     assert support_table.with_table(written, made) == written
     with pytest.raises(ValueError, match="no marker lines"):
         support_table.with_table("no markers", made)
@@ -57,6 +62,16 @@ def test_the_table_is_made_from_outcomes(tmp_path: Path) -> None:
 def test_a_failed_row_stops_the_table_and_a_skipped_one_is_left_out(tmp_path: Path) -> None:
     skipped = json.loads(outcomes(tmp_path, "pytest.skip('not here')").read_text())
     assert "more" not in support_table.table(skipped)
+    whole = json.loads(outcomes(tmp_path / "whole", "pass").read_text())
+    assert support_table.by_version({"1.0": skipped, "2.0": whole}).splitlines() == [
+        "| | 1.0 | 2.0 |",
+        "|---|---|---|",
+        "| more | - | 1 |",
+        "| nonsense | refused | refused |",
+        "| rows | 2 | 2 |",
+    ]
     failed = json.loads(outcomes(tmp_path, "assert False").read_text())
     with pytest.raises(ValueError, match="failed tests speak against: more"):
         support_table.table(failed)
+    with pytest.raises(ValueError, match=r"failed tests speak against: more \(1\.0\)"):
+        support_table.by_version({"1.0": failed, "2.0": whole})

@@ -16,10 +16,20 @@ from typing import Any
 import harness
 import pytest
 
-from megatron_lion.integration.compat.versions import megatron_version
+from megatron_lion.integration.compat.versions import megatron_version, minor_version
 from megatron_lion.integration.training_log import TrainingLog
 
 WHEELS = Path(os.environ.get("MEGATRON_LION_TESTS_WHEELS", Path(sys.prefix) / "megatron-wheels"))
+
+
+def since(minor: str) -> pytest.MarkDecorator:
+    """Skips a test on a Megatron older than ``minor``."""
+    return pytest.mark.skipif(minor_version() < minor, reason=f"from megatron-core {minor} on")
+
+
+def until(minor: str) -> pytest.MarkDecorator:
+    """Skips a test on a Megatron newer than ``minor``."""
+    return pytest.mark.skipif(minor_version() > minor, reason=f"up to megatron-core {minor}")
 
 
 def wheel(version: str) -> Path:

@@ -3,9 +3,11 @@
 
     OMP_NUM_THREADS=1 python -m pytest --support-file=support.json    # every test, the slow ones too
     python tools/support_table.py support.json README.md              # between the two marker lines; --check: only look
+    python tools/support_table.py 0.18.2=old.json 0.19.2=new.json docs/versions.md    # a column for each Megatron
 
-A row is there if all of its tests that ran have passed. One with a failure ends this with an error, one whose tests
-were all skipped is left out and named. Rows come in the order of their tests' names.
+A row is there if all of its tests that ran have passed: with their number, or as refused where that is what they prove.
+One with a failure ends this with an error, one whose tests were all skipped is left out and named. Rows come in the
+order of their tests' names.
 """
 
 import argparse
@@ -18,17 +20,44 @@ BEGIN = "<!-- support table: made by tools/support_table.py, do not edit -->"
 END = "<!-- end of the support table -->"
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The Markdown table. Raises ValueError naming the rows that a failed test speaks against."""
-    failed = [row for row, entry in rows.items() if "failed" in entry["tests"].values()]
-    if failed:
-        raise ValueError(f"failed tests speak against: {'; '.join(failed)}. Run them again, then this")
+Rows = dict[str, dict[str, Any]]
+
+
+def table(rows: Rows) -> str:
+    """The README's Markdown table. Raises ValueError naming the rows that a failed test speaks against."""
     lines = ["| what | how it is tested | cases |", "|---|---|---|"]
-    for row, entry in sorted(rows.items(), key=lambda item: min(item[1]["tests"])):
-        passed = list(entry["tests"].values()).count("passed")
-        if passed:
-            lines.append(f"| {row} | {entry['how']} | {passed} |")
+    for row, entry in ordered(rows):
+        if found := cell(row, entry):
+            lines.append(f"| {row} | {entry['how']} | {found} |")
     return "\n".join(lines)
+
+
+def by_version(versions: dict[str, Rows]) -> str:
+    """A Markdown table with a column for each version; `-` where no test of a row ran. Raises as :func:`table`."""
+    lines = [f"| | {' | '.join(versions)} |", f"|---|{'---|' * len(versions)}"]
+    everything: Rows = {}
+    for rows in versions.values():
+        for row, entry in rows.items():
+            everything.setdefault(row, {"tests": {}})["tests"].update(entry["tests"])
+    for row, _ in ordered(everything):
+        cells = [cell(f"{row} ({version})", rows.get(row, {"tests": {}})) for version, rows in versions.items()]
+        if any(cells):
+            lines.append(f"| {row} | {' | '.join(found or '-' for found in cells)} |")
+    return "\n".join(lines)
+
+
+def ordered(rows: Rows) -> list[tuple[str, dict[str, Any]]]:
+    """Rows in the order of their tests' names."""
+    return sorted(rows.items(), key=lambda item: min(item[1]["tests"]))
+
+
+def cell(row: str, entry: dict[str, Any]) -> str:
+    """How many tests passed, or that they prove a refusal; empty where none ran. Raises ValueError where one failed."""
+    outcomes = list(entry["tests"].values())
+    if "failed" in outcomes:
+        raise ValueError(f"failed tests speak against: {row}. Run them again, then this")
+    passed = outcomes.count("passed")
+    return str(passed) if passed else "refused" if "refused" in outcomes else ""
 
 
 def with_table(readme: str, made: str) -> str:
@@ -47,29 +76,41 @@ def rows_in(readme: str) -> list[str]:
     return [line.split(" | ")[0].removeprefix("| ") for line in lines[1:]]
 
 
+def read(outcomes: list[str]) -> str:
+    """The table that the command line's files of outcomes make. Raises ValueError for a mixture of the two kinds."""
+    named = dict(item.split("=", 1) for item in outcomes if "=" in item)
+    if not named:
+        if len(outcomes) > 1:
+            raise ValueError("several files of outcomes: name the version of each, as 0.18.2=old.json")
+        rows = json.loads(Path(outcomes[0]).read_text(encoding="utf-8"))
+        for row, entry in rows.items():
+            if not cell(row, entry):
+                print(f"left out, its tests were skipped: {row}", file=sys.stderr)
+        return table(rows)
+    if len(named) < len(outcomes):
+        raise ValueError("name the version of each file of outcomes, as 0.18.2=old.json")
+    return by_version({version: json.loads(Path(file).read_text(encoding="utf-8")) for version, file in named.items()})
+
+
 def main() -> None:
     """Read the outcomes, write or check the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("outcomes", type=Path, help="what pytest --support-file wrote")
-    parser.add_argument("readme", type=Path, nargs="?", help="file to write the table into; without it, it is printed")
+    parser.add_argument("outcomes", nargs="+", metavar="[VERSION=]JSON", help="what pytest --support-file wrote")
+    parser.add_argument("page", type=Path, help="file to write the table into; - prints it")
     parser.add_argument("--check", action="store_true", help="change nothing; fail where the file's table is another")
     options = parser.parse_args()
-    rows = json.loads(options.outcomes.read_text(encoding="utf-8"))
     try:
-        made = table(rows)
-        for row, entry in rows.items():
-            if "passed" not in entry["tests"].values():
-                print(f"left out, its tests were skipped: {row}", file=sys.stderr)
-        if options.readme is None:
+        made = read(options.outcomes)
+        if str(options.page) == "-":
             print(made)
             return
-        old = options.readme.read_text(encoding="utf-8")
+        old = options.page.read_text(encoding="utf-8")
         new = with_table(old, made)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if options.check:
-        sys.exit(0 if new == old else f"error: the table in {options.readme} is not what the tests say; run this tool")
-    options.readme.write_text(new, encoding="utf-8")
+        sys.exit(0 if new == old else f"error: the table in {options.page} is not what the tests say; run this tool")
+    options.page.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

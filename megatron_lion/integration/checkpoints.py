@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 from megatron_lion.config import LionError
-from megatron_lion.integration import checkpoint_formats, compat
+from megatron_lion.integration import checkpoint_formats, compat, group_settings
 from megatron_lion.version import __version__
 
 # Set on Megatron's arguments, which it saves in every checkpoint: tells our Lion's state from stock Megatron's.
@@ -44,6 +44,7 @@ def install() -> None:
             refuse_another_optimizers_state(load_dir, saved_args, args, checkpoint_formats.moments(state, path))
             if is_lion:
                 checkpoint_formats.refuse_another_layout(load_dir, state, saved_args, args)
+                group_settings.refuse_other_rates(saved_args, args)
         return loaded
 
     compat.replace_everywhere(checkpointing, "_load_base_checkpoint", _load_base_checkpoint)
@@ -102,13 +103,4 @@ def _require_lions_schedule(saved_args: Any, args: Any) -> None:
             "--use-checkpoint-opt_param-scheduler would train Lion at Adam's learning rates: give Lion's --lr and "
             "--min-lr with --override-opt_param-scheduler"
         )
-    names = ("lr", "min_lr", "weight_decay")
-    changed = [name for name in names if getattr(saved_args, name, None) != getattr(args, name)]
-    if changed and not args.override_opt_param_scheduler:
-        both = ", ".join(
-            f"--{name.replace('_', '-')} {getattr(saved_args, name, None)} to {getattr(args, name)}" for name in changed
-        )
-        raise LionError(
-            f"with --lion-init-from {args.lion_init_from} the schedule goes on from the checkpoint's step, and this "
-            f"run changes {both}: add --override-opt_param-scheduler, which takes the command line's values"
-        )
+    group_settings.refuse_other_rates(saved_args, args)

@@ -4,17 +4,13 @@ Nothing of the sharding is written again here. The subclasses say what the state
 Megatron's own code allocates, saves, loads and reshards it.
 """
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_lion.config import LionError
-from megatron_lion.integration import compat, summary
-from megatron_lion.integration.checkpoint_formats import EXPERTS_APART
+from megatron_lion.integration import compat, group_settings
 from megatron_lion.integration.init_from import InitFromAdam
 from megatron_lion.integration.offload import LIONS, OffloadingLion
 from megatron_lion.integration.repaired_optimizer import RepairedDistributedOptimizer
@@ -78,85 +74,7 @@ class StatelessStepDistributedOptimizer(RepairedDistributedOptimizer):
             if not isinstance(error.args[0], tuple):
                 raise
             # Megatron finds each saved group by these settings, learning rates among them (0.19.2: 980).
-            raise LionError(
-                "no parameter group in the checkpoint has this run's learning rates and multipliers: resume with the "
-                "--lr, --min-lr and --decoupled-lr that it was saved with, or load the weights alone (--no-load-optim)"
-            ) from error
-
-
-class LionChainedOptimizer(ChainedOptimizer):
-    """Megatron's chain of dense and expert optimizers, which skips an update whose gradient norm is not finite.
-
-    The norm is reduced over all ranks, so every rank skips, and no parameter or momentum changes. Without this, as
-    torch's sign(NaN) is 0, Lion would keep a NaN momentum and stop moving those elements without a word. Megatron
-    counts the iteration as skipped. Its own check (``check_for_nan_in_loss_and_grad``, on by default) ends the run
-    before it comes to that.
-
-    The factor of ``--clip-grad`` is folded into the step, which saves a pass that reads and writes every gradient. For
-    fp32 gradients the bits are those of Megatron's scaled gradient: the same product, rounded the same way. The
-    gradient buffers keep the unscaled gradient.
-    """
-
-    def get_grad_norm(self) -> Any:
-        self._grad_norm = super().get_grad_norm()
-        return self._grad_norm
-
-    @torch.no_grad()
-    def step(self) -> Any:
-        with compat.folding_the_clip_factor(self._fold):
-            return super().step()
-
-    def _fold(self, parameters: list[torch.Tensor], factor: float) -> bool:
-        """Leave ``factor`` to the step of the part that has exactly these parameters. Returns whether there is one.
-
-        There is none where a part has a second group with a norm of its own, for multi-token prediction.
-        """
-        for part in self.chained_optimizers:
-            mine = part.get_parameters() if isinstance(part.optimizer, LIONS) else []
-            if len(mine) == len(parameters) and all(one is two for one, two in zip(mine, parameters, strict=True)):
-                part.optimizer.grad_scale = factor
-                return True
-        return False
-
-    def step_with_ready_grads(self) -> bool:
-        try:
-            return self._step_if_finite()
-        finally:
-            for part in self.chained_optimizers:
-                if isinstance(part.optimizer, LIONS):
-                    part.optimizer.grad_scale = 1.0
-
-    def _step_if_finite(self) -> bool:
-        if not self._every_gradient_is_finite():
-            summary.warn(f"gradient norm {float(self._grad_norm)}: this update is skipped, nothing was changed")
-            return False
-        return bool(super().step_with_ready_grads())
-
-    def _every_gradient_is_finite(self) -> bool:
-        """Whether no rank holds a NaN or an infinity. Issues one all-reduce, of one number.
-
-        The norm does not see all that Lion updates: not the gradients of parameters that every tensor-parallel rank
-        holds whole, on any rank but the first, nor those of a tied copy, nor those of multi-token prediction.
-        """
-        grads = (compat.gradient_of(part, param) for part, param in self._outside_the_norm)
-        unseen = [grad for grad in grads if grad is not None]
-        size = float(self._grad_norm) + sum(float(norm) for norm in (torch._foreach_norm(unseen) if unseen else ()))
-        bad = torch.tensor(float(not math.isfinite(size)), device=torch.cuda.current_device())
-        torch.distributed.all_reduce(bad)
-        return not bad
-
-    @functools.cached_property
-    def _outside_the_norm(self) -> list[tuple[Any, torch.Tensor]]:
-        """Each part's parameters whose gradients its norm leaves out; found at the first step, when there are some."""
-        return [(part, param) for part in self.chained_optimizers for param in compat.params_outside_the_norm(part)]
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        try:
-            super().load_state_dict(state_dict)
-        except RuntimeError as error:
-            if not str(error).startswith("Expected "):  # as many optimizers as this run has (0.19.2: optimizer 1579)
-                raise
-            raise LionError(EXPERTS_APART) from error
+            raise LionError(group_settings.NO_SUCH_GROUP) from error
 
 
 class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):

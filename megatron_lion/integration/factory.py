@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from megatron_lion.config import LANGUAGE_MODEL_BETAS, LionConfig, LionError
-from megatron_lion.integration import compat, offload, storage, summary
+from megatron_lion.integration import compat, group_settings, offload, storage, summary
+from megatron_lion.integration.chained_optimizer import LionChainedOptimizer
 from megatron_lion.integration.distributed_optimizer import (
-    LionChainedOptimizer,
     LionDistributedOptimizer,
     SGDDistributedOptimizer,
     TorchAdamDistributedOptimizer,
@@ -81,6 +81,7 @@ def install_config() -> None:
         for name, default in {"optimizer": "lion", **BETAS, **CARRIED}.items():
             setattr(made[0], name, getattr(args, name, default))
         setattr(made[0], INIT_FROM, getattr(args, INIT_FROM, None))
+        group_settings.carry(args, made[0])
         return made
 
     compat.replace_everywhere(training, "get_megatron_optimizer_config", get_megatron_optimizer_config)

@@ -20,11 +20,10 @@ import megatron_lion
 megatron_lion.register()
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
-import megatron.training  # noqa: E402
-import megatron.training.argument_utils  # noqa: E402
 import pretrain_gpt  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 
@@ -33,17 +32,16 @@ from megatron_lion.integration.compat import substituted  # noqa: E402
 FROZEN = ("embedding.word_embeddings", "mlp.linear_fc1", "self_attention.linear_proj.bias")
 
 
-def freeze(config: Any) -> Any:
+def freeze() -> None:
     """``FROZEN`` is trained no further, as when a model is adapted in part."""
+    stock = GPTModel.__init__
 
-    def hook(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        for chunk in chunks:
-            for name, param in chunk.named_parameters():
-                param.requires_grad = not any(part in name for part in FROZEN)
-        return chunks
+    def __init__(self: GPTModel, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        for name, param in self.named_parameters():
+            param.requires_grad = not any(part in name for part in FROZEN)
 
-    config.pre_wrap_hooks.append(hook)
-    return config
+    GPTModel.__init__ = __init__
 
 
 class Gather(torch.autograd.Function):
@@ -77,24 +75,24 @@ class GatheringAttention(DotProductAttention):
         return super().forward(query, Gather.apply(key), Gather.apply(value), *args, **kwargs)
 
 
-def split_sequence(config: Any) -> Any:
+def split_sequence() -> None:
     """Layers whose attention works on a sequence split over ranks."""
-    layer = get_gpt_layer_local_spec()
-    layer.submodules.self_attention.submodules.core_attention = GatheringAttention
-    config.transformer_layer_spec = layer
-    return config
+    LocalSpecProvider.core_attention = lambda self: GatheringAttention
 
 
-def hybrid(config: Any) -> Any:
+def hybrid() -> None:
     """HybridModel in the place of GPTModel, from Megatron's local layers and torch's norms."""
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.post_training.modelopt.hybrid import model_specs
-    from megatron.training.argument_utils import hybrid_config_from_args
+    from megatron.training import argument_utils
 
-    made = hybrid_config_from_args(megatron.training.get_args())
+    def config(args: Any) -> Any:
+        made = argument_utils.hybrid_config_from_args(args)
+        made.hybrid_stack_spec = model_specs.get_hybrid_stack_modelopt_spec(local_core_attention=True)
+        return made
+
     hybrid_block.TENorm = model_specs.TENorm = model_specs.Norm = WrappedTorchNorm
-    made.hybrid_stack_spec = model_specs.get_hybrid_stack_modelopt_spec(local_core_attention=True)
-    return made
+    argument_utils.gpt_config_from_args = config
 
 
 def slow_norms() -> None:
@@ -113,16 +111,17 @@ def slow_norms() -> None:
     training.get_megatron_optimizer_config = get_megatron_optimizer_config
 
 
-CONFIGS: dict[str, Callable[[Any], Any]] = {"frozen": freeze, "context-parallel": split_sequence, "hybrid": hybrid}
+PREPARE: dict[str, Callable[[], None]] = {
+    "frozen": freeze,
+    "context-parallel": split_sequence,
+    "hybrid": hybrid,
+    "learning-rates": slow_norms,
+    "multi-token": lambda: None,
+}
 
 
 def main() -> None:
-    what = sys.argv.pop(1)
-    if what == "learning-rates":
-        slow_norms()
-    if what in CONFIGS:
-        stock = megatron.training.argument_utils.gpt_config_from_args
-        megatron.training.argument_utils.gpt_config_from_args = lambda args: CONFIGS[what](stock(args))
+    PREPARE[sys.argv.pop(1)]()
     pretrain_gpt.LEFT_OUT = ()
     pretrain_gpt.main()
 

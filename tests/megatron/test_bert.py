@@ -72,6 +72,7 @@ def one_process(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return folder, pretrain(sentences, STEADY, f"--save {folder} --save-interval {START}", rounds(folder / "one.jsonl"))
 
 
+@pytest.mark.supports("BERT", "losses and norms of one process; both losses fall on real text")
 def test_tp2_pp2_gives_the_one_process_losses_and_norms(
     sentences: Path, one_process: tuple[Path, Run], tmp_path: Path
 ) -> None:
@@ -93,6 +94,7 @@ def test_tp2_pp2_gives_the_one_process_losses_and_norms(
         assert four[key] == pytest.approx(one[key], rel=1e-4), key
 
 
+@pytest.mark.supports("BERT", "losses and norms of one process; both losses fall on real text")
 @pytest.mark.parametrize(
     "optimizer", ["lion", pytest.param("sgd", marks=pytest.mark.slow), pytest.param("adam", marks=pytest.mark.slow)]
 )

@@ -13,7 +13,12 @@ BUCKETS = "--overlap-grad-reduce --ddp-bucket-size"
 # Tied embeddings on two stages begin a bucket of their own; the one before it then ends within its last 64 elements.
 ODD_SIZES = "--pipeline-model-parallel-size 2 --hidden-size 36 --max-position-embeddings 34"
 
+SUPPORTED = pytest.mark.supports(
+    "checkpoints of several buckets", "state bit for bit in another layout, where stock's is corrupt or not saved"
+)
 
+
+@SUPPORTED
 def test_fully_reshardable_state_of_several_buckets_is_corrupted_by_stock_and_kept_by_ours(
     text: Path, tmp_path: Path
 ) -> None:
@@ -28,6 +33,7 @@ def test_fully_reshardable_state_of_several_buckets_is_corrupted_by_stock_and_ke
     assert len(loaded["stock-save"].different) > 10
 
 
+@SUPPORTED
 @pytest.mark.parametrize(
     ("layout", "other", "flags", "stock_says"),
     [

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from harness import BATCH, CPU, MODEL, PRETRAIN_GPT, Run, torchrun
+from versions import since
 
 from megatron_lion.integration.arguments import REFUSED
 
@@ -59,7 +60,7 @@ def outcome(line):
         return str(error)
     except (Exception, SystemExit) as error:
         return {"crashed with": repr(error)}
-    return {name: getattr(args, name) for name in KEPT}
+    return {name: getattr(args, name, False) for name in KEPT}  # 0.17 has no layer-wise optimizer
 
 
 outcomes = {line: outcome(line) for line in json.load(sys.stdin)}
@@ -83,8 +84,6 @@ WRONG = {
     f"{LION} --lion-beta3 0.9": ("--lion-beta3", "--help"),
     f"{LION} --pipeline-model-parallel-size 3": ("PP 3", "multiple of 3 ranks", "1 were started", "--nproc-per-node 3"),
     f"{LION} --context-parallel-size 2": ("CP 2", "multiple of 2 ranks", "--context-parallel-size"),
-    f"{LION} --ckpt-format fsdp_dtensor": ("--ckpt-format fsdp_dtensor", "Megatron-FSDP", "use torch_dist"),
-    f"{LION} --ckpt-format torch_dcp": ("--ckpt-format torch_dcp", "torch FSDP2", "use torch_dist"),
     f"{LION} {DISTRIBUTED} --lion-init-from adma": ("--lion-init-from 'adma'", "did you mean 'adam'?", "fresh"),
     f"{LION} {DISTRIBUTED} --lion-init-from adam --no-load-optim": ("--lion-init-from adam", "--no-load-optim", "drop"),
     f"{LION} {DISTRIBUTED} --lion-init-from fresh --finetune": ("--lion-init-from fresh", "--finetune", "drop one"),
@@ -103,10 +102,14 @@ WRONG = {
     f"{LION} {ROUNDS} --cuda-graph-impl full_iteration": ("--cuda-graph-impl full_iteration cannot be honoured",),
     f"--optimizer sgd --lr 1e-4 {ROUNDS} --mtp-num-layers 1": ("--mtp-num-layers cannot be honoured", "drop"),
 }
-WRONG |= {
+FOREIGN = {
+    f"{LION} --ckpt-format fsdp_dtensor": ("--ckpt-format fsdp_dtensor", "Megatron-FSDP", "use torch_dist"),
+    f"{LION} --ckpt-format torch_dcp": ("--ckpt-format torch_dcp", "torch FSDP2", "use torch_dist"),
+} | {
     f"{LION} --{dest.replace('_', '-')}": (f"--{dest.replace('_', '-')} cannot be honoured", "lion", REFUSED[dest])
     for dest in REFUSED
 }
+REFUSES = pytest.mark.refuses("Megatron-FSDP, torch FSDP2, their checkpoint formats, optimizer CUDA graphs")
 
 # What a right command line must become: optimizer, betas, then Megatron's two kinds of distributed optimizer.
 RIGHT = {
@@ -123,17 +126,28 @@ RIGHT = {
 }
 
 
+# 0.17's own parser and validation refuse these.
+NEWER = (f"{LION} {ROUNDS} --cuda-graph-impl full_iteration", f"--optimizer muon --lr 1e-4 {DISTRIBUTED}")
+
+
+def cases(lines: dict[str, tuple[Any, ...]], *marks: pytest.MarkDecorator) -> list[Any]:
+    """Parameters ``line`` and what is expected of it."""
+    return [
+        pytest.param(*item, id=item[0], marks=[*marks, *[since("0.18")] * (item[0] in NEWER)]) for item in lines.items()
+    ]
+
+
 @pytest.fixture(scope="module")
 def outcome() -> Callable[[str], Any]:
-    """What becomes of each line of ``WRONG`` and ``RIGHT``, in the Megatron that is installed: one process for all."""
-    lines = {f"{MODEL} {BATCH} {CPU} --train-iters 4 {line}": line for line in (*WRONG, *RIGHT)}
+    """What becomes of each line above in the Megatron that is installed: one process for all."""
+    lines = {f"{MODEL} {BATCH} {CPU} --train-iters 4 {line}": line for line in (*WRONG, *FOREIGN, *RIGHT)}
     result = python("-c", PARSE, text=json.dumps(list(lines)))
     assert result.returncode == 0, result.stderr[-3000:]
     answers = json.loads(result.stdout.split("OUTCOMES ")[-1])
     return {line: answers[whole] for whole, line in lines.items()}.__getitem__
 
 
-@pytest.mark.parametrize(("line", "words"), WRONG.items(), ids=WRONG)
+@pytest.mark.parametrize(("line", "words"), cases(WRONG) + cases(FOREIGN, REFUSES))
 def test_a_wrong_command_line_is_refused_with_what_to_do_instead(
     outcome: Callable[[str], Any], line: str, words: tuple[str, ...]
 ) -> None:
@@ -142,7 +156,7 @@ def test_a_wrong_command_line_is_refused_with_what_to_do_instead(
     assert [word for word in words if word not in message] == [], message
 
 
-@pytest.mark.parametrize(("line", "expected"), RIGHT.items(), ids=RIGHT)
+@pytest.mark.parametrize(("line", "expected"), cases(RIGHT))
 def test_a_right_command_line_keeps_its_values_and_megatron_its_own_defaults(
     outcome: Callable[[str], Any], line: str, expected: tuple[Any, ...]
 ) -> None:
@@ -158,7 +172,7 @@ def test_a_yaml_configuration_that_asks_for_lion_is_refused_not_run_unchecked(tm
         file.write("use_checkpoint_args: false, data_path: text, model_parallel: {tensor_model_parallel_size: 1}}")
     script = (
         "import megatron_lion; megatron_lion.register()\n"
-        "from megatron.training.arguments import parse_and_validate_args; parse_and_validate_args()"
+        "from megatron_lion.integration.compat.loop import parse_and_validate_args; parse_and_validate_args({})"
     )
     result = python("-c", script, "--optimizer", "lion", "--yaml-cfg", str(configuration))
     assert "LionError: --yaml-cfg cannot be honoured with --optimizer lion" in result.stderr

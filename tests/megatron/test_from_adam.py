@@ -23,11 +23,17 @@ CASES = [
 ]
 
 
+SUPPORTED = pytest.mark.supports(
+    "`--lion-init-from`: an Adam run goes on with Lion", "masters and, as asked, momentum are Adam's bit for bit"
+)
+
+
 def split(differing: list[str]) -> set[str]:
     """Of which kind the tensors are that differ."""
     return {name.split()[-1] for name in differing}
 
 
+@SUPPORTED
 @pytest.mark.parametrize(("layout", "other", "how", "storage", "momentum"), CASES)
 def test_masters_are_kept_and_momentum_is_adams_or_zero(
     text: Path, tmp_path: Path, layout: str, other: str, how: str, storage: str, momentum: str
@@ -47,6 +53,7 @@ def test_masters_are_kept_and_momentum_is_adams_or_zero(
     assert rate == pytest.approx(1e-5 + 9e-5 * (1 + math.cos(math.pi * (SAVED_AT + 1) / 20)) / 2, rel=1e-4)
 
 
+@SUPPORTED
 @pytest.mark.slow
 def test_what_is_taken_is_what_stands_in_the_checkpoint(text: Path, tmp_path: Path) -> None:
     # Read without Megatron and without this package: tied embeddings on one stage, so names are those of the model.
@@ -62,6 +69,7 @@ def test_what_is_taken_is_what_stands_in_the_checkpoint(text: Path, tmp_path: Pa
         assert sum(ours) == pytest.approx(sum(tensor.double().abs().sum().item() for tensor in theirs), rel=1e-12)
 
 
+@SUPPORTED
 def test_the_flag_left_in_place_does_not_touch_lions_own_checkpoints(text: Path, tmp_path: Path) -> None:
     adam = reshard.save(text, tmp_path / "adam", "DP 1", "fp32", "dp_reshardable", ADAM, SAVE_ALONE)
     fresh = f"{LION} --lion-init-from fresh"

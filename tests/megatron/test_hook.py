@@ -107,6 +107,7 @@ def test_a_script_that_first_asks_whether_megatron_is_there_still_gets_ours(envi
     assert environment.which(before=ask) == OURS
 
 
+@pytest.mark.supports("`megatron-lion enable`", "every parameter on Lion under a script that registers nothing")
 def test_an_enabled_hook_trains_every_parameter_with_lion_under_a_script_that_registers_nothing(
     environment: Environment, text: Path
 ) -> None:

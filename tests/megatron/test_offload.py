@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 from harness import HORIZON, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
+from versions import since, until
 
 DISTRIBUTED = "--optimizer lion --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 OFFLOAD = "--optimizer-cpu-offload --optimizer-offload-fraction"
+
+
+supported = pytest.mark.supports("`--optimizer-cpu-offload`", "bit for bit a run without it; resumed bit for bit")
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +24,8 @@ def without(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder, pretrain(text, flags, ranks=2).log
 
 
+@supported
+@since("0.19")
 @pytest.mark.parametrize(
     ("fraction", "overlap"),
     [
@@ -44,6 +50,8 @@ def test_a_run_that_offloads_is_resumed_and_equals_one_that_does_not(
     assert_same_checkpoint(read_checkpoint(tmp_path, 6), read_checkpoint(folder, 6))
 
 
+@supported
+@since("0.19")
 @pytest.mark.slow
 def test_a_checkpoint_goes_from_a_run_that_offloads_to_one_that_does_not_and_back(text: Path, tmp_path: Path) -> None:
     flags = f"--optimizer lion --use-distributed-optimizer --bf16 {HORIZON} --train-iters 9"
@@ -56,6 +64,8 @@ def test_a_checkpoint_goes_from_a_run_that_offloads_to_one_that_does_not_and_bac
     assert relative_difference(last, whole) == 0.0
 
 
+@supported
+@since("0.19")
 @pytest.mark.slow
 def test_weights_loaded_without_their_optimizer_reach_the_masters_on_both_sides(text: Path, tmp_path: Path) -> None:
     flags = f"--optimizer lion --use-distributed-optimizer --bf16 {HORIZON} --train-iters 6"
@@ -64,6 +74,8 @@ def test_weights_loaded_without_their_optimizer_reach_the_masters_on_both_sides(
     assert relative_difference(*loaded) == 0.0
 
 
+@supported
+@since("0.19")
 @pytest.mark.slow
 def test_an_adam_checkpoint_is_continued_the_same_with_a_part_on_the_cpu(text: Path, tmp_path: Path) -> None:
     flags = f"--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --bf16 {HORIZON} --train-iters 6"
@@ -80,6 +92,7 @@ def test_an_adam_checkpoint_is_continued_the_same_with_a_part_on_the_cpu(text: P
     assert_same_checkpoint(read_checkpoint(tmp_path / "whole", 6), read_checkpoint(tmp_path / "part", 6))
 
 
+@since("0.19")
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -92,3 +105,11 @@ def test_what_cannot_be_offloaded_is_refused(text: Path, more: str, said: str) -
     run = pretrain(text, f"--optimizer lion {OFFLOAD} 0.5 {more} --train-iters 2", kill_at=2)
     assert run.returncode not in (0, -9)
     assert said in run.output
+
+
+@pytest.mark.refuses("`--optimizer-cpu-offload`")
+@until("0.18")
+def test_it_is_refused_where_it_has_not_been_made_to_work(text: Path) -> None:
+    run = pretrain(text, f"{DISTRIBUTED} --bf16 {OFFLOAD} 0.5 --train-iters 2", kill_at=2)
+    assert run.returncode not in (0, -9)
+    assert "--optimizer-cpu-offload has been made to work with Lion from megatron-core 0.19 on" in run.output

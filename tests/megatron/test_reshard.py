@@ -25,6 +25,12 @@ PAIRS = [
 ]
 
 
+SUPPORTED = pytest.mark.supports(
+    "checkpoints in another layout: DP, TP, PP, sequence parallel; every format and storage",
+    "masters and momentum bit for bit, put together without checkpoint code; the next ten losses",
+)
+
+
 @pytest.fixture(scope="module")
 def saved(text: Path, tmp_path_factory: pytest.TempPathFactory):
     """Saves each layout in each format when it is first asked for, once."""
@@ -38,6 +44,7 @@ def saved(text: Path, tmp_path_factory: pytest.TempPathFactory):
     return saved
 
 
+@SUPPORTED
 @pytest.mark.parametrize(("one", "other", "how", "storage"), PAIRS)
 def test_a_checkpoint_loads_in_another_layout(
     text: Path, tmp_path: Path, saved: Callable[..., Saved], one: str, other: str, how: str, storage: str
@@ -55,6 +62,7 @@ def judge(cell: reshard.Cell, is_same_layout: bool, storage: str) -> None:
         assert cell.loss_difference <= SAME_FUNCTION
 
 
+@SUPPORTED
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 def test_every_layout_loads_what_every_layout_saves(
@@ -80,6 +88,27 @@ def test_every_layout_loads_what_every_layout_saves(
         print("\n" + "\n".join(f"| {row} |" for row in rows))
 
 
+@pytest.mark.parametrize(
+    ("saved_as", "other", "size", "is_requantised"),
+    [
+        ("int8 momentum", "TP 2", "--hidden-size 48", True),  # rows of 48, cut at 24
+        ("int8 momentum", "TP 2", "--hidden-size 64", False),
+        ("bf16 weights", "DP 2", "--hidden-size 64", True),
+    ],
+)
+def test_int8_momentum_of_other_blocks_is_loaded_exactly_and_it_is_said(
+    text: Path, tmp_path: Path, saved_as: str, other: str, size: str, is_requantised: bool
+) -> None:
+    # --hidden-size comes twice on these command lines; argparse takes the later one.
+    flags = (size, "--ddp-pad-buckets-for-high-nccl-busbw")
+    kept = reshard.save(text, tmp_path / "saved", "DP 1", saved_as, "fully_reshardable", *flags, reshard.SAVE_ALONE)
+    cell = reshard.load(text, kept, tmp_path / "loaded", other, "int8 momentum", *flags, "--exit-interval 4")
+    assert cell.different == []
+    said = [line for line in cell.run.ours() if "were not saved in these blocks of 32" in line]
+    assert len(said) == is_requantised, cell.run.ours()
+
+
+@pytest.mark.refuses("another TP or PP in a format that cannot follow")
 @pytest.mark.parametrize(
     ("one", "how", "other", "says"),
     [

@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 from harness import HORIZON, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
+
+from megatron_lion.integration.compat import known
 
 # Parameter by parameter, instead of in buckets whose padding is never initialised.
 CANONICAL = "--dist-ckpt-optim-fully-reshardable"
 DISTRIBUTED = "--use-distributed-optimizer"
+LATEST = "latest_checkpointed_iteration.txt"
 
 CASES = {
     "lion, TP 2 x DP 2, sharded, bf16, overlap": (
@@ -63,7 +67,7 @@ def test_a_run_killed_after_a_checkpoint_and_resumed_equals_the_uninterrupted_on
 def test_resume_at_another_data_parallel_size(text: Path, tmp_path: Path, other_ranks: int) -> None:
     flags = f"--optimizer lion {DISTRIBUTED} {HORIZON} --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 1"
     whole = pretrain(text, flags, f"--train-iters 10 --save {tmp_path} --save-interval 4", ranks=2)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    (tmp_path / LATEST).write_text("4")
     resumed = pretrain(text, flags, f"--train-iters 10 --load {tmp_path}", ranks=other_ranks)
     assert min(resumed.log.loss) == 5
     # The state is the same; sums over ranks are rounded in another order, and each rounding may flip a sign of c.
@@ -79,12 +83,43 @@ def test_the_command_lines_betas_win_over_the_checkpoints_and_it_is_said(text: P
     )
 
 
-def test_another_learning_rate_on_resume_is_refused_with_the_way_out(text: Path, tmp_path: Path) -> None:
-    flags = f"--optimizer lion {DISTRIBUTED} {HORIZON} --train-iters 4"
-    pretrain(text, flags, f"--save {tmp_path} --save-interval 2 --exit-interval 2")
-    run = pretrain(text, flags, f"--load {tmp_path} --lr 5e-5 --override-opt_param-scheduler", kill_at=4)
-    assert run.returncode not in (0, -9)
-    assert "resume with the --lr, --min-lr" in run.output
+SHARDINGS = {"sharded": f"{DISTRIBUTED} {CANONICAL}", "not sharded, fp32": "", "not sharded, bf16": "--bf16"}
+
+
+@pytest.mark.supports(
+    "another `--lr` on resume, with `--override-opt_param-scheduler`", "momentum bit for bit, weights by the new rate"
+)
+@pytest.mark.parametrize("flags", SHARDINGS.values(), ids=SHARDINGS)
+def test_another_learning_rate_on_resume_is_taken_if_asked_for(text: Path, tmp_path: Path, flags: str) -> None:
+    run = f"--optimizer lion {flags} {HORIZON} --lr-decay-style constant --min-lr 0 --train-iters 3 --save-interval 1"
+    pretrain(text, run, f"--save {tmp_path}/old")
+    (tmp_path / "old" / LATEST).write_text("2")
+    new = f"--load {tmp_path}/old --save {tmp_path}/new --lr 5e-5"
+    refused = pretrain(text, run, new, kill_at=3)
+    assert refused.returncode not in (0, -9)
+    assert "this run changes --lr 0.0001 to 5e-05: add --override-opt_param-scheduler" in refused.output
+    taken = pretrain(text, run, new, "--override-opt_param-scheduler")
+    assert "learning rate: 5.000000E-05" in taken.output
+    start, old, new = (read_checkpoint(tmp_path / where, at) for where, at in (("old", 2), ("old", 3), ("new", 3)))
+    momenta = [key for key in start if "exp_avg" in key]
+    assert momenta
+    assert all(torch.equal(old[key], new[key]) and not torch.equal(start[key], new[key]) for key in momenta)
+    norm = next(key for key in start if "final_layernorm.weight" in key and not key.startswith("optimizer"))
+    by = [(other[norm].double() - start[norm].double()).abs().max().item() for other in (old, new)]
+    if "--bf16" not in flags:  # near 1, bf16 has no such small steps
+        assert by == pytest.approx([1e-4, 5e-5], rel=1e-2)
+
+
+def test_the_checkpoints_schedule_is_taken_if_asked_for(text: Path, tmp_path: Path) -> None:
+    run = f"--optimizer lion {DISTRIBUTED} {HORIZON} --lr-decay-style constant --train-iters 4"
+    pretrain(text, run, f"--save {tmp_path} --save-interval 2 --exit-interval 2")
+    more = f"--load {tmp_path} --use-checkpoint-opt_param-scheduler --lr 5e-5"
+    resumed = pretrain(text, run, more, kill_at=4)
+    if known().groups_are_found_by_rates:
+        assert resumed.returncode not in (0, -9)
+        assert "resume with the --lr, --min-lr" in resumed.output
+    else:
+        assert "learning rate: 1.000000E-04" in resumed.output
 
 
 @pytest.mark.supports("another optimizer's checkpoint", "refused by name before it is read")

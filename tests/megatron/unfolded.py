@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
 import pretrain_gpt  # noqa: E402
 
-from megatron_lion.integration.distributed_optimizer import LionChainedOptimizer, LionDistributedOptimizer  # noqa: E402
+from megatron_lion.integration.chained_optimizer import LionChainedOptimizer  # noqa: E402
+from megatron_lion.integration.distributed_optimizer import LionDistributedOptimizer  # noqa: E402
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import LionError
+from megatron_lion.integration.compat.versions import INSTALL_HINT, megatron_version
 from megatron_lion.integration.tokenizers import (
     REQUIRED,
     tokenizer_files,
@@ -47,7 +48,7 @@ class TokenizerOptions:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Megatron names the accelerators it misses; none is needed here
-            from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+            build_tokenizer = _megatrons_builder()
         use_local_vocabularies()
         logging.getLogger("transformers").setLevel(logging.ERROR)  # "sequence longer than 1024" for each document
         args = argparse.Namespace(
@@ -60,13 +61,29 @@ class TokenizerOptions:
             special_tokens=None,
             chat_template=None,
             metadata_path=None,
+            # What 0.17 calls two of them.
+            tokenizer_special_tokens=None,
+            tokenizer_metadata=None,
             pad_vocab_size=False,
+            padded_vocab_size=0,  # 0.17 pads where there is none yet
         )
         try:
             return build_tokenizer(args)
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             message = " ".join(str(error).split())
             raise LionError(f"{self.tokenizer_type} cannot be built from {self.files()}: {message}") from error
+
+
+def _megatrons_builder() -> Any:
+    try:
+        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("megatron"):
+            raise
+        raise LionError(
+            f"tokenizers are built by megatron-core, 0.17 or later; this is {megatron_version()}. {INSTALL_HINT}"
+        ) from error
+    return build_tokenizer
 
 
 def tokenize_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:

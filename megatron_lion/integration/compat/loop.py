@@ -30,6 +30,7 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Any:
 
     if known().loop_takes_arguments:
         return arguments.parse_and_validate_args(args_defaults=args_defaults)
+    import megatron.training.yaml_arguments as yaml_arguments
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
@@ -37,7 +38,8 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Any:
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
-    arguments.validate_args(args, args_defaults)
+    validate = arguments.validate_args if args.yaml_cfg is None else yaml_arguments.validate_yaml
+    validate(args, args_defaults)
     set_global_variables(args)
     return args
 

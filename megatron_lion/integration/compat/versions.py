@@ -33,6 +33,8 @@ class Known:
     """the metrics of mixture-of-experts layers are kept in an object; before 0.18 in a dictionary"""
     sync_asks_optimizer: bool = True
     """the functions that gather overlapped parameters take the optimizer; from 0.19"""
+    groups_are_found_by_rates: bool = True
+    """a saved parameter group is found by its rates too; before 0.19 by multipliers and kind alone"""
     has_a_wheel_with_a_loop: bool = True
     """its wheel holds ``megatron.training``; before 0.17 only a checkout does"""
     packed_batch_flag: str = "has_cu_seqlens"
@@ -56,6 +58,7 @@ KNOWN = {
         gradients_of_the_norm="get_main_grads_for_grad_norm",
         moe_metrics_are_objects=False,
         sync_asks_optimizer=False,
+        groups_are_found_by_rates=False,
         has_a_wheel_with_a_loop=False,
         loop_builds_gpt=False,
         loop_takes_arguments=False,
@@ -68,6 +71,7 @@ KNOWN = {
         gradients_of_the_norm="get_main_grads_for_grad_norm",
         moe_metrics_are_objects=False,
         sync_asks_optimizer=False,
+        groups_are_found_by_rates=False,
         loop_builds_gpt=False,
         loop_takes_arguments=False,
     ),
@@ -77,6 +81,7 @@ KNOWN = {
         asks_for_state_keys=False,
         gradients_of_the_norm="get_main_grads_for_grad_norm",
         sync_asks_optimizer=False,
+        groups_are_found_by_rates=False,
         packed_batch_flag="is_sft",
         loop_builds_gpt=False,
     ),

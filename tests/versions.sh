@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Run every test of real Megatron on other releases than the environment's, or on Megatron-LM checkouts, slow ones too, and
+# leave the outcomes in runs/tests/versions/VERSION.json and .xml, of which tools/support_table.py makes docs/versions.md's table.
+#     ./tests/versions.sh                            # every release that has Megatron's own loop
+#     ./tests/versions.sh 0.18.2 -- -m "not slow"    # one; what follows -- goes to pytest
+#     ./tests/versions.sh /path/to/Megatron-LM       # a checkout, with its dataset helpers compiled (make)
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$ROOT/launch/environment.sh"
+make_environment "$ROOT"
+cd "$ROOT"
+
+versions=()
+while [ $# -gt 0 ] && [ "$1" != "--" ]; do
+    versions+=("$1")
+    shift
+done
+[ $# -eq 0 ] || shift
+[ ${#versions[@]} -gt 0 ] || versions=(0.17.1 0.18.2)
+
+mkdir -p runs/tests/versions
+status=0
+for version in "${versions[@]}"; do
+    if [ -d "$version" ]; then
+        folder="$version"
+    else
+        folder="$(PYTHONPATH=tests:launch:tools:. "$PYTHON" -c "import versions; print(versions.wheel('$version'))" | tail -1)"
+    fi
+    record="runs/tests/versions/$(basename "$version")"
+    say "tests/megatron on megatron-core of $folder"
+    # Its own file of tests goes through all releases by itself.
+    OMP_NUM_THREADS=1 PYTHONPATH="$folder" "$PYTHON" -m pytest tests/megatron --ignore tests/megatron/test_versions.py \
+        --junitxml="$record.xml" --support-file="$record.json" "$@" || status=$?
+done
+exit "$status"
