@@ -17,7 +17,8 @@ while [ $# -gt 0 ] && [ "$1" != "--" ]; do
     shift
 done
 [ $# -eq 0 ] || shift
-[ ${#versions[@]} -gt 0 ] || versions=(0.17.1 0.18.2)
+ask() { PYTHONPATH="tests:launch:tools:." "$PYTHON" -c "import versions; print($1)" | tail -1; }
+[ ${#versions[@]} -gt 0 ] || read -ra versions <<< "$(ask "*versions.others_with_a_loop()")"
 
 mkdir -p runs/tests/versions
 status=0
@@ -25,7 +26,7 @@ for version in "${versions[@]}"; do
     if [ -d "$version" ]; then
         folder="$version"
     else
-        folder="$(PYTHONPATH=tests:launch:tools:. "$PYTHON" -c "import versions; print(versions.wheel('$version'))" | tail -1)"
+        folder="$(ask "versions.wheel('$version')")"
     fi
     record="runs/tests/versions/$(basename "$version")"
     say "tests/megatron on megatron-core of $folder"

@@ -3,7 +3,7 @@
 
     OMP_NUM_THREADS=1 python -m pytest --support-file=support.json    # every test, the slow ones too
     python tools/support_table.py support.json README.md              # between the two marker lines; --check: only look
-    python tools/support_table.py 0.18.2=old.json 0.19.2=new.json docs/versions.md    # a column for each Megatron
+    python tools/support_table.py 0.18.2.json 0.19.2=support.json docs/versions.md    # a column for each Megatron
 
 A row is there if all of its tests that ran have passed: with their number, or as refused where that is what they prove.
 One with a failure ends this with an error, one whose tests were all skipped is left out and named. Rows come in the
@@ -77,19 +77,18 @@ def rows_in(readme: str) -> list[str]:
 
 
 def read(outcomes: list[str]) -> str:
-    """The table that the command line's files of outcomes make. Raises ValueError for a mixture of the two kinds."""
-    named = dict(item.split("=", 1) for item in outcomes if "=" in item)
-    if not named:
-        if len(outcomes) > 1:
-            raise ValueError("several files of outcomes: name the version of each, as 0.18.2=old.json")
-        rows = json.loads(Path(outcomes[0]).read_text(encoding="utf-8"))
-        for row, entry in rows.items():
-            if not cell(row, entry):
-                print(f"left out, its tests were skipped: {row}", file=sys.stderr)
-        return table(rows)
-    if len(named) < len(outcomes):
-        raise ValueError("name the version of each file of outcomes, as 0.18.2=old.json")
-    return by_version({version: json.loads(Path(file).read_text(encoding="utf-8")) for version, file in named.items()})
+    """The README's table of one file of outcomes, or a column for each of several."""
+    loaded = {}
+    for item in outcomes:
+        version, _, file = item.rpartition("=")
+        loaded[version or Path(file).stem] = json.loads(Path(file).read_text(encoding="utf-8"))
+    if len(loaded) > 1:
+        return by_version(loaded)
+    (rows,) = loaded.values()
+    for row, entry in rows.items():
+        if not cell(row, entry):
+            print(f"left out, its tests were skipped: {row}", file=sys.stderr)
+    return table(rows)
 
 
 def main() -> None:
