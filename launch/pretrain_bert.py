@@ -110,9 +110,11 @@ def datasets_provider(num_samples: tuple[int, int, int], vp_stage: int | None = 
     token, 10 % stay (bert_dataset 184). Half of the samples have their two parts swapped.
     """
     from megatron.core import mpu
-    from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset, BERTMaskedWordPieceDatasetConfig
+    from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDatasetConfig
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.training import get_args
+
+    from megatron_lion.integration.compat.loop import bert_dataset
 
     args = get_args()
     config = BERTMaskedWordPieceDatasetConfig(
@@ -127,7 +129,7 @@ def datasets_provider(num_samples: tuple[int, int, int], vp_stage: int | None = 
         classification_head=args.bert_binary_head,
     )
     builder = BlendedMegatronDatasetBuilder(
-        BERTMaskedWordPieceDataset, num_samples, lambda: mpu.get_tensor_model_parallel_rank() == 0, config
+        bert_dataset(), num_samples, lambda: mpu.get_tensor_model_parallel_rank() == 0, config
     )
     # With --eval-iters 0 a split has no samples; Megatron's sampler refuses it (data_samplers 142), not its absence.
     train, valid, test = (dataset if dataset is not None and len(dataset) else None for dataset in builder.build())

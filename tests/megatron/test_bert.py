@@ -130,8 +130,10 @@ def samples(sentences: Path) -> list[dict[str, numpy.ndarray]]:
 
     sys.path.insert(0, str(SCRIPT.parent))
     from corpus.tokenizers import TokenizerOptions
-    from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset, BERTMaskedWordPieceDatasetConfig
+    from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDatasetConfig
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+
+    from megatron_lion.integration.compat.loop import bert_dataset
 
     options = TokenizerOptions(tokenizer_type="BertWordPieceLowerCase", vocab_file=str(sentences / "vocab.txt"))
     config = BERTMaskedWordPieceDatasetConfig(
@@ -142,9 +144,7 @@ def samples(sentences: Path) -> list[dict[str, numpy.ndarray]]:
     )  # fmt: skip
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        train, *_ = BlendedMegatronDatasetBuilder(
-            BERTMaskedWordPieceDataset, [2000, 0, 0], lambda: True, config
-        ).build()
+        train, *_ = BlendedMegatronDatasetBuilder(bert_dataset(), [2000, 0, 0], lambda: True, config).build()
     finally:
         torch.distributed.destroy_process_group()
     return [train[index] for index in range(2000)]

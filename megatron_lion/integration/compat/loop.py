@@ -140,6 +140,25 @@ def _older_gpt(args: Any) -> Callable[..., torch.nn.Module]:
     return gpt
 
 
+def bert_dataset() -> Any:
+    """Megatron's data set of masked sentences, as 0.18 has it.
+
+    Before, each process has the vocabulary in an order of its own (0.17.1: bert_dataset 57), so the tokens that stand
+    for masked ones change from run to run and from rank to rank.
+    """
+    from megatron.core.datasets import bert_dataset as stock
+
+    if known().bert_replaces_in_one_order:
+        return stock.BERTMaskedWordPieceDataset
+
+    class BERTMaskedWordPieceDataset(stock.BERTMaskedWordPieceDataset):  # its index has the name
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.token_lookup.sort()
+
+    return BERTMaskedWordPieceDataset
+
+
 def batch_on_this_rank(data_iterator: Any, args: Any, keys: Sequence[str]) -> dict[str, torch.Tensor | None]:
     """The next micro-batch: read on the first tensor-parallel rank, broadcast to the others, cut for context parallel.
 

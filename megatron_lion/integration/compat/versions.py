@@ -29,6 +29,8 @@ class Known:
     """its ``fully_reshardable`` checkpoints of several buckets are corrupt (Megatron issue 5077, fixed in 0.20)"""
     gradients_of_the_norm: str = "get_grads_for_grad_norm"
     """the method of an optimizer for the gradients that it takes the norm of"""
+    bert_replaces_in_one_order: bool = True
+    """its BERT data set draws tokens from a sorted vocabulary; before 0.18 from one in each process's own order"""
     moe_metrics_are_objects: bool = True
     """the metrics of mixture-of-experts layers are kept in an object; before 0.18 in a dictionary"""
     sync_asks_optimizer: bool = True
@@ -56,6 +58,7 @@ KNOWN = {
         lion_is_built_in=_IN_THE_COMMON_FACTORY,
         asks_for_state_keys=False,
         gradients_of_the_norm="get_main_grads_for_grad_norm",
+        bert_replaces_in_one_order=False,
         moe_metrics_are_objects=False,
         sync_asks_optimizer=False,
         groups_are_found_by_rates=False,
@@ -69,6 +72,7 @@ KNOWN = {
         lion_is_built_in=_IN_THE_COMMON_FACTORY,
         asks_for_state_keys=False,
         gradients_of_the_norm="get_main_grads_for_grad_norm",
+        bert_replaces_in_one_order=False,
         moe_metrics_are_objects=False,
         sync_asks_optimizer=False,
         groups_are_found_by_rates=False,
