@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_lion.config import LionError
 
 SAVE_WITH = "--dist-ckpt-optim-fully-reshardable"
@@ -23,6 +25,8 @@ EXPERTS_APART = (
 )
 # Formats that belong to other ways of sharding than Lion's.
 FOREIGN_FORMATS = {"fsdp_dtensor": "Megatron-FSDP", "torch_dcp": "torch FSDP2"}
+# Set on the optimizer's configuration where the run saves its state layer upon layer, parameter by parameter.
+STACKS_LAYERS = "lion_state_is_saved_in_stacks"
 # The state of one parameter, or of one bucket of them, in a torch_dist checkpoint.
 STATE_KEY = re.compile(r"\boptimizer\.state\.(\w+)\.|\boptimizer\.distributed\..*\.(\w+)$")
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
@@ -52,6 +56,38 @@ def refuse_foreign_format(args: Any) -> None:
         raise LionError(
             f"--ckpt-format {args.ckpt_format} is the format of {FOREIGN_FORMATS[args.ckpt_format]}, which Lion does "
             "not support: use torch_dist, the default, or torch"
+        )
+
+
+def carry(args: Any, config: Any) -> None:
+    """Tell the optimizer's configuration whether this run's checkpoints stack layers."""
+    by_parameter = args.dist_ckpt_optim_fully_reshardable or not args.use_distributed_optimizer
+    setattr(config, STACKS_LAYERS, bool(args.save and args.ckpt_format == "torch_dist" and by_parameter))
+
+
+def refuse_layers_frozen_apart(config: Any, model_chunks: list[Any]) -> None:
+    """Raise LionError, on every rank, where stacked state would be of a parameter that is frozen in some layers only.
+
+    Megatron would end at its first save (0.19.2: "Invalid sharding pattern validation"). Issues one gather of names
+    over all ranks, where state is stacked.
+    """
+    if not getattr(config, STACKS_LAYERS, False):
+        return
+    mine = {
+        (re.sub(r"\blayers\.\d+\.", "layers.*.", name), param.requires_grad)
+        for chunk in model_chunks
+        for name, param in chunk.named_parameters()
+        if re.search(r"\blayers\.\d+\.", name)
+    }
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
+    found = set().union(*gathered)
+    apart = sorted(name for name, is_trained in found if is_trained and (name, False) in found)
+    if apart:
+        raise LionError(
+            f"{len(apart)} kinds of parameters are trained in some layers and frozen in others, {apart[0]} among them, "
+            "and Megatron cannot save their optimizer state in stacks of layers: use --use-distributed-optimizer "
+            f"without {SAVE_WITH}"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_lion.config import LANGUAGE_MODEL_BETAS, LionConfig, LionError
-from megatron_lion.integration import compat, group_settings, offload, storage, summary
+from megatron_lion.integration import checkpoint_formats, compat, group_settings, offload, storage, summary
 from megatron_lion.integration.chained_optimizer import LionChainedOptimizer
 from megatron_lion.integration.distributed_optimizer import (
     LionDistributedOptimizer,
@@ -82,6 +82,7 @@ def install_config() -> None:
             setattr(made[0], name, getattr(args, name, default))
         setattr(made[0], INIT_FROM, getattr(args, INIT_FROM, None))
         group_settings.carry(args, made[0])
+        checkpoint_formats.carry(args, made[0])
         return made
 
     compat.replace_everywhere(training, "get_megatron_optimizer_config", get_megatron_optimizer_config)
@@ -90,6 +91,7 @@ def install_config() -> None:
 def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: Any) -> Any:
     if not config.decoupled_weight_decay:
         raise LionError("decoupled_weight_decay=False is not Lion, whose weight decay is decoupled: leave it True")
+    checkpoint_formats.refuse_layers_frozen_apart(config, model_chunks)
     default1, default2 = LANGUAGE_MODEL_BETAS
     lion_config = LionConfig(
         lr=config.lr,

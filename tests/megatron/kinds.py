@@ -2,10 +2,11 @@
 
     torchrun tests/megatron/kinds.py WHAT <Megatron's flags>
 
-WHAT is ``frozen`` (some parameters take no gradient), ``context-parallel`` (Megatron's own local attention runs without
-Transformer Engine but refuses a sequence that is split over ranks; here it gathers keys and values first), ``hybrid``
-(HybridModel from ``--hybrid-layer-pattern``, of Megatron's local layers), ``multi-token`` (``--mtp-num-layers``), or
-``learning-rates`` (layer norms at a tenth of --lr, through Megatron's own overrides for parameters).
+WHAT is ``frozen`` (some parameters take no gradient), ``frozen-layer`` (those of the first layer take none),
+``context-parallel`` (Megatron's own local attention runs without Transformer Engine but refuses a sequence that is
+split over ranks; here it gathers keys and values first), ``hybrid`` (HybridModel from ``--hybrid-layer-pattern``, of
+Megatron's local layers), ``multi-token`` (``--mtp-num-layers``), or ``learning-rates`` (layer norms at a tenth of --lr,
+through Megatron's own overrides for parameters).
 """
 
 import sys
@@ -32,14 +33,14 @@ from megatron_lion.integration.compat import substituted  # noqa: E402
 FROZEN = ("embedding.word_embeddings", "mlp.linear_fc1", "self_attention.linear_proj.bias")
 
 
-def freeze() -> None:
-    """``FROZEN`` is trained no further, as when a model is adapted in part."""
+def freeze(parts: tuple[str, ...]) -> None:
+    """Parameters with one of ``parts`` in their names are trained no further, as when a model is adapted in part."""
     stock = GPTModel.__init__
 
     def __init__(self: GPTModel, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
         for name, param in self.named_parameters():
-            param.requires_grad = not any(part in name for part in FROZEN)
+            param.requires_grad = not any(part in name for part in parts)
 
     GPTModel.__init__ = __init__
 
@@ -112,7 +113,8 @@ def slow_norms() -> None:
 
 
 PREPARE: dict[str, Callable[[], None]] = {
-    "frozen": freeze,
+    "frozen": lambda: freeze(FROZEN),
+    "frozen-layer": lambda: freeze(("layers.0.",)),
     "context-parallel": split_sequence,
     "hybrid": hybrid,
     "learning-rates": slow_norms,

@@ -219,6 +219,7 @@ def test_each_parameter_moves_by_its_own_learning_rate_and_weight_decay(
     ("script", "flags"),
     [
         ("frozen", DISTRIBUTED),
+        pytest.param("frozen-layer", DISTRIBUTED, marks=pytest.mark.slow),
         pytest.param(None, f"{MOE} {DISTRIBUTED} --expert-model-parallel-size 2 {CANONICAL}", marks=pytest.mark.slow),
         pytest.param("hybrid", f"{HYBRID} {DISTRIBUTED} {CANONICAL}", marks=[pytest.mark.slow, since("0.19")]),
         pytest.param(
@@ -286,6 +287,17 @@ def test_experts_saved_in_parts_go_to_another_number_of_parts_but_not_into_one(
     else:
         assert four.returncode not in (0, -9), four.output[-3000:]
         assert f"EP 2 to 4: the optimizer state in {tmp_path} is in Megatron's default format" in four.output
+
+
+@pytest.mark.parametrize("flags", ["", f"{DISTRIBUTED} {CANONICAL}"])
+def test_a_frozen_layer_beside_trained_ones_is_refused_where_its_state_could_not_be_saved(
+    text: Path, tmp_path: Path, flags: str
+) -> None:
+    run = train(text, "frozen-layer", flags, f"--train-iters 2 --save {tmp_path} --save-interval 1", ranks=2)
+    assert run.returncode not in (0, -9)
+    assert "trained in some layers and frozen in others" in run.output
+    assert "use --use-distributed-optimizer without --dist-ckpt-optim-fully-reshardable" in run.output
+    assert not run.log.loss
 
 
 def test_context_parallel_without_transformer_engine_is_refused_by_megatron_before_a_step(text: Path) -> None:
