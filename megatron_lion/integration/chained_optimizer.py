@@ -30,6 +30,10 @@ class LionChainedOptimizer(ChainedOptimizer):
 
     _is_loaded = False
 
+    def __init__(self, chained_optimizers: list[Any]) -> None:
+        super().__init__(chained_optimizers)
+        self._own_settings = group_settings.GroupSettings(chained_optimizers)
+
     def get_grad_norm(self) -> Any:
         self._grad_norm = super().get_grad_norm()
         return self._grad_norm
@@ -97,7 +101,8 @@ class LionChainedOptimizer(ChainedOptimizer):
     def load_state_dict(self, state_dict: Any) -> None:
         self._is_loaded = True
         try:
-            super().load_state_dict(group_settings.with_own_settings(self, state_dict))
+            with group_settings.kept(self._own_settings, self.chained_optimizers, state_dict) as with_own_settings:
+                super().load_state_dict(with_own_settings)
         except RuntimeError as error:
             if not str(error).startswith("Expected "):  # as many optimizers as this run has (0.19.2: optimizer 1579)
                 raise

@@ -23,6 +23,7 @@ from megatron_lion.config import LionError, LocalError
 from megatron_lion.integration import compat
 
 CHUNK = 1 << 20
+COMMON_STATE = "common.pt"
 # What reading a file that is missing, cut short or overwritten ends in.
 READ_ERRORS = (OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
 
@@ -51,6 +52,7 @@ def install() -> None:
     @functools.wraps(stock_load)
     def _load_base_checkpoint(load_dir: str, args: Any, *rest: Any, **kwargs: Any) -> Any:
         try:
+            _check_common_state(load_dir, args)
             return stock_load(load_dir, args, *rest, **kwargs)
         except SystemExit as error:  # with status 0, which torchrun takes for the end of training (363, 1743)
             if error.code or args.exit_on_missing_checkpoint:
@@ -60,7 +62,7 @@ def install() -> None:
             cause = next(filter(_is_read_error, causes(error)), None)
             if cause is None:
                 raise
-            problem = f"the checkpoint in {load_dir} cannot be read: {cause}"
+            problem = f"the checkpoint in {_folder(load_dir, args)} cannot be read: {cause}"
             raise LocalError(f"{problem}. {advice(load_dir, args)}") from error
 
     compat.replace_everywhere(strategies, "_get_filesystem_reader", _get_filesystem_reader)
@@ -126,6 +128,20 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         yield from causes(failure)
     if error.__cause__ is not None:
         yield from causes(error.__cause__)
+
+
+def _folder(load_dir: str, args: Any) -> Path:
+    """Where the checkpoint lies that is asked for; the folder of all where that is not known."""
+    iteration = args.ckpt_step or _tracked_iteration(load_dir)
+    return Path(load_dir) if iteration is None else Path(load_dir) / f"iter_{iteration:07d}"
+
+
+def _check_common_state(load_dir: str | None, args: Any) -> None:
+    """Raise DamagedRecord for a common state that is a file of its own, as before 0.19, and not what was written."""
+    path = _folder(load_dir, args) / COMMON_STATE if load_dir else None
+    if path and path.is_file():
+        with path.open("rb") as file:
+            checked(file, str(path), 0)
 
 
 def advice(load_dir: str, args: Any) -> str:

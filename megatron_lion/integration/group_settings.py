@@ -6,10 +6,11 @@ looks by multipliers and kind alone: a new ``--lr`` was then ignored without a w
 (0.18.2: distrib_optimizer 908). From 0.19 on it looks by rates too, and found none for a new ``--lr``.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_lion.config import LionError
-from megatron_lion.integration import compat
 from megatron_lion.lion import LION_GROUP_KEYS
 
 # Set on the optimizer's configuration where the run's own settings count. A script that uses megatron.core alone, and
@@ -45,26 +46,70 @@ def refuse_other_rates(saved_args: Any, args: Any) -> None:
         )
 
 
-def with_own_settings(optimizer: Any, state_dict: Any) -> Any:
-    """``state_dict`` of Megatron's chain ``optimizer`` with the chain's own group settings, but for betas."""
-    parts = compat.parts_of(optimizer)
-    if len(parts) == 1:
-        return _of_part(parts[0], state_dict)
-    states = dict(sorted(state_dict.items())) if isinstance(state_dict, dict) else dict(enumerate(state_dict))
-    if len(states) != len(parts):
-        return state_dict  # Megatron says so
-    return {key: _of_part(part, state) for part, (key, state) in zip(parts, states.items(), strict=True)}
+class GroupSettings:
+    """The settings of a chain's parameter groups as they were when it was built, but for betas."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self._optimizers = [part.optimizer for part in parts if part.optimizer is not None]
+        self._settings = [_settings(group) for group in self._groups()]
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        """The groups that there are now: a load replaces them."""
+        return (group for optimizer in self._optimizers for group in optimizer.param_groups)
+
+    def set_again(self) -> None:
+        """Give each group its own settings: those that look the same to Megatron got those of one of them."""
+        for group, settings in zip(self._groups(), self._settings, strict=True):
+            group.update(settings)
+
+
+@contextlib.contextmanager
+def kept(own: GroupSettings, parts: list[Any], state_dict: Any) -> Iterator[Any]:
+    """Around a load: yields ``state_dict`` with the settings of ``parts``, for Megatron to find each group by.
+
+    Betas stay the saved ones, of which the optimizer says what becomes of them. Megatron also loads the state of each
+    of ``parts`` into itself before it reads a checkpoint, so their settings then are no longer their own.
+    """
+    own.set_again()
+    with_own = _with_own_settings(parts, state_dict)
+    yield with_own
+    if with_own is not state_dict:
+        own.set_again()
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "betas")}
+
+
+def _with_own_settings(parts: list[Any], state_dict: Any) -> Any:
+    """``state_dict`` with the settings of the groups of ``parts``; itself where it is to be loaded as it is."""
+    is_one = len(parts) == 1
+    # Megatron sorts the keys of a dictionary of several.
+    states = [state_dict] if is_one else [state for _, state in sorted(_items(state_dict))]
+    if len(states) != len(parts) or not all(_is_ours(part, state) for part, state in zip(parts, states, strict=True)):
+        return state_dict
+    replaced = [_of_part(part, state) for part, state in zip(parts, states, strict=True)]
+    return replaced[0] if is_one else replaced
+
+
+def _items(state_dict: Any) -> Any:
+    return state_dict.items() if isinstance(state_dict, dict) else enumerate(state_dict)
+
+
+def _is_ours(part: Any, state: dict[str, Any]) -> bool:
+    saved = state.get("optimizer", state).get("param_groups", [])
+    return getattr(part.config, FROM_RUN, False) and all(group.keys() >= LION_GROUP_KEYS for group in saved)
 
 
 def _of_part(part: Any, state: dict[str, Any]) -> dict[str, Any]:
     inner = state.get("optimizer", state)  # of the fp32 optimizer it is all there is
-    saved = inner.get("param_groups", [])
-    if not (getattr(part.config, FROM_RUN, False) and saved and all(g.keys() >= LION_GROUP_KEYS for g in saved)):
+    saved = inner.get("param_groups")
+    if not saved or part.optimizer is None:
         return state
-    own = [{name: value for name, value in group.items() if name != "params"} for group in part.optimizer.param_groups]
+    own = [_settings(group) | {"betas": saved[0]["betas"]} for group in part.optimizer.param_groups]
     if any("params" in group for group in saved):  # by place, as Megatron has it; the distributed optimizer keeps none
         if len(own) != len(saved):
-            return state
+            return state  # Megatron says so
         own = [{**group, "params": other["params"]} for group, other in zip(own, saved, strict=True)]
-    inner = {**inner, "param_groups": [{**group, "betas": saved[0]["betas"]} for group in own]}
+    inner = {**inner, "param_groups": own}
     return {**state, "optimizer": inner} if "optimizer" in state else inner

@@ -117,8 +117,12 @@ def place_of(folder: Path, iteration: int, key: str) -> tuple[Path, int, int]:
 
 
 def flip(folder: Path, key: str) -> str:
-    """Turn one bit in the middle of a tensor. Returns the file's name."""
-    path, offset, length = place_of(folder, 4, key)
+    """Turn one bit in the middle of a tensor, or of the common state. Returns the file's name."""
+    common = folder / "iter_0000004" / "common.pt"  # before 0.19 a file of its own
+    if key == "common_state" and common.is_file():
+        path, offset, length = common, 0, common.stat().st_size
+    else:
+        path, offset, length = place_of(folder, 4, key)
     data = bytearray(path.read_bytes())
     data[offset + length // 2] ^= 1
     path.write_bytes(data)
