@@ -49,8 +49,10 @@ def stock_on_cpu() -> None:
 
     if cpu_backend.wanted():
         cpu_backend.replace_cuda()
-        cpu_backend.adapt_core()
-        cpu_backend.adapt_training()
+        from megatron_lion.integration import cpu_megatron
+
+        cpu_megatron.adapt_core()
+        cpu_megatron.adapt_training()
         gather_unequal_sizes()
     compat.allow_wheel_without_makefile()
     megatron_lion.register = lambda: None

@@ -4,13 +4,12 @@ Opt-in with ``MEGATRON_LION_DEVICE=cpu``, refused where a GPU is present. Megatr
 checkpointing and distributed optimizer then run unmodified; only what names the CUDA device is answered by the CPU.
 ``torch.cuda.is_available()`` stays False. Line numbers are megatron-core 0.19.2's.
 
-In two halves, because order matters: :func:`replace_cuda` before Megatron is first imported, :func:`adapt_core` and
-:func:`adapt_training` after.
+In two halves, because order matters: :func:`replace_cuda` before Megatron is first imported, and what ``cpu_megatron``
+replaces in Megatron itself after.
 """
 
 import contextlib
 import functools
-import logging
 import os
 import sys
 import types
@@ -19,10 +18,8 @@ from typing import Any
 
 import torch
 import torch.utils.data
-from torch.overrides import TorchFunctionMode
 
 from megatron_lion.config import LionError, check_choice
-from megatron_lion.integration.compat import substituted
 
 DEVICE_VARIABLE = "MEGATRON_LION_DEVICE"
 CPU = torch.device("cpu")
@@ -213,96 +210,3 @@ def _separate_data_loaders() -> None:
         stock_init(self, *args, **kwargs)
 
     torch.utils.data.DataLoader.__init__ = init  # type: ignore[method-assign]
-
-
-def adapt_core() -> None:
-    """The places in ``megatron.core`` that need CUDA in another way than through torch."""
-    import megatron.core.tensor_parallel.random as megatron_random
-
-    # It calls torch._C directly (random 147).
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # One generator is both the CPU's and the "device's" here, so it warns at every dropout region (random 336).
-    logging.getLogger(megatron_random.__name__).addFilter(
-        lambda record: "CPU RNG state changed" not in record.getMessage()
-    )
-    _allow_sequence_parallel_norms()
-    _tell_host_from_device()
-    _copy_what_is_written_behind()
-
-
-class _HostCopies(TorchFunctionMode):
-    """Answers ``is_cuda``: false for what ``Tensor.cpu`` returned and what was made from that, true for all else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._on_host: list[torch.Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_on_host = bool(args) and any(args[0] is tensor for tensor in self._on_host)
-        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return not is_on_host
-        result = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.cpu or (is_on_host and isinstance(result, torch.Tensor)):
-            self._on_host.append(result)
-        return result
-
-
-def _tell_host_from_device() -> None:
-    """Let the optimizer of ``--optimizer-cpu-offload`` offload: it takes what ``is_cuda`` says for the device's."""
-    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-
-    stock_groups = HybridDeviceOptimizer._get_sub_optimizer_param_groups
-
-    @functools.wraps(stock_groups)
-    def groups(self: Any, offload_fraction: float) -> Any:
-        with _HostCopies():
-            return stock_groups(self, offload_fraction)
-
-    HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
-
-
-def _copy_what_is_written_behind() -> None:
-    """Give the writer of ``--async-save`` copies: training goes on while it writes.
-
-    What lies on a GPU is copied to the host before (filesystem_async 243); what lies there already would be shared, and
-    change under the writer.
-    """
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    stock_get = FileSystemWriterAsync.get_save_function_and_args
-
-    def get_save_function_and_args(self: Any) -> Any:
-        self.write_buckets = [
-            (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
-            for file, key, (data, tensors) in self.write_buckets or ()
-        ]
-        return stock_get(self)
-
-    FileSystemWriterAsync.get_save_function_and_args = get_save_function_and_args
-
-
-def _allow_sequence_parallel_norms() -> None:
-    """Let torch's LayerNorm be used with sequence parallel, as the fused norms that need CUDA are.
-
-    Megatron refuses it (torch_norm 50) because torch's norms do not mark their parameters, whose gradients must be
-    summed over the tensor-parallel group. So the mark is set here, as its FusedLayerNorm does (fused_layer_norm 119).
-    """
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    stock_new = WrappedTorchNorm.__new__
-
-    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        with substituted(config, sequence_parallel=False):
-            norm = stock_new(cls, config, *args, **kwargs)
-        for param in norm.parameters():
-            param.sequence_parallel = config.sequence_parallel
-        return norm
-
-    WrappedTorchNorm.__new__ = new
-
-
-def adapt_training() -> None:
-    """Megatron's loop insists on CUDA unless its own ``initialize_megatron`` is told otherwise (initialize 64)."""
-    import megatron.training.training as training
-
-    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)

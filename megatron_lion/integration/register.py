@@ -37,11 +37,11 @@ def register_core() -> None:
     if "core" in _done:
         return
     compat.require_seams(training=False)
-    from megatron_lion.integration import factory
+    from megatron_lion.integration import cpu_megatron, factory
 
     factory.install()
     if cpu_backend.wanted():
-        cpu_backend.adapt_core()
+        cpu_megatron.adapt_core()
     _done.add("core")
 
 
@@ -50,7 +50,7 @@ def register_training() -> None:
     if "training" in _done:
         return
     compat.require_seams(training=True)
-    from megatron_lion.integration import arguments, checkpoints, damage, factory, telemetry
+    from megatron_lion.integration import arguments, checkpoints, cpu_megatron, damage, factory, telemetry
     from megatron_lion.integration.norm_ratio import rounds
 
     arguments.install()
@@ -61,5 +61,5 @@ def register_training() -> None:
     telemetry.install()
     compat.allow_wheel_without_makefile()
     if cpu_backend.wanted():
-        cpu_backend.adapt_training()
+        cpu_megatron.adapt_training()
     _done.add("training")

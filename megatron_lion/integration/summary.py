@@ -8,7 +8,7 @@ import torch
 
 from megatron_lion import kernels
 from megatron_lion.config import LionConfig
-from megatron_lion.integration import compat, gradients
+from megatron_lion.integration import compat, cpu_backend, gradients
 from megatron_lion.integration.offload import LIONS, OffloadingLion
 
 PREFIX = "megatron-lion:"
@@ -50,6 +50,12 @@ def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimi
         warn(f"{missed_tensors} trainable parameters are not on Lion; on rank 0: {names}")
     if lion_config.lr_warning:
         warn(lion_config.lr_warning)
+    if len(model_chunks) > 1 and not compat.known().waits_before_it_frees and not cpu_backend.wanted():
+        warn(
+            f"interleaved pipelines of megatron-core {compat.megatron_version()} free activations that are still being "
+            "sent, which has been seen to end in NaN (Megatron pull request 4047): take 0.18 or later, or a pipeline "
+            "that is not interleaved"
+        )
 
 
 def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from harness import BATCH, CPU, MODEL, RATE, run_ranks, text_flags
+from versions import since
 
 PROBE = Path(__file__).with_name("probe.py")
 # The probe makes gradients by hand, outside the schedule that the NaN check belongs to.
@@ -60,6 +61,7 @@ def test_every_parameter_is_on_lion_with_the_betas_asked_for(text: Path, ranks: 
     assert decays == {0.0, 0.1}
 
 
+@since("0.18")
 def test_the_check_above_fails_on_stock_megatron(text: Path) -> None:
     pytest.importorskip("emerging_optimizers", reason="stock Megatron's Lion needs emerging-optimizers")
     flags = "--optimizer lion --lion-beta1 0.8 --lion-beta2 0.97"

@@ -37,6 +37,8 @@ class Known:
     """the functions that gather overlapped parameters take the optimizer; from 0.19"""
     groups_are_found_by_rates: bool = True
     """a saved parameter group is found by its rates too; before 0.19 by multipliers and kind alone"""
+    waits_before_it_frees: bool = True
+    """an interleaved pipeline frees an activation when it is sent; before 0.18 it may be on its way still (4047)"""
     has_a_wheel_with_a_loop: bool = True
     """its wheel holds ``megatron.training``; before 0.17 only a checkout does"""
     packed_batch_flag: str = "has_cu_seqlens"
@@ -59,6 +61,7 @@ KNOWN = {
         asks_for_state_keys=False,
         gradients_of_the_norm="get_main_grads_for_grad_norm",
         bert_replaces_in_one_order=False,
+        waits_before_it_frees=False,
         moe_metrics_are_objects=False,
         sync_asks_optimizer=False,
         groups_are_found_by_rates=False,
@@ -73,6 +76,7 @@ KNOWN = {
         asks_for_state_keys=False,
         gradients_of_the_norm="get_main_grads_for_grad_norm",
         bert_replaces_in_one_order=False,
+        waits_before_it_frees=False,
         moe_metrics_are_objects=False,
         sync_asks_optimizer=False,
         groups_are_found_by_rates=False,
