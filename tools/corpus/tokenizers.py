@@ -21,6 +21,15 @@ from megatron_lion.integration.tokenizers import (
 BLOCK_CHARACTERS = 1_000_000
 
 
+class _Flags(argparse.Namespace):
+    """Flags of which a version of Megatron may ask for more than are here: those were not given."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerOptions:
     """Which tokenizer, by Megatron's flags. Checked by :meth:`files`, built by :meth:`build`."""
@@ -51,7 +60,7 @@ class TokenizerOptions:
             build_tokenizer = _megatrons_builder()
         use_local_vocabularies()
         logging.getLogger("transformers").setLevel(logging.ERROR)  # "sequence longer than 1024" for each document
-        args = argparse.Namespace(
+        args = _Flags(
             **vars(self),
             tokenizer_hf_no_use_fast=False,
             tokenizer_hf_no_include_special_tokens=self.tokenizer_type.startswith("Bert"),
@@ -61,9 +70,6 @@ class TokenizerOptions:
             special_tokens=None,
             chat_template=None,
             metadata_path=None,
-            # What 0.17 calls two of them.
-            tokenizer_special_tokens=None,
-            tokenizer_metadata=None,
             pad_vocab_size=False,
             padded_vocab_size=0,  # 0.17 pads where there is none yet
         )
