@@ -63,7 +63,7 @@ def test_a_failed_row_stops_the_table_and_a_skipped_one_is_left_out(tmp_path: Pa
     skipped = json.loads(outcomes(tmp_path, "pytest.skip('not here')").read_text())
     assert "more" not in support_table.table(skipped)
     whole = json.loads(outcomes(tmp_path / "whole", "pass").read_text())
-    assert support_table.by_version({"1.0": skipped, "2.0": whole}).splitlines() == [
+    assert support_table.by_version({"2.0": whole, "1.0": skipped}).splitlines() == [
         "| | 1.0 | 2.0 |",
         "|---|---|---|",
         "| more | - | 1 |",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run every test of real Megatron on other releases than the environment's, or on Megatron-LM checkouts, slow ones too, and
-# leave the outcomes in runs/tests/versions/VERSION.json and .xml, of which tools/support_table.py makes docs/versions.md's table.
+# leave the outcomes in runs/tests/versions/VERSION.json and .xml; tools/support_table.py makes docs/versions.md's table of them.
 #     ./tests/versions.sh                            # every release that has Megatron's own loop
 #     ./tests/versions.sh 0.18.2 -- -m "not slow"    # one; what follows -- goes to pytest
 #     ./tests/versions.sh /path/to/Megatron-LM       # a checkout, with its dataset helpers compiled (make)
@@ -28,7 +28,8 @@ for version in "${versions[@]}"; do
     else
         folder="$(ask "versions.wheel('$version')")"
     fi
-    record="runs/tests/versions/$(basename "$version")"
+    record="runs/tests/versions/$(PYTHONPATH="$folder:." "$PYTHON" -c "
+from megatron_lion.integration.compat import versions; print(versions.megatron_version())")"
     say "tests/megatron on megatron-core of $folder"
     # Its own file of tests goes through all releases by itself.
     OMP_NUM_THREADS=1 PYTHONPATH="$folder" "$PYTHON" -m pytest tests/megatron --ignore tests/megatron/test_versions.py \
