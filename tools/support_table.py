@@ -34,7 +34,10 @@ def table(rows: Rows) -> str:
 
 
 def by_version(versions: dict[str, Rows]) -> str:
-    """A Markdown table with a column for each version, in their order; `-` where no test of a row ran. Raises as :func:`table`."""
+    """A Markdown table with a column for each version, in their order; `-` where no test of a row ran.
+
+    Raises as :func:`table`.
+    """
     versions = dict(sorted(versions.items(), key=lambda item: [int(part) for part in re.findall(r"\d+", item[0])]))
     lines = [f"| | {' | '.join(versions)} |", f"|---|{'---|' * len(versions)}"]
     everything: Rows = {}

@@ -68,13 +68,15 @@ def kept(own: GroupSettings, parts: list[Any], state_dict: Any) -> Iterator[Any]
     """Around a load: yields ``state_dict`` with the settings of ``parts``, for Megatron to find each group by.
 
     Betas stay the saved ones, of which the optimizer says what becomes of them. Megatron also loads the state of each
-    of ``parts`` into itself before it reads a checkpoint, so their settings then are no longer their own.
+    of ``parts`` into itself before it reads a checkpoint, so their settings then are no longer their own. Where the
+    settings are not to be the run's, all is left to Megatron.
     """
+    if not all(getattr(part.config, FROM_RUN, False) for part in parts):
+        yield state_dict
+        return
     own.set_again()
-    with_own = _with_own_settings(parts, state_dict)
-    yield with_own
-    if with_own is not state_dict:
-        own.set_again()
+    yield _with_own_settings(parts, state_dict)
+    own.set_again()
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def _with_own_settings(parts: list[Any], state_dict: Any) -> Any:
     is_one = len(parts) == 1
     # Megatron sorts the keys of a dictionary of several.
     states = [state_dict] if is_one else [state for _, state in sorted(_items(state_dict))]
-    if len(states) != len(parts) or not all(_is_ours(part, state) for part, state in zip(parts, states, strict=True)):
+    if len(states) != len(parts) or not all(_is_lions(state) for state in states):
         return state_dict
     replaced = [_of_part(part, state) for part, state in zip(parts, states, strict=True)]
     return replaced[0] if is_one else replaced
@@ -96,9 +98,8 @@ def _items(state_dict: Any) -> Any:
     return state_dict.items() if isinstance(state_dict, dict) else enumerate(state_dict)
 
 
-def _is_ours(part: Any, state: dict[str, Any]) -> bool:
-    saved = state.get("optimizer", state).get("param_groups", [])
-    return getattr(part.config, FROM_RUN, False) and all(group.keys() >= LION_GROUP_KEYS for group in saved)
+def _is_lions(state: dict[str, Any]) -> bool:
+    return all(group.keys() >= LION_GROUP_KEYS for group in state.get("optimizer", state).get("param_groups", []))
 
 
 def _of_part(part: Any, state: dict[str, Any]) -> dict[str, Any]:
