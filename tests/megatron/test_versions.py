@@ -3,14 +3,10 @@
 With MEGATRON_LION_VERSIONS_PAGE=docs/versions.md the table on that page is written from what these tests find.
 """
 
-import datetime
 import json
 import os
-import re
 import shutil
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from harness import (
     records,
     relative_difference,
 )
+from version_table import Table
 from versions import Megatron, started
 
 from megatron_lion.config import LionError
@@ -52,49 +49,13 @@ def megatron(request: pytest.FixtureRequest) -> Iterator[Megatron]:
     yield from started(request.param)
 
 
-@dataclass
-class Table:
-    """What each release was found to do, feature by feature."""
-
-    cells: dict[str, dict[str, str]] = field(default_factory=dict)
-
-    def add(self, feature: str, megatron: Megatron, found: str = "works") -> None:
-        self.cells.setdefault(feature, {})[megatron.version] = found
-
-    @classmethod
-    def of(cls, text: str) -> "Table":
-        """The table as it stands in ``text``."""
-        table = cls()
-        for feature, *cells in re.findall(r"^\| (\S.*?) \|" + r" (.*?) \|" * len(RELEASES) + "$", text, re.MULTILINE):
-            table.cells[feature] = {v: cell for v, cell in zip(RELEASES, cells, strict=True) if cell != "-"}
-        return table
-
-    def __or__(self, newer: "Table") -> "Table":
-        features = {**self.cells, **newer.cells}
-        return Table({name: self.cells.get(name, {}) | newer.cells.get(name, {}) for name in features})
-
-    def __str__(self) -> str:
-        rows = [f"| | {' | '.join(RELEASES)} |", f"|---|{'---|' * len(RELEASES)}"]
-        for feature, found in self.cells.items():
-            rows.append(f"| {feature} | {' | '.join(found.get(version, '-') for version in RELEASES)} |")
-        return "\n".join(rows)
-
-
-MEASURED = re.compile(r"(?s)<!-- measured -->.*<!-- end -->")
-
-
 @pytest.fixture(scope="session")
 def table() -> Iterator[Table]:
     """What is found is written over the cells of the page that MEGATRON_LION_VERSIONS_PAGE names; the others stay."""
     found = Table()
     yield found
     if page := os.environ.get("MEGATRON_LION_VERSIONS_PAGE"):
-        text = (ROOT / page).read_text()
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-        when = f"Last measured {datetime.date.today()} at {commit.stdout.strip()}, gloo ranks on a CPU:"
-        whole = Table.of(MEASURED.search(text)[0]) | found
-        block = f"<!-- measured -->\n{when}\n\n{whole}\n<!-- end -->"
-        (ROOT / page).write_text(MEASURED.sub(lambda _: block, text))
+        found.write(ROOT / page)
 
 
 def assert_all_on_lion(answers: list[dict[str, Any]], parameters: int) -> None:
@@ -180,6 +141,7 @@ def test_resume_bit_for_bit_and_the_one_process_curve_and_norm_ratio(
     first, second, rest = (records(tmp_path / folder) for folder in ("one", "whole", "cut"))
     assert record_difference(first[0], second[0]) < 1e-6  # before the first step
     assert record_difference(second[1], rest[-1]) == 0.0  # after the last one
+    table.add("`launch/pretrain_gpt.py`", megatron)
     table.add("DP 2 sharded: resumed equals uninterrupted, bit for bit", megatron)
     table.add("DP 2 sharded: the losses of one process", megatron)
     table.add("norm ratio rounds: repeated exactly, and those of one process", megatron)
@@ -287,6 +249,18 @@ def test_our_scripts_say_that_this_wheel_has_no_loop(megatron: Megatron, text: P
     assert f"megatron-core {megatron.version} is released without Megatron's own loop" in message
     assert "torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py" in message
     table.add("`launch/pretrain_gpt.py`", megatron, "refused: released without Megatron's own loop")
+
+
+@releases([WITHOUT_LOOP])
+def test_text_preparation_says_that_this_wheel_builds_no_tokenizer(
+    megatron: Megatron, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "some"}\n')
+    tokenizer = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {text}/tokenizer.model"
+    where = f"--input {tmp_path}/text.jsonl --output-prefix {tmp_path}/out --workers 1"
+    run = megatron.run(where, tokenizer, script=ROOT / "tools" / "prepare_text.py")
+    assert run.returncode not in (0, -9)
+    assert f"tokenizers are built by megatron-core, 0.17 or later; this is {megatron.version}" in run.output
 
 
 @pytest.mark.parametrize("minor", ["0.16", "0.18"])
