@@ -65,6 +65,8 @@ CORE: tuple[Seam, ...] = (
     ),
     Seam(_OPTIMIZER, "_get_megatron_emerging_optimizer", ("config", "model_chunks"), since="0.18"),
     Seam(_OPTIMIZER, "DistributedOptimizer", ("optimizer", "config", "grad_scaler", "init_state_fn")),
+    Seam(_OPTIMIZER, "ChainedOptimizer.__init__", ("chained_optimizers",)),
+    Seam(_OPTIMIZER, "ChainedOptimizer.load_state_dict", ("state_dict",)),
     Seam(_OPTIMIZER, "ChainedOptimizer.get_grad_norm", ("self",)),
     Seam(_OPTIMIZER, "ChainedOptimizer.step_with_ready_grads", ("self",)),
     Seam(_OPTIMIZER, "ChainedOptimizer.step", ("self",), uses=("clip_grad_by_total_norm_fp32", "get_grad_norm")),
