@@ -26,9 +26,10 @@ Rows = dict[str, dict[str, Any]]
 
 def table(rows: Rows) -> str:
     """The README's Markdown table. Raises ValueError naming the rows that a failed test speaks against."""
+    refuse_failed(rows)
     lines = ["| what | how it is tested | cases |", "|---|---|---|"]
     for row, entry in ordered(rows):
-        if found := cell(row, entry):
+        if found := cell(entry):
             lines.append(f"| {row} | {entry['how']} | {found} |")
     return "\n".join(lines)
 
@@ -38,6 +39,7 @@ def by_version(versions: dict[str, Rows]) -> str:
 
     Raises as :func:`table`.
     """
+    refuse_failed({f"{row} ({version})": entry for version, rows in versions.items() for row, entry in rows.items()})
     versions = dict(sorted(versions.items(), key=lambda item: [int(part) for part in re.findall(r"\d+", item[0])]))
     lines = [f"| | {' | '.join(versions)} |", f"|---|{'---|' * len(versions)}"]
     everything: Rows = {}
@@ -45,7 +47,7 @@ def by_version(versions: dict[str, Rows]) -> str:
         for row, entry in rows.items():
             everything.setdefault(row, {"tests": {}})["tests"].update(entry["tests"])
     for row, _ in ordered(everything):
-        cells = [cell(f"{row} ({version})", rows.get(row, {"tests": {}})) for version, rows in versions.items()]
+        cells = [cell(rows.get(row, {"tests": {}})) for rows in versions.values()]
         if any(cells):
             lines.append(f"| {row} | {' | '.join(found or '-' for found in cells)} |")
     return "\n".join(lines)
@@ -56,11 +58,16 @@ def ordered(rows: Rows) -> list[tuple[str, dict[str, Any]]]:
     return sorted(rows.items(), key=lambda item: min(item[1]["tests"]))
 
 
-def cell(row: str, entry: dict[str, Any]) -> str:
-    """How many tests passed, or that they prove a refusal; empty where none ran. Raises ValueError where one failed."""
+def refuse_failed(rows: Rows) -> None:
+    """Raise ValueError naming every row that a failed test speaks against."""
+    failed = [row for row, entry in rows.items() if "failed" in entry["tests"].values()]
+    if failed:
+        raise ValueError(f"failed tests speak against: {'; '.join(failed)}. Run them again, then this")
+
+
+def cell(entry: dict[str, Any]) -> str:
+    """How many of a row's tests passed, or that they prove a refusal; empty where none ran."""
     outcomes = list(entry["tests"].values())
-    if "failed" in outcomes:
-        raise ValueError(f"failed tests speak against: {row}. Run them again, then this")
     passed = outcomes.count("passed")
     return str(passed) if passed else "refused" if "refused" in outcomes else ""
 
@@ -91,7 +98,7 @@ def read(outcomes: list[str]) -> str:
         return by_version(loaded)
     (rows,) = loaded.values()
     for row, entry in rows.items():
-        if not cell(row, entry):
+        if not cell(entry):
             print(f"left out, its tests were skipped: {row}", file=sys.stderr)
     return table(rows)
 

@@ -132,7 +132,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 def _folder(load_dir: str, args: Any) -> Path:
     """Where the checkpoint lies that is asked for; the folder of all where that is not known."""
-    iteration = args.ckpt_step or _tracked_iteration(load_dir)
+    iteration = _asked_for(load_dir, args)
     return Path(load_dir) if iteration is None else Path(load_dir) / f"iter_{iteration:07d}"
 
 
@@ -146,7 +146,7 @@ def _check_common_state(load_dir: str | None, args: Any) -> None:
 
 def advice(load_dir: str, args: Any) -> str:
     """Which checkpoints in ``load_dir`` look whole, beside the one that was asked for, and how to load one."""
-    failed = args.ckpt_step or _tracked_iteration(load_dir)
+    failed = _asked_for(load_dir, args)
     whole = [iteration for iteration in complete_iterations(load_dir) if iteration != failed]
     if not whole:
         return f"There is no other checkpoint in {load_dir} to go back to. Nothing was changed"
@@ -159,9 +159,10 @@ def complete_iterations(load_dir: str) -> list[int]:
     return sorted(int(found.parent.name[5:]) for found in Path(load_dir).glob("iter_[0-9]*/.metadata"))
 
 
-def _tracked_iteration(load_dir: str) -> int | None:
+def _asked_for(load_dir: str, args: Any) -> int | None:
+    """The iteration that ``--ckpt-step``, or else the tracker file, names; None where neither does."""
     text = _tracker(load_dir)
-    return int(text) if text.isdigit() else None
+    return args.ckpt_step or (int(text) if text.isdigit() else None)
 
 
 def _tracker(load_dir: str) -> str:
