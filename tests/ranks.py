@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
-from output_lines import lines_of
+from launcher.tail import lines_of
 
 
 class Ranks:

@@ -67,7 +67,6 @@ ALL_PURE = {
     "storage",
     "lion",
     "stats",
-    "theory",
     "torch",
 }
 MAY_IMPORT = {
@@ -82,13 +81,11 @@ MAY_IMPORT = {
     "rows": {"precision", "torch"},
     "lion": {"kernels", "config", "update", "precision", "rows", "storage", "telemetry", "torch"},
     "stats": {"stats", "config", "torch"},
-    "theory": {"theory", "torch"},
     "integration": ALL_PURE | {"integration", "version", "megatron", "transformer_engine", "numpy"},
     "run": {"megatron_lion", "config", "integration"},
     "hook": {"megatron_lion", "config", "run", "integration"},
-    "doctor": ALL_PURE | {"hook", "integration", "version"},
-    "cluster": ALL_PURE | {"cluster", "doctor", "integration", "version"},
-    "cli": ALL_PURE | {"hook", "doctor", "cluster", "integration", "version"},
+    "training_log": set(),
+    "cli": ALL_PURE | {"cli", "hook", "integration", "version"},
 }
 
 

@@ -17,7 +17,7 @@ import harness
 import pytest
 
 from megatron_lion.integration.compat.versions import KNOWN, megatron_version, minor_version
-from megatron_lion.integration.training_log import TrainingLog
+from megatron_lion.training_log import TrainingLog
 
 WHEELS = Path(os.environ.get("MEGATRON_LION_TESTS_WHEELS", Path(sys.prefix) / "megatron-wheels"))
 

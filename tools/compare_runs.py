@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import LionError
-from megatron_lion.integration.training_log import TrainingLog, read_training_log
 from megatron_lion.run import readable_errors
+from megatron_lion.training_log import TrainingLog, read_training_log
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 

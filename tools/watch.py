@@ -20,9 +20,9 @@ from compare_runs import figure_path, named_run, plot_losses
 from norm_ratio_figure import Record, plot_ratios
 
 from megatron_lion.config import LionError
-from megatron_lion.integration.training_log import TrainingLog, read_training_log
 from megatron_lion.run import readable_errors
 from megatron_lion.stats.writer import read_records
+from megatron_lion.training_log import TrainingLog, read_training_log
 
 LOSS = "lm loss"  # Megatron's name for it, in its log and in its events
 

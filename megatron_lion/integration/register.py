@@ -1,6 +1,7 @@
 """Registration: the one call after which Megatron's ``--optimizer lion`` is ours."""
 
-from megatron_lion.integration import compat, cpu_backend
+from megatron_lion.integration import compat
+from megatron_lion.integration.cpu import torch_cuda
 
 _done: set[str] = set()
 
@@ -28,8 +29,8 @@ def register() -> None:
 def before_megatron() -> None:
     """What must happen before Megatron is first imported: the version check and the CPU backend."""
     compat.require_supported_version()
-    if cpu_backend.wanted():
-        cpu_backend.replace_cuda()
+    if torch_cuda.wanted():
+        torch_cuda.replace_cuda()
 
 
 def register_core() -> None:
@@ -37,11 +38,12 @@ def register_core() -> None:
     if "core" in _done:
         return
     compat.require_seams(training=False)
-    from megatron_lion.integration import cpu_megatron, factory
+    from megatron_lion.integration.cpu import megatron_patches
+    from megatron_lion.integration.optimizer import factory
 
     factory.install()
-    if cpu_backend.wanted():
-        cpu_megatron.adapt_core()
+    if torch_cuda.wanted():
+        megatron_patches.adapt_core()
     _done.add("core")
 
 
@@ -50,16 +52,20 @@ def register_training() -> None:
     if "training" in _done:
         return
     compat.require_seams(training=True)
-    from megatron_lion.integration import arguments, checkpoints, cpu_megatron, damage, factory, telemetry
-    from megatron_lion.integration.norm_ratio import rounds
+    from megatron_lion.integration.checkpoint import integrity, ownership
+    from megatron_lion.integration.cpu import megatron_patches
+    from megatron_lion.integration.flags import arguments
+    from megatron_lion.integration.optimizer import factory
+    from megatron_lion.integration.reporting import step_telemetry
+    from megatron_lion.integration.reporting.norm_ratio import schedule
 
     arguments.install()
     factory.install_config()
-    checkpoints.install()
-    damage.install()
-    rounds.install()
-    telemetry.install()
+    ownership.install()
+    integrity.install()
+    schedule.install()
+    step_telemetry.install()
     compat.allow_wheel_without_makefile()
-    if cpu_backend.wanted():
-        cpu_megatron.adapt_training()
+    if torch_cuda.wanted():
+        megatron_patches.adapt_training()
     _done.add("training")

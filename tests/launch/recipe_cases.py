@@ -1,23 +1,17 @@
 """Every model x optimizer x cluster, and the golden file of their command lines.
 
-python tests/launch/recipe_cases.py > tests/launch/golden.txt      after a change that was meant
+PYTHONPATH=launch python tests/launch/recipe_cases.py > tests/launch/golden.txt      after a change that was meant
 """
 
 import itertools
-import sys
 from pathlib import Path
+
+from launcher import commands, estimates, progress_line, recipe_checks, recipes  # noqa: F401
+
+import launch  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden.txt")
-sys.path.insert(0, str(ROOT / "launch"))
-
-import commands  # noqa: E402
-import estimates  # noqa: E402, F401
-import recipe_checks  # noqa: E402
-import recipes  # noqa: E402
-import step_line  # noqa: E402, F401
-
-import launch  # noqa: E402, F401
 
 MODELS, OPTIMIZERS, CLUSTERS = (recipes.known(kind).split(", ") for kind in recipes.KINDS)
 CASES = list(itertools.product(MODELS, OPTIMIZERS, CLUSTERS))

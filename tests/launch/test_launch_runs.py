@@ -12,7 +12,7 @@ import psutil
 import pytest
 from recipe_cases import ROOT
 
-from megatron_lion.integration.training_log import read_training_log
+from megatron_lion.training_log import read_training_log
 
 # So that a run takes seconds; the models, the optimizers and the cluster stay as they are.
 SHRUNK = ["gpus-per-node=1", "eval-iters=1", "norm-ratio-batches=2"]

@@ -12,7 +12,7 @@ import pytest
 from slurm_daemons import Slurm, missing
 from test_launch_runs import finish, start
 
-from megatron_lion.integration.training_log import TrainingLog, read_training_log
+from megatron_lion.training_log import TrainingLog, read_training_log
 
 pytestmark = pytest.mark.slow
 STEPS = (

@@ -16,7 +16,7 @@ from machines import ADDRESSES, INTERFACE, Machines
 from recipe_cases import commands
 from test_launch_runs import finish, start
 
-from megatron_lion.integration.training_log import TrainingLog, read_training_log
+from megatron_lion.training_log import TrainingLog, read_training_log
 
 pytestmark = pytest.mark.slow
 STEPS = (

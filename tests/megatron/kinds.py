@@ -11,7 +11,6 @@ through Megatron's own overrides for parameters).
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ import torch
 import megatron_lion
 
 megatron_lion.register()
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
 import pretrain_gpt  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402

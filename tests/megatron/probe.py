@@ -15,12 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
 import pretrain_gpt
+import torch
 from compare_stock import owners, state_bytes, stock_on_cpu
 
 import megatron_lion

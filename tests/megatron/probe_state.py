@@ -17,11 +17,10 @@ import optimizer_state
 import megatron_lion
 
 megatron_lion.register()
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
 import pretrain_gpt  # noqa: E402
 
-from megatron_lion.integration.repaired_optimizer import RepairedDistributedOptimizer  # noqa: E402
+from megatron_lion.integration.optimizer.repaired import RepairedDistributedOptimizer  # noqa: E402
 
 
 def main() -> None:

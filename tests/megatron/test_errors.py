@@ -12,7 +12,7 @@ import pytest
 from harness import BATCH, CPU, MODEL, PRETRAIN_GPT, Run, torchrun
 from versions import since
 
-from megatron_lion.integration.arguments import REFUSED
+from megatron_lion.integration.flags.arguments import REFUSED
 
 ERROR = "megatron-lion: error: "
 LION = "--optimizer lion --lr 1e-4"
@@ -172,7 +172,7 @@ def test_a_yaml_configuration_that_asks_for_lion_is_refused_not_run_unchecked(tm
         file.write("use_checkpoint_args: false, data_path: text, model_parallel: {tensor_model_parallel_size: 1}}")
     script = (
         "import megatron_lion; megatron_lion.register()\n"
-        "from megatron_lion.integration.compat.loop import parse_and_validate_args; parse_and_validate_args({})"
+        "from megatron_lion.integration.loop.pretrain import parse_and_validate_args; parse_and_validate_args({})"
     )
     result = python("-c", script, "--optimizer", "lion", "--yaml-cfg", str(configuration))
     assert "LionError: --yaml-cfg cannot be honoured with --optimizer lion" in result.stderr

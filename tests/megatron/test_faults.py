@@ -26,7 +26,7 @@ from harness import (
 )
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_lion.integration.damage import DamagedRecord, advice, checked
+from megatron_lion.integration.checkpoint.integrity import DamagedRecord, advice, checked
 
 # Parameter by parameter, instead of in buckets whose padding is never initialised.
 RUN = f"--optimizer lion --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --bf16 {HORIZON}"

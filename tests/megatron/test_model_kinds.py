@@ -22,7 +22,7 @@ from harness import (
 )
 from versions import since, until
 
-from megatron_lion.integration.checkpoint_formats import EXPERTS_APART
+from megatron_lion.integration.checkpoint.formats import EXPERTS_APART
 
 KINDS = Path(__file__).with_name("kinds.py")
 DISTRIBUTED = "--use-distributed-optimizer"

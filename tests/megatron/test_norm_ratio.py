@@ -23,7 +23,7 @@ from harness import (
     text_flags,
 )
 
-from megatron_lion.integration.norm_ratio.rounds import METRICS
+from megatron_lion.integration.reporting.norm_ratio.schedule import METRICS
 
 PROBE = Path(__file__).with_name("probe_round.py")
 DISTRIBUTED = "--use-distributed-optimizer"

@@ -267,6 +267,6 @@ def test_text_preparation_says_that_this_wheel_builds_no_tokenizer(
 def test_evaluation_needs_a_loop_that_builds_the_model(minor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from evaluation import scoring
 
-    monkeypatch.setattr("megatron_lion.integration.compat.loop.known", lambda: KNOWN[minor])
+    monkeypatch.setattr("megatron_lion.integration.loop.pretrain.known", lambda: KNOWN[minor])
     with pytest.raises(LionError, match=r"evaluation needs a Megatron whose loop builds a GPT.*0\.19 or later"):
         scoring.build_model(None)

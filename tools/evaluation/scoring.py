@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.windows import Window
 from megatron_lion.config import LionError
-from megatron_lion.integration.compat.loop import require_a_loop_that_builds_gpt
+from megatron_lion.integration.loop.pretrain import require_a_loop_that_builds_gpt
+
+from .windows import Window
 
 # What else decides the function a model computes, beside what Megatron's own load_args_from_checkpoint takes over.
 FUNCTION_ARGS = (

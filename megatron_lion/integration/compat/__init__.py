@@ -9,8 +9,7 @@
 - ``loop``: Megatron's own loop, asked for as each version wants to be.
 """
 
-from megatron_lion.integration.compat.patching import replace_everywhere, substituted
-from megatron_lion.integration.compat.private import (
+from megatron_lion.integration.compat.internals import (
     allow_wheel_without_makefile,
     folding_the_clip_factor,
     forked_random_states,
@@ -29,6 +28,7 @@ from megatron_lion.integration.compat.private import (
     updated_params,
     without_step,
 )
+from megatron_lion.integration.compat.patching import replace_everywhere, substituted
 from megatron_lion.integration.compat.seams import Seam, require_seams, seams_of
 from megatron_lion.integration.compat.versions import (
     has_training,

@@ -1,0 +1,42 @@
+"""The text of the studies' own runs: made once in a folder, and Megatron's flags for it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tools import demo_text, prepare_text, train_tokenizer
+from tools.corpus.splits import SPLITS
+
+VOCABULARY = 384  # three times 128, so that no row is padding
+WORD_PIECES = "BertWordPieceLowerCase"
+
+
+def gpt(folder: Path, text: Sequence[Path]) -> str:
+    """Documents as tools/demo_text.py makes them of ``text``, or of Python's documentation if there is none."""
+    demo_text.prepare(folder, VOCABULARY, None, text)
+    tokenizer = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {folder}/tokenizer.model"
+    return f"{tokenizer} {_data(folder / '{}_text_document')}"
+
+
+def bert(folder: Path, text: Sequence[Path]) -> str:
+    """The same documents as sentences, with a vocabulary of word pieces trained on them, in a folder named by them."""
+    documents = list(dict.fromkeys(demo_text.read_documents(text)))
+    lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    folder = folder / hashlib.sha256(lines.encode("utf-8")).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    source, vocabulary = folder / "documents.jsonl", folder / "vocab.txt"
+    source.write_text(lines, encoding="utf-8")
+    if not vocabulary.is_file():
+        train_tokenizer.train(WORD_PIECES, documents, VOCABULARY, folder)
+    tokenizer = ["--tokenizer-type", WORD_PIECES, "--vocab-file", str(vocabulary)]
+    where = ["--input", str(source), "--output-prefix", str(folder / "text"), "--workers", "1"]
+    prepare_text.main([*where, *tokenizer, "--split-sentences", "--split", ",".join(map(str, demo_text.SHARES))])
+    return f"{' '.join(tokenizer)} {_data(folder / 'text_{}_text_sentence')}"
+
+
+def _data(pattern: Path) -> str:
+    return " ".join(f"--{split}-data-path {str(pattern).format(split)}" for split in SPLITS)
+
+
+CORPORA: dict[str, Callable[[Path, Sequence[Path]], str]] = {"gpt": gpt, "bert": bert}
