@@ -84,7 +84,7 @@ MAY_IMPORT = {
     "integration": ALL_PURE | {"integration", "version", "megatron", "transformer_engine", "numpy"},
     "run": {"megatron_lion", "config", "integration"},
     "hook": {"megatron_lion", "config", "run", "integration"},
-    "training_log": set(),
+    "training_log": {"config"},
     "cli": ALL_PURE | {"cli", "hook", "integration", "version"},
 }
 
