@@ -79,7 +79,7 @@ def test_the_reason_is_printed_once_whichever_rank_meets_it(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_data_cut_short_on_one_node_is_named_by_that_nodes_rank(text: Path, tmp_path: Path) -> None:
-    """launch/pretrain_gpt.py itself; a wrapper lets each rank read its own copy of the text, as nodes with own disks."""
+    """launch/pretrain_gpt.py itself; a wrapper lets each rank read its own copy of the text, as on two nodes."""
     tokenizer = SimpleNamespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=text / "tokenizer.model")
     made_with = {"sha256": tokenizer_sha256(tokenizer), "type": tokenizer.tokenizer_type, "files": []}
     sizes = {path.name: {"bytes": path.stat().st_size} for path in text.glob("train_text_document.*")}
