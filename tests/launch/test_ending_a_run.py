@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import ROOT
+from harness import ROOT, as_in_a_terminal
 
 # torchrun's ranks save after SIGTERM only. SIGHUP is what a closed terminal sends.
 LAUNCHER = """
@@ -33,10 +33,12 @@ sys.exit(launch.run_here(recipe, []))
 
 
 def start(run: Path, change: str = "") -> "subprocess.Popen[str]":
-    """run_here with the shell as its launcher, in a process group of its own, as a shell's foreground job is."""
+    """run_here with the shell as its launcher, as a terminal's foreground job."""
     script = SCRIPT.format(folder=str(ROOT / "launch"), launcher=LAUNCHER, run=run, change=change)
     line = [sys.executable, "-c", script]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0, cwd=ROOT)
+    return subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal, cwd=ROOT
+    )
 
 
 def launcher_of(run: Path) -> int:
