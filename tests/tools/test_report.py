@@ -54,7 +54,7 @@ def test_without_runs_every_exhibit_is_there_with_the_command_that_makes_it(tmp_
     assert set(found) >= {*names, "Table 1", "Table A1", "Table A2"}
     page, text = ((tmp_path / "out" / name).read_text() for name in ("report.html", "report.md"))
     assert page.count("Not run here.") == text.count("Not run here.") == len(EXHIBITS)
-    assert "tools/paper/vision_study.py --dataset cifar100" in page and "gpt2_medium $o a100x16" in text
+    assert "-m tools.paper.vision_study --dataset cifar100" in page and "gpt2_medium $o a100x16" in text
     assert "8.202" in page and "| GPT-2 Medium | LION | 3.221 |" in text
 
 
