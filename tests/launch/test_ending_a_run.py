@@ -18,12 +18,13 @@ echo ready $$
 for _ in {1..200}; do sleep 0.1; done
 """
 # Ends the loop of run_here as a reader that goes away does: launch.py ... | head
-HEAD = "step_line.readable = lambda *_: sys.exit('the output is closed')"
+HEAD = "progress_line.readable = lambda *_: sys.exit('the output is closed')"
 SCRIPT = """
 import sys
 
 sys.path.insert(0, {folder!r})
-import commands, launch, recipes, step_line
+import launch
+from launcher import commands, progress_line, recipes
 
 commands.torchrun = lambda *_: ["bash", "-c", {launcher!r}]
 {change}
