@@ -85,7 +85,7 @@ def assert_complete_metadata(wheel: Path) -> None:
         folder = f"megatron_lion-{megatron_lion.__version__}.dist-info"
         metadata = archive.read(f"{folder}/METADATA").decode()
         assert {f"{folder}/licenses/LICENSE", f"{folder}/LICENSE"} & set(archive.namelist())
-        assert b"megatron-lion = megatron_lion.cli:main" in archive.read(f"{folder}/entry_points.txt")
+        assert b"megatron-lion = megatron_lion.cli.__main__:main" in archive.read(f"{folder}/entry_points.txt")
     header, _, description = metadata.partition("\n\n")
     fields = [line.split(": ", 1) for line in header.splitlines()]
     for field in (
@@ -103,7 +103,7 @@ def assert_complete_metadata(wheel: Path) -> None:
     needs = [value for name, value in fields if name == "Requires-Dist" and "extra" not in value]
     assert {re.split("[ <>=]", need)[0] for need in needs} == {"torch", "megatron-core"}
     extras = {value for name, value in fields if name == "Provides-Extra"}
-    assert extras == {"train", "tools", "vision", "test", "gpu"}
+    assert extras == {"train", "tools", "paper", "vision", "test", "gpu"}
     # A package index shows the text without the repository: a relative link would lead nowhere.
     assert description.lstrip().startswith("# megatron-lion\n")
     links = re.findall(r"\]\(([^)]*)\)|(?:href|src)=[\"']([^\"']*)", description)
