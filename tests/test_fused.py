@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import LANGUAGE, assert_same_bits, compare, problem, with_special_values
 
 from megatron_lion.kernels import compiler
 from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.update import lion_update_
+from tests.test_kernels import LANGUAGE, assert_same_bits, compare, problem, with_special_values
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

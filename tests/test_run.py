@@ -9,8 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from harness import BATCH, CPU, CPU_ENVIRONMENT, MODEL, PRETRAIN_GPT, RATE, text_flags
-from megatron_lion.integration.tokenizers import tokenizer_sha256
+
+from megatron_lion.integration.loop.vocabularies import tokenizer_sha256
+from tests.harness import BATCH, CPU, CPU_ENVIRONMENT, MODEL, PRETRAIN_GPT, RATE, text_flags
 
 ERROR = "megatron-lion: error: "
 # Stands for a training script: each rank checks the data of its own node, then would train for two minutes. SIGTERM is

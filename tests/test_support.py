@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import support_table
-from harness import ROOT
+
+from tests import support_table
+from tests.harness import ROOT
 
 
 def test_every_row_in_the_readme_is_a_mark_on_a_test() -> None:

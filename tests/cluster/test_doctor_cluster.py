@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Run, run_ranks, torchrun
 
 from megatron_lion.cli import __main__ as cli
 from megatron_lion.cli.cluster import facts as facts_of
 from megatron_lion.cli.cluster import network
+from tests.harness import Run, run_ranks, torchrun
 
 SCRIPT = Path(__file__).with_name("odd_rank.py")
 FACTS = {

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import BATCH, CPU, MODEL, PRETRAIN_GPT, RATE, text_flags
 
 import megatron_lion
+from tests.harness import BATCH, CPU, MODEL, PRETRAIN_GPT, RATE, text_flags
 
 CLONE = Path(megatron_lion.__file__).resolve().parent.parent
 
