@@ -21,7 +21,7 @@ import os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
-from megatron_lion.integration.tokenizers import check_data_manifests
+from megatron_lion.integration.loop.vocabularies import check_data_manifests
 from megatron_lion.run import readable_errors
 
 signal.signal(signal.SIGTERM, lambda *_: None)
