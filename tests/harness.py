@@ -30,8 +30,7 @@ RATE = "--lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1"
 CPU = run_flags.FLAGS
 CPU_ENVIRONMENT = {**run_flags.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 # The server that ranks are forked from inherits it, and a thread count is read when torch is loaded.
-PATHS = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-os.environ.update(CPU_ENVIRONMENT, PYTHONPATH=os.pathsep.join(PATHS))
+os.environ.update(CPU_ENVIRONMENT)
 # Without dropout, whose draws differ with the layout, two layouts compute the same function.
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 # A start and a resume must give the scheduler the same horizon, whatever --train-iters says.
