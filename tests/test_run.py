@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 from harness import BATCH, CPU, CPU_ENVIRONMENT, MODEL, PRETRAIN_GPT, RATE, text_flags
-from megatron_lion.integration.tokenizers import tokenizer_sha256
+
+from megatron_lion.integration.loop.vocabularies import tokenizer_sha256
 
 ERROR = "megatron-lion: error: "
 # Stands for a training script: each rank checks the data of its own node, then would train for two minutes. SIGTERM is
@@ -20,7 +21,7 @@ import os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
-from megatron_lion.integration.tokenizers import check_data_manifests
+from megatron_lion.integration.loop.vocabularies import check_data_manifests
 from megatron_lion.run import readable_errors
 
 signal.signal(signal.SIGTERM, lambda *_: None)
