@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lion import __version__
-from megatron_lion.cli import __main__ as cli
+from megatron_lion import __version__, cli
 
 CPU = {"MEGATRON_LION_DEVICE": "cpu"}
 

@@ -7,7 +7,7 @@ import time
 
 import torch.distributed
 
-from megatron_lion.cli import __main__ as cli
+from megatron_lion import cli
 from megatron_lion.cli.cluster import network
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from harness import Run, run_ranks, torchrun
 
-from megatron_lion.cli import __main__ as cli
+from megatron_lion import cli
 from megatron_lion.cli.cluster import facts as facts_of
 from megatron_lion.cli.cluster import network
 
