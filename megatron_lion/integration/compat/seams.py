@@ -161,12 +161,6 @@ CORE: tuple[Seam, ...] = (
         "_ParamAndGradBucket.__init__",
         uses=("grad_data", "numel_unpadded", "offset", "param_data", "params"),
     ),
-    Seam(
-        "megatron.core.distributed.distributed_data_parallel",
-        "DistributedDataParallel.__init__",
-        uses=("ddp_config", "remove_forward_pre_hook_handles"),
-    ),
-    Seam("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel.zero_grad_buffer", ("self",)),
     # Offload to the CPU.
     Seam(
         "megatron.core.optimizer.cpu_offloading",
@@ -208,6 +202,13 @@ TRAINING: tuple[Seam, ...] = (
     Seam("megatron.training.checkpointing", "get_checkpoint_name", ("tensor_rank", "pipeline_rank", "expert_rank")),
     *(Seam("megatron.training", f"get_{what}") for what in ("args", "timers", "tokenizer")),
     *(Seam("megatron.training", f"get_{what}_writer") for what in ("tensorboard", "wandb")),
+    # Not in CORE: this module may be importing megatron.core.optimizer, with which CORE is checked.
+    Seam(
+        "megatron.core.distributed.distributed_data_parallel",
+        "DistributedDataParallel.__init__",
+        uses=("ddp_config", "remove_forward_pre_hook_handles"),
+    ),
+    Seam("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel.zero_grad_buffer", ("self",)),
     # damage.py replaces these.
     Seam("megatron.training.checkpointing", "save_checkpoint", ("iteration", "model", "optimizer")),
     Seam("megatron.training.async_utils", "maybe_finalize_async_save", ("blocking",)),
