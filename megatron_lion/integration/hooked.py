@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_lion.config import LionError
-from megatron_lion.integration import compat, cpu_backend, register
+from megatron_lion.integration import compat, console, cpu_backend, register
 
 # Why Lion is refused in this process, if it is.
 _problem: LionError | None = None
@@ -59,7 +59,5 @@ def _refuse_lion(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _warn(error: LionError) -> None:
     global _problem
-    from megatron_lion.integration import summary
-
     _problem = error
-    summary.warn(f"{error}. Megatron runs without megatron-lion; --optimizer lion is refused")
+    console.warn(f"{error}. Megatron runs without megatron-lion; --optimizer lion is refused")
