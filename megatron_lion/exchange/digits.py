@@ -9,12 +9,13 @@ The receivers have the old parameter p = cast(theta), lr and wd. They lack s and
 
 - fp32 parameters drop none: p is theta. Given s, the receivers compute p' itself.
 - 16-bit parameters: given s, the receivers compute the guess g = cast(p - (s + p wd) lr). The owner computes the same
-  guess and sends the residual r = code(p') - code(g) too, where code(x) are the 16 bits of x as an integer, modulo 2^16.
+  guess and also sends the residual r = code(p') - code(g) modulo 2^16, where code(x) is the integer with the bits of x.
   Codes of neighboring numbers differ by 1, and theta is within half a unit of p, so r is -1, 0 or 1 unless the step
   crosses into a finer binade or changes the sign. Such elements are exceptions: p' itself is sent.
 
 ``cast`` is the rounding of the run: to nearest even for fp32 masters that are copied to bf16 or fp16 parameters, half
-away from zero where an int16 remainder holds the other half of the master (:func:`megatron_lion.precision.split_master`).
+away from zero where an int16 remainder holds the other half of the master
+(:func:`megatron_lion.precision.split_master`).
 
 A digit is one byte for one element: s in bits 0 and 1, r in bits 2 and 3, both in two's complement, and bit 7 for an
 exception, whose s and r are 0.

@@ -114,7 +114,7 @@ class WireFormat:
     def sections(self, message: Tensor) -> Sections:
         """The parts of ``message``, uint8 [nbytes], contiguous and aligned to 8 bytes."""
         sizes = self.section_bytes()
-        parts = message[: sum(sizes)].split(sizes)
+        parts = torch.split(message[: sum(sizes)], list(sizes))
         dtypes = (torch.int64, torch.uint8, torch.uint8, torch.int32, torch.int16, torch.int16)
         return Sections(*(part.view(dtype) for part, dtype in zip(parts, dtypes, strict=True)))
 
@@ -123,7 +123,7 @@ class WireFormat:
         return torch.empty(ranks, self.nbytes, dtype=torch.uint8, device=device)
 
     def check(self, params: Tensor, messages: Tensor, digits: Tensor | None = None) -> None:
-        """Raise ValueError unless ``params`` are whole shards of this format, and ``messages`` and ``digits`` theirs."""
+        """Raise ValueError unless ``params`` are shards of this format, and ``messages`` and ``digits`` theirs."""
         ranks = len(messages)
         numel = ranks * self.numel
         for name, tensor, dtype, shape in (
@@ -134,17 +134,17 @@ class WireFormat:
             if tensor is None or (tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()):
                 continue
             raise ValueError(
-                f"{name} must be contiguous, {dtype} {list(shape)}, not {tensor.dtype} {list(tensor.shape)} with strides "
-                f"{tensor.stride()}"
+                f"{name} must be contiguous, {dtype} {list(shape)}, "
+                f"not {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
             )
 
 
-def check_runs(runs: Sequence[Run]) -> None:
-    """Raise ValueError unless ``runs`` ascend and do not overlap."""
+def check_runs(runs: Sequence[Run], numel: int) -> None:
+    """Raise ValueError unless ``runs`` ascend within ``numel`` elements and do not overlap."""
     end = 0
     for run in runs:
-        if not end <= run.start <= run.stop:
-            raise ValueError(f"runs must ascend and not overlap, but {run} follows element {end}")
+        if not end <= run.start <= run.stop <= numel:
+            raise ValueError(f"runs must ascend within {numel} elements and not overlap, but {run} follows {end}")
         end = run.stop
 
 
@@ -216,9 +216,9 @@ def replay_(
     Raises ValueError where sizes or dtypes do not fit ``form``, or runs overlap.
     """
     form.check(params, messages)
-    check_runs(runs)
+    check_runs(runs, params.numel())
     mismatches = torch.zeros(len(messages), dtype=torch.int64, device=params.device)
-    for rank, shard in enumerate(params.split(form.numel) if form.numel else ()):
+    for rank, shard in enumerate(torch.split(params, form.numel) if form.numel else ()):
         if rank != own:
             in_shard = [run.within(rank * form.numel, (rank + 1) * form.numel) for run in runs]
             mismatches[rank] = _replay_shard_(shard, form.sections(messages[rank]), in_shard, form)

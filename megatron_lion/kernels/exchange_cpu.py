@@ -45,7 +45,7 @@ def sign_digits_cpu(
 
 @torch.no_grad()
 def write_message_cpu_(message: Tensor, digits: Tensor, params: Tensor, form: WireFormat) -> None:
-    """:func:`megatron_lion.exchange.message.write_message_` for CPU tensors, with ``torch.get_num_threads()`` threads."""
+    """:func:`megatron_lion.exchange.message.write_message_` with ``torch.get_num_threads()`` threads, on the CPU."""
     form.check(params, message[None], digits)
     message[sum(form.section_bytes()[:3]) :].zero_()  # the table
     sections = _sections(message[None], form)
@@ -64,9 +64,9 @@ def write_message_cpu_(message: Tensor, digits: Tensor, params: Tensor, form: Wi
 def replay_cpu_(
     params: Tensor, messages: Tensor, runs: Sequence[Run], form: WireFormat, *, own: int | None = None
 ) -> Tensor:
-    """:func:`megatron_lion.exchange.message.replay_` for CPU tensors, with ``torch.get_num_threads()`` threads."""
+    """:func:`megatron_lion.exchange.message.replay_` with ``torch.get_num_threads()`` threads, on the CPU."""
     form.check(params, messages)
-    check_runs(runs)
+    check_runs(runs, params.numel())
     sections = _sections(messages, form)
     mismatches = torch.zeros(len(messages), dtype=torch.int64)
     bounds = array("q", chain.from_iterable(run[:2] for run in runs))

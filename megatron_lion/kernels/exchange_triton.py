@@ -1,32 +1,20 @@
-"""Digits, messages and their replay on a GPU with Triton, with the bits of :mod:`megatron_lion.exchange`.
-
-Nothing here waits for the device. Tested in Triton's interpreter (``TRITON_INTERPRET=1``) and compiled for GPUs; it has
-not been run on one.
-"""
-
-import functools
-from collections.abc import Iterator, Sequence
+"""Triton kernels of the exchange, which :mod:`megatron_lion.kernels.exchange_gpu` launches."""
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from megatron_lion.exchange import message as reference
-from megatron_lion.exchange import trits
+from megatron_lion.exchange import message, trits
 from megatron_lion.exchange.digits import FORMATS
-from megatron_lion.exchange.message import Run, WireFormat, check_runs
 
-SIZE = 1024  # elements of a program that takes them in order
-GROUPS = 8  # of a program that packs or unpacks trits
-BLOCKS_A_CHUNK = reference.CHUNK // SIZE
 ROW = tl.constexpr(trits.GROUP_BYTES)
 ROWS = tl.constexpr(trits.DIGITS)
 GROUP = tl.constexpr(trits.GROUP)
-CHUNK = tl.constexpr(reference.CHUNK)
+CHUNK = tl.constexpr(message.CHUNK)
 FP32 = tl.constexpr(FORMATS.index((torch.float32, False)))
 BF16 = tl.constexpr(FORMATS.index((torch.bfloat16, False)))
 BF16_HALF_AWAY = tl.constexpr(FORMATS.index((torch.bfloat16, True)))
+FP16 = tl.constexpr(FORMATS.index((torch.float16, False)))
 
 
 @triton.jit
@@ -34,10 +22,10 @@ def _widen(code, FORMAT: tl.constexpr):
     """fp32 of parameters that were read from memory: fp32, or codes in int16."""
     if FORMAT == FP32:
         value = code
-    elif FORMAT == BF16 or FORMAT == BF16_HALF_AWAY:
-        value = (code.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
+    elif FORMAT == FP16:
         value = code.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = (code.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return value
 
 
@@ -89,7 +77,7 @@ def _summands(code, index, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _digits_kernel(old, new, sign, out, lr, weight_decay, count, FORMAT: tl.constexpr, SIZE: tl.constexpr):
+def digits_kernel(old, new, sign, out, lr, weight_decay, count, FORMAT: tl.constexpr, SIZE: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = index < count
     before = tl.load(old + index, mask=inside, other=0)
@@ -100,7 +88,7 @@ def _digits_kernel(old, new, sign, out, lr, weight_decay, count, FORMAT: tl.cons
 
 
 @triton.jit
-def _pack_kernel(
+def pack_kernel(
     digits,
     params,
     signs,  # packed
@@ -113,9 +101,9 @@ def _pack_kernel(
     byte = tl.program_id(0).to(tl.int64) * (GROUPS * ROW) + tl.arange(0, GROUPS * ROW)
     inside_plane = byte < (count + GROUP - 1) // GROUP * ROW
     first = byte // ROW * GROUP + byte % ROW
-    sign_byte = tl.zeros((GROUPS * ROW,), tl.int32)
-    residual_byte = tl.zeros((GROUPS * ROW,), tl.int32)
-    summands = tl.zeros((GROUPS * ROW,), tl.int64)
+    sign_byte = tl.full((GROUPS * ROW,), 0, tl.int32)
+    residual_byte = tl.full((GROUPS * ROW,), 0, tl.int32)
+    summands = tl.full((GROUPS * ROW,), 0, tl.int64)
     power = 1
     for row in tl.static_range(ROWS):
         index = first + row * ROW
@@ -133,7 +121,7 @@ def _pack_kernel(
 
 
 @triton.jit
-def _count_kernel(digits, counts, count, SIZE: tl.constexpr):
+def count_kernel(digits, counts, count, SIZE: tl.constexpr):
     """The exceptions in each block."""
     index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     digit = tl.load(digits + index, mask=index < count, other=0).to(tl.int32)
@@ -141,7 +129,7 @@ def _count_kernel(digits, counts, count, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _table_kernel(digits, params, counts, ends, offsets, values, count, capacity, SIZE: tl.constexpr):
+def table_kernel(digits, params, counts, ends, offsets, values, count, capacity, SIZE: tl.constexpr):
     """Write the exceptions of each block where those of the blocks before it end."""
     block = tl.program_id(0)
     found = tl.load(counts + block)
@@ -166,14 +154,14 @@ def _replay_tile(
     """
     byte = group * ROW + tl.arange(0, GROUPS * ROW)
     index = byte // ROW * GROUP + byte % ROW
-    sign_byte = tl.zeros((GROUPS * ROW,), tl.int32)
-    residual_byte = tl.zeros((GROUPS * ROW,), tl.int32)
+    sign_byte = tl.full((GROUPS * ROW,), 0, tl.int32)
+    residual_byte = tl.full((GROUPS * ROW,), 0, tl.int32)
     if UPDATED:
         touched = WHOLE | (byte // ROW * GROUP < last)
         sign_byte = tl.load(signs + byte, mask=touched, other=0).to(tl.int32)
         if FORMAT != FP32:
             residual_byte = tl.load(residuals + byte, mask=touched, other=0).to(tl.int32)
-    summands = tl.zeros((GROUPS * ROW,), tl.int64)
+    summands = tl.full((GROUPS * ROW,), 0, tl.int64)
     for _ in tl.static_range(ROWS):
         inside = WHOLE | ((index >= first) & (index < last))
         code = tl.load(params + index, mask=inside, other=0)
@@ -190,7 +178,7 @@ def _replay_tile(
 
 
 @triton.jit
-def _replay_kernel(
+def replay_kernel(
     params,
     messages,
     segments,  # int64 [segments, 4]: shard, first and last element in it, number of its run or -1 between runs
@@ -235,7 +223,7 @@ def _replay_kernel(
 
 
 @triton.jit
-def _replace_kernel(
+def replace_kernel(
     params,
     messages,  # in 16-bit words
     counts,  # int64 [ranks, chunks]: exceptions
@@ -257,7 +245,7 @@ def _replace_kernel(
         shard = params + rank.to(tl.int64) * numel
         message = messages + rank.to(tl.int64) * message_words
         begin = tl.load(ends + tl.program_id(0)) - count
-        added = tl.zeros((SIZE,), tl.int64)
+        added = tl.full((SIZE,), 0, tl.int64)
         for start in range(0, count, SIZE):
             entry = start + tl.arange(0, SIZE)
             offset = tl.load(message + offsets_at + begin + entry, mask=entry < count, other=0).to(tl.int64) & 0xFFFF
@@ -269,146 +257,3 @@ def _replace_kernel(
             added += tl.where(inside, change * (2 * index + 1).to(tl.int32), 0)
             tl.store(shard + index, value, mask=inside)
         tl.atomic_add(checksums + rank, _total(added))
-
-
-@torch.no_grad()
-def sign_digits_triton(
-    old: Tensor, new: Tensor, sign: Tensor, *, lr: float, weight_decay: float, half_away: bool = False
-) -> Tensor:
-    """:func:`megatron_lion.exchange.digits.sign_digits` in one launch."""
-    digits = torch.empty(old.shape, dtype=torch.uint8, device=old.device)
-    if old.numel():
-        _digits_kernel[(triton.cdiv(old.numel(), SIZE),)](
-            _codes(old.contiguous()),
-            _codes(new.contiguous()),
-            sign.to(torch.int8).contiguous(),
-            digits,
-            float(lr),
-            float(weight_decay),
-            old.numel(),
-            FORMAT=FORMATS.index((old.dtype, half_away)),
-            SIZE=SIZE,
-            enable_fp_fusion=False,
-        )
-    return digits
-
-
-@torch.no_grad()
-def write_message_triton_(message: Tensor, digits: Tensor, params: Tensor, form: WireFormat) -> None:
-    """:func:`megatron_lion.exchange.message.write_message_` in one to three launches."""
-    form.check(params, message[None], digits)
-    parts = form.sections(message)
-    message[sum(form.section_bytes()[:3]) :].zero_()  # the table
-    parts.header.zero_()
-    if form.numel == 0:
-        return
-    codes = _codes(params)
-    _pack_kernel[(triton.cdiv(len(parts.signs), GROUPS * trits.GROUP_BYTES),)](
-        digits, codes, parts.signs, parts.residuals, parts.header[1:], form.numel, FORMAT=form.kind, GROUPS=GROUPS
-    )
-    parts.header[1] &= 0xFFFFFFFF
-    if form.dtype == torch.float32:
-        return
-    blocks = triton.cdiv(form.numel, SIZE)
-    counts = torch.zeros(form.chunks * BLOCKS_A_CHUNK, dtype=torch.int64, device=params.device)
-    _count_kernel[(blocks,)](digits, counts, form.numel, SIZE=SIZE)
-    parts.counts.copy_(counts.view(form.chunks, BLOCKS_A_CHUNK).sum(1))
-    ends = counts.cumsum(0)
-    parts.header[:1].copy_(ends[-1:])
-    _table_kernel[(blocks,)](
-        digits, codes, counts, ends, parts.offsets, parts.values, form.numel, form.capacity, SIZE=SIZE
-    )
-
-
-@torch.no_grad()
-def replay_triton_(
-    params: Tensor, messages: Tensor, runs: Sequence[Run], form: WireFormat, *, own: int | None = None
-) -> Tensor:
-    """:func:`megatron_lion.exchange.message.replay_` in one or two launches.
-
-    The first call with the bounds of some runs copies them to the device, later calls copy only the rates.
-    """
-    form.check(params, messages)
-    check_runs(runs)
-    ranks, device = len(messages), params.device
-    starts = [sum(form.section_bytes()[:section]) for section in range(6)]
-    headers = messages[:, : reference.HEADER_BYTES].contiguous().view(torch.int64)
-    counts = messages[:, starts[3] : starts[3] + 4 * form.chunks].contiguous().view(torch.int32).view(ranks, -1).long()
-    ends = counts.cumsum(1)
-    total = counts.sum(1)
-    valid = (total == headers[:, 0]) & (total <= form.capacity) & (counts >= 0).all(1)
-    if own is not None:
-        valid[own] = False
-    checksums = torch.zeros(ranks, dtype=torch.int64, device=device)
-    bounds = tuple((run.start, run.stop) for run in runs)
-    segments, program_segment, program_group = _tables(device, bounds, ranks, form.numel, own)
-    codes, valid_flags = _codes(params), valid.to(torch.int32)
-    if len(program_segment):
-        _replay_kernel[(len(program_segment),)](
-            codes,
-            messages,
-            segments,
-            program_segment,
-            program_group,
-            torch.tensor([run[2:] for run in runs] or [(0.0, 0.0)], dtype=torch.float32).to(device, non_blocking=True),
-            valid_flags,
-            checksums,
-            form.numel,
-            form.nbytes,
-            starts[1],
-            starts[2],
-            FORMAT=form.kind,
-            GROUPS=GROUPS,
-            enable_fp_fusion=False,
-        )
-    if form.capacity and form.chunks:
-        _replace_kernel[(ranks * form.chunks,)](
-            codes,
-            messages.view(torch.int16),
-            counts,
-            ends,
-            valid_flags,
-            checksums,
-            form.numel,
-            form.nbytes // 2,
-            starts[4] // 2,
-            starts[5] // 2,
-            form.chunks,
-            SIZE=256,
-        )
-    mismatches = torch.where(valid, (checksums - headers[:, 1]) & 0xFFFFFFFF, reference.INVALID)
-    if own is not None:
-        mismatches[own] = 0
-    return mismatches
-
-
-def _codes(params: Tensor) -> Tensor:
-    """fp32 as it is, 16-bit parameters as int16: Triton's interpreter has no bf16 of its own."""
-    return params if params.dtype == torch.float32 else params.view(torch.int16)
-
-
-def _segments(
-    bounds: Sequence[tuple[int, int]], ranks: int, numel: int, own: int | None
-) -> Iterator[tuple[int, int, int, int]]:
-    """Shard, first and last element in it, and number of the run, or -1 between runs: of all shards but ``own``."""
-    cuts = [(start, stop, number) for number, (start, stop) in enumerate(bounds)]
-    ends = [0, *(stop for _, stop in bounds)]
-    gaps = [(end, start, -1) for end, (start, _) in zip(ends, [*bounds, (ranks * numel, 0)], strict=True)]
-    for start, stop, run in sorted(cuts + gaps):
-        for rank in range(start // numel, -(-stop // numel)) if stop > start else ():
-            if rank != own:
-                yield rank, max(start - rank * numel, 0), min(stop - rank * numel, numel), run
-
-
-@functools.lru_cache(maxsize=4096)
-def _tables(
-    device: torch.device, bounds: tuple[tuple[int, int], ...], ranks: int, numel: int, own: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The segments, and for each program of the replay its segment and its first group."""
-    segments = torch.tensor(list(_segments(bounds, ranks, numel, own) if numel else ()), dtype=torch.int64).view(-1, 4)
-    first_group = segments[:, 1] // trits.GROUP
-    programs = -(-(-(-segments[:, 2] // trits.GROUP) - first_group) // GROUPS)
-    segment = torch.repeat_interleave(torch.arange(len(segments)), programs)
-    before = programs.cumsum(0) - programs
-    group = first_group[segment] + (torch.arange(len(segment)) - before[segment]) * GROUPS
-    return segments.to(device), segment.to(torch.int32).to(device), group.to(device)
