@@ -1,6 +1,6 @@
 """Compile the Triton kernels of the exchange for GPUs that are absent, and print what came out as JSON.
 
-    python compile_exchange.py [--arch 80 90 100] [--formats 0 1 2 3]
+    python compile_exchange.py [--arch 80 90 100] [--formats 0 1 2 3] [--kernels replay_kernel]
 
 Run without TRITON_INTERPRET. No driver is needed: this is triton.compile with a GPUTarget, as in Triton's own tests.
 """
@@ -95,9 +95,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="*", type=int, default=[80, 90, 100])
     parser.add_argument("--formats", nargs="*", type=int, default=list(range(len(FORMATS))), help="numbers in FORMATS")
+    parser.add_argument("--kernels", nargs="*", default=list(POINTERS), choices=POINTERS)
     args = parser.parse_args()
     rows = []
-    for name in POINTERS:
+    for name in args.kernels:
         for kind in args.formats if name in EVERY_FORMAT else [1]:
             rows += [
                 {"kernel": name, "format": kind, "arch": arch, **facts(compiled(name, kind, arch))}

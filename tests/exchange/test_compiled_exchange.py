@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--arch", "90", "--formats", "1"],
+        ["--arch", "90", "--formats", "1", "--kernels", "replay_kernel"],
         pytest.param(["--arch", "80", "90", "100"], marks=pytest.mark.slow),
     ],
-    ids=["bf16-sm_90", "all"],
+    ids=["replay_bf16_sm_90", "all"],
 )
 def test_nothing_is_contracted_flushed_or_spilled_and_accesses_are_wide(arguments, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -27,7 +27,7 @@ def test_nothing_is_contracted_flushed_or_spilled_and_accesses_are_wide(argument
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) >= 6
+    assert rows
     for row in rows:
         # A multiply-add rounds once where the update rounds twice, and a flushed denormal is another number.
         assert row["fma"] == row["ftz"] == row["spilled"] == 0, row
