@@ -135,14 +135,14 @@ def test_exceptions_at_the_borders_of_chunks(kernels, few_programs):
 @EVERY_KERNEL
 @SIXTEEN_BITS
 @pytest.mark.slow
-def test_shards_of_several_chunks_with_many_exceptions(kernels, dtype, half_away):
-    numel, ranks = 5 * CHUNK + 64, 2
+def test_shards_of_several_chunks_with_many_exceptions(kernels, dtype, half_away, few_programs):
+    numel, ranks = 5 * CHUNK + 64 if kernels is not TRITON else CHUNK + 64, 2
     runs = [Run(start, start + 4000, 1e-2, 0.1) for start in range(11, numel * ranks - 4000, 4096)]
     old, new, _, digits = one_step(numel * ranks, runs, dtype, half_away)
     form = WireFormat(dtype, numel, numel // 10, half_away)
     messages = messages_of(kernels, new, digits, form, ranks)
     assert torch.equal(messages.cpu(), messages_of(REFERENCE, new, digits, form, ranks))
-    assert read_header(messages[0]).exceptions > 1000
+    assert read_header(messages[0]).exceptions > 100
     actual, mismatches = replayed(kernels, old, messages, runs, form)
     assert same_bits(actual, new) and mismatches == [0] * ranks
 
