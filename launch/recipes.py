@@ -117,7 +117,7 @@ def resolve(model: str, optimizer: str, cluster: str, overrides: list[str]) -> R
     environment: dict[str, str] = {}
     origin: dict[str, Path] = {}
     for kind, (path, content) in zip(KINDS, read, strict=True):
-        environment |= {name: str(value) for name, value in content.pop("environment", {}).items()}
+        environment |= _environment(content.pop("environment", {}), path)
         own = content.pop("with", {}) if kind == "models" else {}
         for key, value in content.items():
             if key in origin:
@@ -153,6 +153,17 @@ def _read(kind: str, name: str) -> tuple[Path, dict[str, Any]]:
     if not isinstance(content, dict):
         raise LionError(f"{shown} must hold one table of key: value lines, got {type(content).__name__}")
     return shown, content
+
+
+def _environment(variables: dict[Any, Any], path: Path) -> dict[str, str]:
+    """The processes' environment; its names are written into shell lines as they are, so they must be names there."""
+    for name in variables:
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", str(name)):
+            raise LionError(
+                f"environment {name!r} in {path} is not the name of a variable: use letters, digits and _, and no "
+                "digit first"
+            )
+    return {str(name): str(value) for name, value in variables.items()}
 
 
 def known(kind: str) -> str:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import ClassVar
 
 from megatron_lion.config import LionError
-from megatron_lion.run import report_on_rank_0
+from megatron_lion.run import report_error as report_on_rank_0
 
 PTH_NAME = "megatron_lion_hook.pth"
 # Python prints a traceback at every start if this line fails, so it asks first whether the package is still there.

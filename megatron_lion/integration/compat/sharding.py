@@ -57,9 +57,9 @@ class OlderDistributedOptimizer(distrib_optimizer.DistributedOptimizer):
         return bool(getattr(super(), "_is_distopt_quantized_param", distrib_optimizer.is_float8tensor)(tensor))
 
     def _without_foreign_keys(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        kept = {*self.optimizer_state_keys, "step"}
+        foreign = {*ADAM_STATE[1:]} - {*self.optimizer_state_keys}
         state = {
-            index: {key: value for key, value in tensors.items() if key in kept}
+            index: {key: value for key, value in tensors.items() if key not in foreign}
             for index, tensors in state_dict["state"].items()
         }
         return {**state_dict, "state": state}
