@@ -13,6 +13,15 @@ from megatron_lion.exchange.message import Run, WireFormat, check_runs
 from megatron_lion.kernels import compiler
 
 SOURCE = compiler.SOURCE.with_name("exchange_cpu.cpp")
+_ADDRESS, _SIZE, _INT, _RATE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+ARGUMENTS = {
+    "exchange_digits": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _RATE, _RATE),
+    "exchange_write": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _INT),
+    "exchange_replay": (
+        *(_INT, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _SIZE, _SIZE),
+        *(_ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _INT),
+    ),
+}
 
 
 def exchange_cpu_problem() -> str | None:
@@ -30,16 +39,13 @@ def sign_digits_cpu(
 ) -> Tensor:
     """:func:`megatron_lion.exchange.digits.sign_digits` for CPU tensors."""
     old, new, sign = old.contiguous(), new.contiguous(), sign.to(torch.int8).contiguous()
+    _check_on_cpu(old, new, sign)
     if not old.dtype == new.dtype or not old.shape == new.shape == sign.shape:
         raise ValueError(f"old and new are {old.dtype} {list(old.shape)} and {new.dtype} {list(new.shape)}")
     digits = torch.empty(old.shape, dtype=torch.uint8)
-    compiler.load(SOURCE).exchange_digits(
-        ctypes.c_int(FORMATS.index((old.dtype, half_away))),
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (old, new, sign, digits)),
-        ctypes.c_int64(old.numel()),
-        ctypes.c_double(lr),
-        ctypes.c_double(weight_decay),
-    )
+    addresses = [tensor.data_ptr() for tensor in (old, new, sign, digits)]
+    number = FORMATS.index((old.dtype, half_away))
+    _call("exchange_digits", number, *addresses, old.numel(), lr, weight_decay)
     return digits
 
 
@@ -47,17 +53,11 @@ def sign_digits_cpu(
 def write_message_cpu_(message: Tensor, digits: Tensor, params: Tensor, form: WireFormat) -> None:
     """:func:`megatron_lion.exchange.message.write_message_` with ``torch.get_num_threads()`` threads, on the CPU."""
     form.check(params, message[None], digits)
+    _check_on_cpu(message, digits, params)
     message[sum(form.section_bytes()[:3]) :].zero_()  # the table
     sections = _sections(message[None], form)
-    compiler.load(SOURCE).exchange_write(
-        ctypes.c_int(form.kind),
-        _address(sections),
-        ctypes.c_void_p(digits.data_ptr()),
-        ctypes.c_void_p(params.data_ptr()),
-        ctypes.c_int64(form.numel),
-        ctypes.c_int64(form.capacity),
-        ctypes.c_int(torch.get_num_threads()),
-    )
+    addresses = (_address(sections), digits.data_ptr(), params.data_ptr())
+    _call("exchange_write", form.kind, *addresses, form.numel, form.capacity, torch.get_num_threads())
 
 
 @torch.no_grad()
@@ -67,26 +67,32 @@ def replay_cpu_(
     """:func:`megatron_lion.exchange.message.replay_` with ``torch.get_num_threads()`` threads, on the CPU."""
     form.check(params, messages)
     check_runs(runs, params.numel())
+    _check_on_cpu(params, messages)
     sections = _sections(messages, form)
     mismatches = torch.zeros(len(messages), dtype=torch.int64)
     bounds = array("q", chain.from_iterable(run[:2] for run in runs))
     rates = array("d", chain.from_iterable(run[2:] for run in runs))
-    compiler.load(SOURCE).exchange_replay(
-        ctypes.c_int(form.kind),
-        ctypes.c_void_p(params.data_ptr()),
-        _address(sections),
-        ctypes.c_int64(len(messages)),
-        ctypes.c_int64(-1 if own is None else own),
-        ctypes.c_int64(form.numel),
-        ctypes.c_int64(form.capacity),
-        _address(bounds),
-        _address(rates),
-        ctypes.c_int64(len(runs)),
-        ctypes.c_void_p(mismatches.data_ptr()),
-        ctypes.c_int(torch.get_num_threads()),
+    _call(
+        "exchange_replay",
+        *(form.kind, params.data_ptr(), _address(sections), len(messages), -1 if own is None else own),
+        *(form.numel, form.capacity, _address(bounds), _address(rates), len(runs)),
+        *(mismatches.data_ptr(), torch.get_num_threads()),
     )
     torch.autograd.graph.increment_version([params])  # the kernel wrote without autograd's knowledge
     return mismatches
+
+
+def _call(name: str, *arguments: float) -> None:
+    function = getattr(compiler.load(SOURCE), name)
+    function.restype, function.argtypes = None, ARGUMENTS[name]
+    function(*arguments)
+
+
+def _check_on_cpu(*tensors: Tensor) -> None:
+    """Raise ValueError for tensors on a device, whose addresses would crash the process."""
+    devices = sorted({tensor.device.type for tensor in tensors})
+    if devices != ["cpu"]:
+        raise ValueError(f"the CPU kernel works on CPU tensors, not on {', '.join(devices)}: use the reference")
 
 
 def _sections(messages: Tensor, form: WireFormat) -> array:
@@ -96,6 +102,6 @@ def _sections(messages: Tensor, form: WireFormat) -> array:
     return array("Q", [start + offset for start in starts for offset in offsets])
 
 
-def _address(values: array) -> ctypes.c_void_p:
+def _address(values: array) -> int:
     """Where ``values`` are in memory, as long as the caller keeps them."""
-    return ctypes.c_void_p(values.buffer_info()[0])
+    return values.buffer_info()[0]

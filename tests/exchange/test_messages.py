@@ -274,3 +274,15 @@ def test_autograd_sees_that_the_cpu_kernel_wrote():
     CPU.replay_(param.detach(), messages, [Run(0, 320, 0.1, 0.0)], form)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_the_cpu_kernel_refuses_tensors_of_a_device():
+    form = WireFormat(BF16, 320, 4)
+    params, digits = torch.empty(320, dtype=BF16, device="meta"), torch.empty(320, dtype=torch.uint8, device="meta")
+    messages = form.new_messages(1, "meta")
+    with pytest.raises(ValueError, match="not on meta"):
+        CPU.write_message_(messages[0], digits, params, form)
+    with pytest.raises(ValueError, match="not on meta"):
+        CPU.replay_(params, messages, [Run(0, 320, 0.1, 0.0)], form)
+    with pytest.raises(ValueError, match="not on cpu, meta"):
+        CPU.sign_digits(params, torch.zeros(320, dtype=BF16), torch.zeros(320), lr=0.1, weight_decay=0.0)
