@@ -52,10 +52,11 @@ def stock_on_cpu() -> None:
         torch_cuda.replace_cuda()
         from megatron_lion.integration.cpu import megatron_patches
 
-        megatron_patches.adapt_core()
-        megatron_patches.adapt_training()
+        for patch in (*megatron_patches.CORE, *megatron_patches.TRAINING):
+            if patch.seam.is_needed:
+                patch.apply()
         gather_unequal_sizes()
-    compat.allow_wheel_without_makefile()
+    compat.WHEEL_WITHOUT_MAKEFILE.apply()
     megatron_lion.register = lambda: None
 
 
@@ -140,7 +141,8 @@ def inspect_one_step(side: str, output: Path) -> None:
         return result
 
     training.train = train_and_inspect
-    from launch import pretrain_gpt
+    sys.path.insert(0, str(ROOT / "launch"))
+    import pretrain_gpt
 
     pretrain_gpt.main()
 

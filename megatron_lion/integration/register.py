@@ -1,6 +1,7 @@
 """Registration: the one call after which Megatron's ``--optimizer lion`` is ours."""
 
 from megatron_lion.integration import compat
+from megatron_lion.integration.compat import Patch, Seam
 from megatron_lion.integration.cpu import torch_cuda
 
 _done: set[str] = set()
@@ -19,8 +20,8 @@ def register() -> None:
     """
     before_megatron()
     has_training = compat.has_training()
-    if not _done:  # every seam before the first replacement: never half-patched
-        compat.require_seams(training=has_training)
+    if not _done:  # every check before the first replacement: never half-patched
+        require_known_megatron(training=has_training)
     register_core()
     if has_training:
         register_training()
@@ -37,13 +38,13 @@ def register_core() -> None:
     """The optimizer factory in ``megatron.core``."""
     if "core" in _done:
         return
-    compat.require_seams(training=False)
-    from megatron_lion.integration.cpu import megatron_patches
-    from megatron_lion.integration.optimizer import factory
-
-    factory.install()
+    require_known_megatron(training=False)
+    for patch in _core_patches():
+        patch.apply()
     if torch_cuda.wanted():
-        megatron_patches.adapt_core()
+        from megatron_lion.integration.cpu import megatron_patches
+
+        megatron_patches.silence_rng_warnings()
     _done.add("core")
 
 
@@ -51,21 +52,50 @@ def register_training() -> None:
     """The command line of ``megatron.training``, and what its start-up asks of the wheel."""
     if "training" in _done:
         return
-    compat.require_seams(training=True)
-    from megatron_lion.integration.checkpoint import integrity, ownership
+    require_known_megatron(training=True)
+    from megatron_lion.integration.checkpoint import integrity
+
+    for patch in _training_patches():
+        patch.apply()
+    integrity.install()
+    _done.add("training")
+
+
+def require_known_megatron(*, training: bool) -> None:
+    """Raise LionError where a name in Megatron that this package calls, replaces, overrides or reads has changed.
+
+    The names that it calls come first: without them our classes, which override others, cannot be made.
+    """
+    compat.require(compat.seams_of(training=training))
+    compat.require(seams(training=training))
+
+
+def seams(*, training: bool) -> tuple[Seam, ...]:
+    """Every name in Megatron that this package calls or replaces. Makes our classes, which check what they override."""
+    patches = _core_patches() + (_training_patches() if training else [])
+    return compat.seams_of(training=training) + tuple(patch.seam for patch in patches)
+
+
+def _core_patches() -> list[Patch]:
+    from megatron_lion.integration.cpu import megatron_patches
+    from megatron_lion.integration.optimizer import factory
+
+    return _needed([*factory.CORE, *(megatron_patches.CORE if torch_cuda.wanted() else ())])
+
+
+def _training_patches() -> list[Patch]:
+    """In the order in which they wrap: of two around one function the later one is the outer one."""
+    from megatron_lion.integration.checkpoint import ownership
     from megatron_lion.integration.cpu import megatron_patches
     from megatron_lion.integration.flags import arguments
     from megatron_lion.integration.optimizer import factory
     from megatron_lion.integration.reporting import step_telemetry
     from megatron_lion.integration.reporting.norm_ratio import schedule
 
-    arguments.install()
-    factory.install_config()
-    ownership.install()
-    integrity.install()
-    schedule.install()
-    step_telemetry.install()
-    compat.allow_wheel_without_makefile()
-    if torch_cuda.wanted():
-        megatron_patches.adapt_training()
-    _done.add("training")
+    ours = (arguments.TRAINING, factory.TRAINING, ownership.TRAINING, schedule.TRAINING, step_telemetry.TRAINING)
+    on_cpu = megatron_patches.TRAINING if torch_cuda.wanted() else ()
+    return _needed([*(patch for patches in ours for patch in patches), compat.WHEEL_WITHOUT_MAKEFILE, *on_cpu])
+
+
+def _needed(patches: list[Patch]) -> list[Patch]:
+    return [patch for patch in patches if patch.seam.is_needed]

@@ -269,7 +269,7 @@ except megatron_lion.LionError as error:
     print("MESSAGE", error)
 import megatron.core.optimizer, megatron.training.arguments
 for function in (megatron.core.optimizer.get_megatron_optimizer, megatron.training.arguments.validate_args):
-    print("FROM", *function.__code__.co_filename.split("/")[-2:])
+    print("FROM", *getattr(function, "wrapper", function).__code__.co_filename.split("/")[-2:])
 """
 
 

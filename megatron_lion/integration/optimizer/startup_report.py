@@ -6,7 +6,8 @@ import torch
 
 from megatron_lion import kernels
 from megatron_lion.config import LionConfig
-from megatron_lion.integration import compat, console
+from megatron_lion.integration import compat
+from megatron_lion.integration.console import say, warn
 from megatron_lion.integration.cpu import torch_cuda
 from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
 from megatron_lion.integration.reporting import gradient_shards
@@ -26,18 +27,18 @@ def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimi
     )
     sharding, state = _state_bytes(lion_config, config, optimizer)
     kernel = kernels.describe(lion_config.kernel, _updated_tensors(optimizer), packed=lion_config.is_packed)
-    console.say(
+    say(
         f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
         f"betas ({lion_config.betas[0]:g}, {lion_config.betas[1]:g}), weight decay {lion_config.weight_decay:g}, "
         f"{sharding}: {state} per rank, kernel {kernel}"
     )
     if missed_tensors:
         names = ", ".join(name for name, _ in missed) or "none"
-        console.warn(f"{missed_tensors} trainable parameters are not on Lion; on rank 0: {names}")
+        warn(f"{missed_tensors} trainable parameters are not on Lion; on rank 0: {names}")
     if lion_config.lr_warning:
-        console.warn(lion_config.lr_warning)
+        warn(lion_config.lr_warning)
     if len(model_chunks) > 1 and not compat.known().waits_before_it_frees and not torch_cuda.wanted():
-        console.warn(
+        warn(
             f"interleaved pipelines of megatron-core {compat.megatron_version()} free activations that are still being "
             "sent, which has been seen to end in NaN (Megatron pull request 4047): take 0.18 or later, or a pipeline "
             "that is not interleaved"
