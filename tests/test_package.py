@@ -85,7 +85,7 @@ def assert_complete_metadata(wheel: Path) -> None:
         folder = f"megatron_lion-{megatron_lion.__version__}.dist-info"
         metadata = archive.read(f"{folder}/METADATA").decode()
         assert {f"{folder}/licenses/LICENSE", f"{folder}/LICENSE"} & set(archive.namelist())
-        assert b"megatron-lion = megatron_lion.cli.__main__:main" in archive.read(f"{folder}/entry_points.txt")
+        assert b"megatron-lion = megatron_lion.cli:main" in archive.read(f"{folder}/entry_points.txt")
     header, _, description = metadata.partition("\n\n")
     fields = [line.split(": ", 1) for line in header.splitlines()]
     for field in (
