@@ -5,13 +5,17 @@ import shlex
 import string
 from pathlib import Path
 
-from recipes import MEGATRON_KEYS, ROOT, Recipe
+from recipes import MEGATRON_KEYS, ROOT, SLURM_PORTS, Recipe
 
 from megatron_lion.config import LionError
 
 SLURM_TEMPLATE = ROOT / "launch" / "slurm.sh.template"
 JOIN_TIMEOUT = 600  # torchrun's own, in seconds
 START_SECONDS = 120  # for torchrun and the ranks to start before and after they wait for the other nodes
+# Where the nodes of a Slurm job meet: on the first one, at a port of the job's, since jobs may share nodes.
+MEETING = """hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+host="${{hosts%%$'\\n'*}}"
+port=$(({port} + SLURM_JOB_ID % {ports}))"""
 HOST = "MASTER_ADDRESS"  # what the reader of --print puts in
 
 
@@ -49,8 +53,12 @@ def torchrun(
     if recipe["nodes"] > 1:
         python = launcher[0] if len(launcher) > 1 else "python3"
         seconds = _join_timeout(recipe) + START_SECONDS
-        line = [python, str(Path("launch") / "watched.py"), str(seconds), *line]
-    return [*line, str(Path("launch") / recipe["script"]), *training_flags(recipe, extra)]
+        line = [python, str(ROOT / "launch" / "watched.py"), str(seconds), *line]
+    return [*line, str(ROOT / "launch" / recipe["script"]), *training_flags(recipe, extra)]
+
+
+def _port(recipe: Recipe) -> int:
+    return int(recipe.get("master-port", 29500))
 
 
 def _join_timeout(recipe: Recipe) -> int:
@@ -58,11 +66,11 @@ def _join_timeout(recipe: Recipe) -> int:
 
 
 def _rendezvous(recipe: Recipe, host: str | None, node: int) -> list[str]:
-    """Torchrun's flags for where the nodes meet."""
-    if recipe["nodes"] == 1 and host is None:
+    """Torchrun's flags for where the nodes meet. One node meets nobody: a free port, so that runs can share it."""
+    if recipe["nodes"] == 1:
         return ["--standalone"]
     first = host or recipe.get("master-address") or (recipe.addresses or [HOST])[0]
-    endpoint = f"{first}:{recipe.get('master-port', 29500)}"
+    endpoint = f"{first}:{_port(recipe)}"
     words = ["--nnodes", str(recipe["nodes"]), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
     words += ["--rdzv-id", Path(recipe["run"]).name]
     settings = f"join_timeout={_join_timeout(recipe)}"
@@ -86,7 +94,10 @@ def printed(recipe: Recipe, extra: list[str]) -> str:
 
 
 def slurm_script(recipe: Recipe, extra: list[str], python: str) -> str:
-    """The batch script; every value is quoted for the shell. Raises LionError for a value that spans lines."""
+    """The batch script, which runs where this process does: a relative path in ``extra`` is what it is here.
+
+    Every value is quoted for the shell. Raises LionError for a value that spans lines.
+    """
     options = {"partition": recipe.get("slurm-partition"), "account": recipe.get("slurm-account")}
     options["time"] = recipe.get("slurm-time")
     if recipe["device"] == "cuda":
@@ -102,10 +113,10 @@ def slurm_script(recipe: Recipe, extra: list[str], python: str) -> str:
         cpus=recipe.get("slurm-cpus", recipe["gpus-per-node"] * (1 + recipe.get("num-workers", 2))),
         options="\n".join(f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None),
         log=shlex.quote(str(Path(recipe["run"]) / "log.txt")),
-        port=recipe.get("master-port", 29500),
+        meeting=MEETING.format(port=_port(recipe), ports=SLURM_PORTS) if recipe["nodes"] > 1 else "",
         environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in recipe.environment.items()),
         setup=recipe.get("slurm-setup", ""),
-        folder=shlex.quote(str(ROOT)),
+        folder=shlex.quote(str(Path.cwd())),
         command=command,
         iterations=recipe["train-iters"],
         marker=shlex.quote(str(Path(recipe["run"]) / "checkpoints" / "latest_checkpointed_iteration.txt")),

@@ -40,8 +40,9 @@ def recipe(model: str, optimizer: str, cluster: str, *overrides: str) -> recipes
 
 
 def golden_lines() -> list[str]:
-    """``model optimizer cluster: line`` for each case."""
-    return [f"{' '.join(case)}: {commands.printed(recipe(*case), []).splitlines()[-1]}" for case in CASES]
+    """``model optimizer cluster: line`` for each case, with paths relative to the checkout and the current folder."""
+    lines = [f"{' '.join(case)}: {commands.printed(recipe(*case), []).splitlines()[-1]}" for case in CASES]
+    return [line.replace(f"{ROOT}/", "").replace(f"{Path.cwd()}/", "") for line in lines]
 
 
 if __name__ == "__main__":

@@ -69,10 +69,10 @@ def cluster(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(cluster: Path, act: str) -> subprocess.CompletedProcess[str]:
-    text = script("tiny_gpt", "lion", "cpu", run=cluster / "run", **{"train-iters": 300})
+def run(cluster: Path, act: str, *, nodes: int = 2, job: int = 42) -> subprocess.CompletedProcess[str]:
+    text = script("tiny_gpt", "lion", "cpu", run=cluster / "run", **{"train-iters": 300, "nodes": nodes})
     path = f"{cluster}/bin{os.pathsep}{os.environ['PATH']}"
-    environment = {"PATH": path, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "42", "ACT": act}
+    environment = {"PATH": path, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": str(job), "ACT": act}
     return subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environment, check=False)
 
 
@@ -87,7 +87,6 @@ def test_a_job_that_is_cut_short_is_queued_again_as_long_as_it_gets_further(clus
     assert (cluster / "scontrol.log").read_text() == "requeue 42\n"
     words = (cluster / "srun.log").read_text().splitlines()
     assert words[:3] == ["--cpus-per-task=2", "--kill-on-bad-exit=1", sys.executable]
-    assert words[words.index("--rdzv-endpoint") + 1] == "node7:29500"
     assert words[words.index("--max-restarts") + 1] == "0"
 
     again = run(cluster, "exit 143")  # nothing new is saved
@@ -106,3 +105,19 @@ def test_a_job_that_fails_at_its_start_is_not_queued_again(cluster: Path, act: s
     done = run(cluster, act)
     assert done.returncode == status
     assert not (cluster / "scontrol.log").exists()
+
+
+def meeting(cluster: Path, **job: int) -> list[str]:
+    """The words with which the ranks of a job's nodes find each other."""
+    assert run(cluster, saves(cluster, 300), **job).returncode == 0
+    words = (cluster / "srun.log").read_text().splitlines()
+    if "--standalone" in words:
+        return ["--standalone"]
+    return [words[words.index(flag) + 1] for flag in ("--rdzv-endpoint", "--rdzv-backend")]
+
+
+def test_jobs_that_share_a_node_do_not_meet(cluster: Path) -> None:
+    """Another job's store would take the ranks in, and end with that job."""
+    assert meeting(cluster, nodes=1) == ["--standalone"]
+    assert meeting(cluster, job=42) == ["node7:29542", "c10d"]
+    assert meeting(cluster, job=1_000_043) == ["node7:29543", "c10d"]
