@@ -1,6 +1,7 @@
 """From a recipe to command lines: torchrun on each node, and the Slurm script."""
 
 import json
+import re
 import shlex
 import string
 from pathlib import Path
@@ -96,31 +97,51 @@ def printed(recipe: Recipe, extra: list[str]) -> str:
 def slurm_script(recipe: Recipe, extra: list[str], python: str) -> str:
     """The batch script, which runs where this process does: a relative path in ``extra`` is what it is here.
 
-    Every value is quoted for the shell. Raises LionError for a value that spans lines.
+    Every value is quoted, for sbatch or for the shell; only ``slurm-setup`` is shell as given. Raises LionError for a
+    value that sbatch cannot be given: line breaks and backslashes in the run's folder or the recipe's names, anything
+    but letters, digits and -_.:, in sbatch's own options.
     """
     options = {"partition": recipe.get("slurm-partition"), "account": recipe.get("slurm-account")}
     options["time"] = recipe.get("slurm-time")
     if recipe["device"] == "cuda":
         options["gpus-per-node"] = str(recipe["gpus-per-node"])
     for key, value in options.items():
-        if value is not None and not all(c.isalnum() or c in "-_.:," for c in value):
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9_.:,-]+", value):
             raise LionError(f"slurm-{key} {value!r} is no value for sbatch's --{key}: letters, digits and -_.:, only")
-    line = torchrun(recipe, extra, [python, "-m", "torch.distributed.run"], host="@HOST@")
-    command = " ".join('"$host:$port"' if "@HOST@" in word else shlex.quote(word) for word in line)
+    run = Path(recipe["run"])
+    line = torchrun(recipe, extra, [python, "-m", "torch.distributed.run"], host="HOST")
+    words = [shlex.quote(word) for word in line]
+    if recipe["nodes"] > 1:
+        words[line.index("--rdzv-endpoint") + 1] = '"$host:$port"'  # known only inside the job
     return string.Template(SLURM_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        name="-".join(recipe.names),
+        name=_for_sbatch("the recipe's name", "-".join(recipe.names)),
         nodes=recipe["nodes"],
         cpus=recipe.get("slurm-cpus", recipe["gpus-per-node"] * (1 + recipe.get("num-workers", 2))),
         options="\n".join(f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None),
-        log=shlex.quote(str(Path(recipe["run"]) / "log.txt")),
+        # In the name of a log, sbatch replaces %j and the like, and %% by %.
+        log=_for_sbatch("run", str(run / "log.txt").replace("%", "%%")),
         meeting=MEETING.format(port=_port(recipe), ports=SLURM_PORTS) if recipe["nodes"] > 1 else "",
         environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in recipe.environment.items()),
         setup=recipe.get("slurm-setup", ""),
         folder=shlex.quote(str(Path.cwd())),
-        command=command,
+        command=" ".join(words),
         iterations=recipe["train-iters"],
-        marker=shlex.quote(str(Path(recipe["run"]) / "checkpoints" / "latest_checkpointed_iteration.txt")),
+        marker=shlex.quote(str(run / "checkpoints" / "latest_checkpointed_iteration.txt")),
     )
+
+
+def _for_sbatch(what: str, value: str) -> str:
+    """``value`` quoted for a ``#SBATCH`` line.
+
+    sbatch reads quotes as the shell does, but a backslash is an escape also between them, and turns off the log's
+    patterns; a line break would end the option and start a line of shell.
+    """
+    if "\\" in value or not value.isprintable():
+        raise LionError(
+            f"{what} {value!r} cannot be written in a Slurm script: use a name without backslashes, line breaks and "
+            "other control characters"
+        )
+    return shlex.quote(value)
 
 
 def record(recipe: Recipe, extra: list[str], versions: dict[str, str | None]) -> str:

@@ -32,7 +32,8 @@ make_environment() {
     local root="$1" python stamp
     PYTHON="$root/.venv/bin/python"
     # The stamp is written last, so that an environment cut off while it was made is made again.
-    stamp="$(cat "$root/setup.py" "$root/launch/constraints.txt" | cksum)"
+    # The settings of tools, below the package's own, do not change it.
+    stamp="$( (sed '/^\[tool\.ruff/,$d' "$root/pyproject.toml"; cat "$root/launch/constraints.txt") | cksum)"
     if [ "$(cat "$root/.venv/.complete" 2>/dev/null)" = "$stamp" ] && "$PYTHON" -c "import torch" 2>/dev/null; then
         say "environment: reusing $root/.venv"
         return 0

@@ -15,11 +15,11 @@ import argparse
 import importlib.metadata
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import child_process
 import commands
 import estimates
 import output_lines
@@ -122,7 +122,7 @@ def prepare_folder(recipe: Recipe, extra: list[str]) -> Path:
 def run_here(recipe: Recipe, extra: list[str]) -> int:
     """Run torchrun on this machine, its output in log.txt and, with readable steps, on the screen. Returns its status.
 
-    SIGTERM is handed on to torchrun, which hands it to the ranks: they save and end.
+    Ctrl-C, SIGTERM and SIGHUP end the run: the ranks save, and this function returns when torchrun has ended.
     """
     if recipe["nodes"] > 1:
         raise LionError(
@@ -140,14 +140,15 @@ def run_here(recipe: Recipe, extra: list[str]) -> int:
     line = commands.torchrun(recipe, extra, [sys.executable, "-m", "torch.distributed.run"])
     environment = {**os.environ, **recipe.environment}
     path = folder / "log.txt"
-    with path.open("ab") as log:
-        start = log.tell()
-        process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
-    for text in output_lines.lines_of(path, start, lambda: process.poll() is not None):
-        shown = step_line.readable(text, recipe)
-        print(text if shown is None else f"{shown}\n", end="", flush=True)
-    return process.wait()
+    start = path.stat().st_size if path.exists() else 0
+    with (
+        path.open("ab") as log,
+        child_process.tied(line, stdout=log, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        for text in output_lines.lines_of(path, start, lambda: process.poll() is not None):
+            shown = step_line.readable(text, recipe)
+            print(text if shown is None else f"{shown}\n", end="", flush=True)
+    return process.returncode
 
 
 def submit(recipe: Recipe, extra: list[str], python: str) -> int:

@@ -196,11 +196,14 @@ def _kind(value: Any) -> str:
 
 
 def _environment(content: Any, path: Path) -> dict[str, str]:
-    """The ``environment`` table of a file: names and texts as written."""
+    """The processes' environment: texts as written. Names go into shell lines as they are, so they are names there."""
     table = _table(content, f"environment in {path}")
     for name, value in table.items():
-        if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
-            raise LionError(f"environment in {path}: {name!r} is not the name of a variable (letters, digits and _)")
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", str(name)):
+            raise LionError(
+                f"environment {name!r} in {path} is not the name of a variable: use letters, digits and _, and no "
+                "digit first"
+            )
         if not isinstance(value, str):
             raise LionError(f'environment in {path}: {name} must be a text, got {_kind(value)}; "" is an empty one')
     return table

@@ -1,16 +1,16 @@
 """Lion for Megatron-Core.
 
-``import megatron_lion`` needs nothing but Python: torch is imported with :class:`Lion`, Megatron with
-:func:`register`. So the import hook that ``megatron-lion enable`` sets costs an interpreter that trains nothing
-almost nothing.
+``import megatron_lion`` imports nothing else: torch comes with :class:`Lion`, Megatron with :func:`register`. So the
+import hook that ``megatron-lion enable`` sets costs an interpreter that trains nothing almost nothing.
 """
 
-from typing import TYPE_CHECKING, Any
-
-from megatron_lion.config import LionError
 from megatron_lion.version import __version__
 
+TYPE_CHECKING = False  # typing's own costs an import
 if TYPE_CHECKING:
+    from typing import Any
+
+    from megatron_lion.config import LionError
     from megatron_lion.lion import Lion
 
 __all__ = ["Lion", "LionError", "__version__", "register"]
@@ -26,9 +26,13 @@ def register() -> None:
     register_with_megatron()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name == "Lion":
         from megatron_lion.lion import Lion
 
         return Lion
+    if name == "LionError":
+        from megatron_lion.config import LionError
+
+        return LionError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

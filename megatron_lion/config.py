@@ -21,10 +21,6 @@ class LionError(ValueError):
     """A request that cannot be met. The message names the value, the valid ones, and what to do."""
 
 
-class LocalError(LionError):
-    """A LionError that one rank alone may have met, as in a file that no other reads, so that it must say so itself."""
-
-
 def did_you_mean(value: str, valid: Iterable[str]) -> str:
     """A sentence naming the nearest valid name, then all of them: ``did you mean 'lion'? Valid: adam, lion, sgd``."""
     names = sorted(valid)

@@ -87,11 +87,15 @@ def _first_problem() -> str | None:
 
 
 def _check_seams() -> None:
+    from megatron_lion.integration import register
+
+    training = compat.has_training()
+    compat.require(compat.seams_of(training=training))
     with _quiet():
-        problems = {seam: seam.problem() for seam in compat.seams_of(training=compat.has_training())}
+        problems = {seam: seam.problem() for seam in register.seams(training=training)}
     for seam, problem in problems.items():
         _row("seam", f"{'ok ' if problem is None else 'BAD'} {seam.module}.{seam.name}")
-    compat.require_seams(training=compat.has_training())
+    register.require_known_megatron(training=training)
 
 
 @contextlib.contextmanager

@@ -1,34 +1,40 @@
 """The opt-in import hook: ``megatron-lion enable`` makes every Megatron of this environment register by itself.
 
 ``enable`` writes one line into the environment's site-packages, which Python runs at start. It puts a finder in front
-that waits for Megatron's imports: before ``megatron.core`` it checks the version, after ``megatron.core.optimizer`` and
-``megatron.training`` it registers. An interpreter that never imports Megatron pays for one small import and no torch.
+that waits for Megatron's imports. Every interpreter of the environment pays for this module, so it imports only ``sys``
+at its top.
 """
 
-import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import sys
-import sysconfig
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import ClassVar
 
-from megatron_lion.config import LionError
-from megatron_lion.run import report_on_rank_0
+TYPE_CHECKING = False  # typing's own costs an import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from pathlib import Path
+    from types import ModuleType, TracebackType
+    from typing import Any
 
 PTH_NAME = "megatron_lion_hook.pth"
-# Python prints a traceback at every start if this line fails, so it asks first whether the package is still there.
+# Python prints a traceback at every start if this line fails, so it passes over a package that is not there any more.
 PTH_LINE = (
-    "import importlib.util; "
-    "importlib.util.find_spec('megatron_lion') and __import__('megatron_lion.hook').hook.install()\n"
+    r"""import sys; exec("try:\n import megatron_lion.hook\nexcept ModuleNotFoundError as error:\n """
+    r"""if error.name != 'megatron_lion': raise\nelse:\n megatron_lion.hook.install()")"""
+    "\n"
 )
+# Megatron's modules, and the functions of megatron_lion.integration.hooked to run before and after each is executed.
+STEPS = {
+    "megatron.core": ("before_core", None),
+    "megatron.core.optimizer": (None, "after_optimizer"),
+    "megatron.training": (None, "after_training"),
+}
 
 
-def pth_path() -> Path:
+def pth_path() -> "Path":
     """Where the hook's line lives in this environment."""
+    import sysconfig
+    from pathlib import Path
+
     return Path(sysconfig.get_path("purelib")) / PTH_NAME
 
 
@@ -49,58 +55,59 @@ def disable() -> None:
 
 def install() -> None:
     """Start to wait for Megatron's imports in this interpreter. Calling it again does nothing."""
-    if not any(isinstance(finder, MegatronFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, MegatronFinder())
-        sys.excepthook = functools.partial(_report_once, sys.excepthook)
+    if any(isinstance(finder, MegatronFinder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, MegatronFinder())
+    previous = sys.excepthook
+
+    def excepthook(kind: "type[BaseException]", error: BaseException, trace: "TracebackType | None") -> None:
+        """Our errors as one line, as megatron_lion.run prints them; everything else as before."""
+        config = sys.modules.get("megatron_lion.config")
+        if config is not None and isinstance(error, config.LionError):
+            from megatron_lion.run import report_error
+
+            report_error(error)
+        else:
+            previous(kind, error, trace)
+
+    sys.excepthook = excepthook
 
 
-def _report_once(previous: Callable[..., None], kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """Our errors as one line on rank 0, as megatron_lion.run prints them; everything else as before."""
-    if isinstance(error, LionError):
-        report_on_rank_0(error)
-    else:
-        previous(kind, error, trace)
+class MegatronFinder:
+    """Lets three of Megatron's modules run our steps before or after they are executed.
 
-
-class MegatronFinder(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; lets three of Megatron's modules run our steps before or after they are executed.
-
-    The steps run at execution, not at the search: asking whether a module is there registers nothing.
+    The steps run at execution, not at the search: asking whether a module is there registers nothing. It keeps no
+    state, so threads may import at once.
     """
 
-    BEFORE: ClassVar = {"megatron.core": "before_megatron"}
-    AFTER: ClassVar = {"megatron.core.optimizer": "register_core", "megatron.training": "register_training"}
-
-    def __init__(self) -> None:
-        self._asking_the_others = False
-
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        before, after = self.BEFORE.get(fullname), self.AFTER.get(fullname)
-        if self._asking_the_others or not (before or after):
+        self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
+        """What the other finders find; for one of ``STEPS`` with a loader that runs its steps too."""
+        if fullname not in STEPS:
             return None
-        self._asking_the_others = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._asking_the_others = False
-        if spec is not None and spec.loader is not None:
-            _run_around(spec.loader, before, after)
-        return spec
+        for finder in list(sys.meta_path):
+            if isinstance(finder, MegatronFinder):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    _run_around(spec.loader, *STEPS[fullname])
+                return spec
+        return None
 
 
-def _run_around(loader: importlib.abc.Loader, before: str | None, after: str | None) -> None:
+def _run_around(loader: "Any", before: str | None, after: str | None) -> None:
     """Let ``loader`` run our steps around the execution of its module."""
     execute: Callable[[ModuleType], None] = loader.exec_module
 
-    def exec_module(module: ModuleType) -> None:
-        from megatron_lion.integration import register
+    def exec_module(module: "ModuleType") -> None:
+        from megatron_lion.integration import hooked
 
         if before:
-            getattr(register, before)()
+            getattr(hooked, before)()
         execute(module)
         if after:
-            getattr(register, after)()
+            getattr(hooked, after)()
 
-    loader.exec_module = exec_module  # type: ignore[method-assign]
+    loader.exec_module = exec_module

@@ -1,6 +1,6 @@
 """Lion as an ordinary ``torch.optim.Optimizer``."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -65,11 +65,11 @@ class Lion(torch.optim.Optimizer):
     """
 
     # For whoever drives the step from outside, as Megatron's distributed optimizer does: a factor on every gradient,
-    # a one-element int32 tensor that leaves everything as it is where it is not 0, 16-bit copies of parameters, by
-    # parameter, that the step writes too, where in its parameter each shard lies, whether gradients are in
-    # ``decoupled_grad``, which may have another dtype than the parameter, what each step's sums are added to, and for
-    # which parameters (None: all). Class attributes, so that an unpickled optimizer, which keeps groups and state
-    # alone, has them.
+    # a one-element int32 tensor that leaves everything as it is where it is not 0 (read on the host if momentum begins
+    # with this gradient or becomes int8 in this step), 16-bit copies of parameters, by parameter, that the step writes
+    # too, where in its parameter each shard lies, whether gradients are in ``decoupled_grad``, which may have another
+    # dtype than the parameter, what each step's sums are added to, and for which parameters (None: all). Class
+    # attributes, so that an unpickled optimizer, which keeps groups and state alone, has them.
     grad_scale: float | Tensor = 1.0
     skip: Tensor | None = None
     copies: Mapping[Tensor, Tensor] = MappingProxyType({})
@@ -200,6 +200,8 @@ class Lion(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
+        if self.skip is not None and self._writes_state_on_host(group) and bool(self.skip):
+            return
         rows: dict[Any, list[Row]] = {}
         for param in group["params"]:
             if (grad := self._gradient(param)) is not None:
@@ -213,6 +215,15 @@ class Lion(torch.optim.Optimizer):
             for row in (row for alike in rows.values() for row in alike if row.scale is None):  # it waited in fp32
                 storage.set_momentum(self.state[row.param], row.param, row.exp_avg, self._place(row.param))
 
+    def _writes_state_on_host(self, group: dict[str, Any]) -> bool:
+        """Whether this step sets momentum outside the kernel: to the first gradient, or from fp32 to int8."""
+        states = [self.state.get(param) for param in group["params"] if self._gradient(param) is not None]
+        begins = group["momentum_init"] == "gradient" and not all(states)
+        waits = group.get("momentum_dtype") == "int8" and any(
+            state and "exp_avg_scale" not in state for state in states
+        )
+        return begins or waits
+
     def _is_counted(self, row: Row) -> bool:
         return self.counted is None or row.param in self.counted
 
@@ -222,19 +233,18 @@ class Lion(torch.optim.Optimizer):
     def _place(self, param: Tensor) -> Place:
         return self.places.get(param) or Place.of_whole(param)
 
-    def _state_of(self, param: Tensor, group: dict[str, Any], start: Tensor | None = None) -> dict[str, Any]:
-        """The state of ``param``, made if there is none: with momentum ``start`` where that is given, else zero."""
+    def _state_of(self, param: Tensor, group: dict[str, Any], grad: Tensor | None = None) -> dict[str, Any]:
+        """The state of ``param``. If there is none it is made, with momentum zero or ``grad``, as the group asks."""
         state: dict[str, Any] = self.state[param]
         if not state:
             storage, place = _storage(group), self._place(param)
             state = self.state[param] = storage.create(param, place)
-            if start is not None:
-                storage.set_momentum(state, param, start, place)
+            if grad is not None and group["momentum_init"] == "gradient":
+                storage.set_momentum(state, param, grad.to(compute_dtype(param)) * self.grad_scale, place)
         return state
 
     def _row(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Row:
-        start = grad.to(compute_dtype(param)) * self.grad_scale if group["momentum_init"] == "gradient" else None
-        state = self._state_of(param, group, start)
+        state = self._state_of(param, group, grad)
         place = self._place(param) if "exp_avg_scale" in state else None
         return row_of(param, grad, state, self.copies.get(param) if self.copies else None, place)
 
@@ -261,9 +271,39 @@ class Lion(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict()`` returned: the next steps equal, bit for bit, those of an optimizer never saved.
 
-        A state in another precision is converted to this optimizer's. Raises LionError, changing nothing, where the
-        groups are those of another optimizer.
+        A state in another precision is converted to this optimizer's. Hooks see and may change the saved state before
+        the load and this optimizer's state after it. Raises LionError, changing nothing, if the state is another
+        optimizer's or has master weights that this one would lose.
         """
+        restored: list[tuple[Tensor, dict[str, Any], Tensor | None]] = []
+        kept: list[dict[str, Any]] = []
+
+        def convert(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            kept.extend({key: group.get(key) for key in KEPT_ON_LOAD} for group in self.param_groups)
+            restored.extend(self._restored(state_dict))
+            return {**state_dict, "state": {}}  # torch would cast the state to the parameters' dtype
+
+        def install(_: torch.optim.Optimizer) -> None:
+            for group, keep in zip(self.param_groups, kept, strict=True):
+                group.update(keep)
+            for param, state, written in restored:
+                self.state[param] = state
+                if written is not None:
+                    param.data.copy_(written)
+
+        # After everyone's pre-hooks and before everyone's post-hooks; between the two torch checks the groups' sizes.
+        own = (
+            self.register_load_state_dict_pre_hook(convert),
+            self.register_load_state_dict_post_hook(install, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in own:
+                hook.remove()
+
+    def _restored(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any], Tensor | None]]:
+        """Each parameter that has state in ``state_dict``, its state in this storage, and its own new value or None."""
         for group in state_dict["param_groups"]:
             missing = sorted(LION_GROUP_KEYS - group.keys())
             if missing:
@@ -272,17 +312,10 @@ class Lion(torch.optim.Optimizer):
                     f"have {', '.join(sorted(group.keys() - {'params'}))}. Load the weights alone and start Lion's "
                     "momentum at zero (in Megatron: --no-load-optim)"
                 )
-        kept = [{key: group.get(key) for key in KEPT_ON_LOAD} for group in self.param_groups]
-        restored = {}
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for param, number in zip(group["params"], saved_group["params"], strict=False):
                 if saved := state_dict["state"].get(number):
-                    restored[param] = _storage(group).restore(saved, param, self._place(param))
-        # Without the state, which torch would cast to the parameters' dtype. It refuses what the two zips let pass.
-        super().load_state_dict({**state_dict, "state": {}})
-        for group, keep in zip(self.param_groups, kept, strict=True):
-            group.update(keep)
-        self.state.update(restored)
+                    yield param, *_storage(group).restore(saved, param, self._place(param))
 
 
 def _storage(group: dict[str, Any]) -> Storage:

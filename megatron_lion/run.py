@@ -3,33 +3,44 @@
 import contextlib
 import os
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import megatron_lion
-from megatron_lion.config import LionError, LocalError
+from megatron_lion.config import LionError
 
+# How long a rank other than 0 waits before it prints. Where all ranks fail alike, rank 0 prints at once and exits, and
+# torchrun ends the others meanwhile. On a node without rank 0, the node's first rank does the same for its neighbors.
 GRACE_SECONDS = 5.0
 
 
-def report_on_rank_0(error: LionError) -> None:
-    """Print one line on rank 0, or on the rank that met a LocalError; let the other ranks wait for it, since torchrun
-    ends all once one has ended."""
-    if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, LocalError):
-        print(f"megatron-lion: error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(GRACE_SECONDS)
+def report_error(error: LionError) -> None:
+    """Print ``error`` as one line on stderr: on rank 0 at once, on another rank after a grace period, with its name.
+
+    ``RANK`` and ``LOCAL_RANK`` are torchrun's. A rank that is ended during the grace period prints nothing. SIGTERM
+    ends it even where Megatron handles the signal. Call it from the main thread.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    origin = ""
+    if rank != 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        is_first_of_node = os.environ.get("LOCAL_RANK") == "0"
+        time.sleep(GRACE_SECONDS if is_first_of_node else 2 * GRACE_SECONDS)
+        origin = f"[rank {rank}, {os.uname().nodename}] "
+    # One write, so that lines of several ranks do not mix.
+    print(f"megatron-lion: error: {origin}{error}\n", end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn LionError into one line on rank 0's stderr and exit status 2 on every rank."""
+    """Turn LionError into one line on stderr (see report_error) and exit status 2."""
     try:
         yield
     except LionError as error:
-        report_on_rank_0(error)
+        report_error(error)
         sys.exit(2)
 
 

@@ -80,22 +80,33 @@ class Storage:
 
     def set_master(self, state: State, param: Tensor, value: Tensor) -> None:
         """Store ``value`` (fp32) as the master weights; a bf16 parameter that is half of them is written too."""
+        written = self._put_master(state, param, value)
+        if written is not None:
+            param.data.copy_(written)
+
+    def _put_master(self, state: State, param: Tensor, value: Tensor) -> Tensor | None:
+        """As :meth:`set_master`, but return the new value of ``param``, or None, instead of writing it."""
         value = value.detach().view(param.shape)
         master = self._master(param)
         if master == torch.int16:
-            high, low = split_master(value.float().to(param.device))
-            param.data.copy_(high)
-            state["master_param"] = low
-        elif master == torch.float32:
+            high, state["master_param"] = split_master(value.float().to(param.device))
+            return high
+        if master == torch.float32:
             state["master_param"] = value.to(param.device, torch.float32, copy=True)
-        else:
-            param.data.copy_(value)
+            return None
+        return value
 
-    def restore(self, saved: State, param: Tensor, place: Place) -> State:
-        """``saved`` state in this storage; its tensors themselves where nothing has to be converted.
+    def restore(self, saved: State, param: Tensor, place: Place) -> tuple[State, Tensor | None]:
+        """``saved`` in this storage, with the same tensors if nothing is converted, and the new value of ``param``.
 
-        Raises LionError where ``saved`` has master weights and this storage has none.
+        That value is None if ``param`` keeps its own. Modifies nothing. Raises LionError if ``saved`` has no momentum,
+        or master weights and this storage has none.
         """
+        if "exp_avg" not in saved:
+            raise LionError(
+                f"the state of a parameter of shape {tuple(param.shape)} has no exp_avg, so Lion did not write it; it "
+                f"has {', '.join(sorted(saved))}. Load the weights alone and start Lion's momentum at zero"
+            )
         state = {key: value.to(param.device) if torch.is_tensor(value) else value for key, value in saved.items()}
         wanted, master = self._master(param), state.get("master_param")
         if master is not None and wanted is None:
@@ -103,14 +114,15 @@ class Storage:
                 "this state has master weights, which would be lost: build Lion with master_weights='fp32' or "
                 "'remainder'"
             )
+        written = None
         if wanted is not None and (master is None or master.dtype != wanted):
-            self.set_master(state, param, master_values(state, param))
+            written = self._put_master(state, param, master_values(state, param))
         if state["exp_avg"].dtype != self._momentum(param):
             value = momentum_values(state, place)
             state["exp_avg"] = torch.empty_like(param, dtype=self._momentum(param))
             state.pop("exp_avg_scale", None)
             self.set_momentum(state, param, value, place, exact=True)
-        return state
+        return state, written
 
     def _momentum(self, param: Tensor) -> torch.dtype:
         return param.dtype if self.momentum_dtype is None else DTYPES[self.momentum_dtype]

@@ -1,3 +1,3 @@
-"""The one place of this package's version; setup.py reads it as text."""
+"""The one place of this package's version; pyproject.toml names it."""
 
 __version__ = "0.1.0"

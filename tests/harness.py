@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -91,6 +92,16 @@ def torchrun(
 
     output, log = _follow(process.stdout, kill, Kill(kill_at, rank=kill_rank), timeout)
     return Run(process.wait(), output, log)
+
+
+def as_in_a_terminal() -> None:
+    """For Popen's ``preexec_fn``: a process group of its own, in which Ctrl-C and a hangup end a process.
+
+    A shell's background job ignores the first, and one under nohup the second; both are inherited.
+    """
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run_ranks(

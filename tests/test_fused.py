@@ -1,16 +1,22 @@
 """What is the CPU kernel's own: its storage dtypes, threads, large tensors, and how it is compiled and kept."""
 
+import ctypes
 import itertools
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from test_kernels import LANGUAGE, assert_same_bits, compare, problem, with_special_values
+from test_packed_kernels import packed
 
-from megatron_lion.kernels import compiler
+from megatron_lion import Lion
+from megatron_lion.kernels import choose, compiler, describe, fused
+from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.update import lion_update_
 
@@ -60,6 +66,29 @@ def test_tensors_of_another_size_are_refused_before_anything_is_written():
     assert_same_bits(params, before)
 
 
+@pytest.mark.parametrize("role", ["params", "grads", "exp_avgs", "copies", "remainders", "scales"])
+def test_a_tensor_on_a_device_is_refused_before_anything_is_written(role):
+    """Its address would crash the process. The second of two, after one that is not contiguous."""
+    call = packed([[torch.ones(6, 7).t(), torch.ones(7)] for _ in range(3)], "remainder", FP32, torch.int8, copies=True)
+    call[role][1] = call[role][1].to("meta")
+    before = {name: [t.clone() for t in tensors] for name, tensors in call.items() if name != "places"}
+    with pytest.raises(ValueError, match="takes tensors on the CPU, not on cpu, meta"):
+        lion_update_fused_(**call, **LANGUAGE)
+    for name, tensors in before.items():
+        assert torch.equal(call[name][0], tensors[0])
+
+
+def test_the_kernel_is_called_with_the_types_of_its_source():
+    code = compiler.SOURCE.read_text()
+    returned, parameters = re.search(r'extern "C" (\w+) lion_cpu_update\(([^)]*)\)', code).groups()
+    names = {"int64_t": ctypes.c_int64, "int": ctypes.c_int}
+    types = [ctypes.c_void_p if "*" in entry else names[entry.split()[0]] for entry in parameters.split(",")]
+    for macros in ((), ("TELEMETRY",)):
+        function = fused._kernel(*macros)
+        assert function.restype is names[returned]
+        assert function.argtypes == types
+
+
 def test_autograd_still_sees_that_a_parameter_was_changed():
     """The kernel writes through an address; a backward pass that saved the old value must fail, not use the new one."""
     param = torch.ones(3, requires_grad=True)
@@ -89,27 +118,113 @@ def test_processes_that_compile_at_once_leave_one_whole_library(tmp_path):
     assert library.stat().st_mtime_ns == written, "a later start compiled again"
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache and an empty folder for temporary files, for a process that has loaded no library yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    compiler._load_once.cache_clear()
+    yield tmp_path / "megatron_lion"
+    compiler._load_once.cache_clear()
+    assert not list((tmp_path / "tmp").rglob("*.so")), "a library is left"
+
+
 @pytest.mark.parametrize(("command", "said"), [("/no/such/compiler", "no C\\+\\+ compiler"), ("false", "failed")])
-def test_a_machine_without_a_working_compiler_is_told_why(tmp_path, monkeypatch, command, said):
+def test_a_machine_without_a_working_compiler_is_told_why(cache, monkeypatch, command, said):
     monkeypatch.setenv("CXX", command)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(compiler.CompilerUnavailable, match=said):
-        compiler.load.__wrapped__()
+        compiler.load()
 
 
-def test_a_source_that_does_not_compile_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_compiler_that_fails_is_asked_once(cache, tmp_path, monkeypatch):
+    script, log = tmp_path / "c++", tmp_path / "calls"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {log}\ntest "$1" = --version\n')
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = Lion([{"params": [param]} for param in params])
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones(3)
+        optimizer.step()
+    assert len(log.read_text().splitlines()) == 2, "its version, and one attempt"
+    assert describe("auto", params) == f"foreach ({script} failed: no message)"
+
+
+def test_a_source_that_does_not_compile_leaves_nothing_behind(cache, tmp_path):
     source = tmp_path / "broken.cpp"
     source.write_text("int broken(")
     with pytest.raises(compiler.CompilerUnavailable, match="failed"):
-        compiler.load.__wrapped__(source)
-    assert not list((tmp_path / "megatron_lion").iterdir())
+        compiler.load(source)
+    assert not list(cache.iterdir())
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
-    (tmp_path / "megatron_lion").write_text("in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiler.load.__wrapped__().lion_cpu_update
+@pytest.fixture
+def quick(tmp_path):
+    """A source that compiles in no time, and the path at which it was loaded."""
+    source = tmp_path / "quick.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    return source
+
+
+def in_the_way(cache, monkeypatch):
+    cache.write_text("")
+    return "File exists"
+
+
+def writable_by_others(cache, monkeypatch):
+    cache.mkdir()
+    cache.chmod(0o777)
+    return f"{cache} is owned or writable by another user"
+
+
+def of_another_user(cache, monkeypatch):
+    cache.mkdir()
+    if os.geteuid() == 0:
+        os.chown(cache, 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    return f"{cache} is owned or writable by another user"
+
+
+def of_a_user_without_a_home(cache, monkeypatch):
+    """As in a container that runs with any user id."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987654)
+    return "this user has no home folder; set XDG_CACHE_HOME"
+
+
+@pytest.mark.parametrize("spoil", [in_the_way, writable_by_others, of_another_user, of_a_user_without_a_home])
+def test_a_cache_that_cannot_be_used_is_done_without(cache, quick, monkeypatch, spoil):
+    said = spoil(cache, monkeypatch)
+    assert compiler.load(quick).answer() == 42
+    assert said in compiler.cache_problem(quick)
+    assert not list((cache.parent / "tmp").iterdir())
+    assert not (cache.is_dir() and list(cache.iterdir()))
+
+
+def test_a_library_that_another_user_could_have_written_is_replaced(cache, quick):
+    assert compiler.load(quick).answer() == 42
+    (library,) = cache.iterdir()
+    code = library.read_bytes()
+    library.unlink()  # it is loaded here: writing into it would change this process
+    library.write_bytes(b"another user's code")
+    library.chmod(0o766)
+    compiler._load_once.cache_clear()
+    assert compiler.load(quick).answer() == 42
+    assert compiler.cache_problem(quick) is None
+    assert library.read_bytes() == code
+    assert library.stat().st_mode & 0o777 == 0o700
+
+
+def test_no_home_and_no_temporary_folder_leaves_the_kernel_that_needs_no_compiler(cache, monkeypatch):
+    of_a_user_without_a_home(cache, monkeypatch)
+    monkeypatch.setattr(tempfile, "tempdir", str(cache / "missing"))
+    tensors = [torch.ones(3)]
+    assert choose("auto", tensors, tensors, tensors) is lion_update_foreach_
+    assert describe("auto", tensors).startswith("foreach (")
 
 
 def test_another_compiler_flag_or_cpu_is_another_library(monkeypatch):

@@ -1,10 +1,13 @@
 """``choose`` takes the kernel that it says, and a named kernel that cannot be had is an error, not another kernel."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megatron_lion.config import LionError
-from megatron_lion.kernels import choose, describe, fused
+from megatron_lion.kernels import choose, compiler, describe, fused
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.update import lion_update_
@@ -82,6 +85,14 @@ def test_without_a_compiler_auto_falls_back_and_says_so_and_fused_is_refused(no_
         choose("fused", *lists(FP32, FP32, FP32))
 
 
+def test_fused_on_a_gpu_without_triton_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "megatron_lion.kernels.triton_lion", raising=False)
+    on_gpu = [SimpleNamespace(is_cuda=True)]
+    with pytest.raises(LionError, match=r"fused kernel cannot be used on a GPU: it needs Triton \(.*Install triton"):
+        choose("fused", on_gpu, on_gpu, on_gpu)
+
+
 def test_what_runs_is_described():
     assert [describe(name, lists(FP32)[0]) for name in ("auto", "foreach", "reference")] == [
         "fused",
@@ -89,3 +100,10 @@ def test_what_runs_is_described():
         "reference",
     ]
     assert fused.fused_problem() is None
+
+
+def test_a_kernel_that_is_compiled_in_each_process_is_described_so(monkeypatch):
+    monkeypatch.setattr(compiler, "cache_problem", lambda: "/cache is owned or writable by another user")
+    said = "fused (compiled for this run only: /cache is owned or writable by another user)"
+    assert describe("auto", lists(FP32)[0]) == said
+    assert describe("foreach", lists(FP32)[0]) == "foreach"

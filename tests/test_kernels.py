@@ -14,13 +14,30 @@ LANGUAGE = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
 DYADIC = {"lr": 2**-4, "beta1": 0.5, "beta2": 0.75, "weight_decay": 0.5}
 EXTREMES = [0.0, 1.0, 1e-3, 1e30, float("inf")]
 
-EVERY_KERNEL = pytest.mark.parametrize(
-    ("kernel", "dtype"),
-    [(lion_update_foreach_, FP64), (lion_update_foreach_, FP32), (lion_update_fused_, FP32)],
-    ids=["foreach-fp64", "foreach-fp32", "fused-fp32"],
-)
+KERNELS = {
+    "foreach-fp64": (lion_update_foreach_, FP64),
+    "foreach-fp32": (lion_update_foreach_, FP32),
+    "fused-fp32": (lion_update_fused_, FP32),
+}
 
-pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+def cells(devices):
+    """Each kernel on each device; the CPU kernel only on the CPU."""
+    return [
+        pytest.param(device, *kernel, id=f"{device}-{name}")
+        for device in devices
+        for name, kernel in KERNELS.items()
+        if device == "cpu" or kernel[0] is not lion_update_fused_
+    ]
+
+
+EVERY_KERNEL = pytest.mark.parametrize(("device", "kernel", "dtype"), cells(DEVICES))
+EVERY_DEVICE = pytest.mark.parametrize("device", DEVICES)
+
+
+def test_the_cpu_kernel_is_tested_only_on_the_cpu():
+    on_gpu = [cell.id for cell in cells(["cpu", "cuda"]) if cell.values[0] == "cuda"]
+    assert on_gpu == ["cuda-foreach-fp64", "cuda-foreach-fp32"]
 
 
 def problem(numels, dtype, device="cpu", seed=0):
@@ -131,6 +148,7 @@ def foreach_limit(monkeypatch, device):
     return lambda limit: monkeypatch.setattr(foreach, name, limit)
 
 
+@EVERY_DEVICE
 @pytest.mark.parametrize("limit", [1, 10, 1000])
 def test_lists_longer_than_one_chunk_update_every_tensor_once(device, limit, foreach_limit):
     foreach_limit(limit)
@@ -141,6 +159,7 @@ def test_lists_longer_than_one_chunk_update_every_tensor_once(device, limit, for
     compare(lion_update_foreach_, problem([], FP32, device), **LANGUAGE)
 
 
+@EVERY_DEVICE
 def test_chunks_keep_to_the_limit_unless_a_tensor_that_cannot_be_cut_exceeds_it(device, foreach_limit):
     foreach_limit(10)
     params, grads, exp_avgs = problem([3, 7, 0, 1, 25, 9, 1, 1], FP32, device)
@@ -179,6 +198,6 @@ def test_the_copy_is_the_new_parameter_rounded_to_bf16(device, kernel, dtype):
     assert_same_bits(copies, [param.to(BF16) for param in params])
 
 
-def test_nothing_to_update_is_no_error(device):
+def test_nothing_to_update_is_no_error():
     for kernel in (lion_update_foreach_, lion_update_fused_, lion_update_):
         kernel([], [], [], **LANGUAGE)

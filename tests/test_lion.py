@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lion import LionError
 from megatron_lion.kernels import KERNELS
@@ -19,7 +20,7 @@ HYPER = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
 def same_bits(a, b):
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.detach().view(kind), b.detach().view(kind))
 
 
@@ -207,6 +208,30 @@ def test_momentum_init_gradient_does_not_keep_the_gradient_itself():
     optimizer.step()
     param.grad.zero_()
     assert optimizer.state[param]["exp_avg"].tolist() == [1.0] * 4
+
+
+def test_momentum_init_gradient_costs_nothing_after_the_first_step():
+    operations = []
+    for momentum_init in ("gradient", "zero"):
+        params = make_params()
+        optimizer = Lion(params, **HYPER, momentum_init=momentum_init)
+        run(optimizer, params, steps=1)
+        with Operations() as made:
+            optimizer.step()
+        operations.append(made.names)
+    assert operations[0] == operations[1]
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of torch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_momentum_init_zero_keeps_a_share_of_the_first_gradient():

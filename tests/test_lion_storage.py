@@ -204,3 +204,38 @@ def test_what_cannot_be_stored_is_refused() -> None:
         Lion(params).load_state_dict(optimizer.state_dict())
     with pytest.raises(LionError, match="state 'exp_avg_sq' is unknown"):
         optimizer.get_unscaled_state(params[0], "exp_avg_sq")
+
+
+def more_groups(saved: dict) -> dict:
+    return {**saved, "param_groups": saved["param_groups"] * 2}
+
+
+def fewer_parameters(saved: dict) -> dict:
+    (group,) = saved["param_groups"]
+    return {**saved, "param_groups": [{**group, "params": group["params"][:-1]}]}
+
+
+def a_foreign_group(saved: dict) -> dict:
+    return {**saved, "param_groups": [*saved["param_groups"], {"params": [], "lr": 1.0}]}
+
+
+def a_foreign_state(saved: dict) -> dict:
+    return {**saved, "state": {**saved["state"], len(SHAPES) - 1: {"momentum_buffer": torch.ones(())}}}
+
+
+@pytest.mark.parametrize("spoil", [more_groups, fewer_parameters, a_foreign_group, a_foreign_state])
+@pytest.mark.parametrize(("momentum", "master"), [("int8", "remainder"), ("fp32", "fp32"), (None, None)])
+def test_a_refused_load_changes_nothing(spoil, momentum: str | None, master: str | None) -> None:
+    """Of a state in another storage: with remainders the bf16 parameter is a half of what is loaded."""
+    theirs = [torch.nn.Parameter(-param.detach()) for param in parameters()]
+    saving = Lion(theirs, **HYPER, momentum_dtype="fp32", master_weights=master and "fp32")
+    train(saving, theirs, 3)
+    params = parameters()
+    optimizer = Lion(params, **HYPER, momentum_dtype=momentum, master_weights=master)
+    train(optimizer, params, 1)
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    before = [param.detach().clone() for param in params] + values(optimizer, params)
+    with pytest.raises(ValueError, match=r"parameter group|not written by Lion|no exp_avg"):
+        optimizer.load_state_dict(spoil(saving.state_dict()))
+    assert_equal([param.detach() for param in params] + values(optimizer, params), before)
+    assert [{key: group[key] for key in groups[0]} for group in optimizer.param_groups] == groups

@@ -25,19 +25,25 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return result.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build_wheel(tmp_path_factory: pytest.TempPathFactory, **environment: str) -> Path:
     """The wheel, built from a copy of the clone, in which the build may leave its folders."""
-    pytest.importorskip("setuptools", minversion="77", reason="building without a network needs setuptools here")
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for path in CLONE.iterdir():
         if path.is_file():
             shutil.copy(path, source)
         elif path.name in ("megatron_lion", "launch", "tools", "tests", "docs"):
             shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-    run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", folder, cwd=source)
+    line = (sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", folder)
+    run(*line, cwd=source, **environment)
     (built,) = folder.iterdir()
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built with the environment's setuptools."""
+    pytest.importorskip("setuptools", minversion="70.3", reason="building without a network needs setuptools here")
+    return build_wheel(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +79,58 @@ def test_the_wheel_holds_no_tests_tools_or_scripts(wheel: Path) -> None:
     assert folders == {"megatron_lion", f"megatron_lion-{megatron_lion.__version__}.dist-info"}
 
 
-def test_the_wheel_says_its_version_licence_and_needs(wheel: Path) -> None:
+def assert_complete_metadata(wheel: Path) -> None:
+    """The wheel names its version, license, authors, what it needs, and the LICENSE file is in it."""
     with zipfile.ZipFile(wheel) as archive:
         folder = f"megatron_lion-{megatron_lion.__version__}.dist-info"
         metadata = archive.read(f"{folder}/METADATA").decode()
-        assert f"{folder}/licenses/LICENSE" in archive.namelist()
-    header = metadata.partition("\n\n")[0].splitlines()
-    assert f"Version: {megatron_lion.__version__}" in header
-    assert any(line.startswith("License") and line.endswith(": Apache-2.0") for line in header)
-    assert "Requires-Python: >=3.12" in header
-    needs = [line for line in header if line.startswith("Requires-Dist") and "extra" not in line]
-    assert {re.split("[<>=]", need.removeprefix("Requires-Dist: "))[0] for need in needs} == {"torch", "megatron-core"}
+        assert {f"{folder}/licenses/LICENSE", f"{folder}/LICENSE"} & set(archive.namelist())
+        assert b"megatron-lion = megatron_lion.cli:main" in archive.read(f"{folder}/entry_points.txt")
+    header, _, description = metadata.partition("\n\n")
+    fields = [line.split(": ", 1) for line in header.splitlines()]
+    for field in (
+        ["Name", "megatron-lion"],
+        ["Version", megatron_lion.__version__],
+        ["License", "Apache-2.0"],
+        ["Author", "megatron-lion contributors"],
+        ["Requires-Python", ">=3.12"],
+        ["Classifier", "Programming Language :: Python :: 3.13"],
+        ["Description-Content-Type", "text/markdown"],
+    ):
+        assert field in fields
+    (keywords,) = [value for name, value in fields if name == "Keywords"]
+    assert {"lion", "optimizer", "megatron-core"} <= set(keywords.split(","))
+    needs = [value for name, value in fields if name == "Requires-Dist" and "extra" not in value]
+    assert {re.split("[ <>=]", need)[0] for need in needs} == {"torch", "megatron-core"}
+    extras = {value for name, value in fields if name == "Provides-Extra"}
+    assert extras == {"train", "tools", "vision", "test", "gpu"}
+    # A package index shows the text without the repository: a relative link would lead nowhere.
+    assert description.lstrip().startswith("# megatron-lion\n")
+    links = re.findall(r"\]\(([^)]*)\)|(?:href|src)=[\"']([^\"']*)", description)
+    assert [link for link in links if not "".join(link).startswith("https://")] == []
+
+
+def test_the_wheel_says_its_version_license_and_needs(wheel: Path) -> None:
+    assert_complete_metadata(wheel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setuptools", ["setuptools==70.3.0", "setuptools"], ids=["70.3", "newest"])
+def test_the_same_wheel_is_built_with_an_old_and_the_newest_setuptools(
+    setuptools: str, wheel: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    fetch = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), setuptools]
+    if subprocess.run(fetch, capture_output=True).returncode:
+        pytest.skip(f"{setuptools} cannot be fetched")
+    built = build_wheel(tmp_path_factory, PYTHONPATH=str(tmp_path))
+    (version,) = (path.name.split("-")[1].removesuffix(".dist") for path in tmp_path.glob("setuptools-*.dist-info"))
+    with zipfile.ZipFile(wheel) as reference, zipfile.ZipFile(built) as archive:
+        (generator,) = [name for name in archive.namelist() if name.endswith("/WHEEL")]
+        assert f"Generator: setuptools ({version})" in archive.read(generator).decode()
+        for name in reference.namelist():
+            if name.startswith("megatron_lion/"):
+                assert archive.read(name) == reference.read(name)
+    assert_complete_metadata(built)
 
 
 def test_the_installed_wheel_gives_lion_outside_the_clone(installed: Path, tmp_path: Path) -> None:

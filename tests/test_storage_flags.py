@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_lion.config import LionError
+from megatron_lion.config import LionConfig, LionError
 
 storage = pytest.importorskip("megatron_lion.integration.storage")
 
@@ -17,6 +17,9 @@ DEFAULTS = {
     "exp_avg_sq_dtype": "fp32",
     "main_params_dtype": "fp32",
     "main_grads_dtype": "fp32",
+    "grad_reduce_in_bf16": False,
+    "fp8_param_gather": False,
+    "fp4_param_gather": False,
     "lion_momentum_dtype": None,
     "lion_master_weights": None,
     "bf16": True,
@@ -43,6 +46,7 @@ def resolved(**given: Any) -> tuple[str, str]:
         ({"use_precision_aware_optimizer": True, "bf16": False}, "fp32", "fp32"),
         ({"use_precision_aware_optimizer": True, "lion_master_weights": "fp32"}, "fp32", "fp32"),
         ({"use_precision_aware_optimizer": True, "lion_momentum_dtype": "int8"}, "int8", "remainder"),
+        ({"fp8_param_gather": True}, "fp32", "fp32"),  # Megatron keeps the masters and writes the weights
     ],
 )
 def test_flags_are_settled(given: dict[str, Any], momentum: str, master: str) -> None:
@@ -61,9 +65,60 @@ def test_flags_are_settled(given: dict[str, Any], momentum: str, master: str) ->
         ),
         ({"lion_momentum_dtype": "bf16", "use_distributed_optimizer": False}, "bf16 needs --use-distributed-optimizer"),
         ({"main_grads_dtype": "bf16", "use_distributed_optimizer": False}, "--main-grads-dtype bf16 needs"),
+        ({"fp8_param_gather": True, "lion_momentum_dtype": "bf16"}, "--fp8-param-gather is not supported"),
+        ({"fp4_param_gather": True, "lion_master_weights": "remainder"}, "--fp4-param-gather is not supported"),
+        ({"fp8_param_gather": True, "grad_reduce_in_bf16": True}, "accumulate-allreduce-grads-in-fp32"),
+        ({"fp4_param_gather": True, "main_grads_dtype": "bf16"}, "accumulate-allreduce-grads-in-fp32"),
+        ({"fp8_param_gather": True, "optimizer_cpu_offload": True}, "--fp8-param-gather is not supported"),
         ({"lion_master_weights": "remainder", "bf16": False}, "no bf16 parameters: add --bf16"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(LionError, match=said):
         resolved(**given)
+
+
+def chunk(*, fp32_gradients: bool = True, **settings: bool) -> SimpleNamespace:
+    """A model chunk as the factory is given it, without parameters."""
+    names = {"fp8_param": False, "fp4_param": False, "fp8_param_gather": False, "fp4_param_gather": False, **settings}
+    ddp_config = SimpleNamespace(grad_reduce_in_fp32=fp32_gradients, **names)
+    return SimpleNamespace(ddp_config=ddp_config, config=SimpleNamespace(**names), named_parameters=lambda: [])
+
+
+def path_for(*chunks: SimpleNamespace, offload: bool = False, **stored: str) -> tuple[bool, bool]:
+    """Whether the precision-aware path is taken, and Megatron's own field for it."""
+    config = SimpleNamespace(bf16=True, use_distributed_optimizer=True, optimizer_cpu_offload=offload)
+    lion_config = LionConfig(lr=1e-4, weight_decay=0.0, **stored)
+    taken = storage.use_precision_aware_path(config, lion_config, list(chunks))
+    return taken, getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False)
+
+
+QUANTIZED = ["fp8_param", "fp4_param", "fp8_param_gather", "fp4_param_gather"]
+
+
+@pytest.mark.parametrize("setting", QUANTIZED)
+@pytest.mark.parametrize(
+    "reason",
+    [{"momentum_dtype": "bf16"}, {"master_weights": "remainder"}, {"offload": True}, {"fp32_gradients": False}],
+    ids=str,
+)
+def test_fp8_and_fp4_weights_are_refused_where_lion_would_write_them(setting: str, reason: dict[str, Any]) -> None:
+    fp32_gradients = reason.get("fp32_gradients", True)
+    stored = {name: value for name, value in reason.items() if name != "fp32_gradients"}
+    plain = chunk(fp32_gradients=fp32_gradients)
+    assert path_for(plain, **stored) == (True, True)
+    with pytest.raises(LionError, match=f"{setting}=True is not supported where Lion writes"):
+        path_for(plain, chunk(fp32_gradients=fp32_gradients, **{setting: True}), **stored)
+
+
+@pytest.mark.parametrize("setting", QUANTIZED)
+def test_fp8_and_fp4_weights_are_left_to_megatron_where_it_writes_them(setting: str) -> None:
+    assert path_for(chunk(**{setting: True})) == (False, False)
+
+
+def test_a_weight_that_is_quantized_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.compat, "is_quantized", lambda param: True)
+    with_weight = chunk()
+    with_weight.named_parameters = lambda: [("layers.0.weight", torch.nn.Parameter(torch.ones(1)))]
+    with pytest.raises(LionError, match=r"the Parameter layers\.0\.weight is not supported"):
+        path_for(with_weight, momentum_dtype="int8")

@@ -99,4 +99,4 @@ def test_without_the_sums_the_library_is_the_one_without_them(monkeypatch):
     monkeypatch.setattr(compiler, "load", lambda *asked: loaded.append(asked) or load(*asked))
     for telemetry in (None, Telemetry()):
         lion_update_fused_([torch.ones(3)], [torch.ones(3)], [torch.ones(3)], **LANGUAGE, telemetry=telemetry)
-    assert loaded == [(), (compiler.SOURCE, "TELEMETRY")]
+    assert loaded == [(compiler.SOURCE,), (compiler.SOURCE, "TELEMETRY")]

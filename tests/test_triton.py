@@ -1,5 +1,7 @@
 """The Triton kernel has the bits of the reference: in Triton's interpreter, and on a GPU where there is one."""
 
+import collections
+import importlib
 import itertools
 from dataclasses import asdict
 
@@ -126,6 +128,22 @@ def test_what_is_not_finite_shows_in_the_sums(bad):
     assert telemetry.zeros == int(bad != bad)
 
 
+def test_a_skipped_first_step_leaves_no_state_of_its_gradient(monkeypatch):
+    """Momentum is to begin with the first gradient that is not skipped, whether or not the kernel reads the flag."""
+    monkeypatch.setattr(kernels, "choose", lambda *args, **kwargs: update)
+    (param,), (grad,), _ = problem([100], FP32, DEVICE)
+    other = param.clone()
+    lion, never_skipped = (Lion([p], lr=1e-3, momentum_init="gradient") for p in (param, other))
+    lion.skip = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    param.grad = torch.full_like(param, float("nan"))
+    lion.step()
+    lion.skip.zero_()
+    param.grad = other.grad = grad
+    for optimizer in (lion, never_skipped):
+        optimizer.step()
+    assert_same_bits([param, lion.state[param]["exp_avg"]], [other, never_skipped.state[other]["exp_avg"]])
+
+
 def test_a_skipped_step_sums_nothing():
     telemetry = Telemetry()
     skip = torch.ones(1, dtype=torch.int32, device=DEVICE)
@@ -174,6 +192,49 @@ class TensorsFromHost(TorchDispatchMode):
 def test_packed_state_has_the_bits_of_the_reference(mix):
     lists = with_special_values(problem([1, 0, 5003, 31, 32, 33, 1055], FP32, DEVICE))
     compare_packed(update, packed(lists, *mix, copies=True), grad_scale=0.37)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs Triton's interpreter")
+@pytest.mark.parametrize(
+    ("mix", "telemetry"),
+    [*itertools.product([(FP32, FP32, FP32), (BF16, BF16, BF16), *MIXES], [False]), (MIXES[2], True)],
+    ids=str,
+)
+def test_no_program_loads_an_address_that_it_has_stored_to(mix, telemetry, monkeypatch):
+    """On a GPU another thread may do the load, and nothing makes it wait for the store."""
+    call = packed(problem([1, 0, 1055], FP32), *mix, copies=True)
+    programs = Programs(monkeypatch)
+    update(**call, **LANGUAGE, telemetry=Telemetry() if telemetry else None)
+    assert len(programs.stored) == 3
+    written = set().union(*programs.stored.values())
+    assert len(written & programs.loaded) >= 2 * 1056, "parameters and momenta are loaded and stored"
+    assert not programs.loaded_after_a_store
+
+
+class Programs:
+    """Records the addresses that each program of the interpreted kernel loads and stores."""
+
+    def __init__(self, monkeypatch):
+        self.loaded, self.stored, self.loaded_after_a_store = set(), collections.defaultdict(set), set()
+        builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def recorded_load(builder, pointers, mask, *rest):
+            addresses = self._addresses(pointers, mask)
+            self.loaded |= addresses
+            self.loaded_after_a_store |= addresses & self.stored[builder.grid_idx]
+            return load(builder, pointers, mask, *rest)
+
+        def recorded_store(builder, pointers, value, mask, *rest):
+            self.stored[builder.grid_idx] |= self._addresses(pointers, mask)
+            return store(builder, pointers, value, mask, *rest)
+
+        monkeypatch.setattr(builder, "create_masked_load", recorded_load)
+        monkeypatch.setattr(builder, "create_masked_store", recorded_store)
+
+    @staticmethod
+    def _addresses(pointers, mask):
+        return set(pointers.data[mask.data].tolist())
 
 
 @pytest.mark.parametrize("row", [1, 33, 96, 1000])

@@ -51,10 +51,11 @@ def stock_on_cpu() -> None:
         cpu_backend.replace_cuda()
         from megatron_lion.integration import cpu_megatron
 
-        cpu_megatron.adapt_core()
-        cpu_megatron.adapt_training()
+        for patch in (*cpu_megatron.CORE, *cpu_megatron.TRAINING):
+            if patch.seam.is_needed:
+                patch.apply()
         gather_unequal_sizes()
-    compat.allow_wheel_without_makefile()
+    compat.WHEEL_WITHOUT_MAKEFILE.apply()
     megatron_lion.register = lambda: None
 
 

@@ -60,9 +60,14 @@ def train(storage: Storage, seed: int, options: argparse.Namespace) -> float:
             *(f"lr-decay-iters={steps}", f"eval-interval={steps}", f"save-interval={steps}", "norm-ratio-interval=0"),
             *("norm-ratio-batches=1", *storage.overrides, *options.overrides),
         ]
-        done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode != 0 or not _is_complete(run):
-            raise LionError(f"the run in {run} failed; the end of its log:\n{_tail(run) or done.stderr[-2000:]}")
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            _, errors = process.communicate()
+        finally:  # after Ctrl-C launch.py ends its ranks; subprocess.run would kill it meanwhile
+            process.terminate()
+            process.wait()
+        if process.returncode != 0 or not _is_complete(run):
+            raise LionError(f"the run in {run} failed; the end of its log:\n{_tail(run) or errors[-2000:]}")
     return read_training_log(run / "log.txt").final["validation"]
 
 

@@ -1,8 +1,8 @@
 """Lion on Megatron's own command line: ``--optimizer lion``, ``--lion-beta1``, ``--lion-beta2``, and their checks."""
 
 import argparse
-import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 from megatron_lion.config import KERNELS, LANGUAGE_MODEL_BETAS, LionConfig, LionError, did_you_mean
@@ -19,61 +19,66 @@ REFUSED = {
 }
 
 
-def install() -> None:
-    """Wrap Megatron's parser and its validation, both of which it resolves by name at the call."""
+# Megatron's own default betas, which other optimizers keep: set when its parser is made.
+_stock_betas: dict[str, Any] = {}
+
+
+def add_megatron_arguments(stock: Callable[..., Any], parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our flags to Megatron's parser."""
+    parser = stock(parser)
+    _stock_betas.update(_adapt(parser))
+    norm_ratio.add(parser)
+    return parser
+
+
+def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any] | None = None) -> Any:
+    """Check our flags, before and after Megatron checks its own."""
     import megatron.training.arguments as arguments
-    import megatron.training.yaml_arguments as yaml_arguments
 
-    stock_add = arguments.add_megatron_arguments
-    stock_validate = arguments.validate_args
-    stock_betas: dict[str, Any] = {}
-
-    @functools.wraps(stock_add)
-    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = stock_add(parser)
-        stock_betas.update(_adapt(parser))
-        norm_ratio.add(parser)
-        return parser
-
-    @functools.wraps(stock_validate)
-    def validate_args(args: Any, defaults: dict[str, Any] | None = None) -> Any:
-        _require_ranks(args)
-        is_lion = args.optimizer == "lion"
-        _fill_betas(args, BETA_FLAGS if is_lion else stock_betas)
-        norm_ratio.check(args)
-        telemetry.check(args)
-        if not is_lion:
-            _refuse_without_lion(args)
-            validated = stock_validate(args, defaults or {})
-            norm_ratio.check(args)  # again, as Megatron derives some settings from others
-            return validated
-        _check_lion(args)
-        # Under its own name stock would turn --use-distributed-optimizer into a layer-wise optimizer (1671-1686); the
-        # arguments are printed after the name is restored, so that the log tells the truth.
-        with compat.substituted(args, optimizer="sgd"), compat.substituted(arguments, _print_args=lambda *_: None):
-            validated = stock_validate(args, defaults or {})
-        norm_ratio.check(args)
-        checkpoints.mark(args)
-        arguments._print_args("arguments", args)
+    _require_ranks(args)
+    is_lion = args.optimizer == "lion"
+    _fill_betas(args, BETA_FLAGS if is_lion else _stock_betas)
+    norm_ratio.check(args)
+    telemetry.check(args)
+    if not is_lion:
+        _refuse_without_lion(args)
+        validated = stock(args, defaults or {})
+        norm_ratio.check(args)  # again, as Megatron derives some settings from others
         return validated
+    _check_lion(args)
+    # Under its own name stock would turn --use-distributed-optimizer into a layer-wise optimizer (1671-1686); the
+    # arguments are printed after the name is restored, so that the log tells the truth.
+    with compat.substituted(args, optimizer="sgd"), compat.substituted(arguments, _print_args=lambda *_: None):
+        validated = stock(args, defaults or {})
+    norm_ratio.check(args)
+    checkpoints.mark(args)
+    arguments._print_args("arguments", args)
+    return validated
 
-    stock_validate_yaml = yaml_arguments.validate_yaml
 
-    @functools.wraps(stock_validate_yaml)
-    def validate_yaml(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        unchecked = "--optimizer lion" if getattr(args, "optimizer", None) == "lion" else None
-        if norm_ratio.config_from(args).is_on:
-            unchecked = unchecked or "--norm-ratio-interval"
-        if unchecked:
-            raise LionError(
-                f"--yaml-cfg cannot be honoured with {unchecked}: it bypasses the checks of the command line. "
-                "Give Megatron's flags instead"
-            )
-        return stock_validate_yaml(args, *rest, **kwargs)
+def validate_yaml(stock: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Refuse ``--yaml-cfg``, which bypasses the checks above."""
+    unchecked = "--optimizer lion" if getattr(args, "optimizer", None) == "lion" else None
+    if norm_ratio.config_from(args).is_on:
+        unchecked = unchecked or "--norm-ratio-interval"
+    if unchecked:
+        raise LionError(
+            f"--yaml-cfg cannot be honoured with {unchecked}: it bypasses the checks of the command line. "
+            "Give Megatron's flags instead"
+        )
+    return stock(args, *rest, **kwargs)
 
-    compat.replace_everywhere(yaml_arguments, "validate_yaml", validate_yaml)
-    compat.replace_everywhere(arguments, "add_megatron_arguments", add_megatron_arguments)
-    compat.replace_everywhere(arguments, "validate_args", validate_args)
+
+TRAINING = (
+    compat.wrap("megatron.training.yaml_arguments:validate_yaml", validate_yaml, parameters=("args",)),
+    compat.wrap("megatron.training.arguments:add_megatron_arguments", add_megatron_arguments, parameters=("parser",)),
+    compat.wrap(
+        "megatron.training.arguments:validate_args",
+        validate_args,
+        parameters=("args", "defaults"),
+        uses=("_print_args",),
+    ),
+)
 
 
 def _adapt(parser: argparse.ArgumentParser) -> dict[str, Any]:

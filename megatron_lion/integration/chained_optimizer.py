@@ -30,14 +30,17 @@ class LionChainedOptimizer(ChainedOptimizer):
 
     _is_loaded = False
 
+    @compat.overrides
     def __init__(self, chained_optimizers: list[Any]) -> None:
         super().__init__(chained_optimizers)
         self._own_settings = group_settings.GroupSettings(chained_optimizers)
 
+    @compat.overrides
     def get_grad_norm(self) -> Any:
         self._grad_norm = super().get_grad_norm()
         return self._grad_norm
 
+    @compat.overrides
     @torch.no_grad()
     def step(self) -> Any:
         with compat.folding_the_clip_factor(self._fold):
@@ -55,6 +58,7 @@ class LionChainedOptimizer(ChainedOptimizer):
                 return True
         return False
 
+    @compat.overrides
     def step_with_ready_grads(self) -> bool:
         try:
             return self._step_if_finite()
@@ -98,6 +102,7 @@ class LionChainedOptimizer(ChainedOptimizer):
         """Each part's parameters whose gradients its norm leaves out; found at the first step, when there are some."""
         return [(part, param) for part in self.chained_optimizers for param in compat.params_outside_the_norm(part)]
 
+    @compat.overrides
     def load_state_dict(self, state_dict: Any) -> None:
         self._is_loaded = True
         try:

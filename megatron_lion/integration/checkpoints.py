@@ -4,7 +4,7 @@ Without this, a mix-up ends either in a list of missing keys or, where the names
 optimizer's state. Two witnesses are heard: the arguments in the checkpoint, and the names of its tensors.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from megatron_lion.config import LionError
@@ -25,29 +25,21 @@ def mark(args: Any) -> None:
     setattr(args, MARK, __version__)
 
 
-def install() -> None:
-    """Wrap the function with which Megatron first reads a checkpoint's arguments, on every rank."""
-    import megatron.training.checkpointing as checkpointing
-
-    stock_load = checkpointing._load_base_checkpoint
-
-    @functools.wraps(stock_load)
-    def _load_base_checkpoint(load_dir: str, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        is_lion = args.optimizer == "lion"
+def load_base_checkpoint(stock: Callable[..., Any], load_dir: str, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Around the function with which Megatron first reads a checkpoint's arguments, on every rank."""
+    is_lion = args.optimizer == "lion"
+    if is_lion:
+        checkpoint_formats.refuse_other_shards(args)
+    loaded = stock(load_dir, args, *rest, **kwargs)
+    state, path = loaded[0] or {}, loaded[1]
+    saved_args = state.get("args")
+    is_read_twice = kwargs.get("sharded_state_dict") is not None  # and was judged the first time
+    if saved_args is not None and loads_state(saved_args, args) and not is_read_twice:
+        refuse_another_optimizers_state(load_dir, saved_args, args, checkpoint_formats.moments(state, path))
         if is_lion:
-            checkpoint_formats.refuse_other_shards(args)
-        loaded = stock_load(load_dir, args, *rest, **kwargs)
-        state, path = loaded[0] or {}, loaded[1]
-        saved_args = state.get("args")
-        is_read_twice = kwargs.get("sharded_state_dict") is not None  # and was judged the first time
-        if saved_args is not None and loads_state(saved_args, args) and not is_read_twice:
-            refuse_another_optimizers_state(load_dir, saved_args, args, checkpoint_formats.moments(state, path))
-            if is_lion:
-                checkpoint_formats.refuse_another_layout(load_dir, state, saved_args, args)
-                group_settings.refuse_other_rates(saved_args, args)
-        return loaded
-
-    compat.replace_everywhere(checkpointing, "_load_base_checkpoint", _load_base_checkpoint)
+            checkpoint_formats.refuse_another_layout(load_dir, state, saved_args, args)
+            group_settings.refuse_other_rates(saved_args, args)
+    return loaded
 
 
 def loads_state(saved_args: Any, args: Any) -> bool:
@@ -104,3 +96,12 @@ def _require_lions_schedule(saved_args: Any, args: Any) -> None:
             "--min-lr with --override-opt_param-scheduler"
         )
     group_settings.refuse_other_rates(saved_args, args)
+
+
+TRAINING = (
+    compat.wrap(
+        "megatron.training.checkpointing:_load_base_checkpoint",
+        load_base_checkpoint,
+        parameters=("load_dir", "args", "rank0", "sharded_state_dict"),
+    ),
+)

@@ -3,32 +3,26 @@
 Line numbers are megatron-core 0.19.2's.
 """
 
-import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_lion.integration import compat
-from megatron_lion.integration.compat import substituted
+from megatron_lion.integration.compat import substituted, wrap
 
 
-def adapt_core() -> None:
-    """The places in ``megatron.core`` that need CUDA in another way than through torch."""
-    import megatron.core.tensor_parallel.random as megatron_random
+def set_cuda_rng_state(stock: Callable[..., Any], state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """The CPU's generator stands in for the device's. Stock calls torch._C directly (random 147)."""
+    torch.set_rng_state(state)
 
-    # It calls torch._C directly (random 147).
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # One generator is both the CPU's and the "device's" here, so it warns at every dropout region (random 336).
-    logging.getLogger(megatron_random.__name__).addFilter(
+
+def silence_rng_warnings() -> None:
+    """Drop a warning: one generator is both the CPU's and the "device's", so each dropout region warns (random 336)."""
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-    _allow_sequence_parallel_norms()
-    _tell_host_from_device()
-    if not compat.known().waits_before_it_frees:
-        _keep_what_is_sent()
-    _copy_what_is_written_behind()
 
 
 class _HostCopies(TorchFunctionMode):
@@ -48,80 +42,79 @@ class _HostCopies(TorchFunctionMode):
         return result
 
 
-def _tell_host_from_device() -> None:
+def get_sub_optimizer_param_groups(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Let the optimizer of ``--optimizer-cpu-offload`` offload: it takes what ``is_cuda`` says for the device's."""
-    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-
-    stock_groups = HybridDeviceOptimizer._get_sub_optimizer_param_groups
-
-    @functools.wraps(stock_groups)
-    def groups(self: Any, offload_fraction: float) -> Any:
-        with _HostCopies():
-            return stock_groups(self, offload_fraction)
-
-    HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
+    with _HostCopies():
+        return stock(*args, **kwargs)
 
 
-def _copy_what_is_written_behind() -> None:
+def get_save_function_and_args(stock: Callable[..., Any], writer: Any) -> Any:
     """Give the writer of ``--async-save`` copies: training goes on while it writes.
 
     What lies on a GPU is copied to the host before (filesystem_async 243); what lies there already would be shared, and
     change under the writer.
     """
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    stock_get = FileSystemWriterAsync.get_save_function_and_args
-
-    def get_save_function_and_args(self: Any) -> Any:
-        self.write_buckets = [
-            (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
-            for file, key, (data, tensors) in self.write_buckets or ()
-        ]
-        return stock_get(self)
-
-    FileSystemWriterAsync.get_save_function_and_args = get_save_function_and_args
+    writer.write_buckets = [
+        (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+        for file, key, (data, tensors) in writer.write_buckets or ()
+    ]
+    return stock(writer)
 
 
-def _keep_what_is_sent() -> None:
+def send_forward_recv_forward(
+    stock: Callable[..., Any], communicator: Any, output_tensor: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Keep an activation's memory while an interleaved pipeline sends it, where Megatron frees it meanwhile.
 
     Before 0.18 it does (Megatron pull request 4047), which gloo, that sends later than NCCL, turns into other losses
     and NaN in every run. A second view of the memory lives as long as the request.
     """
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-    stock_send = P2PCommunicator.send_forward_recv_forward
-
-    @functools.wraps(stock_send)
-    def send_forward_recv_forward(self: Any, output_tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        sent = None if output_tensor is None else output_tensor.detach()
-        return stock_send(self, sent, *args, **kwargs)
-
-    P2PCommunicator.send_forward_recv_forward = send_forward_recv_forward
+    sent = None if output_tensor is None else output_tensor.detach()
+    return stock(communicator, sent, *args, **kwargs)
 
 
-def _allow_sequence_parallel_norms() -> None:
+def new_torch_norm(stock: Callable[..., Any], cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
     """Let torch's LayerNorm be used with sequence parallel, as the fused norms that need CUDA are.
 
     Megatron refuses it (torch_norm 50) because torch's norms do not mark their parameters, whose gradients must be
     summed over the tensor-parallel group. So the mark is set here, as its FusedLayerNorm does (fused_layer_norm 119).
     """
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    stock_new = WrappedTorchNorm.__new__
-
-    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        with substituted(config, sequence_parallel=False):
-            norm = stock_new(cls, config, *args, **kwargs)
-        for param in norm.parameters():
-            param.sequence_parallel = config.sequence_parallel
-        return norm
-
-    WrappedTorchNorm.__new__ = new
+    with substituted(config, sequence_parallel=False):
+        norm: torch.nn.Module = stock(cls, config, *args, **kwargs)
+    for param in norm.parameters():
+        param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
 
 
-def adapt_training() -> None:
+def initialize_megatron(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Megatron's loop insists on CUDA unless its own ``initialize_megatron`` is told otherwise (initialize 64)."""
-    import megatron.training.training as training
+    return stock(*args, **{"allow_no_cuda": True, **kwargs})
 
-    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+
+_CORE = "megatron.core"
+CORE = (
+    wrap(f"{_CORE}.tensor_parallel.random:_set_cuda_rng_state", set_cuda_rng_state, parameters=("new_state",)),
+    wrap(
+        f"{_CORE}.transformer.torch_norm:WrappedTorchNorm.__new__",
+        new_torch_norm,
+        parameters=("cls", "config"),
+        uses=("sequence_parallel",),
+    ),
+    wrap(
+        f"{_CORE}.optimizer.cpu_offloading:HybridDeviceOptimizer._get_sub_optimizer_param_groups",
+        get_sub_optimizer_param_groups,
+        uses=("is_cuda",),
+    ),
+    wrap(
+        f"{_CORE}.pipeline_parallel.p2p_communication:P2PCommunicator.send_forward_recv_forward",
+        send_forward_recv_forward,
+        parameters=("output_tensor",),
+        until="0.17",
+    ),
+    wrap(
+        f"{_CORE}.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.get_save_function_and_args",
+        get_save_function_and_args,
+        uses=("write_buckets",),
+    ),
+)
+TRAINING = (wrap("megatron.training.training:initialize_megatron", initialize_megatron, parameters=("allow_no_cuda",)),)

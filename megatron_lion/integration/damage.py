@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,11 +20,12 @@ from typing import Any, BinaryIO
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_lion.config import LionError, LocalError
+from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 
 CHUNK = 1 << 20
 COMMON_STATE = "common.pt"
+CHECKPOINT_FOLDER = re.compile("iter_[0-9]{7,}")  # as Megatron names it; "iter_0000020.bak" is the user's own
 # What reading a file that is missing, cut short or overwritten ends in.
 READ_ERRORS = (OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
 
@@ -57,13 +59,13 @@ def install() -> None:
         except SystemExit as error:  # with status 0, which torchrun takes for the end of training (363, 1743)
             if error.code or args.exit_on_missing_checkpoint:
                 raise
-            raise LocalError(f"{_unreadable_folder(load_dir)}. {advice(load_dir, args)}") from error
+            raise LionError(f"{_unreadable_folder(load_dir)}. {advice(load_dir, args)}") from error
         except (Exception, CheckpointException) as error:
             cause = next(filter(_is_read_error, causes(error)), None)
             if cause is None:
                 raise
             problem = f"the checkpoint in {_folder(load_dir, args)} cannot be read: {cause}"
-            raise LocalError(f"{problem}. {advice(load_dir, args)}") from error
+            raise LionError(f"{problem}. {advice(load_dir, args)}") from error
 
     compat.replace_everywhere(strategies, "_get_filesystem_reader", _get_filesystem_reader)
     compat.replace_everywhere(checkpointing, "_load_base_checkpoint", _load_base_checkpoint)
@@ -156,13 +158,14 @@ def advice(load_dir: str, args: Any) -> str:
 
 def complete_iterations(load_dir: str) -> list[int]:
     """The iterations whose ``torch_dist`` checkpoints in ``load_dir`` were written to their end, in order."""
-    return sorted(int(found.parent.name[5:]) for found in Path(load_dir).glob("iter_[0-9]*/.metadata"))
+    names = (found.parent.name for found in Path(load_dir).glob("iter_*/.metadata"))
+    return sorted(int(name[5:]) for name in names if CHECKPOINT_FOLDER.fullmatch(name))
 
 
 def _asked_for(load_dir: str, args: Any) -> int | None:
     """The iteration that ``--ckpt-step``, or else the tracker file, names; None where neither does."""
     text = _tracker(load_dir)
-    return args.ckpt_step or (int(text) if text.isdigit() else None)
+    return args.ckpt_step or (int(text) if text.isdecimal() else None)
 
 
 def _tracker(load_dir: str) -> str:
@@ -173,6 +176,6 @@ def _tracker(load_dir: str) -> str:
 def _unreadable_folder(load_dir: str) -> str:
     """What to say of a folder from which Megatron turned away."""
     text = _tracker(load_dir)
-    if text.isdigit() or text == "release":
+    if text.isdecimal() or text == "release":
         return f"the checkpoint in {load_dir} cannot be read"
     return f"{load_dir}/latest_checkpointed_iteration.txt holds {text!r} where a number should stand"

@@ -53,19 +53,23 @@ class StatelessStepDistributedOptimizer(RepairedDistributedOptimizer):
     state_keys: tuple[str, ...]
     init_state: Callable[..., None]
 
+    @compat.overrides
     def __init__(
         self, optimizer: torch.optim.Optimizer | None, config: Any, grad_scaler: Any, init_state_fn: Any, **kwargs: Any
     ) -> None:
         super().__init__(optimizer, config, grad_scaler, type(self).init_state, **kwargs)
 
+    @compat.overrides  # type: ignore[prop-decorator]
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
         return self.state_keys
 
+    @compat.overrides
     def state_dict(self) -> dict[str, Any]:
         with compat.without_step():
             return super().state_dict()
 
+    @compat.overrides
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         try:
             with compat.without_step():
@@ -88,6 +92,7 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
     init_state = staticmethod(init_lion_state)
     _addresses: tuple[int, ...] | None = None
 
+    @compat.overrides
     def __init__(self, optimizer: torch.optim.Optimizer | None, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(optimizer, config, *args, **kwargs)
         if isinstance(optimizer, Lion) and compat.is_precision_aware(config):
@@ -122,6 +127,7 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
                             "--lion-momentum-dtype bf16"
                         )
 
+    @compat.overrides
     def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         if not compat.is_precision_aware(self.config):
             return super()._get_main_param_and_optimizer_states(model_param)
@@ -129,11 +135,13 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
         master, momentum = (self.optimizer.get_unscaled_state(shard, name) for name in ("master_param", "exp_avg"))
         return {"param": master, "exp_avg": momentum}
 
+    @compat.overrides
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if isinstance(self.optimizer, LIONS):
             self.optimizer.init_state()  # Megatron would allocate tensors of its own notion
         super().load_state_dict(state_dict)
 
+    @compat.overrides
     def load_parameter_state_from_dp_reshardable(self, state_dict: Any) -> None:
         super().load_parameter_state_from_dp_reshardable(state_dict)
         if isinstance(self.optimizer, OffloadingLion):
@@ -141,6 +149,7 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
             # that the 16-bit parameters give.
             self.optimizer._sync_hdo_state_to_sub_optimizers()
 
+    @compat.overrides
     @torch.no_grad()
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
         """Masters from the model's parameters, after these were loaded. Stock leaves stale ones on this path (3086)."""
@@ -157,6 +166,7 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
             if self.optimizer.state[shard]:  # else it is made from the parameter at the first step
                 self.optimizer.set_scaled_state(shard, "master_param", shard.float())
 
+    @compat.overrides
     def step_with_ready_grads(self) -> bool:
         """Step, in which Lion writes the bf16 parameters itself: Megatron's copy after it has nothing left to do."""
         if self.is_stub_optimizer or compat.is_precision_aware(self.config) or not self._let_lion_copy():
@@ -176,7 +186,7 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
                 shard: self._slice(param)
                 for shards, params in zip(self.shard_fp32_from_float16_groups, self.model_float16_groups, strict=True)
                 for shard, param in zip(shards, params, strict=True)
-                if shard is not None and param.dtype == torch.bfloat16 and not self._is_distopt_quantized_param(param)
+                if shard is not None and param.dtype == torch.bfloat16 and not compat.is_quantized(param)
             }
             self._addresses = addresses
         shards = sum(len(group) for group in self.shard_fp32_from_float16_groups)
@@ -208,17 +218,20 @@ class TorchAdamDistributedOptimizer(RepairedDistributedOptimizer):
     every format holds, is the one that counts.
     """
 
+    @compat.overrides
     def state_dict(self) -> dict[str, Any]:
         if self.optimizer is not None:
             init_adam_state(self.optimizer)
         return super().state_dict()
 
+    @compat.overrides
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         (step,) = {float(group["step"]) for group in state_dict["optimizer"]["param_groups"]}
         for state in self.optimizer.state.values():
             state["step"] = torch.tensor(step)
 
+    @compat.overrides
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
         own = self._get_main_param_and_optimizer_states(model_param)  # its step stays as it is
         super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": own["step"]})

@@ -6,6 +6,7 @@ wrappers, for dense and for expert parameters, with our class in the place of SG
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,63 +30,76 @@ BETAS = dict(zip(("lion_beta1", "lion_beta2"), LANGUAGE_MODEL_BETAS, strict=True
 CARRIED = {"lion_kernel": "auto", storage.MOMENTUM: "fp32", storage.MASTER: "fp32"}
 
 
-def install() -> None:
-    """Replace ``get_megatron_optimizer`` wherever it has been imported, and close the way that would miss it."""
+def get_megatron_optimizer(
+    stock: Callable[..., Any], config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Build Lion where it is asked for; repair SGD and Adam where stock cannot save or load them."""
     import megatron.core.optimizer as optimizers
 
-    stock_get = optimizers.get_megatron_optimizer
-    lion_is_built_in = compat.known().lion_is_built_in
-    stock_build = getattr(optimizers, lion_is_built_in)
-
-    @functools.wraps(stock_get)
-    def get_megatron_optimizer(config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any) -> Any:
-        build = functools.partial(stock_get, config, model_chunks, *args, **kwargs)
-        if config.optimizer == "lion":
-            return _build_lion(optimizers, config, model_chunks, build)
-        if config.optimizer == "sgd":
-            with compat.substituted(optimizers, DistributedOptimizer=SGDDistributedOptimizer):
-                return _with_init_state(build(), init_sgd_state)
-        if config.optimizer == "adam" and not compat.has_te_or_apex():
-            with compat.substituted(optimizers, DistributedOptimizer=TorchAdamDistributedOptimizer):
-                return build()
-        return build()
-
-    @functools.wraps(stock_build)
-    def build_unless_lion(config: Any, *args: Any, **kwargs: Any) -> Any:
-        if config.optimizer == "lion":
-            raise LionError(
-                "get_megatron_optimizer was imported before megatron_lion.register() in a way that it cannot see; "
-                "stock Megatron would now build its own Lion, or none. Register first"
-            )
-        return stock_build(config, *args, **kwargs)
-
-    compat.replace_everywhere(optimizers, "get_megatron_optimizer", get_megatron_optimizer)
-    compat.replace_everywhere(optimizers, lion_is_built_in, build_unless_lion)
+    build = functools.partial(stock, config, model_chunks, *args, **kwargs)
+    if config.optimizer == "lion":
+        return _build_lion(optimizers, config, model_chunks, build)
+    if config.optimizer == "sgd":
+        with compat.substituted(optimizers, DistributedOptimizer=SGDDistributedOptimizer):
+            return _with_init_state(build(), init_sgd_state)
+    if config.optimizer == "adam" and not compat.has_te_or_apex():
+        with compat.substituted(optimizers, DistributedOptimizer=TorchAdamDistributedOptimizer):
+            return build()
+    return build()
 
 
-def install_config() -> None:
+def build_unless_lion(stock: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the function in which stock would come to build its own Lion: close the way that would miss ours."""
+    if config.optimizer == "lion":
+        raise LionError(
+            "get_megatron_optimizer was imported before megatron_lion.register() in a way that it cannot see; "
+            "stock Megatron would now build its own Lion, or none. Register first"
+        )
+    return stock(config, *args, **kwargs)
+
+
+def get_megatron_optimizer_config(stock: Callable[..., Any], args: Any) -> Any:
     """Let the configuration that ``megatron.training`` makes be Lion's, and carry our flags.
 
     It copies its own fields alone, and before 0.18 refuses the name (0.17.1: training 1585).
     """
-    import megatron.training.training as training
+    if args.optimizer != "lion":
+        return stock(args)
+    with storage.stock_flags(args), compat.substituted(args, optimizer="sgd"):
+        made = stock(args)
+    for name, default in {"optimizer": "lion", **BETAS, **CARRIED}.items():
+        setattr(made[0], name, getattr(args, name, default))
+    setattr(made[0], INIT_FROM, getattr(args, INIT_FROM, None))
+    group_settings.carry(args, made[0])
+    checkpoint_formats.carry(args, made[0])
+    return made
 
-    stock_config = training.get_megatron_optimizer_config
 
-    @functools.wraps(stock_config)
-    def get_megatron_optimizer_config(args: Any) -> Any:
-        if args.optimizer != "lion":
-            return stock_config(args)
-        with storage.stock_flags(args), compat.substituted(args, optimizer="sgd"):
-            made = stock_config(args)
-        for name, default in {"optimizer": "lion", **BETAS, **CARRIED}.items():
-            setattr(made[0], name, getattr(args, name, default))
-        setattr(made[0], INIT_FROM, getattr(args, INIT_FROM, None))
-        group_settings.carry(args, made[0])
-        checkpoint_formats.carry(args, made[0])
-        return made
-
-    compat.replace_everywhere(training, "get_megatron_optimizer_config", get_megatron_optimizer_config)
+CORE = (
+    compat.wrap(
+        "megatron.core.optimizer:get_megatron_optimizer",
+        get_megatron_optimizer,
+        parameters=("config", "model_chunks"),
+        uses=("_get_megatron_optimizer_based_on_param_groups", "ChainedOptimizer", "log_single_rank"),
+    ),
+    compat.wrap(
+        "megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups",
+        build_unless_lion,
+        parameters=("config",),
+        until="0.17",
+    ),
+    compat.wrap(
+        "megatron.core.optimizer:_get_megatron_emerging_optimizer",
+        build_unless_lion,
+        parameters=("config", "model_chunks"),
+        since="0.18",
+    ),
+)
+TRAINING = (
+    compat.wrap(
+        "megatron.training.training:get_megatron_optimizer_config", get_megatron_optimizer_config, parameters=("args",)
+    ),
+)
 
 
 def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: Any) -> Any:

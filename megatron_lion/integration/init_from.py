@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from megatron_lion.config import LionError, check_choice
-from megatron_lion.integration import summary
+from megatron_lion.integration import compat, summary
+from megatron_lion.integration.repaired_optimizer import RepairedDistributedOptimizer
 from megatron_lion.lion import LION_GROUP_KEYS
 
 # Where the optimizer's configuration carries --lion-init-from.
@@ -35,7 +36,7 @@ def check(args: Any) -> None:
         )
 
 
-class InitFromAdam:
+class InitFromAdam(RepairedDistributedOptimizer):
     """A distributed optimizer around Lion that can load Adam's checkpoint, in any of Megatron's formats.
 
     Of that state it takes the fp32 master weights and, with ``--lion-init-from adam``, ``exp_avg``: both are averages
@@ -46,16 +47,18 @@ class InitFromAdam:
 
     _init_from: str | None = None
 
-    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+    @compat.overrides
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict["optimizer"]["param_groups"]
         is_lions = all(group.keys() >= LION_GROUP_KEYS for group in groups)
         self._init_from = None if is_lions else getattr(self.config, INIT_FROM, None)
         if self._init_from is not None:
             state_dict = {**state_dict, "optimizer": self.state_dict()["optimizer"]}
             summary.say(f"continuing an Adam run: master weights kept, momentum {CHOICES[self._init_from]}")
-        super().load_state_dict(state_dict)  # type: ignore[misc]
+        super().load_state_dict(state_dict)
 
-    def _set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+    @compat.overrides
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
         if self._init_from == "fresh":
             tensors = {**tensors, "exp_avg": torch.zeros_like(tensors["exp_avg"])}
-        super()._set_main_param_and_optimizer_states(model_param, tensors)  # type: ignore[misc]
+        super()._set_main_param_and_optimizer_states(model_param, tensors)

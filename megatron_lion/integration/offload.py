@@ -11,6 +11,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
 from megatron_lion.config import LionConfig
+from megatron_lion.integration import compat
 from megatron_lion.lion import Lion
 
 # Groups' settings that a run's command line says anew, and a checkpoint does not.
@@ -76,6 +77,7 @@ class OffloadingLion(HybridDeviceOptimizer):
         """The fp32 parameters that are stepped on the CPU."""
         return [param for side in self.cpu_optimizers for group in side.param_groups for param in group["params"]]
 
+    @compat.overrides
     def state_dict(self) -> dict[str, Any]:
         """As HybridDeviceOptimizer, without what is this run's own, so that any run can read it."""
         state_dict = super().state_dict()
@@ -84,6 +86,7 @@ class OffloadingLion(HybridDeviceOptimizer):
                 del group[key]
         return state_dict
 
+    @compat.overrides
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As HybridDeviceOptimizer, also from a run that offloaded another fraction or none."""
         groups = []

@@ -1,6 +1,7 @@
 """Registration: the one call after which Megatron's ``--optimizer lion`` is ours."""
 
 from megatron_lion.integration import compat, cpu_backend
+from megatron_lion.integration.compat import Patch, Seam
 
 _done: set[str] = set()
 
@@ -18,8 +19,8 @@ def register() -> None:
     """
     before_megatron()
     has_training = compat.has_training()
-    if not _done:  # every seam before the first replacement: never half-patched
-        compat.require_seams(training=has_training)
+    if not _done:  # every check before the first replacement: never half-patched
+        require_known_megatron(training=has_training)
     register_core()
     if has_training:
         register_training()
@@ -36,12 +37,13 @@ def register_core() -> None:
     """The optimizer factory in ``megatron.core``."""
     if "core" in _done:
         return
-    compat.require_seams(training=False)
-    from megatron_lion.integration import cpu_megatron, factory
-
-    factory.install()
+    require_known_megatron(training=False)
+    for patch in _core_patches():
+        patch.apply()
     if cpu_backend.wanted():
-        cpu_megatron.adapt_core()
+        from megatron_lion.integration import cpu_megatron
+
+        cpu_megatron.silence_rng_warnings()
     _done.add("core")
 
 
@@ -49,17 +51,45 @@ def register_training() -> None:
     """The command line of ``megatron.training``, and what its start-up asks of the wheel."""
     if "training" in _done:
         return
-    compat.require_seams(training=True)
-    from megatron_lion.integration import arguments, checkpoints, cpu_megatron, damage, factory, telemetry
+    require_known_megatron(training=True)
+    from megatron_lion.integration import damage
+
+    for patch in _training_patches():
+        patch.apply()
+    damage.install()
+    _done.add("training")
+
+
+def require_known_megatron(*, training: bool) -> None:
+    """Raise LionError where a name in Megatron that this package calls, replaces, overrides or reads has changed.
+
+    The names that it calls come first: without them our classes, which override others, cannot be made.
+    """
+    compat.require(compat.seams_of(training=training))
+    compat.require(seams(training=training))
+
+
+def seams(*, training: bool) -> tuple[Seam, ...]:
+    """Every name in Megatron that this package calls or replaces. Makes our classes, which check what they override."""
+    patches = _core_patches() + (_training_patches() if training else [])
+    return compat.seams_of(training=training) + tuple(patch.seam for patch in patches)
+
+
+def _core_patches() -> list[Patch]:
+    from megatron_lion.integration import cpu_megatron, factory
+
+    return _needed([*factory.CORE, *(cpu_megatron.CORE if cpu_backend.wanted() else ())])
+
+
+def _training_patches() -> list[Patch]:
+    """In the order in which they wrap: of two around one function the later one is the outer one."""
+    from megatron_lion.integration import arguments, checkpoints, cpu_megatron, factory, telemetry
     from megatron_lion.integration.norm_ratio import rounds
 
-    arguments.install()
-    factory.install_config()
-    checkpoints.install()
-    damage.install()
-    rounds.install()
-    telemetry.install()
-    compat.allow_wheel_without_makefile()
-    if cpu_backend.wanted():
-        cpu_megatron.adapt_training()
-    _done.add("training")
+    ours = (arguments.TRAINING, factory.TRAINING, checkpoints.TRAINING, rounds.TRAINING, telemetry.TRAINING)
+    on_cpu = cpu_megatron.TRAINING if cpu_backend.wanted() else ()
+    return _needed([*(patch for patches in ours for patch in patches), compat.WHEEL_WITHOUT_MAKEFILE, *on_cpu])
+
+
+def _needed(patches: list[Patch]) -> list[Patch]:
+    return [patch for patch in patches if patch.seam.is_needed]

@@ -26,6 +26,7 @@ class RepairedDistributedOptimizer(DistributedOptimizer):
     stock saves uninitialised memory. Goes when both are released.
     """
 
+    @compat.overrides
     def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
         if not compat.known().shifts_reshardable_state:
             return super().sharded_param_state_fully_reshardable(*args, **kwargs)
@@ -59,10 +60,12 @@ class RepairedDistributedOptimizer(DistributedOptimizer):
             start_padded += bucket.grad_data.numel()
         return padded
 
+    @compat.overrides
     @torch.no_grad()  # in fp32 the shards are views of parameters, which autograd would not let it write (1225)
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
         super()._set_main_param_and_optimizer_states(model_param, tensors)
 
+    @compat.overrides
     def get_parameter_state_dp_reshardable(self) -> Any:
         """As Megatron's, with a parameter of no elements in each bucket of which this rank holds none."""
         state = super().get_parameter_state_dp_reshardable()
@@ -74,6 +77,7 @@ class RepairedDistributedOptimizer(DistributedOptimizer):
                 bucket.append({**nothing, "gbuf_local_start": 0, "gbuf_local_end": 0, "padding": True})
         return state
 
+    @compat.overrides
     def sharded_param_state_dp_reshardable(self, *args: Any, **kwargs: Any) -> Any:
         state = super().sharded_param_state_dp_reshardable(*args, **kwargs)
         for bucket in _buckets(state):

@@ -16,6 +16,8 @@ from megatron_lion.config import MASTER_WEIGHTS, MOMENTUM_DTYPES, LionConfig, Li
 from megatron_lion.integration import compat
 from megatron_lion.precision import BLOCK
 
+# Megatron's flags for primary weights in fp8 and fp4.
+QUANTIZED_WEIGHTS = ("fp8_param_gather", "fp4_param_gather")
 MOMENTUM, MASTER = "lion_momentum_dtype", "lion_master_weights"
 # What Megatron's --exp-avg-dtype comes to, once validated, and the same in our words.
 EXP_AVG_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -94,11 +96,32 @@ def _check(args: Any) -> None:
             "--optimizer-cpu-offload cannot be had in fp32: Megatron's optimizer for it refuses shards of fp32 "
             "parameters. Add --bf16, or drop the flag"
         )
+    _refuse_quantized_weights(args)
     if args.lion_master_weights == "remainder" and not args.bf16:
         raise LionError(
             "--lion-master-weights remainder stores what a bf16 parameter lacks of its fp32 master; this run has no "
             "bf16 parameters: add --bf16, or give --lion-master-weights fp32"
         )
+
+
+def _refuse_quantized_weights(args: Any) -> None:
+    """Raise LionError for primary weights in fp8 or fp4 where the precision-aware path will be taken."""
+    flags = [f"--{dest.replace('_', '-')}" for dest in QUANTIZED_WEIGHTS if getattr(args, dest, False)]
+    is_compact = (args.lion_momentum_dtype, args.lion_master_weights) != ("fp32", "fp32")
+    has_bf16_gradients = args.bf16 and (
+        args.grad_reduce_in_bf16 or args.main_grads_dtype not in ("fp32", torch.float32)
+    )
+    if flags and (is_compact or args.optimizer_cpu_offload or has_bf16_gradients):
+        raise quantized_weights(flags[0])
+
+
+def quantized_weights(found: str) -> LionError:
+    """The error for primary weights in fp8 or fp4 on the precision-aware path."""
+    return LionError(
+        f"{found} is not supported where Lion writes the 16-bit parameters itself, because it cannot write fp8 or fp4. "
+        "It does so with compact state, bf16 gradients or --optimizer-cpu-offload. Use fp32 momentum and master "
+        f"weights and fp32 gradients (--accumulate-allreduce-grads-in-fp32), or drop {found}"
+    )
 
 
 def stock_flags(args: Any) -> contextlib.AbstractContextManager[None]:
@@ -110,7 +133,7 @@ def stock_flags(args: Any) -> contextlib.AbstractContextManager[None]:
 def use_precision_aware_path(config: Any, lion_config: LionConfig, model_chunks: list[Any]) -> bool:
     """Set Megatron's precision-aware path in ``config`` (in place) where it is needed. Returns whether it is.
 
-    Raises LionError where it is needed and the optimizer is not distributed.
+    Raises LionError where it is needed and the optimizer is not distributed, or the model's weights are fp8 or fp4.
     """
     ddp_config = getattr(model_chunks[0], "ddp_config", None)
     bf16_gradients = config.bf16 and ddp_config is not None and not ddp_config.grad_reduce_in_fp32
@@ -128,5 +151,23 @@ def use_precision_aware_path(config: Any, lion_config: LionConfig, model_chunks:
             f"CPU {config.optimizer_cpu_offload}: this needs use_distributed_optimizer=True (also on one rank)"
         )
     if needed:
+        if found := _quantized_weights_of(model_chunks):
+            raise quantized_weights(found)
         compat.set_precision_aware(config)
     return needed
+
+
+def _quantized_weights_of(model_chunks: list[Any]) -> str | None:
+    """What makes primary weights of the model fp8 or fp4: a setting, or a weight itself. None where they are not."""
+    for chunk in model_chunks:
+        for config, names in (
+            (getattr(chunk, "ddp_config", None), QUANTIZED_WEIGHTS),
+            (getattr(chunk, "config", None), ("fp8_param", "fp4_param")),
+        ):
+            for name in names:
+                if getattr(config, name, False):
+                    return f"{name}=True"
+        for name, param in chunk.named_parameters():
+            if compat.is_quantized(param):
+                return f"the {type(param).__name__} {name}"
+    return None

@@ -1,7 +1,5 @@
 """The start-up line: what is really active, counted over all ranks rather than read off the flags."""
 
-import os
-import sys
 from typing import Any
 
 import torch
@@ -9,21 +7,9 @@ import torch
 from megatron_lion import kernels
 from megatron_lion.config import LionConfig
 from megatron_lion.integration import compat, cpu_backend, gradients
+from megatron_lion.integration.console import say as say
+from megatron_lion.integration.console import warn as warn
 from megatron_lion.integration.offload import LIONS, OffloadingLion
-
-PREFIX = "megatron-lion:"
-
-
-def say(message: str) -> None:
-    """Print one line on rank 0, as Megatron does."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{PREFIX} {message}", flush=True)
-
-
-def warn(message: str) -> None:
-    """Print one warning line on rank 0's stderr."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{PREFIX} warning: {message}", file=sys.stderr, flush=True)
 
 
 def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimizer: Any) -> None:

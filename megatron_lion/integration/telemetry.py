@@ -7,7 +7,7 @@ counted on one rank (:mod:`megatron_lion.integration.gradients`). Steps between 
 """
 
 import argparse
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,35 +37,56 @@ def check(args: Any) -> None:
         raise LionError(f"--lion-telemetry is Lion's, and this run's optimizer is {args.optimizer}: drop the flag")
 
 
-def install() -> None:
-    """Wrap what Megatron's loop calls around each step and after its log line."""
-    import megatron.training.training as training
+def train_step(
+    stock: Callable[..., Any],
+    forward_step_func: Any,
+    data_iterator: Any,
+    model: Any,
+    optimizer: Any,
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
+    """Measure the first step."""
     from megatron.training import get_args
 
-    stock_step, stock_callbacks = training.train_step, training.post_training_step_callbacks
+    if get_args().lion_telemetry and any(lion.counted is None for lion in _lions(optimizer)):
+        begin(optimizer)
+        measure_next_step(optimizer, True)
+    return stock(forward_step_func, data_iterator, model, optimizer, *rest, **kwargs)
 
-    @functools.wraps(stock_step)
-    def train_step(
-        forward_step_func: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, **kw: Any
-    ) -> Any:
-        if get_args().lion_telemetry and any(lion.counted is None for lion in _lions(optimizer)):  # the first step
-            begin(optimizer)
-            measure_next_step(optimizer, True)
-        return stock_step(forward_step_func, data_iterator, model, optimizer, *rest, **kw)
 
-    @functools.wraps(stock_callbacks)
-    def post_training_step_callbacks(
-        model: Any, optimizer: Any, opt_param_scheduler: Any, iteration: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        if get_args().lion_telemetry:
-            interval = get_args().log_interval
-            if iteration % interval == 0:
-                report(over_ranks(_lions(optimizer)), iteration)
-            measure_next_step(optimizer, (iteration + 1) % interval == 0)
-        return stock_callbacks(model, optimizer, opt_param_scheduler, iteration, *args, **kwargs)
+def post_training_step_callbacks(
+    stock: Callable[..., Any],
+    model: Any,
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    iteration: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Report a step that was measured, and measure the next one whose log line is due."""
+    from megatron.training import get_args
 
-    compat.replace_everywhere(training, "train_step", train_step)
-    compat.replace_everywhere(training, "post_training_step_callbacks", post_training_step_callbacks)
+    if get_args().lion_telemetry:
+        interval = get_args().log_interval
+        if iteration % interval == 0:
+            report(over_ranks(_lions(optimizer)), iteration)
+        measure_next_step(optimizer, (iteration + 1) % interval == 0)
+    return stock(model, optimizer, opt_param_scheduler, iteration, *args, **kwargs)
+
+
+TRAINING = (
+    compat.wrap(
+        "megatron.training.training:train_step",
+        train_step,
+        parameters=("forward_step_func", "data_iterator", "model", "optimizer"),
+    ),
+    compat.wrap(
+        "megatron.training.training:post_training_step_callbacks",
+        post_training_step_callbacks,
+        parameters=("model", "optimizer", "opt_param_scheduler", "iteration"),
+    ),
+)
 
 
 def begin(optimizer: Any) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_lion.config import KERNELS, LionError
+from megatron_lion.kernels import compiler
 from megatron_lion.kernels.foreach import foreach_supports, lion_update_foreach_
 from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_update_fused_
 from megatron_lion.update import LionUpdate, lion_update_
@@ -31,9 +32,7 @@ def choose(
         LionError: ``"fused"`` was asked for by name and cannot be had; the message has the reason.
     """
     if kernel == "fused" and params and all(t.is_cuda for tensors in (params, grads, exp_avgs) for t in tensors):
-        from megatron_lion.kernels.triton_lion import lion_update_triton_  # Triton takes a second to import
-
-        return lion_update_triton_
+        return _triton_update()
     if kernel in ("auto", "fused"):
         problem = None if fused_supports(params, grads, exp_avgs) else _describe(params, grads, exp_avgs)
         problem = problem or fused_problem()
@@ -60,7 +59,20 @@ def describe(kernel: str, tensors: Sequence[Tensor], *, packed: bool = False) ->
     name = names.get(choose(kernel, tensors, tensors, tensors, packed=packed), "fused")
     on_cpu = fused_supports(tensors, tensors, tensors)
     reason = fused_problem() if kernel == "auto" and name != "fused" and on_cpu else None
+    if name == "fused" and on_cpu and (problem := compiler.cache_problem()):
+        reason = f"compiled for this run only: {problem}"
     return f"{name} ({reason})" if reason else name
+
+
+def _triton_update() -> LionUpdate:
+    try:
+        from megatron_lion.kernels.triton_lion import lion_update_triton_  # Triton takes a second to import
+    except ImportError as error:
+        raise LionError(
+            f"the fused kernel cannot be used on a GPU: it needs Triton ({error}). "
+            "Install triton, or use auto, foreach or reference"
+        ) from error
+    return lion_update_triton_
 
 
 def _describe(*roles: Sequence[Tensor]) -> str:

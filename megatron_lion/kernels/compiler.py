@@ -8,7 +8,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 SOURCE = Path(__file__).with_name("lion_cpu.cpp")
 # No contraction: a fused multiply-add rounds once where update.py rounds twice. The two -fno flags give up
@@ -25,26 +27,60 @@ class CompilerUnavailable(RuntimeError):
     """There is no library, for the reason in the message."""
 
 
-@functools.cache
-def load(source: Path = SOURCE, *defined: str) -> ctypes.CDLL:
-    """The library compiled from ``source`` with the macros ``defined``, from the cache where it is there.
+class _Outcome(NamedTuple):
+    library: ctypes.CDLL | None
+    problem: str
+    """why there is no library, or why it is not kept for later runs; else empty"""
 
-    It is cached in ``$XDG_CACHE_HOME/megatron_lion`` (``~/.cache/megatron_lion``) under a name made of the source and
-    the headers beside it, the compiler, the flags and the CPU. Several processes may call this at once: each compiles
-    to a file of its own and renames it, so that no process sees half a library. Where the cache cannot be written the
-    library lives in a temporary folder, and the next run compiles again. Issues no collective.
+
+def load(source: Path = SOURCE, *macros: str) -> ctypes.CDLL:
+    """The library compiled from ``source`` with ``macros`` defined, from the cache if it is there.
+
+    The cache is ``$XDG_CACHE_HOME/megatron_lion`` (``~/.cache/megatron_lion``). The file's name is a hash of the source
+    and the headers next to it, the compiler, the flags and the CPU. Several processes may call this at once: each
+    compiles to its own file and renames it, so that no process sees half a library. A cache that cannot be written, or
+    that another user could have written, is not used: the library is compiled in a temporary folder, for this process
+    only (:func:`cache_problem` says why). A compiler that fails is asked once per process. Issues no collective.
 
     Raises:
         CompilerUnavailable: no compiler, or one that fails; the message says which, and what it said.
     """
-    compiler, flags = _compiler(), (*FLAGS, *(f"-D{macro}" for macro in defined))
-    library = _cache_folder() / f"{source.stem}-{_key(source, compiler, *flags)}.so"
-    if not library.is_file():
-        library = _compile([compiler, *flags], source, library)
+    outcome = _load_once(source, *macros)
+    if outcome.library is None:
+        raise CompilerUnavailable(outcome.problem)
+    return outcome.library
+
+
+def cache_problem(source: Path = SOURCE, *macros: str) -> str | None:
+    """Why the library of :func:`load` is compiled again in each process, or None. Arguments and errors as there."""
+    load(source, *macros)
+    return _load_once(source, *macros).problem or None
+
+
+@functools.cache
+def _load_once(source: Path, *macros: str) -> _Outcome:
+    """What came of compiling and loading ``source``, failures included: ``functools.cache`` keeps no exception."""
     try:
-        return ctypes.CDLL(str(library))
+        return _load(source, (*FLAGS, *(f"-D{macro}" for macro in macros)))
+    except (CompilerUnavailable, OSError) as error:
+        return _Outcome(None, str(error))
+
+
+def _load(source: Path, flags: Sequence[str]) -> _Outcome:
+    compiler = _compiler()
+    command = [compiler, *flags, str(source)]
+    name = f"{source.stem}-{_key(source, compiler, *flags)}.so"
+    try:
+        library = _cache_folder() / name
+        if not (library.is_file() and _is_private(library)):
+            _compile(command, library)
+        return _Outcome(ctypes.CDLL(str(library)), "")
     except OSError as error:
-        raise CompilerUnavailable(f"{library} cannot be loaded: {error}") from error
+        problem = str(error)
+    with tempfile.TemporaryDirectory(prefix="megatron_lion-") as folder:  # a loaded library needs its file no longer
+        library = Path(folder) / name
+        _compile(command, library)
+        return _Outcome(ctypes.CDLL(str(library)), problem)
 
 
 def _compiler() -> str:
@@ -77,27 +113,36 @@ def _cpu() -> str:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lion"
-
-
-def _compile(command: list[str], source: Path, library: Path) -> Path:
-    """Compile ``source`` into ``library``, or a temporary file where that cannot be written. Returns the file."""
+    """The folder that keeps libraries, made if it is missing. Raises OSError if it cannot be made or trusted."""
     try:
-        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(suffix=".so", prefix=f"{library.stem}-", dir=library.parent)
-    except OSError:
-        handle, name = tempfile.mkstemp(suffix=".so", prefix=f"{library.stem}-")
-        library = Path(name)
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # no HOME, and a user id without an entry in passwd
+        raise FileNotFoundError("this user has no home folder; set XDG_CACHE_HOME") from error
+    folder = (base / "megatron_lion").resolve()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not _is_private(folder):
+        raise PermissionError(f"{folder} is owned or writable by another user")
+    return folder
+
+
+def _is_private(path: Path) -> bool:
+    """Whether only this user, or root, could have written ``path``."""
+    status = path.stat()
+    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
+
+
+def _compile(command: Sequence[str], library: Path) -> None:
+    """Run ``command`` into ``library``. Raises OSError if its folder cannot be written."""
+    handle, name = tempfile.mkstemp(suffix=".so", prefix=f"{library.stem}-", dir=library.parent)
     os.close(handle)
     partial = Path(name)
     try:
-        done = subprocess.run([*command, str(source), "-o", name], capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run([*command, "-o", name], capture_output=True, text=True, timeout=SECONDS)
         if done.returncode != 0:
             raise CompilerUnavailable(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        partial.chmod(0o700)  # a linker makes it writable by the group where the umask allows that
         partial.replace(library)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompilerUnavailable(f"{command[0]} failed: {error}") from error
     finally:
-        if partial != library:
-            partial.unlink(missing_ok=True)
-    return library
+        partial.unlink(missing_ok=True)

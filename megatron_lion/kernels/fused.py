@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import operator
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ PLAIN = ((torch.float32,), (torch.bfloat16,))
 PACKED = {"params": (torch.bfloat16, torch.int16), "exp_avgs": (torch.int8, torch.bfloat16), "grads": ()}
 
 Roles = dict[str, Any]
+_on_cpu = operator.attrgetter("is_cpu")
 
 
 def fused_problem() -> str | None:
@@ -62,8 +64,8 @@ def lion_update_fused_(
     """:func:`megatron_lion.update.lion_update_` for tensors that :func:`fused_supports`; the same bits, in place.
 
     Uses ``torch.get_num_threads()`` threads and no temporary memory. Tensors that are not contiguous are left to the
-    reference; ``copies`` must be bf16. Raises ValueError, and writes nothing, where sizes or dtypes do not fit;
-    RuntimeError where :func:`fused_problem` has a reason.
+    reference; ``copies`` must be bf16. Raises ValueError, and writes nothing, if a tensor is not on the CPU or sizes or
+    dtypes do not fit; RuntimeError where :func:`fused_problem` has a reason.
     """
     hyper: dict[str, Any] = dict(lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, grad_scale=grad_scale)
     roles: Roles = {"params": params, "grads": grads, "exp_avgs": exp_avgs}
@@ -73,6 +75,9 @@ def lion_update_fused_(
     if len({len(role) for role in roles.values()}) > 1:
         raise ValueError(f"one entry a parameter is needed, not { {name: len(role) for name, role in roles.items()} }")
     tensors = [role for name, role in roles.items() if name != "places"]
+    if not all(map(_on_cpu, itertools.chain.from_iterable(tensors))):  # an address on a device would crash the process
+        found = sorted({tensor.device.type for role in tensors for tensor in role})
+        raise ValueError(f"the CPU kernel takes tensors on the CPU, not on {', '.join(found)}: use kernels.choose")
     # Of 3,000 parameters each pass over a role is a part of the host's time, hence map.
     dense = [all(row) for row in zip(*(map(Tensor.is_contiguous, role) for role in tensors), strict=True)]
     if not all(dense):
@@ -100,14 +105,13 @@ def _update_contiguous(roles: Roles, hyper: dict[str, Any], telemetry: Telemetry
     places = array("q", itertools.chain.from_iterable(roles.get("places", ())))
     numbers = array("d", [hyper[name] for name in ("lr", "beta1", "beta2", "weight_decay", "grad_scale")])
     sums = array("d", [0.0] * 6)
-    library = compiler.load() if telemetry is None else compiler.load(compiler.SOURCE, "TELEMETRY")
-    wrong = library.lion_cpu_update(
-        ctypes.c_int64(len(numels)),
-        *(ctypes.c_void_p(values.buffer_info()[0]) for values in (addresses, numels, places, scale_numels, numbers)),
-        *(ctypes.c_int(kind) for kind in kinds),
-        ctypes.c_int("copies" in roles),
-        ctypes.c_int(torch.get_num_threads()),
-        ctypes.c_void_p(sums.buffer_info()[0]),
+    wrong = _kernel(*(() if telemetry is None else ("TELEMETRY",)))(
+        len(numels),
+        *(values.buffer_info()[0] for values in (addresses, numels, places, scale_numels, numbers)),
+        *kinds,
+        "copies" in roles,
+        torch.get_num_threads(),
+        sums.buffer_info()[0],
     )
     if wrong:
         place, numel, scale = (role[wrong - 1] for role in (roles["places"], numels, scale_numels))
@@ -118,6 +122,14 @@ def _update_contiguous(roles: Roles, hyper: dict[str, Any], telemetry: Telemetry
     # The writes were made behind autograd's back: a backward pass that needs the old values must still fail.
     written = [role for name, role in roles.items() if name not in ("grads", "places")]
     torch.autograd.graph.increment_version(list(itertools.chain.from_iterable(written)))
+
+
+def _kernel(*macros: str) -> Any:
+    """``lion_cpu_update`` of lion_cpu.cpp, compiled with ``macros``, as a function of Python numbers and addresses."""
+    function = compiler.load(compiler.SOURCE, *macros).lion_cpu_update
+    function.restype = ctypes.c_int64
+    function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 5, *[ctypes.c_int] * 5, ctypes.c_void_p]
+    return function
 
 
 def _kind(roles: Roles, name: str, rest: str = "") -> int:

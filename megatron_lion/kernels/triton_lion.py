@@ -24,10 +24,24 @@ SMALLEST_SCALE = tl.constexpr(precision.SMALLEST_SCALE)
 
 
 @triton.jit
+def _widen(bits):
+    """The fp32 of a bf16 given as a 16-bit integer."""
+    return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _narrow(value):
+    """The bf16 of an fp32, rounded to nearest even, as a 16-bit integer."""
+    bits = value.to(tl.uint32, bitcast=True)
+    nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(value == value, nearest_even, 0x7FC0).to(tl.uint16)
+
+
+@triton.jit
 def _load(pointers, inside):
     """fp32 from memory that holds fp32 or, as 16-bit integers, bf16."""
     if pointers.dtype.element_ty == tl.uint16:
-        value = (tl.load(pointers, mask=inside, other=0).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        value = _widen(tl.load(pointers, mask=inside, other=0))
     else:
         value = tl.load(pointers, mask=inside, other=0.0)
     return value
@@ -37,9 +51,7 @@ def _load(pointers, inside):
 def _store(pointers, value, inside):
     """fp32 to memory that holds fp32 or, rounded to nearest even, bf16."""
     if pointers.dtype.element_ty == tl.uint16:
-        bits = value.to(tl.uint32, bitcast=True)
-        nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        tl.store(pointers, tl.where(value == value, nearest_even, 0x7FC0).to(tl.uint16), mask=inside)
+        tl.store(pointers, _narrow(value), mask=inside)
     else:
         tl.store(pointers, value, mask=inside)
 
@@ -73,8 +85,9 @@ def _quantise(codes, scale_pointers, value, inside, known):
     magnitudes = (tl.where(inside, value, 0.0)).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     # As integers, among which a NaN is the largest. tl.max itself is not interpreted where Triton was imported before.
     largest = tl.reduce(magnitudes, 1, tl.standard._elementwise_max).to(tl.float32, bitcast=True)
-    _store(scale_pointers, tl.where(largest < SMALLEST_SCALE, 0.0, largest), known)
-    scale = _load(scale_pointers, known)
+    bits = _narrow(tl.where(largest < SMALLEST_SCALE, 0.0, largest))
+    tl.store(scale_pointers, bits, mask=known)
+    scale = _widen(bits)  # not read back: another thread of the program may not see yet what was stored
     finite = (scale > 0.0) & (scale < float("inf"))
     inverse = tl.where(finite, tl.div_rn(tl.full(scale.shape, LEVELS, tl.float32), tl.where(finite, scale, 1.0)), 0.0)
     root = tl.sqrt_rn(tl.abs(value) * inverse[:, None])

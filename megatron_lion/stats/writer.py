@@ -67,9 +67,11 @@ class RecordFile:
         return not _split(self.path)[0]
 
     def append(self, line: str) -> None:
-        """Append one line of JSON, and have it on disk before this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        """Append one line of JSON, and have it on disk before this returns. Ends a last line that has no newline."""
+        with self.path.open("ab+") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            unfinished = file.read() not in (b"", b"\n")
+            file.write(f"{'\n' if unfinished else ''}{line}\n".encode())
             file.flush()
             os.fsync(file.fileno())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from harness import as_in_a_terminal
 from recipe_cases import ROOT
 
 from megatron_lion.integration.training_log import read_training_log
@@ -33,6 +34,7 @@ def start(text: Path, run: Path, optimizer: str, *overrides: str) -> "subprocess
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=as_in_a_terminal,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
 
@@ -57,13 +59,16 @@ def test_the_recipe_runs_and_leaves_what_it_says(text: Path, tmp_path: Path, opt
     assert {"recipe.json", "tensorboard"} < {path.name for path in (tmp_path / "run").iterdir()}
 
 
-def test_a_preempted_run_saves_at_once_and_the_same_line_goes_on_to_its_end(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_run_that_is_preempted_or_interrupted_saves_at_once_and_the_same_line_goes_on_to_its_end(
+    text: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
     steps = ["train-iters=30", "eval-interval=30", "save-interval=1000", "norm-ratio-interval=10"]
     process = start(text, tmp_path / "run", "lion", *steps)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 3/30 | lm loss "):
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, sent)  # as a terminal does
             break
     process.stdout.read()
     assert process.wait(timeout=120) != 0, "a run that was cut short must not look complete"

@@ -67,7 +67,7 @@ WRONG_FILES = {
     "an environment that is a list": ("environment: [A, B]", "environment .* must hold one table .* got a list"),
     "a variable without a value": ("environment:\n  A:", 'A must be a text, got nothing; "" is an empty one'),
     "a variable that is a table": ("environment:\n  A: {B: 1}", "A must be a text, got a dict"),
-    "a name that no variable has": ("environment:\n  A B: 1", "'A B' is not the name of a variable"),
+    "a name that no variable has": ("environment:\n  A B: 1", "environment 'A B' .* is not the name of a variable"),
     "a key without a value": ("slurm-partition:", "slurm-partition .* must be a text, got None"),
     "a key that is null": ("slurm-partition: null", "slurm-partition .* must be a text, got None"),
     "a list for a number": ("slurm-cpus: [1]", "slurm-cpus .* must be a whole number"),

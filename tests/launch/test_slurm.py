@@ -1,6 +1,8 @@
 """The Slurm script: sound shell for every recipe, and what it does when srun ends well, badly or early."""
 
+import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -8,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipe_cases import CASES, commands, recipe
+from recipe_cases import CASES, ROOT, commands, recipe
 
 from megatron_lion.config import LionError
 
@@ -54,6 +56,84 @@ def test_the_options_are_the_recipes() -> None:
         script("tiny_gpt", "lion", "cpu", **{"slurm-partition": "a b"})
 
 
+# ---- values that mean something to a shell or to sbatch ----
+
+STRANGE = (
+    "a b",
+    "it's",
+    'say "hi"',
+    "50%",
+    "%j",
+    "$HOME",
+    "$(id)",
+    "`id`",
+    "a;b",
+    "a&b",
+    "a#b",
+    "@HOST@",
+    "é",
+    "*",
+    "!x",
+)
+
+
+def option(text: str, name: str) -> str:
+    """What sbatch reads as an option: it splits the line as a shell does, but for backslashes, of which there are none.
+
+    slurm/src/sbatch/opt.c, _get_argument; an unquoted # starts a comment.
+    """
+    (line,) = [line for line in text.splitlines() if line.startswith(f"#SBATCH --{name}=")]
+    assert "\\" not in line
+    (word,) = shlex.split(line.removeprefix("#SBATCH "), comments=True)
+    return word.removeprefix(f"--{name}=")
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_any_printable_name_reaches_sbatch_and_torchrun_as_it_is(tmp_path: Path, strange: str, cluster: Path) -> None:
+    model, folder = tmp_path / f"{strange}.yaml", tmp_path / strange
+    content = (ROOT / "configs" / "models" / "tiny_gpt.yaml").read_text()
+    quoted = json.dumps(strange)
+    model.write_text(f"{content}\nenvironment: {{STRANGE: {quoted}}}\n")
+    text = script(str(model), "lion", "cpu", run=folder, data=f"/data/{strange}", nodes=2)
+    assert option(text, "job-name") == f"{strange}-lion-cpu"
+    assert option(text, "output").replace("%%", "%") == f"{folder}/log.txt"
+    assert option(text, "output").count("%") == 2 * strange.count("%")
+    done = run(cluster, 'printf "%s\\n" "$STRANGE" > "$SEEN"', text)
+    assert done.returncode == 1, done.stderr  # nothing was saved
+    words = (cluster / "srun.log").read_text().splitlines()
+    assert words[words.index("--rdzv-endpoint") + 1] == "node7:29542"
+    assert words[words.index("--rdzv-id") + 1] == strange
+    assert words[words.index("--save") + 1] == f"{folder}/checkpoints"
+    assert words[words.index("--train-data-path") + 1] == f"/data/{strange}/train_text_document"
+    assert (cluster / "seen").read_text() == f"{strange}\n"
+
+
+@pytest.mark.parametrize("strange", ["a\nb", "a\rb", "a\\b", "a\tb", "a\u2028b"])
+def test_a_name_that_sbatch_would_read_as_something_else_is_refused(tmp_path: Path, strange: str) -> None:
+    with pytest.raises(LionError, match=r"^run '.*' cannot be written in a Slurm script: use a name without"):
+        script("tiny_gpt", "lion", "cpu", run=strange)
+    model = tmp_path / f"{strange}.yaml"
+    model.write_text((ROOT / "configs" / "models" / "tiny_gpt.yaml").read_text())
+    with pytest.raises(LionError, match=r"^the recipe's name '.*' cannot be written in a Slurm script"):
+        script(str(model), "lion", "cpu", run=tmp_path)
+
+
+@pytest.mark.parametrize("value", ["", "a b", "a\nb", "é", "a$b", "%j"])
+@pytest.mark.parametrize("key", ["partition", "account", "time"])
+def test_sbatchs_own_options_are_refused_where_they_are_not_plain_words(key: str, value: str) -> None:
+    with pytest.raises(LionError, match=f"slurm-{key} .* is no value for sbatch's --{key}: letters, digits"):
+        script("tiny_gpt", "lion", "cpu", **{f"slurm-{key}": value})
+
+
+@pytest.mark.parametrize("name", ["A B", "A;id", "1A", "", "A-B", "A=B", "A\nB", "É"])
+def test_a_name_that_no_variable_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    model = tmp_path / "own.yaml"
+    content = (ROOT / "configs" / "models" / "tiny_gpt.yaml").read_text()
+    model.write_text(f"{content}\nenvironment: {{{json.dumps(name)}: x}}\n")
+    with pytest.raises(LionError, match=r"environment .* is not the name of a variable: use letters, digits and _"):
+        script(str(model), "lion", "cpu")
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
     """A folder with stand-ins for scontrol and srun: the first logs, the second notes its words and acts as told."""
@@ -69,10 +149,12 @@ def cluster(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(cluster: Path, act: str, *, nodes: int = 2, job: int = 42) -> subprocess.CompletedProcess[str]:
-    text = script("tiny_gpt", "lion", "cpu", run=cluster / "run", **{"train-iters": 300, "nodes": nodes})
+def run(cluster: Path, act: str, text: str = "", *, nodes: int = 2, job: int = 42) -> subprocess.CompletedProcess[str]:
+    settings = {"train-iters": 300, "nodes": nodes}
+    text = text or script("tiny_gpt", "lion", "cpu", run=cluster / "run", **settings)
     path = f"{cluster}/bin{os.pathsep}{os.environ['PATH']}"
     environment = {"PATH": path, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": str(job), "ACT": act}
+    environment["SEEN"] = str(cluster / "seen")
     return subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environment, check=False)
 
 

@@ -29,6 +29,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--overlap", action="store_true")
+    parser.add_argument("--bf16-gradients", action="store_true")
+    parser.add_argument("--fp8-weights", action="store_true")
     parser.add_argument("--sharding", default="fully_reshardable")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--save-interval", type=int, default=1000)
@@ -66,7 +68,8 @@ def build(args: argparse.Namespace) -> tuple[Any, Any]:
     )
     model = GPTModel(config, get_gpt_layer_local_spec(), vocab_size=VOCABULARY, max_sequence_length=SEQUENCE)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not args.bf16_gradients,
+        fp8_param_gather=args.fp8_weights,
         use_distributed_optimizer=True,
         overlap_grad_reduce=args.overlap,
         overlap_param_gather=args.overlap,

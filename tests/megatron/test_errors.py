@@ -270,7 +270,7 @@ except megatron_lion.LionError as error:
     print("MESSAGE", error)
 import megatron.core.optimizer, megatron.training.arguments
 for function in (megatron.core.optimizer.get_megatron_optimizer, megatron.training.arguments.validate_args):
-    print("FROM", *function.__code__.co_filename.split("/")[-2:])
+    print("FROM", *getattr(function, "wrapper", function).__code__.co_filename.split("/")[-2:])
 """
 
 
@@ -332,6 +332,7 @@ def test_run_says_what_to_give(script: tuple[str, ...], words: str) -> None:
     assert words in the_message(python("-m", "megatron_lion.run", *script))
 
 
-def test_a_rank_other_than_0_ends_with_the_same_status_and_says_nothing() -> None:
-    result = python("-m", "megatron_lion.run", RANK="1")
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
+def test_a_rank_other_than_0_ends_with_the_same_status_and_says_which_it_is() -> None:
+    result = python("-m", "megatron_lion.run", RANK="1", LOCAL_RANK="0")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"{ERROR}[rank 1, {os.uname().nodename}] no script given")

@@ -26,7 +26,7 @@ from harness import (
 )
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_lion.integration.damage import DamagedRecord, advice, checked
+from megatron_lion.integration.damage import DamagedRecord, advice, checked, complete_iterations
 
 # Parameter by parameter, instead of in buckets whose padding is never initialised.
 RUN = f"--optimizer lion --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --bf16 {HORIZON}"
@@ -234,6 +234,15 @@ def test_the_advice_names_whole_checkpoints_alone(tmp_path: Path) -> None:
     assert "--ckpt-step (2, 4)" in advice(str(tmp_path), SimpleNamespace(ckpt_step=None))
     assert "--ckpt-step (2, 8)" in advice(str(tmp_path), SimpleNamespace(ckpt_step=4))
     assert "no other checkpoint" in advice(str(tmp_path / "elsewhere"), SimpleNamespace(ckpt_step=None))
+
+
+def test_folders_and_trackers_that_only_look_like_megatrons_do_not_hide_the_damage(tmp_path: Path) -> None:
+    for name in ("iter_0000020", "iter_0000030.bak", "iter_0000040_old", "iter_50", "iter_0000060 ", "iter_"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".metadata").touch()
+    assert complete_iterations(str(tmp_path)) == [20]
+    (tmp_path / TRACKER).write_text("²")  # a digit for str.isdigit, but not for int
+    assert "--ckpt-step (20)" in advice(str(tmp_path), SimpleNamespace(ckpt_step=None))
 
 
 # ---- a full disk ----

@@ -3,13 +3,18 @@
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import BATCH, CPU, MODEL, PRETRAIN_GPT, RATE, text_flags
 
 import megatron_lion
+from megatron_lion import hook
 
 CLONE = Path(megatron_lion.__file__).resolve().parent.parent
 
@@ -26,7 +31,7 @@ for function in (
     megatron.core.optimizer.get_megatron_optimizer,
     options["optimizer"].type,
 ):
-    code = getattr(function, "__code__", None)
+    code = getattr(getattr(function, "wrapper", function), "__code__", None)
     print("/".join(pathlib.Path(code.co_filename).parts[-2:]) if code else function)
 """
 OURS = ["integration/factory.py", "integration/factory.py", "integration/arguments.py"]
@@ -125,6 +130,36 @@ def test_an_enabled_hook_trains_every_parameter_with_lion_under_a_script_that_re
     assert "betas (0.9, 0.95)" in result.stdout
 
 
+def test_a_plain_start_imports_three_small_modules_for_the_hook(environment: Environment) -> None:
+    show = "import sys; print(*sys.modules)"
+    plain = set(environment.python("-c", show).stdout.split())
+    environment.megatron_lion("enable")
+    hooked = set(environment.python("-c", show).stdout.split())
+    assert hooked - plain == {"megatron_lion", "megatron_lion.version", "megatron_lion.hook"}
+
+
+def test_threads_that_import_two_of_megatrons_modules_at_once_both_get_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    searching, found = threading.Event(), threading.Event()
+
+    class Slow:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+            if name == "megatron.core":
+                searching.set()
+                found.wait(timeout=60)
+            return spec_from_file_location(name, __file__) if name in hook.STEPS else None
+
+    finder = hook.MegatronFinder()
+    monkeypatch.setattr(sys, "meta_path", [finder, Slow])
+    first = threading.Thread(target=finder.find_spec, args=("megatron.core",))
+    first.start()
+    assert searching.wait(timeout=60)
+    spec = finder.find_spec("megatron.training")
+    found.set()
+    first.join()
+    assert spec is not None and "exec_module" in vars(spec.loader)
+
+
 def test_an_interpreter_that_never_imports_megatron_does_not_pay_for_torch(environment: Environment) -> None:
     environment.megatron_lion("enable")
     script = "import sys; print(*(name for name in ('megatron_lion.hook', 'torch', 'megatron') if name in sys.modules))"
@@ -149,18 +184,75 @@ def test_a_hook_left_behind_by_an_uninstalled_package_breaks_no_interpreter(envi
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "None", "")
 
 
-def test_an_unsupported_megatron_is_refused_at_its_import_with_the_versions_that_work(
-    environment: Environment, tmp_path: Path
+# Asks for an optimizer in both ways that Megatron has: on the command line and by a configuration.
+ASK = """
+import sys
+import megatron.core.optimizer, megatron.training
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.training.arguments import parse_args, validate_args
+
+name, way = sys.argv[1:3]
+sys.argv[1:] = ["--optimizer", name, *sys.argv[3:]]
+args = parse_args()
+if way == "core":
+    get_megatron_optimizer(OptimizerConfig(optimizer=name, lr=1e-4), [])
+elif way == "line":
+    validate_args(args)
+print("reached the end")
+"""
+
+
+def altered(folder: Path, file: str, old: str, new: str) -> str:
+    """A PYTHONPATH with the installed Megatron in which ``new`` stands for ``old`` in ``file`` of megatron.core."""
+    import megatron.core
+
+    stock, core = Path(megatron.core.__file__).parent, folder / "megatron" / "core"
+    changed = core / file
+    for made in reversed([parent for parent in changed.parents if parent.is_relative_to(core)]):
+        made.mkdir(parents=True)
+        for entry in (stock / made.relative_to(core)).iterdir():
+            if not changed.is_relative_to(made / entry.name):
+                (made / entry.name).symlink_to(entry)
+    text = (stock / file).read_text()
+    assert old in text
+    changed.write_text(text.replace(old, new))
+    (core.parent / "training").symlink_to(stock.parent / "training")
+    return str(folder)
+
+
+def said(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """Our lines in the errors of ``result``."""
+    return [line for line in result.stderr.splitlines() if line.startswith("megatron-lion: ")]
+
+
+@pytest.mark.parametrize(("name", "way", "status"), [("adam", "import", 0), ("lion", "core", 1), ("lion", "line", 1)])
+def test_an_unsupported_megatron_is_left_alone_but_for_lion(
+    environment: Environment, tmp_path: Path, name: str, way: str, status: int
 ) -> None:
     environment.megatron_lion("enable")
-    old = tmp_path / "old" / "megatron" / "core"
-    old.mkdir(parents=True)
-    (old / "__init__.py").touch()
-    (old / "package_info.py").write_text("MAJOR = 0\nMINOR = 12\nPATCH = 1\n")
-    result = environment.python("-c", "import megatron.core", PYTHONPATH=str(tmp_path / "old"))
-    assert result.returncode != 0
-    assert "megatron-core 0.12.1" in result.stderr
-    assert "supported: 0.16.x, 0.17.x" in result.stderr
+    path = altered(tmp_path / "unsupported", "package_info.py", "MINOR = ", "MINOR = 9")
+    flags = f"{MODEL} {BATCH} {RATE} {CPU} --train-iters 2".split()
+    result = environment.python("-c", ASK, name, way, *flags, PYTHONPATH=path)
+    assert result.returncode == status, result.stderr[-3000:]
+    warning, *errors = said(result)
+    assert warning.startswith("megatron-lion: warning: megatron-core 0.919.")
+    assert "supported: 0.16.x" in warning
+    if status == 0:
+        assert (errors, result.stdout.splitlines()[-1]) == ([], "reached the end")
+    else:
+        (error,) = errors
+        assert error.startswith("megatron-lion: error: --optimizer lion is not possible here: megatron-core 0.919.")
+
+
+def test_a_megatron_that_has_changed_is_left_alone_but_for_lion(environment: Environment, tmp_path: Path) -> None:
+    environment.megatron_lion("enable")
+    name = "_copy_model_params_to_main_params"
+    path = altered(tmp_path / "changed", "optimizer/distrib_optimizer.py", name, "_another_name")
+    result = environment.python("-c", ASK, "lion", "core", PYTHONPATH=path)
+    assert result.returncode == 1, result.stderr[-3000:]
+    warning, error = said(result)
+    assert f"has no {name}, which LionDistributedOptimizer overrides" in warning
+    assert error.startswith("megatron-lion: error: --optimizer lion is not possible here: megatron-core 0.19.")
 
 
 def test_doctor_says_that_a_plain_script_is_ours_where_the_hook_is_set(environment: Environment) -> None:

@@ -78,6 +78,57 @@ def test_doctor_is_ready_and_names_every_seam(megatron: Megatron, table: Table) 
     table.add("`megatron-lion doctor`: every seam in place", megatron, f"works ({len(seams)} seams)")
 
 
+def declarations(megatron: Megatron, *what: str) -> Any:
+    """The answer of declarations.py."""
+    run = megatron.run(*what, script=HERE / "declarations.py")
+    assert run.returncode == 0, run.output[-6000:]
+    return json.loads(run.output.split("DECLARATIONS ")[-1])
+
+
+@releases(RELEASES, in_ci=(RELEASES[0], NEWEST))
+def test_all_that_is_replaced_overridden_and_read_is_declared(megatron: Megatron) -> None:
+    answer = declarations(megatron)
+    classes = answer.pop("classes")
+    assert ("OlderDistributedOptimizer" in classes) == (not KNOWN[megatron.version[:4]].asks_for_state_keys)
+    assert {"LionDistributedOptimizer", "LionChainedOptimizer", "OffloadingLion", "InitFromAdam"} < set(classes)
+    assert not any(answer.values()), answer
+
+
+@releases(RELEASES, in_ci=(NEWEST,))
+def test_a_name_that_megatron_renames_is_refused_before_anything_is_replaced(megatron: Megatron) -> None:
+    answer = declarations(megatron, "renamed")
+    silent_before = {
+        "_copy_model_params_to_main_params",
+        "_set_main_param_and_optimizer_states",
+        "_get_main_param_and_optimizer_states",
+        "load_parameter_state_from_dp_reshardable",
+        "model_param_gbuf_map",
+        "shard_fp32_from_float16_groups",
+        "model_float16_groups",
+        "model_param_group_index_map",
+        "param_index_map",
+        "numel_unpadded",
+    }
+    assert silent_before < set(answer)
+    for name, (message, built_by) in answer.items():
+        assert f"{megatron.version} is incompatible" in message
+        assert name in message
+        assert built_by == "megatron.core.optimizer"
+
+
+@releases(RELEASES, in_ci=(NEWEST,))
+@pytest.mark.parametrize("flags", ["--bf16-gradients", "--bf16-gradients --fp8-weights", "--fp8-weights"])
+def test_fp8_weights_are_refused_where_bf16_gradients_lead_to_the_precision_aware_path(
+    megatron: Megatron, text: Path, flags: str
+) -> None:
+    run = megatron.run(
+        f"--data {text}/train_text_document --iterations 1 --bf16", flags, ranks=2, script=HERE / "core_loop.py"
+    )
+    is_refused = len(flags.split()) == 2
+    assert (run.returncode != 0) == is_refused, run.output[-3000:]
+    assert ("fp8_param_gather=True is not supported where Lion writes" in run.output) == is_refused
+
+
 # ---- Megatron's own loop ----
 
 

@@ -52,6 +52,22 @@ def test_a_line_that_was_cut_off_moves_aside_and_the_others_stay(tmp_path: Path)
     assert iterations(path) == [10, 20, 30]
 
 
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_last_line_without_its_newline_is_kept_and_finished(tmp_path: Path, resumed: bool) -> None:
+    """A kill between a round and its newline, or an editor."""
+    path = tmp_path / "norm_ratio.jsonl"
+    write(path, 10, 20)
+    path.write_text(path.read_text().removesuffix("\n"))
+    file = RecordFile(path)
+    if resumed:
+        assert file.resume(20) is None
+    file.append('{"iteration": 30}')
+    file.append('{"iteration": 40}')
+    assert iterations(path) == [10, 20, 30, 40]
+    assert path.read_text().count("\n") == 4
+    assert not Path(f"{path}.superseded").exists()
+
+
 def test_files_that_are_not_of_rounds_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "norm_ratio.jsonl"
     with pytest.raises(LionError, match="does not exist"):

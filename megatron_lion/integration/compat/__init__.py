@@ -1,17 +1,19 @@
 """The only place that knows Megatron's versions and private names.
 
 - ``versions``: which versions there are, which one is installed, and in what it differs from the newest.
-- ``seams``: every name in Megatron that this package calls, replaces or relies on. All of them are checked before
-  anything is replaced, so that another Megatron is refused by name, never half-patched.
-- ``patching``: how a name is replaced, for good or during one call.
+- ``seams``: names in Megatron that this package calls or relies on.
+- ``patching``: how a name is replaced, for good or during one call. Each replacement declares how the name must look.
+- ``overriding``: the mark on each method of ours that overrides one of Megatron's.
+  All of these are checked before anything is replaced, so that another Megatron is refused by name, never half-patched.
 - ``private``: private names, behind functions that say what they are used for.
 - ``sharding``: the distributed optimizer of 0.19, also where Megatron is older.
 - ``loop``: Megatron's own loop, asked for as each version wants to be.
 """
 
-from megatron_lion.integration.compat.patching import replace_everywhere, substituted
+from megatron_lion.integration.compat.overriding import overrides
+from megatron_lion.integration.compat.patching import Patch, replace_everywhere, substituted, wrap
 from megatron_lion.integration.compat.private import (
-    allow_wheel_without_makefile,
+    WHEEL_WITHOUT_MAKEFILE,
     folding_the_clip_factor,
     forked_random_states,
     gather_in_forward_again,
@@ -19,6 +21,7 @@ from megatron_lion.integration.compat.private import (
     gradient_of,
     has_te_or_apex,
     is_precision_aware,
+    is_quantized,
     moe_metrics_kept,
     offloading_with,
     params_outside_the_norm,
@@ -29,7 +32,7 @@ from megatron_lion.integration.compat.private import (
     updated_params,
     without_step,
 )
-from megatron_lion.integration.compat.seams import Seam, require_seams, seams_of
+from megatron_lion.integration.compat.seams import Seam, require, seams_of
 from megatron_lion.integration.compat.versions import (
     has_training,
     known,
@@ -39,8 +42,9 @@ from megatron_lion.integration.compat.versions import (
 )
 
 __all__ = [
+    "WHEEL_WITHOUT_MAKEFILE",
+    "Patch",
     "Seam",
-    "allow_wheel_without_makefile",
     "folding_the_clip_factor",
     "forked_random_states",
     "gather_in_forward_again",
@@ -49,15 +53,17 @@ __all__ = [
     "has_te_or_apex",
     "has_training",
     "is_precision_aware",
+    "is_quantized",
     "known",
     "megatron_path",
     "megatron_version",
     "moe_metrics_kept",
     "offloading_with",
+    "overrides",
     "params_outside_the_norm",
     "parts_of",
     "replace_everywhere",
-    "require_seams",
+    "require",
     "require_supported_version",
     "rerun_disabled",
     "seams_of",
@@ -66,4 +72,5 @@ __all__ = [
     "substituted",
     "updated_params",
     "without_step",
+    "wrap",
 ]

@@ -1,10 +1,56 @@
 """How a name in Megatron is replaced: for good, or during one call."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+from megatron_lion.integration.compat.seams import Seam
+from megatron_lion.integration.compat.versions import KNOWN
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A function or method of Megatron that ``wrapper`` takes the place of, and how it must look."""
+
+    seam: Seam
+    wrapper: Callable[..., Any]
+
+    def apply(self) -> None:
+        """Replace it. Each call then comes as ``wrapper(stock, *args, **kwargs)``."""
+        holder, name = self.seam.holder()
+        stock, wrapper = getattr(holder, name), self.wrapper
+
+        @functools.wraps(stock)
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(stock, *args, **kwargs)
+
+        patched.wrapper = wrapper  # type: ignore[attr-defined]  # says whose it is
+        if isinstance(holder, ModuleType):
+            replace_everywhere(holder, name, patched)
+        else:
+            setattr(holder, name, patched)
+
+
+def wrap(
+    target: str,
+    wrapper: Callable[..., Any],
+    *,
+    parameters: tuple[str, ...] = (),
+    uses: tuple[Any, ...] = (),
+    since: str = min(KNOWN),
+    until: str = max(KNOWN),
+) -> Patch:
+    """Declare that ``wrapper`` takes the place of ``target``, such as ``"megatron.training.training:train_step"``.
+
+    Nothing is replaced until registration has checked every declaration. For ``parameters``, ``uses``, ``since`` and
+    ``until`` see :class:`Seam`.
+    """
+    module, _, name = target.partition(":")
+    return Patch(Seam(module, name, parameters, uses, since, until), wrapper)
 
 
 def replace_everywhere(module: ModuleType, name: str, replacement: Callable[..., Any]) -> None:
@@ -17,9 +63,13 @@ def replace_everywhere(module: ModuleType, name: str, replacement: Callable[...,
 
 @contextlib.contextmanager
 def substituted(holder: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of ``holder`` during a call into Megatron, and put the old ones back whatever happens."""
+    """Set attributes of ``holder`` during a call into Megatron, and put the old ones back whatever happens.
+
+    Raises AttributeError for an attribute that ``holder`` does not have: nobody would read it.
+    """
     old = {name: vars(holder)[name] for name in values if name in vars(holder)}
     for name, value in values.items():
+        getattr(holder, name)
         setattr(holder, name, value)
     try:
         yield

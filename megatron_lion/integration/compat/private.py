@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_lion.integration.compat.patching import substituted
+from megatron_lion.integration.compat.patching import substituted, wrap
 from megatron_lion.integration.compat.versions import known
 
 
-def allow_wheel_without_makefile() -> None:
+def _compile_helpers(stock: Callable[[], None]) -> None:
     """Let training start from the wheel, which ships the compiled dataset helpers but no Makefile to compile them with.
 
     Stock runs ``make`` all the same and exits when it fails (0.19.2: initialize 178). A checkout, which has the
@@ -17,13 +17,11 @@ def allow_wheel_without_makefile() -> None:
     """
     import megatron.core.datasets.utils as dataset_utils
 
-    stock_compile = dataset_utils.compile_helpers
+    if (Path(dataset_utils.__file__).parent / "Makefile").is_file():
+        stock()
 
-    def compile_helpers() -> None:
-        if (Path(dataset_utils.__file__).parent / "Makefile").is_file():
-            stock_compile()
 
-    dataset_utils.compile_helpers = compile_helpers
+WHEEL_WITHOUT_MAKEFILE = wrap("megatron.core.datasets.utils:compile_helpers", _compile_helpers)
 
 
 def without_step() -> contextlib.AbstractContextManager[None]:
@@ -61,7 +59,8 @@ def set_precision_aware(config: Any) -> None:
     """Have DistributedOptimizer leave master weights and 16-bit parameters to the optimizer inside it.
 
     OptimizerConfig's own check (0.19.2: optimizer_config 430) allows that for Transformer Engine's Adam alone, so the
-    fields are set after it. The second one is what all of Megatron's code asks.
+    fields are set after it. The second one is what all of Megatron's code asks. Megatron sets it to False for some fp8
+    recipes (404), where its optimizer cannot write the fp8 weights; the caller has refused fp8 weights.
     """
     config.use_precision_aware_optimizer = True
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
@@ -70,6 +69,17 @@ def set_precision_aware(config: Any) -> None:
 def is_precision_aware(config: Any) -> bool:
     """Whether the optimizer inside DistributedOptimizer holds the master weights."""
     return bool(getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False))
+
+
+def is_quantized(param: Any) -> bool:
+    """Whether ``param`` is one of Transformer Engine's 8-bit or 4-bit tensors, which a copy must quantize into."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    if known().has_fp4_parameters and distrib_optimizer.is_nvfp4tensor(param):
+        return True
+    if known().groups_quantized_parameters:
+        return bool(distrib_optimizer.DistributedOptimizer._is_distopt_quantized_param(param))
+    return bool(distrib_optimizer.is_float8tensor(param))
 
 
 def offloading_with(optimizer_class: type) -> contextlib.AbstractContextManager[None]:

@@ -20,11 +20,13 @@ class Known:
     released: bool = True
     stock_lion: str
     """what it does with ``--optimizer lion`` by itself"""
-    lion_is_built_in: str = "_get_megatron_emerging_optimizer"
-    """the function of ``megatron.core.optimizer`` in which it would come to build its own Lion"""
     asks_for_state_keys: bool = True
     """its distributed optimizer asks which tensors a state has, and takes any optimizer that can make them; before
     0.19 it takes Adam alone, whose two tensors are written into its methods"""
+    has_fp4_parameters: bool = True
+    """its optimizers know 4-bit parameters; from 0.17"""
+    groups_quantized_parameters: bool = True
+    """its quantized parameters may be grouped, which the distributed optimizer judges itself; from 0.18"""
     shifts_reshardable_state: bool = True
     """its ``fully_reshardable`` checkpoints of several buckets are corrupt (Megatron issue 5077, fixed in 0.20)"""
     gradients_of_the_norm: str = "get_grads_for_grad_norm"
@@ -52,13 +54,13 @@ class Known:
 _IGNORED_BETAS = (
     "STOCK Megatron's: --lion-beta1/2 ignored, embeddings and 1-D parameters on Adam, no distributed optimizer"
 )
-_IN_THE_COMMON_FACTORY = "_get_megatron_optimizer_based_on_param_groups"
 KNOWN = {
     "0.16": Known(
         tested="0.16.1",
         stock_lion="refused by stock Megatron",
-        lion_is_built_in=_IN_THE_COMMON_FACTORY,
         asks_for_state_keys=False,
+        has_fp4_parameters=False,
+        groups_quantized_parameters=False,
         gradients_of_the_norm="get_main_grads_for_grad_norm",
         bert_replaces_in_one_order=False,
         waits_before_it_frees=False,
@@ -72,8 +74,8 @@ KNOWN = {
     "0.17": Known(
         tested="0.17.1",
         stock_lion="refused by stock Megatron, after its parser has accepted it",
-        lion_is_built_in=_IN_THE_COMMON_FACTORY,
         asks_for_state_keys=False,
+        groups_quantized_parameters=False,
         gradients_of_the_norm="get_main_grads_for_grad_norm",
         bert_replaces_in_one_order=False,
         waits_before_it_frees=False,

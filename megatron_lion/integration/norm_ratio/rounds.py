@@ -7,7 +7,7 @@ mode, dropout on: it is the gradient of the training loss. Routers' auxiliary lo
 the recorded loss. Training then goes on as if nothing had happened (:mod:`.undisturbed`).
 """
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,63 +27,6 @@ METRICS = {
     f"norm-ratio/{key}": key
     for key in ("ratio", "ratio_over_sqrt_d", "l1", "l2", "loss", "snr", "noise_scale", "kkt_residual", "linf_param")
 }
-
-
-def install() -> None:
-    """Wrap what Megatron's loop calls before the first step, around each step, and after its log line."""
-    import megatron.training.training as training
-    from megatron.training import get_args
-
-    rounds = Rounds()
-    stock_datasets = training.build_train_valid_test_datasets
-    stock_step = training.train_step
-    stock_callbacks = training.post_training_step_callbacks
-
-    @functools.wraps(stock_datasets)
-    def build_train_valid_test_datasets(*args: Any, **kwargs: Any) -> Any:
-        datasets = stock_datasets(*args, **kwargs)
-        rounds.datasets.append(datasets[0])
-        return datasets
-
-    @functools.wraps(stock_step)
-    def train_step(
-        forward_step_func: Any,
-        data_iterator: Any,
-        model: Any,
-        optimizer: Any,
-        opt_param_scheduler: Any,
-        config: Any,
-        forward_backward_func: Any,
-        iteration: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if arguments.config_from(get_args()).is_on:
-            rounds.before_step(
-                Step(forward_step_func, data_iterator, model, optimizer, config, forward_backward_func, kwargs),
-                iteration or 0,
-            )
-        return stock_step(
-            forward_step_func,
-            data_iterator,
-            model,
-            optimizer,
-            opt_param_scheduler,
-            config,
-            forward_backward_func,
-            iteration=iteration,
-            **kwargs,
-        )
-
-    @functools.wraps(stock_callbacks)
-    def post_training_step_callbacks(
-        model: Any, optimizer: Any, opt_param_scheduler: Any, iteration: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        rounds.after_step(iteration)
-        return stock_callbacks(model, optimizer, opt_param_scheduler, iteration, *args, **kwargs)
-
-    compat.replace_everywhere(training, "build_train_valid_test_datasets", build_train_valid_test_datasets)
-    compat.replace_everywhere(training, "train_step", train_step)
-    compat.replace_everywhere(training, "post_training_step_callbacks", post_training_step_callbacks)
 
 
 @dataclass
@@ -127,6 +70,91 @@ class Rounds:
         with undisturbed(self.step.model, self.step.optimizer, self.step.config, stepped=stepped):
             record, tokens = run_round(self.step, self.datasets, config.batches, iteration)
         report(record, config, iteration, tokens)
+
+
+_rounds = Rounds()
+
+
+def build_train_valid_test_datasets(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Keep the training dataset of each model chunk, for the rounds to draw from."""
+    datasets = stock(*args, **kwargs)
+    _rounds.datasets.append(datasets[0])
+    return datasets
+
+
+def train_step(
+    stock: Callable[..., Any],
+    forward_step_func: Any,
+    data_iterator: Any,
+    model: Any,
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    config: Any,
+    forward_backward_func: Any,
+    iteration: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Take note of each step, and measure before the first one where asked for."""
+    from megatron.training import get_args
+
+    if arguments.config_from(get_args()).is_on:
+        _rounds.before_step(
+            Step(forward_step_func, data_iterator, model, optimizer, config, forward_backward_func, kwargs),
+            iteration or 0,
+        )
+    return stock(
+        forward_step_func,
+        data_iterator,
+        model,
+        optimizer,
+        opt_param_scheduler,
+        config,
+        forward_backward_func,
+        iteration=iteration,
+        **kwargs,
+    )
+
+
+def post_training_step_callbacks(
+    stock: Callable[..., Any],
+    model: Any,
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    iteration: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Measure after each step whose round is due."""
+    _rounds.after_step(iteration)
+    return stock(model, optimizer, opt_param_scheduler, iteration, *args, **kwargs)
+
+
+TRAINING = (
+    compat.wrap(
+        "megatron.training.training:build_train_valid_test_datasets",
+        build_train_valid_test_datasets,
+        parameters=("build_train_valid_test_datasets_provider",),
+    ),
+    compat.wrap(
+        "megatron.training.training:train_step",
+        train_step,
+        parameters=(
+            "forward_step_func",
+            "data_iterator",
+            "model",
+            "optimizer",
+            "opt_param_scheduler",
+            "config",
+            "forward_backward_func",
+            "iteration",
+        ),
+    ),
+    compat.wrap(
+        "megatron.training.training:post_training_step_callbacks",
+        post_training_step_callbacks,
+        parameters=("model", "optimizer", "opt_param_scheduler", "iteration"),
+    ),
+)
 
 
 def report(record: GradientRecord, config: NormRatioConfig, iteration: int, tokens: int) -> None:

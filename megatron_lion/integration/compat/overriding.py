@@ -1,0 +1,33 @@
+"""Methods of ours that take the place of one of Megatron's."""
+
+from typing import Any
+
+from megatron_lion.integration.compat.seams import incompatible
+
+# The names that each class marks; the tests compare them with Megatron's own.
+OVERRIDDEN: dict[type, set[str]] = {}
+
+
+class _Override:
+    """Stands for a marked method until its class is made, which calls ``__set_name__``."""
+
+    def __init__(self, method: Any) -> None:
+        self._method = method
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        setattr(owner, name, self._method)
+        OVERRIDDEN.setdefault(owner, set()).add(name)
+        bases = owner.__mro__[1:]
+        if not any(name in vars(base) for base in bases):
+            known = [base for base in bases if base.__module__.startswith("megatron.")]
+            base = known[0] if known else bases[0]
+            raise incompatible(f"{base.__module__}.{base.__qualname__} has no {name}, which {owner.__name__} overrides")
+
+
+def overrides[Method](method: Method) -> Method:
+    """Mark a method or property of ours that a class above has too.
+
+    Raises LionError when the class is made, where no class above has it: Megatron would never call it. Goes above all
+    other decorators.
+    """
+    return _Override(method)  # type: ignore[return-value]

@@ -1,0 +1,102 @@
+"""Errors under real torchrun: the reason is printed whichever rank meets it, and once where all ranks meet it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from harness import BATCH, CPU, CPU_ENVIRONMENT, MODEL, PRETRAIN_GPT, RATE, text_flags
+
+from megatron_lion.integration.tokenizers import tokenizer_sha256
+
+ERROR = "megatron-lion: error: "
+# Stands for a training script: each rank checks the data of its own node, then would train for two minutes. SIGTERM is
+# handled as under Megatron's --exit-signal-handler.
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+from megatron_lion.integration.tokenizers import check_data_manifests
+from megatron_lion.run import readable_errors
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+prefix = [str(Path(sys.argv[1]) / f"node{os.environ['RANK']}" / "text_document")]
+args = SimpleNamespace(data_path=prefix, train_data_path=None, valid_data_path=None, test_data_path=None)
+with readable_errors():
+    args.tokenizer_type = "NullTokenizer"
+    check_data_manifests(args)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(120)
+"""
+
+
+def start(*words: object) -> "subprocess.Popen[str]":
+    """Two ranks of a script under torchrun."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
+    environment = {**os.environ, **CPU_ENVIRONMENT}
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def errors(process: "subprocess.Popen[str]") -> list[str]:
+    """Our error lines in the output of a run whose ranks end with status 2, without a traceback of ours."""
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0, output
+    assert "exitcode  : 2 " in output, output
+    assert "LionError" not in output, output
+    return [line for line in output.splitlines() if ERROR in line]
+
+
+def data_of_a_node(folder: Path, size: int) -> None:
+    """A data set of ``size`` bytes, with a manifest that says 8."""
+    folder.mkdir(parents=True)
+    for suffix in ("bin", "idx"):
+        (folder / f"text_document.{suffix}").write_bytes(bytes(size))
+    files = {f"text_document.{suffix}": {"bytes": 8} for suffix in ("bin", "idx")}
+    manifest = {"files": files, "tokenizer": {"sha256": "", "type": "", "files": []}}
+    (folder / "text_manifest.json").write_text(json.dumps(manifest))
+
+
+def test_the_reason_is_printed_once_whichever_rank_meets_it(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    for run, sizes in {"rank 1": (8, 7), "both": (7, 7)}.items():
+        for rank, size in enumerate(sizes):
+            data_of_a_node(tmp_path / run / f"node{rank}", size)
+    started = {run: start(script, tmp_path / run) for run in ("rank 1", "both")}  # together: most of it is waiting
+
+    (line,) = errors(started["rank 1"])
+    assert line.startswith(f"{ERROR}[rank 1, {os.uname().nodename}] ")
+    assert f"{tmp_path / 'rank 1' / 'node1' / 'text_document.bin'} has 7 bytes, and text_manifest.json says 8" in line
+
+    (line,) = errors(started["both"])
+    assert line.startswith(f"{ERROR}{tmp_path / 'both' / 'node0' / 'text_document.bin'} has 7 bytes")
+
+
+@pytest.mark.slow
+def test_data_cut_short_on_one_node_is_named_by_that_nodes_rank(text: Path, tmp_path: Path) -> None:
+    """launch/pretrain_gpt.py itself; a wrapper lets each rank read its own copy of the text, as on two nodes."""
+    tokenizer = SimpleNamespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=text / "tokenizer.model")
+    made_with = {"sha256": tokenizer_sha256(tokenizer), "type": tokenizer.tokenizer_type, "files": []}
+    sizes = {path.name: {"bytes": path.stat().st_size} for path in text.glob("train_text_document.*")}
+    for rank in (0, 1):
+        folder = tmp_path / f"node{rank}"
+        shutil.copytree(text, folder)
+        (folder / "train_manifest.json").write_text(json.dumps({"files": sizes, "tokenizer": made_with}))
+    cut = tmp_path / "node1" / "train_text_document.bin"
+    os.truncate(cut, cut.stat().st_size // 2)
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(
+        "import os, runpy, sys\n"
+        f"script, node = {str(PRETRAIN_GPT)!r}, {str(tmp_path / 'node')!r} + os.environ['RANK']\n"
+        "sys.path.insert(0, os.path.dirname(script))\n"
+        "sys.argv = [script, *(word.replace('NODE', node) for word in sys.argv[1:])]\n"
+        "runpy.run_path(script, run_name='__main__')\n"
+    )
+    words = f"{MODEL} {BATCH} {RATE} {CPU} --optimizer lion --train-iters 2 {text_flags(Path('NODE'))}".split()
+    (line,) = errors(start(wrapper, *words))
+    assert line.startswith(f"{ERROR}[rank 1, {os.uname().nodename}] {cut} has ")
