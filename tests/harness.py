@@ -34,6 +34,8 @@ PATHS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "launch"), os.environ.get("P
 os.environ.update(CPU_ENVIRONMENT, PYTHONPATH=os.pathsep.join(filter(None, PATHS)))
 # Without dropout, whose draws differ with the layout, two layouts compute the same function.
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
+# Processes that read data, in every run that is killed or gets a signal: they get it too.
+WORKERS = "--num-workers 2"
 # A start and a resume must give the scheduler the same horizon, whatever --train-iters says.
 HORIZON = "--lr-decay-iters 20"
 
