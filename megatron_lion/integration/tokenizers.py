@@ -1,9 +1,9 @@
 """Megatron's GPT-2 and BERT tokenizers from the user's own vocabulary files, without asking the Hugging Face hub."""
 
+import codecs
 import functools
 import hashlib
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def use_local_vocabularies() -> None:
             for name, (flag, path) in zip(names, given.items(), strict=False):
                 if not path or not Path(path).is_file():
                     raise LionError(f"{flag} {path} is not a file: {tokenizer_path} needs {' and '.join(names)}")
-                shutil.copyfile(path, Path(folder) / name)
+                (Path(folder) / name).write_bytes(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8))
             (Path(folder) / "tokenizer_config.json").write_text(json.dumps(description), encoding="utf-8")
             HuggingFaceTokenizer.__init__(self, folder, **kwargs)
 
