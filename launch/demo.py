@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 
 from megatron_lion.config import LionError
-from megatron_lion.integration import cpu_run
-from megatron_lion.integration.training_log import TrainingLog, read_training_log
+from megatron_lion.integration.cpu import run_flags
 from megatron_lion.run import readable_errors
+from megatron_lion.training_log import TrainingLog, read_training_log
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 4
@@ -50,7 +50,7 @@ def command(name: str, text: Path, folder: Path, iterations: int, save_interval:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)),
         *(
             str(ROOT / "launch" / "pretrain_gpt.py"),
-            *f"{MODEL} {LAYOUT} {BATCH} {cpu_run.FLAGS} {run} {ROUNDS} {OPTIMIZERS[name]}".split(),
+            *f"{MODEL} {LAYOUT} {BATCH} {run_flags.FLAGS} {run} {ROUNDS} {OPTIMIZERS[name]}".split(),
         ),
         *(*data, "--save", str(checkpoints), "--load", str(checkpoints), "--save-interval", str(save_interval)),
         *("--norm-ratio-file", str(folder / "norm_ratio.jsonl")),
@@ -63,7 +63,7 @@ def train(name: str, line: list[str], log_path: Path, kill_at: int | None = None
     Raises LionError, with the end of the log, where the run ends by itself with an error.
     """
     log = TrainingLog()
-    environment = {**os.environ, **cpu_run.ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **run_flags.ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         for iteration in follow(process, log_path, log):

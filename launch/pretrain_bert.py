@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from pretraining import check_loss, dataset_options, parse_command_line
 
 from megatron_lion.config import LionError
+from megatron_lion.integration.loop.script_support import check_loss, dataset_options, parse_command_line
 from megatron_lion.run import readable_errors
 
 BATCH_KEYS = ("text", "types", "labels", "is_random", "loss_mask", "padding_mask")
@@ -114,7 +114,7 @@ def datasets_provider(num_samples: tuple[int, int, int], vp_stage: int | None = 
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.training import get_args
 
-    from megatron_lion.integration.compat.loop import bert_dataset
+    from megatron_lion.integration.loop.pretrain import bert_dataset
 
     args = get_args()
     config = BERTMaskedWordPieceDatasetConfig(
@@ -149,7 +149,7 @@ def main() -> None:
     )
     if args.context_parallel_size > 1:
         raise LionError(f"--context-parallel-size {args.context_parallel_size}: Megatron-Core's BERT has none, give 1")
-    from megatron_lion.integration.compat.loop import pretrain
+    from megatron_lion.integration.loop.pretrain import pretrain
 
     pretrain(args, datasets_provider, forward_step, model_provider)
 

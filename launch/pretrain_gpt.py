@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from pretraining import check_loss, dataset_options, parse_command_line
 
+from megatron_lion.integration.loop.script_support import check_loss, dataset_options, parse_command_line
 from megatron_lion.run import readable_errors
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -29,7 +29,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tenso
     from megatron.training import get_args
     from megatron.training.utils import is_first_or_last_pipeline_stage
 
-    from megatron_lion.integration.compat.loop import batch_on_this_rank
+    from megatron_lion.integration.loop.pretrain import batch_on_this_rank
 
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_KEYS)
@@ -109,7 +109,7 @@ def main() -> None:
         instead="use Megatron-LM's own script, torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py",
         tokenizer_type="GPT2BPETokenizer",
     )
-    from megatron_lion.integration.compat.loop import pretrain
+    from megatron_lion.integration.loop.pretrain import pretrain
 
     pretrain(args, datasets_provider, forward_step)
 

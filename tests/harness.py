@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from ranks import Ranks
 from torch import Tensor
 
-from megatron_lion.integration import cpu_run
-from megatron_lion.integration.training_log import TrainingLog
+from megatron_lion.integration.cpu import run_flags
+from megatron_lion.training_log import TrainingLog
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN_GPT = ROOT / "launch" / "pretrain_gpt.py"
@@ -27,11 +27,10 @@ BATCH = (
     "--micro-batch-size 2 --global-batch-size 8 --num-workers 0 --eval-iters 0 --eval-interval 1000 --log-interval 1"
 )
 RATE = "--lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1"
-CPU = cpu_run.FLAGS
-CPU_ENVIRONMENT = {**cpu_run.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+CPU = run_flags.FLAGS
+CPU_ENVIRONMENT = {**run_flags.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 # The server that ranks are forked from inherits it, and a thread count is read when torch is loaded.
-PATHS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "launch"), os.environ.get("PYTHONPATH")]
-os.environ.update(CPU_ENVIRONMENT, PYTHONPATH=os.pathsep.join(filter(None, PATHS)))
+os.environ.update(CPU_ENVIRONMENT)
 # Without dropout, whose draws differ with the layout, two layouts compute the same function.
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 # Processes that read data, in every run that is killed or gets a signal: they get it too.

@@ -10,10 +10,11 @@ import inspect
 import multiprocessing
 import os
 
-from megatron_lion.integration import compat, cpu_backend
+from megatron_lion.integration import compat
+from megatron_lion.integration.cpu import torch_cuda
 
-if os.environ.get(cpu_backend.DEVICE_VARIABLE) == "cpu":
-    cpu_backend.replace_cuda()
+if os.environ.get(torch_cuda.DEVICE_VARIABLE) == "cpu":
+    torch_cuda.replace_cuda()
 
 LOOP = ("megatron.training", "megatron.training.argument_utils", "megatron.training.checkpointing")
 MODULES = (

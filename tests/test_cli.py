@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lion import __version__, cli
+from megatron_lion import __version__
+from megatron_lion.cli import main
 
 CPU = {"MEGATRON_LION_DEVICE": "cpu"}
 
@@ -122,7 +123,7 @@ def test_doctor_with_a_misspelt_device_exits_1_with_the_valid_ones(tmp_path: Pat
 def typed(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit status, output and errors of ``megatron-lion`` with ``arguments``."""
     with pytest.raises(SystemExit) as ended:
-        cli.main([*arguments])
+        main.main([*arguments])
     captured = capsys.readouterr()
     return int(ended.value.code or 0), captured.out, captured.err
 
@@ -150,8 +151,9 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = typed("--help", capsys=capsys)
     assert status == 0
-    for command, text in cli.COMMANDS.items():
-        assert any(line.split()[:1] == [command] and line.endswith(text) for line in out.splitlines()), out
+    commands = {"doctor": "say which Lion", "enable": "let a plain", "disable": "undo"}
+    for command, text in commands.items():
+        assert any(line.split()[:1] == [command] and text in line for line in out.splitlines()), out
 
 
 def test_an_environment_that_may_not_be_written_is_named_without_a_traceback(
@@ -159,5 +161,5 @@ def test_an_environment_that_may_not_be_written_is_named_without_a_traceback(
 ) -> None:
     missing = tmp_path / "no" / "such" / "site-packages"
     monkeypatch.setattr("megatron_lion.hook.pth_path", lambda: missing / "hook.pth")
-    assert cli.main(["enable"]) == 2
+    assert main.main(["enable"]) == 2
     assert f"cannot write {missing / 'hook.pth'}: No such file or directory" in capsys.readouterr().err

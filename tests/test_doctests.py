@@ -8,8 +8,8 @@ import pytest
 MODULES = (
     "megatron_lion.lion",
     "megatron_lion.stats.full_gradient",
-    "megatron_lion.theory.bounds",
-    "megatron_lion.theory.records",
+    "tools.paper.theory.bounds",
+    "tools.paper.theory.records",
 )
 
 

@@ -62,12 +62,12 @@ ALL_PURE = {
     "config",
     "update",
     "precision",
+    "exchange",
     "kernels",
     "rows",
     "storage",
     "lion",
     "stats",
-    "theory",
     "torch",
 }
 MAY_IMPORT = {
@@ -77,18 +77,17 @@ MAY_IMPORT = {
     "update": {"precision", "telemetry", "torch"},
     "telemetry": {"torch"},
     "precision": {"torch"},
-    "kernels": {"kernels", "config", "update", "precision", "telemetry", "torch", "triton"},
+    "exchange": {"exchange", "precision", "torch"},
+    "kernels": {"kernels", "config", "exchange", "update", "precision", "telemetry", "torch", "triton"},
     "storage": {"config", "precision", "torch"},
     "rows": {"precision", "torch"},
     "lion": {"kernels", "config", "update", "precision", "rows", "storage", "telemetry", "torch"},
     "stats": {"stats", "config", "torch"},
-    "theory": {"theory", "torch"},
     "integration": ALL_PURE | {"integration", "version", "megatron", "transformer_engine", "numpy"},
     "run": {"megatron_lion", "config", "integration"},
     "hook": {"megatron_lion", "config", "run", "integration"},
-    "doctor": ALL_PURE | {"hook", "integration", "version"},
-    "cluster": ALL_PURE | {"cluster", "doctor", "integration", "version"},
-    "cli": ALL_PURE | {"hook", "doctor", "cluster", "integration", "version"},
+    "training_log": {"config"},
+    "cli": ALL_PURE | {"cli", "hook", "integration", "version"},
 }
 
 

@@ -8,7 +8,7 @@ import torch
 
 from megatron_lion.config import LionConfig, LionError
 
-storage = pytest.importorskip("megatron_lion.integration.storage")
+storage = pytest.importorskip("megatron_lion.integration.flags.state_precision")
 
 DEFAULTS = {
     "use_precision_aware_optimizer": False,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lion.config import LionError
-from megatron_lion.integration.training_log import TrainingLog, read_training_log
+from megatron_lion.training_log import TrainingLog, read_training_log
 
 # A tiny GPT, killed in iteration 6 and resumed from iteration 3; then its evaluations.
 KILLED = """\

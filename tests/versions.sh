@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run every test of real Megatron on other releases than the environment's, or on Megatron-LM checkouts, slow ones too, and
-# leave the outcomes in runs/tests/versions/VERSION.json and .xml; tools/support_table.py makes docs/versions.md's table of them.
+# leave the outcomes in runs/tests/versions/VERSION.json and .xml; tests/support_table.py makes docs/versions.md's table of them.
 #     ./tests/versions.sh                            # every release that has Megatron's own loop
 #     ./tests/versions.sh 0.18.2 -- -m "not slow"    # one; what follows -- goes to pytest
 #     ./tests/versions.sh /path/to/Megatron-LM       # a checkout, with its dataset helpers compiled (make)
@@ -17,7 +17,7 @@ while [ $# -gt 0 ] && [ "$1" != "--" ]; do
     shift
 done
 [ $# -eq 0 ] || shift
-ask() { PYTHONPATH="tests:launch:tools:." "$PYTHON" -c "import versions; print($1)" | tail -1; }
+ask() { PYTHONPATH=. "$PYTHON" -c "from tests import versions; print($1)" | tail -1; }
 [ ${#versions[@]} -gt 0 ] || read -ra versions <<< "$(ask "*versions.others_with_a_loop()")"
 
 mkdir -p runs/tests/versions

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import LionError
-from megatron_lion.integration.training_log import TrainingLog, read_training_log
 from megatron_lion.run import readable_errors
+from megatron_lion.training_log import TrainingLog, read_training_log
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -22,6 +22,14 @@ def named_run(value: str) -> tuple[str, Path]:
     if not (name and separator and path):
         raise argparse.ArgumentTypeError(f"{value!r} is not NAME=LOG, for example Lion=runs/demo/lion/log.txt")
     return name, Path(path)
+
+
+def runs_by_name(named: list[tuple[str, Path]]) -> dict[str, Path]:
+    """The paths of ``--run`` by name. Raises LionError where two runs have the same name."""
+    runs = dict(named)
+    if len(runs) < len(named):
+        raise LionError("two runs have the same name; give each its own")
+    return runs
 
 
 def figure_path(value: str) -> Path:
@@ -95,9 +103,7 @@ def main() -> None:
     parser.add_argument("--figure", type=figure_path, help="picture to write (.png, .svg or .pdf)")
     parser.add_argument("--table", type=Path, help="Markdown file to write")
     options = parser.parse_args()
-    runs = {name: read_training_log(path) for name, path in options.run}
-    if len(runs) < len(options.run):
-        raise LionError("two runs have the same name; give each its own")
+    runs = {name: read_training_log(path) for name, path in runs_by_name(options.run).items()}
     text = table(runs)
     print(text)
     if options.table:

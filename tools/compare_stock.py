@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_lion.integration import cpu_run
+from megatron_lion.integration.cpu import run_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("stock", "ours")
@@ -45,13 +45,14 @@ MODEL = (
 def stock_on_cpu() -> None:
     """Stock Megatron without a GPU: the CPU backend alone, and no registration."""
     import megatron_lion
-    from megatron_lion.integration import compat, cpu_backend
+    from megatron_lion.integration import compat
+    from megatron_lion.integration.cpu import torch_cuda
 
-    if cpu_backend.wanted():
-        cpu_backend.replace_cuda()
-        from megatron_lion.integration import cpu_megatron
+    if torch_cuda.wanted():
+        torch_cuda.replace_cuda()
+        from megatron_lion.integration.cpu import megatron_patches
 
-        for patch in (*cpu_megatron.CORE, *cpu_megatron.TRAINING):
+        for patch in (*megatron_patches.CORE, *megatron_patches.TRAINING):
             if patch.seam.is_needed:
                 patch.apply()
         gather_unequal_sizes()
@@ -140,8 +141,7 @@ def inspect_one_step(side: str, output: Path) -> None:
         return result
 
     training.train = train_and_inspect
-    sys.path.insert(0, str(ROOT / "launch"))
-    import pretrain_gpt
+    from launch import pretrain_gpt
 
     pretrain_gpt.main()
 
@@ -152,7 +152,7 @@ def inspect_one_step(side: str, output: Path) -> None:
 def answers(side: str, line: str, ranks: int) -> list[dict[str, Any]] | str:
     """What each rank of a run of ``line`` found, or the error that ended it."""
     on_cpu = os.environ.get("MEGATRON_LION_DEVICE") == "cpu"
-    words = [*MODEL.split(), *(cpu_run.FLAGS.split() if on_cpu else ()), *line.split()]
+    words = [*MODEL.split(), *(run_flags.FLAGS.split() if on_cpu else ()), *line.split()]
     with tempfile.TemporaryDirectory() as folder:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         run = subprocess.run(

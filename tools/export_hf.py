@@ -139,7 +139,7 @@ def write_tokenizer(folder: Path, tokenizer: TokenizerOptions) -> bool:
     """Copy GPT-2's vocabulary files into ``folder`` so that AutoTokenizer finds them; False for another tokenizer."""
     if tokenizer.tokenizer_type != "GPT2BPETokenizer":
         return False
-    from megatron_lion.integration.tokenizers import LOCAL
+    from megatron_lion.integration.loop.vocabularies import LOCAL
 
     description, names = LOCAL[tokenizer.tokenizer_type]
     for name, path in zip(names, tokenizer.files(), strict=True):

@@ -58,7 +58,7 @@ part() {
     tail -n 3 "$OUT/$name.log"
 }
 part tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_triton.py
-part benchmark 180 "$PYTHON" tools/benchmark_step.py --device cuda --peers all --json "$OUT/step.json" --plot "$OUT/step.svg"
+part benchmark 180 "$PYTHON" -m tools.benchmark.step --device cuda --peers all --json "$OUT/step.json" --plot "$OUT/step.svg"
 part text 30 "$PYTHON" tools/demo_text.py --output "$OUT/text"
 text() { echo "$OUT/text/$1_text_document"; }
 part megatron 110 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 launch/pretrain_gpt.py \

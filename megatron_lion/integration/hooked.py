@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_lion.config import LionError
-from megatron_lion.integration import compat, console, cpu_backend, register
+from megatron_lion.integration import compat, console, register
+from megatron_lion.integration.cpu import torch_cuda
 
 # Why Lion is refused in this process, if it is.
 _problem: LionError | None = None
@@ -23,8 +24,8 @@ def before_core() -> None:
     except LionError as error:
         _warn(error)
         return
-    if cpu_backend.wanted():
-        cpu_backend.replace_cuda()
+    if torch_cuda.wanted():
+        torch_cuda.replace_cuda()
 
 
 def after_optimizer() -> None:

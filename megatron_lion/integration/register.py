@@ -1,7 +1,8 @@
 """Registration: the one call after which Megatron's ``--optimizer lion`` is ours."""
 
-from megatron_lion.integration import compat, cpu_backend
+from megatron_lion.integration import compat
 from megatron_lion.integration.compat import Patch, Seam
+from megatron_lion.integration.cpu import torch_cuda
 
 _done: set[str] = set()
 
@@ -29,8 +30,8 @@ def register() -> None:
 def before_megatron() -> None:
     """What must happen before Megatron is first imported: the version check and the CPU backend."""
     compat.require_supported_version()
-    if cpu_backend.wanted():
-        cpu_backend.replace_cuda()
+    if torch_cuda.wanted():
+        torch_cuda.replace_cuda()
 
 
 def register_core() -> None:
@@ -40,10 +41,10 @@ def register_core() -> None:
     require_known_megatron(training=False)
     for patch in _core_patches():
         patch.apply()
-    if cpu_backend.wanted():
-        from megatron_lion.integration import cpu_megatron
+    if torch_cuda.wanted():
+        from megatron_lion.integration.cpu import megatron_patches
 
-        cpu_megatron.silence_rng_warnings()
+        megatron_patches.silence_rng_warnings()
     _done.add("core")
 
 
@@ -52,11 +53,11 @@ def register_training() -> None:
     if "training" in _done:
         return
     require_known_megatron(training=True)
-    from megatron_lion.integration import damage
+    from megatron_lion.integration.checkpoint import integrity
 
     for patch in _training_patches():
         patch.apply()
-    damage.install()
+    integrity.install()
     _done.add("training")
 
 
@@ -76,18 +77,23 @@ def seams(*, training: bool) -> tuple[Seam, ...]:
 
 
 def _core_patches() -> list[Patch]:
-    from megatron_lion.integration import cpu_megatron, factory
+    from megatron_lion.integration.cpu import megatron_patches
+    from megatron_lion.integration.optimizer import factory
 
-    return _needed([*factory.CORE, *(cpu_megatron.CORE if cpu_backend.wanted() else ())])
+    return _needed([*factory.CORE, *(megatron_patches.CORE if torch_cuda.wanted() else ())])
 
 
 def _training_patches() -> list[Patch]:
     """In the order in which they wrap: of two around one function the later one is the outer one."""
-    from megatron_lion.integration import arguments, checkpoints, cpu_megatron, factory, telemetry
-    from megatron_lion.integration.norm_ratio import rounds
+    from megatron_lion.integration.checkpoint import ownership
+    from megatron_lion.integration.cpu import megatron_patches
+    from megatron_lion.integration.flags import arguments
+    from megatron_lion.integration.optimizer import factory
+    from megatron_lion.integration.reporting import step_telemetry
+    from megatron_lion.integration.reporting.norm_ratio import schedule
 
-    ours = (arguments.TRAINING, factory.TRAINING, checkpoints.TRAINING, rounds.TRAINING, telemetry.TRAINING)
-    on_cpu = cpu_megatron.TRAINING if cpu_backend.wanted() else ()
+    ours = (arguments.TRAINING, factory.TRAINING, ownership.TRAINING, schedule.TRAINING, step_telemetry.TRAINING)
+    on_cpu = megatron_patches.TRAINING if torch_cuda.wanted() else ()
     return _needed([*(patch for patches in ours for patch in patches), compat.WHEEL_WITHOUT_MAKEFILE, *on_cpu])
 
 

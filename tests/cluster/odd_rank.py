@@ -7,8 +7,8 @@ import time
 
 import torch.distributed
 
-from megatron_lion import cli
-from megatron_lion.cluster import network
+from megatron_lion.cli import main
+from megatron_lion.cli.cluster import network
 
 
 def make_odd(what: str) -> None:
@@ -32,4 +32,4 @@ def make_odd(what: str) -> None:
 if __name__ == "__main__":
     if os.environ["RANK"] == sys.argv[1]:
         make_odd(sys.argv[2].replace("-", " "))
-    sys.exit(cli.main(["doctor", "--cluster", *sys.argv[3:]]))
+    sys.exit(main.main(["doctor", "--cluster", *sys.argv[3:]]))

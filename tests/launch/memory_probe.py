@@ -5,17 +5,13 @@ PROBE_OUTPUT names a folder, in which each rank leaves ``rank<N>.json`` with wei
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "megatron"))
-
-import probe
-
 import megatron_lion
+from tests.megatron import probe
 
 
 def size(tensors: Any) -> int:

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import ROOT, as_in_a_terminal
+
+from tests.harness import ROOT, as_in_a_terminal
 
 # torchrun's ranks save after SIGTERM only. SIGHUP is what a closed terminal sends.
 LAUNCHER = """
@@ -18,23 +19,22 @@ echo ready $$
 for _ in {1..200}; do sleep 0.1; done
 """
 # Ends the loop of run_here as a reader that goes away does: launch.py ... | head
-HEAD = "step_line.readable = lambda *_: sys.exit('the output is closed')"
+HEAD = "progress_line.readable = lambda *_: sys.exit('the output is closed')"
 SCRIPT = """
 import sys
 
-sys.path.insert(0, {folder!r})
-import commands, launch, recipes, step_line
+from launch.launcher import commands, main, progress_line, recipes
 
 commands.torchrun = lambda *_: ["bash", "-c", {launcher!r}]
 {change}
 recipe = recipes.resolve("tiny_gpt", "lion", "cpu", ["run={run}"])
-sys.exit(launch.run_here(recipe, []))
+sys.exit(main.run_here(recipe, []))
 """
 
 
 def start(run: Path, change: str = "") -> "subprocess.Popen[str]":
     """run_here with the shell as its launcher, as a terminal's foreground job."""
-    script = SCRIPT.format(folder=str(ROOT / "launch"), launcher=LAUNCHER, run=run, change=change)
+    script = SCRIPT.format(launcher=LAUNCHER, run=run, change=change)
     line = [sys.executable, "-c", script]
     return subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal, cwd=ROOT

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import as_in_a_terminal
-from recipe_cases import ROOT
 
-from megatron_lion.integration.training_log import read_training_log
+from megatron_lion.training_log import read_training_log
+from tests.harness import as_in_a_terminal
+from tests.launch.recipe_cases import ROOT
 
 # So that a run takes seconds; the models, the optimizers and the cluster stay as they are.
 SHRUNK = ["gpus-per-node=1", "eval-iters=1", "norm-ratio-batches=2"]

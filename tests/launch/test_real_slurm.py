@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from slurm_daemons import Slurm, missing
-from test_launch_runs import finish, start
 
-from megatron_lion.integration.training_log import TrainingLog, read_training_log
+from megatron_lion.training_log import TrainingLog, read_training_log
+from tests.launch.slurm_daemons import Slurm, missing
+from tests.launch.test_launch_runs import finish, start
 
 pytestmark = pytest.mark.slow
 STEPS = (

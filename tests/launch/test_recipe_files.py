@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipe_cases import ROOT, commands, recipe_checks, recipes
 
+from launch.launcher import commands, recipe_checks, recipes
 from megatron_lion.config import LionError
+from tests.launch.recipe_cases import ROOT
 
 LAUNCH = ROOT / "launch" / "launch.py"
 

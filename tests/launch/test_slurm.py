@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipe_cases import CASES, ROOT, commands, recipe
 
+from launch.launcher import commands
 from megatron_lion.config import LionError
+from tests.launch.recipe_cases import CASES, ROOT, recipe
 
 
 def script(*case: str, **settings: object) -> str:

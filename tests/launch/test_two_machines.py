@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from harness import ROOT
-from machines import ADDRESSES, INTERFACE, Machines
-from recipe_cases import commands
-from test_launch_runs import finish, start
 
-from megatron_lion.integration.training_log import TrainingLog, read_training_log
+from launch.launcher import commands
+from megatron_lion.training_log import TrainingLog, read_training_log
+from tests.harness import ROOT
+from tests.launch.machines import ADDRESSES, INTERFACE, Machines
+from tests.launch.test_launch_runs import finish, start
 
 pytestmark = pytest.mark.slow
 STEPS = (

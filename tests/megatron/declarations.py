@@ -32,7 +32,7 @@ def our_classes() -> Iterator[type]:
 
     names = [module.name for module in pkgutil.walk_packages(integration.__path__, integration.__name__ + ".")]
     for name in names:
-        if name.endswith(("cpu_run", "tokenizers")):  # a script, and what 0.16 has nothing for
+        if name.endswith(("run_flags", "vocabularies")):  # a script, and what 0.16 has nothing for
             continue
         for value in list(vars(importlib.import_module(name)).values()):
             if isinstance(value, type) and value.__module__ == name and any(map(is_megatrons, value.__mro__)):
@@ -135,7 +135,7 @@ def _plain(value: Any) -> Any:
 
 def overridden() -> list[tuple[str, str, str]]:
     """Module, class and name of each method of Megatron that ours override, but for those that are torch's too."""
-    import megatron_lion.integration.factory  # noqa: F401
+    import megatron_lion.integration.optimizer.factory  # noqa: F401
 
     found = set()
     for cls, names in OVERRIDDEN.items():

@@ -11,7 +11,6 @@ through Megatron's own overrides for parameters).
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +18,14 @@ import torch
 import megatron_lion
 
 megatron_lion.register()
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
-import pretrain_gpt  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 
+from launch import pretrain_gpt  # noqa: E402
 from megatron_lion.integration.compat import substituted  # noqa: E402
 
 FROZEN = ("embedding.word_embeddings", "mlp.linear_fc1", "self_attention.linear_proj.bias")

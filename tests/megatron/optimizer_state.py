@@ -13,13 +13,14 @@ State = dict[str, dict[str, Tensor]]
 
 def write(folder: Path, model: list[Any], optimizer: Any) -> None:
     """Leave this rank's shards in ``folder``: values, and where in the whole parameter they belong."""
-    from megatron_lion.integration import compat, gradients
+    from megatron_lion.integration import compat
+    from megatron_lion.integration.reporting import gradient_shards
 
     names = {
         param: re.sub(r"layers\.\d+", f"layers.{layer}", name)  # counted over all pipeline stages
         for chunk in model
-        for name, param, layer in gradients.named_parameters(chunk)
-        if not gradients.is_tied_copy(param)
+        for name, param, layer in gradient_shards.named_parameters(chunk)
+        if not gradient_shards.is_tied_copy(param)
     }
     shards = []
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -31,7 +32,7 @@ def write(folder: Path, model: list[Any], optimizer: Any) -> None:
                 shards.append(
                     {
                         "name": names[param],
-                        "piece": gradients.tensor_parallel_rank(param) if split else 0,
+                        "piece": gradient_shards.tensor_parallel_rank(param) if split else 0,
                         "dim": param.partition_dim if split else 0,
                         "shape": tuple(param.shape),
                         "start": start,

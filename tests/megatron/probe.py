@@ -17,15 +17,11 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import pretrain_gpt
-from compare_stock import owners, state_bytes, stock_on_cpu
-
 import megatron_lion
+from launch import pretrain_gpt
 from megatron_lion.integration import compat
 from megatron_lion.lion import Lion
+from tools.compare_stock import owners, state_bytes, stock_on_cpu
 
 
 def set_gradients(model: list[Any], seed: int, bad: float | None = None) -> dict[str, torch.Tensor]:

@@ -15,7 +15,6 @@ PROBE_FREEZE names parameters that are frozen in the model, by a regular express
 import json
 import os
 import re
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +23,12 @@ from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
-
-import pretrain_gpt
-
 import megatron_lion
-from megatron_lion.integration import compat, gradients
-from megatron_lion.integration.norm_ratio import data, rounds
-from megatron_lion.integration.norm_ratio.round import Step, all_reduce, run_round
+from launch import pretrain_gpt
+from megatron_lion.integration import compat
+from megatron_lion.integration.reporting import gradient_shards
+from megatron_lion.integration.reporting.norm_ratio import round_data, schedule
+from megatron_lion.integration.reporting.norm_ratio.measure import Step, all_reduce, run_round
 from megatron_lion.stats import GradientRound
 
 VOCABULARY = (1 << 30, 0)  # no padding
@@ -50,12 +47,12 @@ def count(model: list[Any], optimizer: Any, reduce: Callable[[torch.Tensor], Non
     from megatron.core import parallel_state as mpu
 
     for chunk in model:
-        for name, param, layer in gradients.named_parameters(chunk):
+        for name, param, layer in gradient_shards.named_parameters(chunk):
             param.main_grad.fill_(-integer_of(name, layer))
-            if gradients.is_expert(param) and mpu.get_expert_tensor_parallel_world_size() == 1:
+            if gradient_shards.is_expert(param) and mpu.get_expert_tensor_parallel_world_size() == 1:
                 param.tensor_model_parallel = False  # as Transformer Engine's layers mark an expert that is not split
-    shards = [shard for shard in gradients.local_shards(model, optimizer, VOCABULARY) if shard.counted]
-    measured = GradientRound([shard.as_counted() for shard in shards], tags=gradients.tags(99))
+    shards = [shard for shard in gradient_shards.local_shards(model, optimizer, VOCABULARY) if shard.counted]
+    measured = GradientRound([shard.as_counted() for shard in shards], tags=gradient_shards.tags(99))
     measured.add([shard.gradient for shard in shards], loss=0.0)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     record = measured.finish(reduce, rank=rank, world=world)
@@ -96,7 +93,7 @@ def _divided_by_pipeline_size(vector: torch.Tensor) -> None:
     vector /= mpu.get_pipeline_model_parallel_world_size()
 
 
-STOCK_IS_COUNTED = gradients.is_counted
+STOCK_IS_COUNTED = gradient_shards.is_counted
 DEFECTS: dict[str, Callable[..., Any]] = {
     "dense rank for experts": _dense_rank_for_experts,
     "tied copy counts": _tied_copy_counts,
@@ -110,7 +107,7 @@ def count_with(defect: Callable[..., Any], model: list[Any], optimizer: Any) -> 
     """:func:`count` with one of ``DEFECTS``."""
     if defect in (_without_tensor_parallel_sum, _divided_by_pipeline_size):
         return count(model, optimizer, defect)
-    with mock.patch.object(gradients, "is_counted", defect):
+    with mock.patch.object(gradient_shards, "is_counted", defect):
         return count(model, optimizer, all_reduce)
 
 
@@ -124,7 +121,7 @@ def reference(step: Step, dataset: Any, batches: int, iteration: int) -> dict[st
     stock = dict(model.named_parameters())
     double = {name: param.detach().double().requires_grad_() for name, param in stock.items()}
     samples = batches * get_num_microbatches() * args.micro_batch_size
-    indices = data.draw_indices(len(dataset), seed=args.seed, iteration=iteration, count=samples)
+    indices = round_data.draw_indices(len(dataset), seed=args.seed, iteration=iteration, count=samples)
     total = torch.zeros((), dtype=torch.float64)
     for index in indices.tolist():
         sample = {key: torch.as_tensor(value)[None] for key, value in dataset[index].items()}
@@ -175,7 +172,7 @@ def freeze(pattern: str) -> None:
 
 if __name__ == "__main__":
     megatron_lion.register()
-    rounds.run_round = run_round_and_look
+    schedule.run_round = run_round_and_look
     if "PROBE_FREEZE" in os.environ:
         freeze(os.environ["PROBE_FREEZE"])
     pretrain_gpt.main()

@@ -12,16 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import optimizer_state
-
 import megatron_lion
+from tests.megatron import optimizer_state
 
 megatron_lion.register()
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
-import pretrain_gpt  # noqa: E402
-
-from megatron_lion.integration.repaired_optimizer import RepairedDistributedOptimizer  # noqa: E402
+from launch import pretrain_gpt  # noqa: E402
+from megatron_lion.integration.optimizer.repaired import RepairedDistributedOptimizer  # noqa: E402
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ import prepare_text
 import pytest
 import torch
 import train_tokenizer
-from harness import BATCH, CPU, HORIZON, NO_DROPOUT, ROOT, Run, relative_difference, run_ranks
 
 from megatron_lion.config import LionError
+from tests.harness import BATCH, CPU, HORIZON, NO_DROPOUT, ROOT, Run, relative_difference, run_ranks
 
 SCRIPT = ROOT / "launch" / "pretrain_bert.py"
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64"
@@ -126,14 +126,11 @@ def test_both_losses_fall_on_real_text_and_the_test_set_is_evaluated(
 @pytest.fixture(scope="module")
 def samples(sentences: Path) -> list[dict[str, numpy.ndarray]]:
     """Samples of the data set that the script builds, read in this process."""
-    import sys
-
-    sys.path.insert(0, str(SCRIPT.parent))
     from corpus.tokenizers import TokenizerOptions
     from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDatasetConfig
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
-    from megatron_lion.integration.compat.loop import bert_dataset
+    from megatron_lion.integration.loop.pretrain import bert_dataset
 
     options = TokenizerOptions(tokenizer_type="BertWordPieceLowerCase", vocab_file=str(sentences / "vocab.txt"))
     config = BERTMaskedWordPieceDatasetConfig(
@@ -173,10 +170,7 @@ def test_masks_and_swaps_follow_the_documented_rates(samples: list[dict[str, num
 
 def test_the_loss_is_the_masked_tokens_mean_plus_the_orders() -> None:
     """Against an independent sum in fp64."""
-    import sys
-
-    sys.path.insert(0, str(SCRIPT.parent))
-    import pretrain_bert
+    from launch import pretrain_bert
 
     generator = torch.Generator().manual_seed(5)
     token_losses, order = torch.rand(4, 16, generator=generator) * 5, torch.randn(4, 2, generator=generator)
@@ -209,7 +203,7 @@ def test_a_berts_checkpoint_is_not_evaluated_or_exported_as_a_gpts(one_process: 
 
 def test_data_that_its_manifest_disowns_is_refused(sentences: Path, tmp_path: Path) -> None:
     """A .bin that was cut short, and another tokenizer's tokens."""
-    from megatron_lion.integration.tokenizers import check_data_manifests
+    from megatron_lion.integration.loop.vocabularies import check_data_manifests
 
     other = tmp_path / "vocab.txt"
     other.write_text((sentences / "vocab.txt").read_text().replace("class", "klass"))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_lion.config import LionError
-from megatron_lion.integration import checkpoints
+from megatron_lion.integration.checkpoint import ownership
 
 pytest.importorskip("megatron.core", reason="compat names Megatron's modules")
 
@@ -23,12 +23,12 @@ def arguments(optimizer: str, **others: Any) -> SimpleNamespace:
 def ours() -> SimpleNamespace:
     """The arguments that one of our runs saves."""
     args = arguments("lion")
-    checkpoints.mark(args)
+    ownership.mark(args)
     return args
 
 
 def judge(saved: SimpleNamespace, running: SimpleNamespace, *found: str) -> None:
-    checkpoints.refuse_another_optimizers_state("runs/x", saved, running, frozenset(found))
+    ownership.refuse_another_optimizers_state("runs/x", saved, running, frozenset(found))
 
 
 def test_stock_megatrons_lion_is_told_from_ours() -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import BATCH, CPU, MODEL, PRETRAIN_GPT, Run, torchrun
-from versions import since
 
-from megatron_lion.integration.arguments import REFUSED
+from tests.harness import BATCH, CPU, MODEL, PRETRAIN_GPT, Run, torchrun
+from tests.versions import since
 
 ERROR = "megatron-lion: error: "
 LION = "--optimizer lion --lr 1e-4"
@@ -105,9 +104,9 @@ WRONG = {
 FOREIGN = {
     f"{LION} --ckpt-format fsdp_dtensor": ("--ckpt-format fsdp_dtensor", "Megatron-FSDP", "use torch_dist"),
     f"{LION} --ckpt-format torch_dcp": ("--ckpt-format torch_dcp", "torch FSDP2", "use torch_dist"),
-} | {
-    f"{LION} --{dest.replace('_', '-')}": (f"--{dest.replace('_', '-')} cannot be honoured", "lion", REFUSED[dest])
-    for dest in REFUSED
+    f"{LION} --use-megatron-fsdp": ("--use-megatron-fsdp cannot be honoured", "lion", f"Use {DISTRIBUTED}"),
+    f"{LION} --use-torch-fsdp2": ("--use-torch-fsdp2 cannot be honoured", "lion", f"Use {DISTRIBUTED}"),
+    f"{LION} --optimizer-cuda-graph": ("--optimizer-cuda-graph cannot be honoured", "lion", "Drop the flag"),
 }
 REFUSES = pytest.mark.refuses("Megatron-FSDP, torch FSDP2, their checkpoint formats, optimizer CUDA graphs")
 
@@ -172,7 +171,7 @@ def test_a_yaml_configuration_that_asks_for_lion_is_refused_not_run_unchecked(tm
         file.write("use_checkpoint_args: false, data_path: text, model_parallel: {tensor_model_parallel_size: 1}}")
     script = (
         "import megatron_lion; megatron_lion.register()\n"
-        "from megatron_lion.integration.compat.loop import parse_and_validate_args; parse_and_validate_args({})"
+        "from megatron_lion.integration.loop.pretrain import parse_and_validate_args; parse_and_validate_args({})"
     )
     result = python("-c", script, "--optimizer", "lion", "--yaml-cfg", str(configuration))
     assert "LionError: --yaml-cfg cannot be honoured with --optimizer lion" in result.stderr

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import (
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_lion.integration.checkpoint.integrity import DamagedRecord, advice, checked, complete_iterations
+from tests.harness import (
     BATCH,
     CPU,
     HORIZON,
@@ -25,9 +28,6 @@ from harness import (
     text_flags,
     torchrun,
 )
-from torch.distributed.checkpoint import FileSystemReader
-
-from megatron_lion.integration.damage import DamagedRecord, advice, checked, complete_iterations
 
 # Parameter by parameter, instead of in buckets whose padding is never initialised.
 RUN = f"--optimizer lion --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --bf16 {HORIZON}"

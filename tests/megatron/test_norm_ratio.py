@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import (
+
+from megatron_lion.integration.reporting.norm_ratio.schedule import METRICS
+from tests.harness import (
     BATCH,
     CPU,
     HORIZON,
@@ -23,8 +25,6 @@ from harness import (
     run_ranks,
     text_flags,
 )
-
-from megatron_lion.integration.norm_ratio.rounds import METRICS
 
 PROBE = Path(__file__).with_name("probe_round.py")
 DISTRIBUTED = "--use-distributed-optimizer"

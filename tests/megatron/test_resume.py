@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import HORIZON, WORKERS, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
 
 from megatron_lion.integration.compat import known
+from tests.harness import HORIZON, WORKERS, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
 
 # Parameter by parameter, instead of in buckets whose padding is never initialised.
 CANONICAL = "--dist-ckpt-optim-fully-reshardable"

@@ -3,8 +3,17 @@
 from pathlib import Path
 
 import pytest
-from harness import HORIZON, NO_DROPOUT, WORKERS, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
-from test_parameters import DISTRIBUTED, probe
+
+from tests.harness import (
+    HORIZON,
+    NO_DROPOUT,
+    WORKERS,
+    assert_same_checkpoint,
+    pretrain,
+    read_checkpoint,
+    relative_difference,
+)
+from tests.megatron.test_parameters import DISTRIBUTED, probe
 
 CANONICAL = "--dist-ckpt-optim-fully-reshardable"
 REMAINDER = "--lion-master-weights remainder"

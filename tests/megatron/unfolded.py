@@ -3,17 +3,14 @@ scales the gradients and copies the parameters itself. Says on each rank how oft
 """
 
 import sys
-from pathlib import Path
 
 import megatron_lion
 
 megatron_lion.register()
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
-import pretrain_gpt  # noqa: E402
-
-from megatron_lion.integration.chained_optimizer import LionChainedOptimizer  # noqa: E402
-from megatron_lion.integration.distributed_optimizer import LionDistributedOptimizer  # noqa: E402
+from launch import pretrain_gpt  # noqa: E402
+from megatron_lion.integration.optimizer.chained import LionChainedOptimizer  # noqa: E402
+from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer  # noqa: E402
 
 
 def main() -> None:

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-import benchmark_phase
 import pytest
-from harness import ROOT, run_ranks
 
-SCRIPT = ROOT / "tools" / "benchmark_phase.py"
+from tests.harness import ROOT, run_ranks
+from tools.benchmark import phase
+
+SCRIPT = ROOT / "tools" / "benchmark" / "phase.py"
 GATHER = "all-gather of the bf16 parameters (gloo), not in the others"
 
 
@@ -37,5 +38,5 @@ def test_the_hosts_time_is_measured_on_many_small_parameters(tmp_path: Path, mon
 
 
 def test_scaling_is_a_column_for_each_number_of_ranks() -> None:
-    text = benchmark_phase.table_of({1: {"a": 10.04, "b": 3.0}, 2: {"a": 6.0, "b": 2.0}}, "ms")
+    text = phase.table_of({1: {"a": 10.04, "b": 3.0}, 2: {"a": 6.0, "b": 2.0}}, "ms")
     assert text.splitlines()[2:] == ["| a | 10.0 | 6.0 |", "| b | 3.0 | 2.0 |"]

@@ -4,15 +4,14 @@ import dataclasses
 import json
 import sys
 
-import benchmark_step
 import pytest
 import torch
-from benchmark import measure, peers, shapes, traffic
-from benchmark.measure import Candidate
-from benchmark.traffic import READ, UPDATE, WRITE, Stream
 
 from megatron_lion import Lion
 from megatron_lion.config import LionError
+from tools.benchmark import measure, peers, shapes, step, traffic
+from tools.benchmark.measure import Candidate
+from tools.benchmark.traffic import READ, UPDATE, WRITE, Stream
 
 
 def streams(numel: int) -> list[Stream]:
@@ -107,7 +106,7 @@ def test_a_small_run_leaves_its_rows_and_a_chart(tmp_path, monkeypatch, capsys) 
     files = ["--json", str(tmp_path / "step.json"), "--plot", str(tmp_path / "step.svg")]
     asked = ["--peers", "torch SGD with momentum, fused", "torch AdamW foreach"]
     monkeypatch.setattr(sys, "argv", ["benchmark_step", "--numel", "5000", "--rounds", "2", *asked, *files])
-    benchmark_step.main()
+    step.main()
     record = json.loads((tmp_path / "step.json").read_text())
     names = {row["name"] for row in record["rows"]}
     assert {"megatron-lion fused", "torch SGD with momentum, fused", "torch AdamW foreach"} <= names
@@ -141,4 +140,4 @@ def test_state_that_a_peer_never_reads_is_not_counted(monkeypatch) -> None:
 def test_an_unknown_peer_is_refused_with_the_nearest(monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark_step", "--peers", "timm Lion"])
     with pytest.raises(LionError, match="did you mean 'timm Lion foreach'"):
-        benchmark_step.main()
+        step.main()

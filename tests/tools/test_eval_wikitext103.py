@@ -11,9 +11,9 @@ import export_hf
 import pytest
 import torch
 from evaluation import checkpoints, windows
-from harness import CPU, HORIZON, Run, pretrain, run_ranks
 
 from megatron_lion.config import LionError
+from tests.harness import CPU, HORIZON, Run, pretrain, run_ranks
 
 SCRIPT = Path(eval_wikitext103.__file__)
 # Rows that pad the vocabulary (512 to 768, so that the last tensor-parallel rank has padding alone), positions that

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy
 import prepare_text
 import pytest
-import vocabularies
 from corpus import manifest, shards, sources, splits
 from corpus.sentences import split_sentences
 
 from megatron_lion.config import LionError
+from tests.tools import vocabularies
 
 SMALL = ("--shard-megabytes", "0.02")
 
@@ -73,7 +73,7 @@ def megatron_tokenizer(tokenizer: dict[str, str]):
     """The tokenizer of Megatron's own factory, told to leave BERT's special tokens out, as preprocessing must."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    from megatron_lion.integration.tokenizers import use_local_vocabularies
+    from megatron_lion.integration.loop.vocabularies import use_local_vocabularies
 
     use_local_vocabularies()
     given = {flag.removeprefix("--").replace("-", "_"): value for flag, value in tokenizer.items()}

@@ -1,4 +1,4 @@
-"""tools/rate_constants.py: known constants, repeats averaged, and repeats that do not belong together."""
+"""tools/paper/rate_constants.py: known constants, repeats averaged, and repeats that do not belong together."""
 
 import argparse
 import json
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rate_constants
-from studies import rates
 
 from megatron_lion.config import LionError
+from tools.paper import rate_constants
+from tools.paper.studies import rates
 
 STEPS = (10, 20, 40, 80)
 
@@ -89,7 +89,15 @@ def test_checkpoints_after_each_fifth_are_evaluated(rounds: int, steps: list[int
 
 def test_the_command_draws_both_panels_and_refuses_another_optimizer(tmp_path: Path) -> None:
     lion, sgd = write(tmp_path / "lion", 1.0), write(tmp_path / "sgd", 1.0)
-    base = [sys.executable, rate_constants.__file__, "--output", str(tmp_path / "out"), "--run", f"lion={lion}"]
+    base = [
+        sys.executable,
+        "-m",
+        "tools.paper.rate_constants",
+        "--output",
+        str(tmp_path / "out"),
+        "--run",
+        f"lion={lion}",
+    ]
     done = subprocess.run([*base, "--run", f"sgd={sgd}"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "| c_LION | " in done.stdout and "2 of 4" in done.stdout

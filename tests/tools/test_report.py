@@ -1,4 +1,4 @@
-"""tools/report.py: what is there beside the paper's, what is not with its command, and damaged records in words."""
+"""report.py: what is there beside the paper's, what is not with its command, and damaged records in words."""
 
 import json
 import re
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import report
-from reporting.paper import EXHIBITS
 
 from megatron_lion.config import LionError
+from tools.paper import report
+from tools.paper.reporting.paper import EXHIBITS
 
 HARDWARE = "a test's machine"
 STEP = " iteration {0}/ 40 | elapsed time per iteration (ms): 5.0 | lm loss: {1:.4E} |\n"
@@ -54,7 +54,7 @@ def test_without_runs_every_exhibit_is_there_with_the_command_that_makes_it(tmp_
     assert set(found) >= {*names, "Table 1", "Table A1", "Table A2"}
     page, text = ((tmp_path / "out" / name).read_text() for name in ("report.html", "report.md"))
     assert page.count("Not run here.") == text.count("Not run here.") == len(EXHIBITS)
-    assert "tools/vision_study.py --dataset cifar100" in page and "gpt2_medium $o a100x16" in text
+    assert "-m tools.paper.vision_study --dataset cifar100" in page and "gpt2_medium $o a100x16" in text
     assert "8.202" in page and "| GPT-2 Medium | LION | 3.221 |" in text
 
 
@@ -129,7 +129,7 @@ def test_damaged_results_leave_the_rest_of_the_report(tmp_path: Path, content: s
     recipe_run(tmp_path / "runs" / "x", "lion", loss=2.0)
     found = rows(tmp_path / "runs", tmp_path / "out")
     (problem,) = found["Figure A3"].problems
-    assert "rates" in problem and "To make it again: python tools/rate_constants.py" in problem
+    assert "rates" in problem and "To make it again: python -m tools.paper.rate_constants" in problem
     assert found["Figure 3"].findings
     assert "To make it again" in (tmp_path / "out" / "report.html").read_text()
 

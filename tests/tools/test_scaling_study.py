@@ -1,4 +1,4 @@
-"""tools/scaling_study.py: the exponent of known records, what is left out, and files that are none."""
+"""tools/paper/scaling_study.py: the exponent of known records, what is left out, and files that are none."""
 
 import json
 import subprocess
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import scaling_study
-from studies import scaling
-from studies.megatron_runs import FINISHED, MegatronRun
 
 from megatron_lion.config import LionError
+from tools.paper import scaling_study
+from tools.paper.studies import scaling
+from tools.paper.studies.megatron_runs import FINISHED, MegatronRun
 
-SCRIPT = Path(scaling_study.__file__)
+SCRIPT = ("-m", scaling_study.__name__)
 
 
 def record(iteration: int, d: int, ratio: float, converged: bool | None = True) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def test_too_few_converged_sizes_are_an_error_that_names_them(tmp_path: Path) ->
 def test_the_command_reads_a_clusters_files_and_writes_tables_and_figures(tmp_path: Path) -> None:
     points(tmp_path, 0.5)
     runs = [part for path in sorted(tmp_path.glob("*.jsonl")) for part in ("--run", f"lion={path}")]
-    command = [sys.executable, str(SCRIPT), *runs, "--output", str(tmp_path / "out")]
+    command = [sys.executable, *SCRIPT, *runs, "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "| Lion | 10 | 5 | 0.500 [" in done.stdout and "| Lion | 20 | 10,000 |" in done.stdout

@@ -1,4 +1,4 @@
-"""tools/storage_study.py: Ctrl-C waits for launch.py, for which a script stands that takes a while to save."""
+"""storage_study.py: Ctrl-C waits for launch.py, for which a script stands that takes a while to save."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from harness import ROOT, as_in_a_terminal
+from tests.harness import ROOT, as_in_a_terminal
 
 LAUNCH = """
 import os, signal, sys, time
@@ -30,14 +30,14 @@ def test_ctrl_c_waits_until_the_run_has_saved(tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "launch.py").write_text(LAUNCH.format(ready=str(ready), saved=str(saved)))
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
-        "import argparse, pathlib, storage_study\n"
+        "import argparse, pathlib\n"
+        "from tools.paper import storage_study\n"
         f"storage_study.ROOT = pathlib.Path({str(tmp_path)!r})\n"
         "options = argparse.Namespace(output=storage_study.ROOT, data='', iterations=1, overrides=[])\n"
         "storage_study.train(storage_study.STORAGES[0], 1, options)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal, cwd=ROOT
     )
     deadline = time.monotonic() + 60
     while not ready.exists():

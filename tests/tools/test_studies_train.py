@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[2] / "tools"
+ROOT = Path(__file__).parents[2]
 
 
 def start(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", f"tools.paper.{tool}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
 
 
 def run(tool: str, *arguments: object) -> str:
@@ -26,13 +26,13 @@ def test_rate_constants_trains_evaluates_and_goes_on(tmp_path: Path) -> None:
     text = tmp_path / "test.txt"
     text.write_text("The quick brown fox jumps over the lazy dog .\n" * 50)
     flags = ("--evaluate", text, "--seeds", 1, "--iterations", 8, "--rounds", 2, "--batches", 4, "--output", tmp_path)
-    first = run("rate_constants.py", *flags)
+    first = run("rate_constants", *flags)
     assert "2/2 sgd-1: " in first and "| c_LION | " in first and "seeds; Lion is below it in all of them" in first
     result = json.loads((tmp_path / "rates.json").read_text())
     assert result["rates"]["lion"]["steps"] == [4, 8]
     assert result["perplexity"]["steps"] == [4, 8]
     assert [len(result["perplexity"][name][0]) for name in ("lion", "sgd")] == [2, 2]
-    again = run("rate_constants.py", *flags)
+    again = run("rate_constants", *flags)
     assert again.count("2 of 2 runs were complete and were kept") == 2
     assert json.loads((tmp_path / "rates.json").read_text())["rates"] == result["rates"]
 
@@ -40,7 +40,7 @@ def test_rate_constants_trains_evaluates_and_goes_on(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_scaling_study_trains_three_sizes(tmp_path: Path) -> None:
     flags = ("--sizes", 32, 64, 128, "--optimizers", "lion", "--iterations", 4, "--interval", 2, "--batches", 24)
-    assert "exponent [95 %]" in run("scaling_study.py", *flags, "--output", tmp_path)
+    assert "exponent [95 %]" in run("scaling_study", *flags, "--output", tmp_path)
     points = json.loads((tmp_path / "scaling.json").read_text())["points"]
     assert [(point["d"], point["iteration"]) for point in points[:4]] == [
         (39808, 0),
@@ -56,7 +56,7 @@ def test_scaling_study_trains_berts_of_the_same_text(tmp_path: Path) -> None:
     """One size and few batches: no exponent, which is said, but rounds of a BERT without padded rows, and kept."""
     flags = ("--model", "bert", "--sizes", 32, "--optimizers", "sgd", "--iterations", 2, "--interval", 2)
     for kept in (False, True):
-        done = start("scaling_study.py", *flags, "--batches", 4, "--output", tmp_path)
+        done = start("scaling_study", *flags, "--batches", 4, "--output", tmp_path)
         assert done.returncode != 0 and "no exponent" in done.stderr
         assert ("1 of 1 runs were complete and were kept" in done.stdout) is kept
     rounds = [json.loads(line) for line in (tmp_path / "sgd-32" / "norm_ratio.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""tools/toy_convergence.py: its problem is the paper's, its Lion is the package's, its checks bite, its run says so."""
+"""toy_convergence.py: its problem is the paper's, its Lion is the package's, its checks bite, its run says so."""
 
 import json
 import math
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_convergence as toy
-import toy_figures
 
 from megatron_lion.config import LionError
 from megatron_lion.lion import Lion
+from tools.paper import toy_convergence as toy
+from tools.paper import toy_figures
 
 BOX = toy.Case(start=(10.0, -7.3), constrained=True, weight_decay=0.1, lr=0.05)
 FREE = toy.Case(start=(3.1, 6.4), constrained=False, weight_decay=0.05, lr=0.02, beta1=0.8, beta2=0.95)
@@ -107,7 +107,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command leaves, with fewer lengths of runs so that it takes seconds."""
     folder = tmp_path_factory.mktemp("toy") / "new"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["tools/toy_convergence.py", "--output", str(folder)])
+        patch.setattr(sys, "argv", ["tools/paper/toy_convergence.py", "--output", str(folder)])
         patch.setattr(toy, "COROLLARY_STEPS", (1000, 2000, 4000))
         toy.main()
     return folder

@@ -1,7 +1,8 @@
-"""tools/vision_study.py on scikit-learn's digits: three passes, resume bit for bit, and data that is not there."""
+"""vision_study.py on scikit-learn's digits: three passes, resume bit for bit, and data that is not there."""
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import vision_study
 from torch import nn
-from vision import data, epochs, models
-from vision.ranks import Ranks
 
 from megatron_lion.config import LionError
+from tests.harness import ROOT
+from tools.paper import vision_study
+from tools.paper.vision import epochs, image_data, models
+from tools.paper.vision.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("sklearn", "timm", "torchvision"))),
@@ -35,7 +37,7 @@ def start(
     folder: Path, *, limit: int = 220, dropout: float = 0.1, norm: bool = True, ranks: Ranks = ALONE, **changes: Any
 ) -> epochs.VisionRun:
     settings = epochs.Settings(**{**DIGITS, "epochs": 3, "seed": 1, "size": 8, "limit": limit, **changes})
-    images = data.load("digits", None, 8, limit)
+    images = image_data.load("digits", None, 8, limit)
     return epochs.VisionRun(settings, images, small(dropout, norm), folder, ranks=ranks, workers=0)
 
 
@@ -65,7 +67,7 @@ def test_the_statistics_are_those_of_every_training_image(tmp_path: Path) -> Non
     run.run()
     (line,) = lines(tmp_path)
     model = run.model.train()  # the weights that were measured
-    batches = list(data.loader(run.images.train_plain, data.cut(run.images.train_plain, 50), workers=0))
+    batches = list(image_data.loader(run.images.train_plain, image_data.cut(run.images.train_plain, 50), workers=0))
     assert [len(labels) for _, labels in batches] == [50, 50, 50, 50, 20]
     loss = sum(nn.functional.cross_entropy(model(x), y) * len(y) for x, y in batches) / 220
     gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
@@ -78,7 +80,9 @@ def test_the_statistics_are_those_of_every_training_image(tmp_path: Path) -> Non
 def two_ranks(folder: Path, changes: dict[str, Any]) -> None:
     script = Path(__file__).with_name("vision_ranks.py")
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*line, str(folder), json.dumps(changes)], capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line += [str(folder), json.dumps(changes)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -159,9 +163,9 @@ def test_the_schedules_of_cifar_and_imagenet() -> None:
 @pytest.mark.parametrize(("name", "place"), [("cifar10", "cifar-10-batches-py/"), ("imagenet", "train/ and val/")])
 def test_absent_data_says_what_to_put_where(tmp_path: Path, name: str, place: str) -> None:
     with pytest.raises(LionError, match=f"needs --data DIR, a folder with {place}"):
-        data.load(name, None, 32)
+        image_data.load(name, None, 32)
     with pytest.raises(LionError, match=f"put there {place}"):
-        data.load(name, tmp_path, 32)
+        image_data.load(name, tmp_path, 32)
 
 
 def test_the_papers_models_have_their_sizes_and_weights_of_another_are_refused(tmp_path: Path) -> None:

@@ -4,11 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS), str(TESTS.parents[1] / "tools")]
-
-from test_vision_study import start  # noqa: E402
-from vision.ranks import join  # noqa: E402
+from tests.tools.test_vision_study import start
+from tools.paper.vision.ranks import join
 
 if __name__ == "__main__":
     ranks = join("cpu")

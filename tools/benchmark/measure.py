@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmark.traffic import Stream, streaming_pass
+from tools.benchmark.traffic import Stream, streaming_pass
 
 OURS = "megatron-lion"
 # The passes of which the faster is a candidate's limit, by how many elements ahead they fetch: what a CPU fetches on

@@ -19,9 +19,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
-from benchmark.measure import OURS, Candidate
-from benchmark.traffic import READ, Stream, counted, streams_of
 from megatron_lion.integration.compat import substituted
+from tools.benchmark.measure import OURS, Candidate
+from tools.benchmark.traffic import READ, Stream, counted, streams_of
 
 CLIP = 1.0
 HYPER = {"lr": 1e-6, "min_lr": 1e-7, "weight_decay": 0.1, "clip_grad": CLIP}

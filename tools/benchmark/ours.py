@@ -4,12 +4,12 @@ import itertools
 
 import torch
 
-from benchmark.measure import OURS, Candidate
-from benchmark.peers import FP32_MOMENTUM, HYPER
-from benchmark.shapes import gradient
-from benchmark.traffic import counted, streams_of
 from megatron_lion import Lion
 from megatron_lion.telemetry import Telemetry
+from tools.benchmark.measure import OURS, Candidate
+from tools.benchmark.peers import FP32_MOMENTUM, HYPER
+from tools.benchmark.shapes import gradient
+from tools.benchmark.traffic import counted, streams_of
 
 MASTERS, MOMENTA = ("fp32", "remainder"), ("fp32", "bf16", "int8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmark.measure import Candidate
-from benchmark.shapes import gradient
-from benchmark.traffic import counted, streams_of
 from megatron_lion.config import LionError, did_you_mean
+from tools.benchmark.measure import Candidate
+from tools.benchmark.shapes import gradient
+from tools.benchmark.traffic import counted, streams_of
 
 HYPER = {"lr": 1e-6, "betas": (0.9, 0.95), "weight_decay": 0.1}
 FP32_MOMENTUM, TWO_MOMENTS = "fp32 momentum", "two fp32 moments"

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from corpus.tokenizers import TokenizerOptions
 from megatron_lion.config import LionError
+
+from .tokenizers import TokenizerOptions
 
 
 def manifest_path(output_prefix: Path) -> Path:

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from corpus.shards import Shard
+from .shards import Shard
 
 PROGRESS_SECONDS = 10.0
 

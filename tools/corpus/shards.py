@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy
 
-from corpus.sentences import split_sentences
-from corpus.sources import Source
-from corpus.splits import SPLITS, split_of
-from corpus.tokenizers import TokenizerOptions, tokenize_all
 from megatron_lion.config import LionError
+
+from .sentences import split_sentences
+from .sources import Source
+from .splits import SPLITS, split_of
+from .tokenizers import TokenizerOptions, tokenize_all
 
 WHOLE = "all"  # the one part of a corpus that is not split
 FIRST_BAD = 5  # how many bad units of a shard are named in its record

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_lion.config import LionError
 from megatron_lion.integration.compat.versions import INSTALL_HINT, megatron_version
-from megatron_lion.integration.tokenizers import (
+from megatron_lion.integration.loop.vocabularies import (
     REQUIRED,
     tokenizer_files,
     tokenizer_sha256,

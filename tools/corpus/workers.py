@@ -10,9 +10,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from corpus import shards
-from corpus.shards import Encoding, Shard
 from megatron_lion.config import LionError
+
+from . import shards
+from .shards import Encoding, Shard
 
 _tokenizer: Any = None  # one for each process: built before the workers are forked, so that they share its memory
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.model_args import default_args, function_args
-from evaluation.windows import Window
 from megatron_lion.config import LionError
-from megatron_lion.integration.compat.loop import require_a_loop_that_builds_gpt
+from megatron_lion.integration.loop.pretrain import require_a_loop_that_builds_gpt
+
+from .model_args import default_args, function_args
+from .windows import Window
 
 ROWS_AT_A_TIME = 256
 TOKENIZER_ARGS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")

@@ -10,9 +10,7 @@
 - ``loop``: Megatron's own loop, asked for as each version wants to be.
 """
 
-from megatron_lion.integration.compat.overriding import overrides
-from megatron_lion.integration.compat.patching import Patch, replace_everywhere, substituted, wrap
-from megatron_lion.integration.compat.private import (
+from megatron_lion.integration.compat.internals import (
     WHEEL_WITHOUT_MAKEFILE,
     folding_the_clip_factor,
     forked_random_states,
@@ -32,6 +30,8 @@ from megatron_lion.integration.compat.private import (
     updated_params,
     without_step,
 )
+from megatron_lion.integration.compat.overriding import overrides
+from megatron_lion.integration.compat.patching import Patch, replace_everywhere, substituted, wrap
 from megatron_lion.integration.compat.seams import Seam, require, seams_of
 from megatron_lion.integration.compat.versions import (
     has_training,

@@ -209,7 +209,7 @@ TRAINING: tuple[Seam, ...] = (
         uses=("ddp_config", "remove_forward_pre_hook_handles"),
     ),
     Seam("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel.zero_grad_buffer", ("self",)),
-    # damage.py replaces these.
+    # checkpoint/integrity.py replaces these.
     Seam("megatron.training.checkpointing", "save_checkpoint", ("iteration", "model", "optimizer")),
     Seam("megatron.training.async_utils", "maybe_finalize_async_save", ("blocking",)),
     Seam(f"{_CHECKPOINT}.strategies.torch", "_get_filesystem_reader", ("checkpoint_dir",)),

@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Run a launcher, and end it when it hangs: python launch/kill_hung_launcher.py SECONDS torchrun ...
+
+torchrun (2.13) asks the rendezvous store whether nodes are waiting (``num_nodes_waiting``), again and again. Where the
+link to the store's machine is cut, that call waits in the kernel for an answer, past every time-out of torchrun's and
+deaf to SIGTERM and Ctrl-C. So a second process watches: a launcher that has had no rank of its own for SECONDS is
+killed. SECONDS must be more than its rendezvous may take, in which nodes wait for each other without ranks.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+POLL_SECONDS = 5.0
+
+
+def main(arguments: list[str]) -> None:
+    """Become the launcher, with a child that watches it: signals and the exit status are the launcher's own."""
+    seconds, command = float(arguments[0]), arguments[1:]
+    launcher = os.getpid()
+    handle = os.pidfd_open(launcher)
+    if os.fork() == 0:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # meant for the launcher, whose end ends this process, too
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        watch(launcher, handle, seconds)
+        os._exit(0)
+    os.execvp(command[0], command)
+
+
+def watch(launcher: int, handle: int, seconds: float) -> None:
+    """Return when the launcher has ended; kill it where it has had no rank for ``seconds``."""
+    ended = select.poll()
+    ended.register(handle, select.POLLIN)
+    last = time.monotonic()
+    while not ended.poll(1000 * min(POLL_SECONDS, seconds / 8)):
+        if has_ranks(launcher):
+            last = time.monotonic()
+        elif time.monotonic() - last > seconds:
+            print(
+                f"megatron-lion: torchrun has had no rank for {seconds:g} s and does not end: killed. The machine that "
+                "hosts the rendezvous (--rdzv-endpoint) is probably out of reach",
+                file=sys.stderr,
+                flush=True,
+            )
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            return
+
+
+def has_ranks(launcher: int) -> bool:
+    """Whether a child of the launcher's runs as a rank; one that has ended has no environment any more."""
+    children: list[str] = []
+    for task in Path(f"/proc/{launcher}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            children += task.read_text().split()
+    for child in children:
+        with contextlib.suppress(OSError):
+            if b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+                return True
+    return False
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Recipes to command lines, and the process that runs them."""

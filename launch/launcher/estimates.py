@@ -1,0 +1,156 @@
+"""What a recipe's run needs: parameters and bytes on each GPU, floating-point operations and bytes sent in each step.
+
+Parameters, gradients and optimizer state are counted exactly as Megatron-Core lays them out; activations and the
+traffic are estimates, by the formulas in the docstrings.
+"""
+
+import math
+from dataclasses import dataclass
+
+from .recipes import Recipe
+
+GIB = 1 << 30
+# Bytes of state for each parameter: moments, and master weights beside 16-bit parameters.
+MOMENTS = {"lion": 4.0, "adam": 8.0, "sgd": 4.0}
+LION_MOMENTUM = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 32}
+MASTER_WEIGHTS = {"fp32": 4.0, "remainder": 2.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on the fullest GPU."""
+
+    weights: int
+    gradients: int
+    state: int
+    round_copy: int
+    """the norm ratio's fp32 mean gradient"""
+    activations: int
+
+    @property
+    def static(self) -> int:
+        """What does not depend on the batch: weights, gradients, optimizer state."""
+        return self.weights + self.gradients + self.state
+
+    @property
+    def total(self) -> int:
+        return self.static + self.round_copy + self.activations
+
+
+def padded_vocabulary(recipe: Recipe) -> int:
+    """The vocabulary rows that Megatron makes: a multiple of 128 x TP."""
+    multiple = int(recipe.get("make-vocab-size-divisible-by", 128)) * recipe.layout["TP"]
+    return -(-int(recipe["vocab-size"]) // multiple) * multiple
+
+
+def parameters(recipe: Recipe) -> list[int]:
+    """Parameters on one rank of each pipeline stage, as GPTModel and BertModel of megatron-core 0.19 have them.
+
+    With h hidden, f = ffn, t = TP, V = padded vocabulary, P = positions; biases and LayerNorms counted::
+
+        layer      (4 h^2 + 2 h f + 3 h + f) / t + 2 h + 4 h
+        first      V h / t + P h                    (BERT: + 2 h token types)
+        last       2 h final norm, + V h / t where the first stage is another one or the output is untied
+                   (BERT: + h^2 + 3 h head, V / t bias, h^2 + h pooler, 2 h + 2 order)
+    """
+    h, tp, pp = int(recipe["hidden-size"]), recipe.layout["TP"], recipe.layout["PP"]
+    f = int(recipe.get("ffn-hidden-size", 4 * h))
+    vocabulary = padded_vocabulary(recipe) // tp
+    bert = recipe["script"] == "pretrain_bert.py"
+    layer = (4 * h * h + 2 * h * f + 3 * h + f) // tp + 6 * h
+    stages = [int(recipe["num-layers"]) // pp * layer for _ in range(pp)]
+    stages[0] += vocabulary * h + int(recipe["max-position-embeddings"]) * h + (2 * h if bert else 0)
+    stages[-1] += 2 * h
+    if pp > 1 or recipe.get("untie-embeddings-and-output-weights"):
+        stages[-1] += vocabulary * h
+    if bert:
+        stages[-1] += h * h + 3 * h + vocabulary + h * h + h + 2 * h + 2
+    return stages
+
+
+def total_parameters(recipe: Recipe) -> int:
+    """Parameters of the whole model, each once: those of the same recipe on one rank, with its padded vocabulary."""
+    alone = {"tensor-model-parallel-size": 1, "pipeline-model-parallel-size": 1}
+    alone["vocab-size"] = padded_vocabulary(recipe)
+    return parameters(Recipe(names=recipe.names, settings=recipe.settings | alone, environment={}))[0]
+
+
+def memory(recipe: Recipe) -> Memory:
+    """Bytes on the fullest GPU. State, over DP if sharded: moments, and master weights beside 16-bit parameters."""
+    count = max(parameters(recipe))
+    half = bool(recipe.get("bf16") or recipe.get("fp16"))
+    shards = recipe.dp * recipe.layout["CP"] if recipe.get("use-distributed-optimizer") else 1
+    shard = -(-count // shards)
+    return Memory(
+        weights=count * (2 if half else 4),
+        gradients=count * (2 if recipe.get("grad-reduce-in-bf16") else 4),  # fp32 also for bf16 weights, unless asked
+        state=round(shard * _state_bytes(recipe, half)),
+        round_copy=4 * shard if recipe.get("norm-ratio-interval") else 0,
+        activations=_activations(recipe, 2 if half else 4),
+    )
+
+
+def _state_bytes(recipe: Recipe, half: bool) -> float:
+    """Bytes of optimizer state for each parameter."""
+    moments = MOMENTS[recipe["optimizer"]] if recipe.get("sgd-momentum", 1.0) else 0.0
+    master = 4.0
+    if recipe["optimizer"] == "lion":
+        moments = LION_MOMENTUM[recipe.get("lion-momentum-dtype", "fp32")]
+        master = MASTER_WEIGHTS[recipe.get("lion-master-weights", "fp32")]
+    return moments + (master if half else 0.0)
+
+
+def _activations(recipe: Recipe, width: int) -> int:
+    """Bytes that the first stage holds for the backward pass, and the logits of the last one.
+
+    Korthikanti et al. (2022), arXiv 2205.05198, equation 2, for b sequences of s tokens, a heads, 16-bit values::
+
+        s b h (10 + 24 / t + 5 a s / (h t)) per layer, 34 without tensor parallelism; 2 s b h with full recomputation
+
+    Attention kernels that never store the scores (flash) need less: the last summand is then absent. Logits: s b V / t
+    in 16 bits and twice in fp32.
+    """
+    s, b = int(recipe["seq-length"]) // recipe.layout["CP"], int(recipe["micro-batch-size"])
+    h = int(recipe["hidden-size"])
+    tp, pp, heads = recipe.layout["TP"], recipe.layout["PP"], int(recipe["num-attention-heads"])
+    stored_scores = recipe.get("transformer-impl") == "local"
+    unsharded = 10 / tp if recipe.get("sequence-parallel") else 10
+    per_layer = unsharded + 24 / tp + (5 * heads * s / (h * tp) if stored_scores else 0)
+    if recipe.get("recompute-granularity") == "full":
+        per_layer = 2.0
+    layers = int(recipe["num-layers"]) // pp
+    in_flight = pp  # 1F1B: the first stage holds as many micro-batches as there are stages
+    logits = s * b * padded_vocabulary(recipe) // tp * (width + 8)
+    return math.ceil(s * b * h * per_layer * layers * in_flight * width / 2) + logits
+
+
+def flops_per_step(recipe: Recipe) -> float:
+    """Floating-point operations of one step's forward and backward passes, as Megatron counts them::
+
+    6 B s (L (4 h^2 + s h + 2 h f) + V h)
+    """
+    h, s = int(recipe["hidden-size"]), int(recipe["seq-length"])
+    f = int(recipe.get("ffn-hidden-size", 4 * h))
+    layers = int(recipe["num-layers"]) * (4 * h * h + s * h + 2 * h * f)
+    return 6.0 * int(recipe["global-batch-size"]) * s * (layers + padded_vocabulary(recipe) * h)
+
+
+def wire_bytes_per_step(recipe: Recipe) -> dict[str, int]:
+    """Bytes that the busiest GPU sends in a step, by kind, with ring collectives of n ranks ((n - 1) / n a pass).
+
+    Data parallel: gradients in fp32 reduced, weights gathered in their own width (sharded), or an all-reduce of
+    gradients, which is two passes. Tensor parallel: four all-reduces of s b h in a layer and micro-batch. Pipeline:
+    s b h both ways for a micro-batch.
+    """
+    count, layout, dp = max(parameters(recipe)), recipe.layout, recipe.dp
+    width = 2 if recipe.get("bf16") or recipe.get("fp16") else 4
+    share = (dp - 1) / dp
+    data = count * (4 + width) if recipe.get("use-distributed-optimizer") else count * 8
+    micro_batches = int(recipe["global-batch-size"]) // (int(recipe["micro-batch-size"]) * dp)
+    block = int(recipe["seq-length"]) * int(recipe["micro-batch-size"]) * int(recipe["hidden-size"]) * width
+    tp, pp = layout["TP"], layout["PP"]
+    return {
+        "data parallel": round(data * share),
+        "tensor parallel": round(8 * (tp - 1) / tp * block * micro_batches * (int(recipe["num-layers"]) // pp)),
+        "pipeline parallel": 2 * block * micro_batches if pp > 1 else 0,
+    }

@@ -1,0 +1,64 @@
+"""Lion that goes on from an Adam checkpoint: ``--lion-init-from``."""
+
+from typing import Any
+
+import torch
+
+from megatron_lion.config import LionError, check_choice
+from megatron_lion.integration import compat, console
+from megatron_lion.integration.optimizer.repaired import RepairedDistributedOptimizer
+from megatron_lion.lion import LION_GROUP_KEYS
+
+# Where the optimizer's configuration carries --lion-init-from.
+INIT_FROM = "lion_init_from"
+CHOICES = {
+    "adam": "Adam's exp_avg, bit for bit",
+    "fresh": "zero",
+}
+
+
+def check(args: Any) -> None:
+    """Raise LionError for a ``--lion-init-from`` that is unknown or that another flag contradicts."""
+    asked = getattr(args, INIT_FROM)
+    if asked is None:
+        return
+    check_choice("--lion-init-from", asked, CHOICES)
+    for flag in ("no_load_optim", "finetune"):
+        if getattr(args, flag):
+            raise LionError(
+                f"--lion-init-from {asked} reads the optimizer state in the checkpoint, and "
+                f"--{flag.replace('_', '-')} leaves it out: drop one of the two"
+            )
+    if not args.use_distributed_optimizer:
+        raise LionError(
+            f"--lion-init-from {asked} needs --use-distributed-optimizer, in this run and in the one that saved the "
+            "checkpoint. Without it load the weights alone (--no-load-optim)"
+        )
+
+
+class InitFromAdam(RepairedDistributedOptimizer):
+    """A distributed optimizer around Lion that can load Adam's checkpoint, in any of Megatron's formats.
+
+    Of that state it takes the fp32 master weights and, with ``--lion-init-from adam``, ``exp_avg``: both are averages
+    of past gradients, Adam's with (1 - beta1) and Lion's with (1 - beta2), so it is taken as it is; ``exp_avg_sq`` is
+    not read. Learning rates, betas and weight decay are those of this run, whose parameter groups stay. What is saved
+    from then on is Lion's, and loads as such whatever ``--lion-init-from`` says.
+    """
+
+    _init_from: str | None = None
+
+    @compat.overrides
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict["optimizer"]["param_groups"]
+        is_lions = all(group.keys() >= LION_GROUP_KEYS for group in groups)
+        self._init_from = None if is_lions else getattr(self.config, INIT_FROM, None)
+        if self._init_from is not None:
+            state_dict = {**state_dict, "optimizer": self.state_dict()["optimizer"]}
+            console.say(f"continuing an Adam run: master weights kept, momentum {CHOICES[self._init_from]}")
+        super().load_state_dict(state_dict)
+
+    @compat.overrides
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
+        if self._init_from == "fresh":
+            tensors = {**tensors, "exp_avg": torch.zeros_like(tensors["exp_avg"])}
+        super()._set_main_param_and_optimizer_states(model_param, tensors)

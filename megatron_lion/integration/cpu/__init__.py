@@ -1,0 +1,1 @@
+"""Megatron without a GPU: opt-in, never active where there is one."""

@@ -1,0 +1,1 @@
+"""Command-line flags on Megatron's own parser, and their checks."""

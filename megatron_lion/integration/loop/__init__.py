@@ -1,0 +1,1 @@
+"""Entry points to Megatron's training loop for the scripts in launch/."""

@@ -1,0 +1,1 @@
+"""Megatron's optimizers built around Lion, SGD and torch's Adam."""

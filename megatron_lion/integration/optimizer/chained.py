@@ -1,0 +1,119 @@
+"""Megatron's chain of optimizers around Lion's: an update is whole or not made, the clip factor is folded into it."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from megatron_lion.config import LionError
+from megatron_lion.integration import compat, console
+from megatron_lion.integration.checkpoint import group_settings
+from megatron_lion.integration.checkpoint.formats import EXPERTS_APART
+from megatron_lion.integration.optimizer.offload import LIONS
+from megatron_lion.lion import Lion
+from megatron_lion.precision import BLOCK
+
+
+class LionChainedOptimizer(ChainedOptimizer):
+    """Megatron's chain of dense and expert optimizers, which skips an update whose gradient norm is not finite.
+
+    The norm is reduced over all ranks, so every rank skips, and no parameter or momentum changes. Without this, as
+    torch's sign(NaN) is 0, Lion would keep a NaN momentum and stop moving those elements without a word. Megatron
+    counts the iteration as skipped. Its own check (``check_for_nan_in_loss_and_grad``, on by default) ends the run
+    before it comes to that.
+
+    The factor of ``--clip-grad`` is folded into the step, which saves a pass that reads and writes every gradient. For
+    fp32 gradients the bits are those of Megatron's scaled gradient: the same product, rounded the same way. The
+    gradient buffers keep the unscaled gradient.
+    """
+
+    _is_loaded = False
+
+    @compat.overrides
+    def __init__(self, chained_optimizers: list[Any]) -> None:
+        super().__init__(chained_optimizers)
+        self._own_settings = group_settings.GroupSettings(chained_optimizers)
+
+    @compat.overrides
+    def get_grad_norm(self) -> Any:
+        self._grad_norm = super().get_grad_norm()
+        return self._grad_norm
+
+    @compat.overrides
+    @torch.no_grad()
+    def step(self) -> Any:
+        with compat.folding_the_clip_factor(self._fold):
+            return super().step()
+
+    def _fold(self, parameters: list[torch.Tensor], factor: float) -> bool:
+        """Leave ``factor`` to the step of the part that has exactly these parameters. Returns whether there is one.
+
+        There is none where a part has a second group with a norm of its own, for multi-token prediction.
+        """
+        for part in self.chained_optimizers:
+            mine = part.get_parameters() if isinstance(part.optimizer, LIONS) else []
+            if len(mine) == len(parameters) and all(one is two for one, two in zip(mine, parameters, strict=True)):
+                part.optimizer.grad_scale = factor
+                return True
+        return False
+
+    @compat.overrides
+    def step_with_ready_grads(self) -> bool:
+        try:
+            return self._step_if_finite()
+        finally:
+            for part in self.chained_optimizers:
+                if isinstance(part.optimizer, LIONS):
+                    part.optimizer.grad_scale = 1.0
+
+    def _step_if_finite(self) -> bool:
+        if not self._every_gradient_is_finite():
+            console.warn(f"gradient norm {float(self._grad_norm)}: this update is skipped, nothing was changed")
+            return False
+        return bool(super().step_with_ready_grads())
+
+    def _every_gradient_is_finite(self) -> bool:
+        """Whether no rank holds a NaN or an infinity. Issues one all-reduce, of two numbers.
+
+        The norm does not see all that Lion updates: not the gradients of parameters that every tensor-parallel rank
+        holds whole, on any rank but the first, nor those of a tied copy, nor those of multi-token prediction.
+        """
+        grads = (compat.gradient_of(part, param) for part, param in self._outside_the_norm)
+        unseen = [grad for grad in grads if grad is not None]
+        size = float(self._grad_norm) + sum(float(norm) for norm in (torch._foreach_norm(unseen) if unseen else ()))
+        waiting = self._unquantised() if self._is_loaded else 0
+        sums = torch.tensor([not math.isfinite(size), waiting], dtype=torch.float64, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(sums)
+        bad, waiting = (int(number) for number in sums.tolist())
+        if waiting and not bad:
+            console.say(
+                f"int8 momentum: {waiting} elements over all ranks were not saved in these blocks of {BLOCK}; their "
+                "loaded fp32 values are used in this step, at whose end they are quantised"
+            )
+        self._is_loaded = self._is_loaded and bool(bad)
+        return not bad
+
+    def _unquantised(self) -> int:
+        return sum(part.optimizer.unquantised() for part in self.chained_optimizers if isinstance(part.optimizer, Lion))
+
+    @functools.cached_property
+    def _outside_the_norm(self) -> list[tuple[Any, torch.Tensor]]:
+        """Each part's parameters whose gradients its norm leaves out; found at the first step, when there are some."""
+        return [(part, param) for part in self.chained_optimizers for param in compat.params_outside_the_norm(part)]
+
+    @compat.overrides
+    def load_state_dict(self, state_dict: Any) -> None:
+        self._is_loaded = True
+        try:
+            with group_settings.kept(self._own_settings, self.chained_optimizers, state_dict) as with_own_settings:
+                super().load_state_dict(with_own_settings)
+        except RuntimeError as error:
+            if not str(error).startswith("Expected "):  # as many optimizers as this run has (0.19.2: optimizer 1579)
+                raise
+            raise LionError(EXPERTS_APART) from error
+        except ValueError as error:
+            if not str(error).startswith("Could not find parameter group"):  # (0.19.2: optimizer 642)
+                raise
+            raise LionError(group_settings.NO_SUCH_GROUP) from error

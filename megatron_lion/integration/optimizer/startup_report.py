@@ -1,0 +1,128 @@
+"""The start-up line: what is really active, counted over all ranks rather than read off the flags."""
+
+from typing import Any
+
+import torch
+
+from megatron_lion import kernels
+from megatron_lion.config import LionConfig
+from megatron_lion.integration import compat
+from megatron_lion.integration.console import say, warn
+from megatron_lion.integration.cpu import torch_cuda
+from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
+from megatron_lion.integration.reporting import gradient_shards
+
+
+def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimizer: Any) -> None:
+    """Say on rank 0 which parameters are on Lion and how large its state is. Issues two small all-reduces.
+
+    A parameter that Lion was not given is named in a warning: no parameter is left out without a word.
+    """
+    covered = _parameters_on_lion(optimizer)
+    # Pairs, not a dict: the stages of an interleaved pipeline share their parameters' names.
+    trainable = [pair for chunk in model_chunks for pair in chunk.named_parameters() if pair[1].requires_grad]
+    missed = [(name, param) for name, param in trainable if param not in covered]
+    tensors, missed_tensors, elements = _count_over_ranks(
+        *([param for _, param in pairs] for pairs in (trainable, missed))
+    )
+    sharding, state = _state_bytes(lion_config, config, optimizer)
+    kernel = kernels.describe(lion_config.kernel, _updated_tensors(optimizer), packed=lion_config.is_packed)
+    say(
+        f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
+        f"betas ({lion_config.betas[0]:g}, {lion_config.betas[1]:g}), weight decay {lion_config.weight_decay:g}, "
+        f"{sharding}: {state} per rank, kernel {kernel}"
+    )
+    if missed_tensors:
+        names = ", ".join(name for name, _ in missed) or "none"
+        warn(f"{missed_tensors} trainable parameters are not on Lion; on rank 0: {names}")
+    if lion_config.lr_warning:
+        warn(lion_config.lr_warning)
+    if len(model_chunks) > 1 and not compat.known().waits_before_it_frees and not torch_cuda.wanted():
+        warn(
+            f"interleaved pipelines of megatron-core {compat.megatron_version()} free activations that are still being "
+            "sent, which has been seen to end in NaN (Megatron pull request 4047): take 0.18 or later, or a pipeline "
+            "that is not interleaved"
+        )
+
+
+def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:
+    """The model's parameters (not the optimizer's shards of them) whose update Lion makes."""
+    covered: set[torch.nn.Parameter] = set()
+    for part in compat.parts_of(optimizer):
+        if not isinstance(part.optimizer, LIONS):
+            continue
+        if hasattr(part, "model_param_group_index_map"):  # the distributed optimizer owns whole buffers
+            covered.update(param for buffer in part.buffers for param in buffer.params)
+        else:
+            covered.update(param for param, _, _ in compat.updated_params(part))
+    return covered
+
+
+def _updated_tensors(optimizer: Any) -> list[torch.Tensor]:
+    """This rank's masters: what the kernel is chosen by. Where some are offloaded, those on the CPU."""
+    parts = compat.parts_of(optimizer)
+    return _offloaded(parts) or [
+        param for part in parts if part.optimizer is not None for param in part.get_parameters()
+    ]
+
+
+def _offloaded(parts: list[Any]) -> list[torch.Tensor]:
+    """The masters that are stepped on the CPU for a device."""
+    hybrids = [part.optimizer for part in parts if isinstance(part.optimizer, OffloadingLion)]
+    return [param for hybrid in hybrids for param in hybrid.host_parameters()]
+
+
+def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int, int]:
+    """Numbers of trainable tensors, of missed tensors and of elements in the whole model, each parameter once.
+
+    Every data-parallel replica adds 1/replicas of what it holds. A tensor-parallel parameter adds its elements on
+    every rank of its group but counts as a tensor on the first one only; a tied copy on another stage adds nothing.
+    """
+    counts = [0.0, 0.0, 0.0]
+    for column, params in enumerate((trainable, missed)):
+        for param in (param for param in params if not gradient_shards.is_tied_copy(param)):
+            replicas = gradient_shards.data_parallel_group(param).size()
+            counts[column] += (gradient_shards.tensor_parallel_rank(param) == 0) / replicas
+            if params is trainable and gradient_shards.is_counted(param):
+                counts[2] += param.numel() / replicas
+    sums = torch.tensor(counts, dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(sums)
+    tensors, missed_tensors, elements = (round(value) for value in sums.tolist())
+    return tensors, missed_tensors, elements
+
+
+def _state_bytes(lion_config: LionConfig, config: Any, optimizer: Any) -> tuple[str, str]:
+    """How the state is laid out, and its bytes on the fullest rank."""
+    momentum = master = dp = 0
+    parts = compat.parts_of(optimizer)
+    on_host = 8 * sum(param.numel() for param in _offloaded(parts))  # an fp32 master and an fp32 momentum
+    for part in parts:
+        if part.optimizer is None:
+            continue
+        if isinstance(part.optimizer, LIONS):
+            sizes = part.optimizer.state_bytes()
+            momentum, master = momentum + sizes[0], master + sizes[1]
+        copies = getattr(part, "shard_fp32_from_float16_groups", getattr(part, "fp32_from_float16_groups", []))
+        master += sum(p.numel() * p.element_size() for group in copies for p in group if p is not None)
+        if config.use_distributed_optimizer:
+            dp = max(dp, part.data_parallel_group.size())
+    largest = torch.tensor([momentum, master, on_host, dp], dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    momentum, master, on_host, dp = largest.tolist()
+    kept = {"fp32": "fp32 master", "remainder": "16 bits beside each bf16 parameter"}[lion_config.master_weights]
+    state = f"{lion_config.momentum_dtype} momentum {_megabytes(momentum)}" + (
+        f" + {kept} {_megabytes(master)}" if master else " (fp32 parameters are their own master)"
+    )
+    sharding = f"state sharded over DP={dp}" if config.use_distributed_optimizer else "state on every rank, not sharded"
+    return sharding, state + (f", {_megabytes(on_host)} of it on the CPU" if on_host else "")
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

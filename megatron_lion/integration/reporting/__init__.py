@@ -1,0 +1,1 @@
+"""Per-step telemetry and norm-ratio rounds during training."""

@@ -1,0 +1,1 @@
+"""Scripts for users, benchmarks and the reproduction of the paper."""

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Every table of docs/benchmarks.md in one command, on a machine that does nothing else. Usage: tools/benchmark/run_all.sh [OUT]
+# PYTHON names the interpreter; THREADS the threads of a step (default 2). Peers: see python -m tools.benchmark.step --help.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+PYTHON="${PYTHON:-python3}" THREADS="${THREADS:-2}" OUT="${1:-$ROOT/runs/benchmarks}"
+mkdir -p "$OUT"
+cd "$ROOT"
+phase=("$PYTHON" -m tools.benchmark.phase)
+{
+    printf '## The update alone\n\n'
+    "$PYTHON" -m tools.benchmark.step --peers all --threads "$THREADS" --rounds 9 --json "$OUT/step.json" --plot "$OUT/step.svg"
+    printf '\n## The whole optimizer phase in Megatron\n\n'
+    "${phase[@]}" --threads "$THREADS" --rounds 7 --json "$OUT/phase.json"
+    printf '\n## The host alone\n\n'
+    "${phase[@]}" --host --threads 1 --rounds 30 --json "$OUT/host.json"
+    printf '\n## Over data-parallel ranks\n\n'
+    "${phase[@]}" --ranks 1 2 4 --threads 1 --rounds 5 --peers adam-fused lion
+} 2>"$OUT/benchmark.log" | tee "$OUT/benchmarks.md"

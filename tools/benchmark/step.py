@@ -1,0 +1,78 @@
+"""How long one optimizer step takes, and how much of the memory's speed it uses: this package's Lion beside its peers.
+
+Candidates of one table step the same parameters in turn, each with state of its own, round after round in one process,
+in an order drawn for each, and medians are printed, so that a machine that slows down slows all of them. On a CPU each
+step finds the caches full of other memory, as after a backward pass. Bytes are counted, and the limit is a streaming
+pass in place over the same tensors, with the same reads and writes and one addition (benchmark/traffic.py).
+
+    python -m tools.benchmark.step --threads 2 --rounds 9 --peers all --json runs/step.json --plot runs/step.svg
+
+The peers are optional; one line installs them beside the environment, and what is missing is named with the reason:
+
+    pip install --no-deps --target peers -r tools/benchmark/peers.txt
+    PYTHONPATH=peers PATH=$PWD/peers/bin:$PATH python -m tools.benchmark.step --peers all
+"""
+
+import argparse
+import contextlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from megatron_lion import LionError
+from tools.benchmark import measure, ours, peers
+from tools.benchmark.shapes import MODELS, machine, parameters, shapes
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    names = peers.chosen(args.peers)
+    torch.set_num_threads(args.threads)
+    sizes = [(args.numel,)] if args.numel else shapes(args.shapes)
+    params = parameters(sizes, args.device)
+    numel = sum(param.numel() for param in params)
+    candidates, missing = ours.build(params)
+    with contextlib.redirect_stdout(sys.stderr):  # what a peer says at its start does not belong to the table
+        others, missing_peers = peers.build(params, names, args.device)
+    candidates, missing = candidates + others, missing | missing_peers
+    measured = [*candidates, *measure.limits(candidates)]
+    times = measure.measure(measured, args.rounds, evict=args.device == "cpu")
+    table = measure.rows(candidates, times, numel)
+    title = f"{len(sizes)} tensors, {numel:,} elements; {machine(args.device)}; medians of {args.rounds} rounds"
+    print(f"{title}\n\n{measure.markdown(table)}")
+    print(measure.not_measured(missing))
+    if args.json:
+        rows = [asdict(row) for row in table]
+        measure.write_json(args.json, machine=machine(args.device), numel=numel, rows=rows, missing=missing)
+    if args.plot:
+        measure.plot(table, args.plot, title)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=tuple(MODELS), default="gpt2-small", help="whose parameters (%(default)s)")
+    parser.add_argument("--numel", type=int, help="one flat tensor of so many elements instead")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where they are (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each that are counted (%(default)s)")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=["installed"],
+        metavar="NAME",
+        help="'all'; 'installed' (the default: without those that compile for minutes); or names of "
+        + ", ".join(peers.PEERS),
+    )
+    parser.add_argument("--json", type=Path, help="write the rows there as well")
+    parser.add_argument("--plot", type=Path, help="draw the rows there as well, SVG or PNG")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except LionError as error:
+        sys.exit(f"benchmark_step: {error}")

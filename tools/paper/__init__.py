@@ -1,0 +1,1 @@
+"""Reproduction of the paper: theory, studies, figures and the report."""

@@ -1,0 +1,136 @@
+"""Every figure and table of the paper beside ours, on one page, from what runs left behind.
+
+    python -m tools.paper.report --runs runs --output report
+
+Reads runs/toy (tools/paper/toy_convergence.py), runs/scaling and runs/scaling-bert, runs/rates, runs/rates-10to1 and
+runs/rates-vision (the tools of these names), runs/vision/DATASET (tools/paper/vision_study.py), runs/demo
+(launch/demo.sh) and every folder in runs with a recipe.json (launch/launch.py).
+What is missing or damaged is said in its place, with the command that makes it. Leaves report.html, which holds all
+that it needs, and report.md with its pictures in figures/.
+"""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from megatron_lion.config import LionError
+from megatron_lion.run import readable_errors
+from tools.paper.reporting import findings, rate_findings, vision_findings
+from tools.paper.reporting.pages import Row, to_html, to_markdown
+from tools.paper.reporting.paper import EXHIBITS, Exhibit
+
+Maker = Callable[[Path, str], findings.Finding]
+STUDIED_RATES = ("rates", "rates-10to1")  # SGD at its best rate, and at the paper's 10 times Lion's
+# By exhibit: folders that may hold its records, the file that says that they do, and who reads them.
+RECORDS: dict[str, list[tuple[str, str, Maker]]] = {
+    "Table 1": [("toy", "result.json", findings.toy_rates)],
+    "Figure A1": [("toy", "result.json", findings.toy_pictures)],
+    "Figure A2": [("toy", "result.json", findings.toy_bound)],
+    "Figure A3": [
+        (folder, rate_findings.RECORD, rate_findings.constants) for folder in (*STUDIED_RATES, "rates-vision")
+    ],
+    "Table A1": [(folder, rate_findings.RECORD, rate_findings.perplexities) for folder in STUDIED_RATES],
+    "Section 5": [(folder, "scaling.json", findings.scaling) for folder in ("scaling", "scaling-bert")],
+    "Figure 1": [(f"vision/{data}", "", vision_findings.curves) for data in ("cifar100", "digits")],
+    "Figure A4": [("vision/cifar10", "", vision_findings.curves)],
+    "Figure A5": [("vision/imagenet", "", vision_findings.curves)],
+    "Table A2": [
+        (f"vision/{data}", vision_findings.GRID, vision_findings.rates_found)
+        for data in ("cifar10", "cifar100", "digits")
+    ],
+}
+LANGUAGE_MODELS = {"Figure 2": "bert", "Figure 3": "gpt"}  # a part of their models' names
+# What a damaged or foreign record raises where it is read.
+BAD_RECORD = (LionError, KeyError, TypeError, ValueError, IndexError, AttributeError)
+
+
+def language_pairs(runs: Path) -> dict[str, dict[str, Path]]:
+    """The folders of language runs by model, then by optimizer: recipes, the demo, and the studies' first seed."""
+    pairs: dict[str, dict[str, Path]] = {}
+    for path in sorted(runs.glob("*/recipe.json")):
+        try:
+            names = json.loads(path.read_text(encoding="utf-8"))["names"]
+            model, optimizer = names["model"], names["optimizer"]
+        except (ValueError, KeyError, TypeError):  # cut short: the folder's usual name says the same
+            model, optimizer, *_ = [*path.parent.name.split("-"), "unknown"]
+        pairs.setdefault(str(model), {})[str(optimizer)] = path.parent
+    studies = (("the demo's GPT", "demo", ""), ("tiny GPT", "rates", "-1"), ("small BERT", "scaling-bert", "-400"))
+    for model, where, suffix in studies:
+        folder = runs / where
+        found = {name: folder / f"{name}{suffix}" for name in ("lion", "sgd") if (folder / f"{name}{suffix}").is_dir()}
+        pairs |= {model: found} if found else {}
+    return pairs
+
+
+def make_row(exhibit: Exhibit, runs: Path, hardware: str, pairs: dict[str, dict[str, Path]]) -> Row:
+    """What ``runs`` hold of an exhibit; a damaged record becomes a problem in words, not the report's end."""
+    makers: dict[str, Callable[[], findings.Finding]] = {}  # by where the records are
+    for folder, needed, maker in RECORDS.get(exhibit.name, []):
+        if (runs / folder / needed).exists():
+            makers[str(runs / folder)] = partial(maker, runs / folder, hardware)
+    for model, pair in pairs.items():
+        if LANGUAGE_MODELS.get(exhibit.name, "none") in model.lower():
+            makers[", ".join(map(str, pair.values()))] = partial(findings.language, pair, model, hardware)
+    found, problems = [], []
+    for where, make in makers.items():
+        try:
+            found.append(make())
+        except BAD_RECORD as error:
+            text = str(error) if isinstance(error, LionError) else f"{where}: {type(error).__name__}: {error}"
+            problems.append(f"{text}. To make it again: {exhibit.command}")
+    return Row(exhibit=exhibit, findings=found, problems=problems)
+
+
+def introduction(rows: list[Row], runs: Path, hardware: str) -> list[str]:
+    """The title, and what the page is."""
+    there = [row.exhibit.name for row in rows if row.findings]
+    return [
+        "Convergence Rate Analysis of LION: the paper beside our runs",
+        "Dong, Li, Lin (2025), DOI 10.11897/SP.J.1016.2025.02008. The paper's pictures are described, not copied; its "
+        "tables and numbers are its own. Ours are smaller unless they say otherwise: whether a claim held is said of "
+        "our model, data and steps alone.",
+        f"{len(there)} of {len(rows)} were run here ({', '.join(there) or 'none'}). Hardware: {hardware}. Made by "
+        f"tools/paper/report.py --runs {runs}.",
+    ]
+
+
+def this_machine() -> str:
+    """What the page says of the hardware unless told."""
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU"
+
+
+def write_report(runs: Path, output: Path, hardware: str) -> list[Row]:
+    """Gather, write both pages and return what stands in them. Raises LionError where ``runs`` is no folder."""
+    if not runs.is_dir():
+        raise LionError(f"--runs {runs} is not a folder: give the one that holds toy/, rates/, scaling/ and the others")
+    pairs = language_pairs(runs)
+    rows = [make_row(exhibit, runs, hardware, pairs) for exhibit in EXHIBITS]
+    intro = introduction(rows, runs, hardware)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "report.html").write_text(to_html(rows, intro), encoding="utf-8")
+    (output / "report.md").write_text(to_markdown(rows, intro, output), encoding="utf-8")
+    return rows
+
+
+def main() -> None:
+    """Write the report and say what is in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: runs)")
+    add("--output", type=Path, default=Path("report"), metavar="DIR", help="folder for the pages (default: report)")
+    add("--hardware", default=this_machine(), metavar="TEXT", help="what the runs were made on (default: this machine)")
+    options = parser.parse_args()
+    for row in write_report(options.runs, options.output, options.hardware):
+        print(f"{row.exhibit.name:10} {'run here' if row.findings else 'not run here'}")
+        for problem in [*row.problems, *(entry for found in row.findings for entry in found.missing)]:
+            print(f"           {problem}")
+    print(f"report: {options.output / 'report.html'}, {options.output / 'report.md'}")
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()

@@ -1,0 +1,172 @@
+"""What runs left behind, as findings: pictures, tables, on what they were made, and whether the claim held."""
+
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.config import LionError
+from megatron_lion.stats.writer import read_records
+from megatron_lion.training_log import read_training_log
+from tools.paper.reporting import drawings
+from tools.paper.reporting.paper import Table
+
+
+@dataclass
+class Finding:
+    """Ours beside one exhibit of the paper."""
+
+    verdict: str
+    """whether the claim held, in a sentence"""
+    made: str
+    """model, data, steps, hardware"""
+    pictures: dict[str, str] = field(default_factory=dict)
+    """SVG text by caption"""
+    tables: list[Table] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """what was wrong with the records, in words"""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises LionError where the file is no JSON object, as one that was cut short."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LionError(f"{path} cannot be read ({error}): was its run cut short? Make it again") from error
+    if not isinstance(content, dict):
+        raise LionError(f"{path} holds no object: it is not what the tool wrote")
+    return content
+
+
+def read_svg(path: Path) -> str:
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if "<svg" not in text:
+        raise LionError(f"{path} is missing or empty: make it again with the tool that wrote the results beside it")
+    return text[text.index("<svg") :]
+
+
+def toy_rates(folder: Path, hardware: str) -> Finding:
+    """Table 1: the slope with the corollaries' own hyperparameters."""
+    result = read_json(folder / "result.json")
+    table, held = [["problem", "K", "exponent of K [95 %]", "the rate's"]], True
+    for name in ("constrained", "unconstrained"):
+        found = result[name]["corollary"]
+        steps = [row["steps"] for row in found["rows"]]
+        held &= abs(found["slope"] + 0.25) <= 0.02
+        interval = f"{found['slope']:.4f} [{found['slope_low']:.4f}, {found['slope_high']:.4f}]"
+        table.append([name, f"{min(steps):,} to {max(steps):,}", interval, "-0.25"])
+    words = "Held on the toy problem" if held else "Not held on the toy problem"
+    return Finding(
+        verdict=f"{words}: with the corollaries' own betas and eta, slopes within 0.02 of -0.25 were asked for. A rate "
+        "is a theorem; a run can only agree with it, and two dimensions say nothing about d.",
+        made=f"the toy problem of appendix A.1.1, its own Gaussian noise; {hardware}",
+        tables=[table],
+        pictures={"the corollaries' runs": read_svg(folder / "corollary.svg")},
+    )
+
+
+def toy_pictures(folder: Path, hardware: str) -> Finding:
+    """Figure A1."""
+    minimum, lowest = read_json(folder / "result.json")["minimum"]
+    held = round(minimum, 3) == 2.125 and round(lowest, 3) == 1.884
+    return Finding(
+        verdict=f"{'Held' if held else 'Not held'}: minima at +-{minimum:.6f}, f* = {lowest:.6f}.",
+        made=f"computed, float64; {hardware}",
+        pictures={"(a)": read_svg(folder / "A1a_surface.svg"), "(b)": read_svg(folder / "A1b_contours.svg")},
+    )
+
+
+def toy_bound(folder: Path, hardware: str) -> Finding:
+    """Figure A2."""
+    result = read_json(folder / "result.json")
+    table, over = [["problem", "largest left / right", "at k", "above the bound for k", "at the end"]], []
+    for name in ("constrained", "unconstrained"):
+        share = result[name]["paper"]["averaged"]
+        above = "never" if share["over_from"] is None else f"{share['over_from']} to {share['over_to']}"
+        over += [name] if share["over_from"] is not None else []
+        cells = [f"{share['largest']:.3f}", str(share["at"]), above, f"{share['at_the_end']:.3f}"]
+        table.append([name, *cells])
+    verdict = f"Held in part: the left side is above the right for some k ({', '.join(over)})" if over else "Held"
+    return Finding(
+        verdict=f"{verdict}. eta = 0.01 and the default betas are not the corollaries', which do not promise the bound "
+        "for them.",
+        made=f"5 starts x 5 repeats, 2,000 steps, the package's own update rule in float64; {hardware}",
+        pictures={"(a)": read_svg(folder / "A2a_constrained.svg"), "(b)": read_svg(folder / "A2b_unconstrained.svg")},
+        tables=[table],
+    )
+
+
+def scaling(folder: Path, hardware: str) -> Finding:
+    """The exponent of r against d."""
+    result = read_json(folder / "scaling.json")
+    model = result.get("model", "gpt").upper()
+    table = [["optimizer", "step", "sizes", "exponent [95 %]", "0.5 inside"]]
+    for fit in result["fits"]:
+        interval = f"{fit['exponent']:.3f} [{fit['low']:.3f}, {fit['high']:.3f}]"
+        inside = "yes" if fit["holds_half"] else "no"
+        table.append([fit["optimizer"], str(fit["iteration"]), str(fit["sizes"]), interval, inside])
+    inside = sum(fit["holds_half"] for fit in result["fits"])
+    sizes = sorted({point["d"] for point in result["points"]})
+    shares = [point["ratio_over_sqrt_d"] for point in result["points"] if point["converged"]]
+    few = f"{len(sizes)} sizes up to {sizes[-1] / sizes[0]:.0f} times the smallest: intervals this wide show little"
+    missing = [few] if len(sizes) < 5 or sizes[-1] < 100 * sizes[0] else []
+    thin = sum(fit["sizes"] < len(sizes) for fit in result["fits"])
+    missing += [f"{thin} of {len(result['fits'])} fits lack sizes whose rounds did not converge"] if thin else []
+    return Finding(
+        verdict=f"{model}: 0.5 lies in {inside} of {len(result['fits'])} intervals; r / sqrt(d) of converged rounds "
+        f"lies between {min(shares):.3f} and {max(shares):.3f}.",
+        made=f"{model}s of {len(sizes)} sizes, d = {sizes[0]:,} to {sizes[-1]:,}; {hardware}",
+        pictures={
+            f"{model}: r against d": read_svg(folder / "exponent.svg"),
+            f"{model}: r / sqrt(d) over training": read_svg(folder / "ratio_over_sqrt_d.svg"),
+        },
+        tables=[table],
+        missing=missing,
+    )
+
+
+def language(pair: dict[str, Path], model: str, hardware: str) -> Finding:
+    """Figure 2 or 3 from the folders of one model's runs by optimizer: log.txt and norm_ratio.jsonl in each."""
+    logs, rounds, missing = {}, {}, []
+    for name, folder in pair.items():
+        try:
+            logs[name] = read_training_log(folder / "log.txt")
+            rounds[name] = read_records(folder / "norm_ratio.jsonl")
+        except LionError as error:
+            missing.append(str(error))
+            continue
+        if len(sizes := sorted({record["d"] for record in rounds[name]})) > 1:
+            missing.append(f"{folder}/norm_ratio.jsonl mixes runs: d = {' and '.join(map(str, sizes))}; it is left out")
+            del logs[name], rounds[name]
+        elif max(logs[name].loss) < logs[name].iterations:
+            log = logs[name]
+            missing.append(f"{folder} was cut short: {max(log.loss)} of {log.iterations} steps")
+    missing += [f"no {name} run of {model}" for name in ("lion", "sgd") if name not in pair]
+    both = [name for name in ("lion", "sgd") if name in logs and name in rounds]
+    if not both:
+        raise LionError("; ".join(missing))
+    table = [["optimizer", "last step", "training loss", "test loss", "r / sqrt(d)", "rounds that converged"]]
+    losses = {}
+    for name in both:
+        log, records = logs[name], rounds[name]
+        last = sorted(log.loss)[-5:]
+        losses[name] = statistics.mean(log.loss[step] for step in last)
+        shares = [r["ratio_over_sqrt_d"] for r in records if r["converged"]]
+        span = f"{min(shares):.3f} to {max(shares):.3f}" if shares else "none converged"
+        test = f"{log.final['test']:.4f}" if "test" in log.final else "-"
+        converged = f"{sum(bool(r['converged']) for r in records)} of {len(records)}"
+        table.append([name, str(last[-1]), f"{losses[name]:.4f}", test, span, converged])
+    if len(both) < 2:
+        verdict = "Cannot be said: one optimizer alone."
+    else:
+        verb = "Held" if losses["lion"] < losses["sgd"] else "Not held"
+        verdict = f"{verb} for the training loss (mean of the last five logged). One size says nothing about sqrt(d)."
+    d = rounds[both[0]][0]["d"]
+    return Finding(
+        verdict=verdict,
+        made=f"{model}, d = {d:,}, {logs[both[0]].iterations:,} steps; {hardware}",
+        pictures={model: drawings.loss_and_ratio({n: logs[n] for n in both}, {n: rounds[n] for n in both})},
+        tables=[table],
+        missing=missing,
+    )

@@ -1,0 +1,82 @@
+"""What tools/paper/rate_constants.py left: the constants of figure A3 and the perplexities of table A1."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.config import LionError
+from tools.paper.reporting.findings import Finding, read_json, read_svg
+from tools.paper.reporting.paper import Table
+from tools.paper.studies.rates import below_from, rate_of, trusted
+
+RECORD = "rates.json"
+PAPERS = {"lion": "0.701", "sgd": "1.365"}
+
+
+def constants(folder: Path, hardware: str) -> Finding:
+    """Figure A3."""
+    result = read_json(folder / RECORD)
+    found = result["rates"]
+    if len(found) < 2:
+        raise LionError(f"{folder / RECORD} has {', '.join(found)} alone: both optimizers are needed")
+    lion, sgd = found["lion"], found["sgd"]
+    verb = "Held" if lion["constant"] < sgd["constant"] else "Not held"
+    norms = "c_LION is of the l1 norm over sqrt(d), which is never above the l2 norm; in l2, as c_SGD is, Lion's is"
+    model = result.get("model", "tiny GPT")
+    rates = " and ".join(f"{entry['lr']:g}" for entry in (lion, sgd) if entry.get("lr"))
+    caption = f"(a) and (b): {model}" + f", learning rates {rates}" * bool(rates)
+    return Finding(
+        verdict=f"{verb}: c_LION = {lion['constant']:.3f}, c_SGD = {sgd['constant']:.3f}. {norms} "
+        f"{lion['l2_constant']:.3f}. {_reservations(lion, sgd)}",
+        made=f"{model}, d = {lion['d']:,}, {lion['steps'][-1]} steps, {lion['repeats']} seeds; {hardware}",
+        pictures={caption: read_svg(folder / "A3.svg")},
+        tables=[_constants_table(found)],
+    )
+
+
+def _constants_table(found: dict[str, Any]) -> Table:
+    table = [["", "ours", "the paper's", "in the l2 norm", "decided at step", "learning rate", "converged"]]
+    for name, theirs in PAPERS.items():
+        entry = found[name]
+        cells = [f"{entry['constant']:.4f}", theirs, f"{entry['l2_constant']:.4f}", str(entry["at_step"])]
+        table.append([f"c_{name.upper()}", *cells, rate_of(entry), trusted(entry)])
+    return table
+
+
+def _reservations(lion: dict[str, Any], sgd: dict[str, Any]) -> str:
+    """How far the constants can be trusted."""
+    if lion.get("exact") and sgd.get("exact"):
+        text = "Each norm is that of the whole training set's gradient, after each epoch."
+    else:
+        text = "Noise adds to the norms of rounds that did not converge: the constants are estimates from above."
+    at_end = [name for name, entry in (("LION", lion), ("SGD", sgd)) if entry["at_step"] == entry["steps"][-1]]
+    return text + "".join(
+        f" c_{name} is decided by the last step: a longer run can have a larger one." for name in at_end
+    )
+
+
+def perplexities(folder: Path, hardware: str) -> Finding:
+    """Table A1."""
+    result = read_json(folder / RECORD)
+    found = result.get("perplexity")
+    if not found:
+        raise LionError(
+            f"{folder / RECORD} has no perplexities: run tools/paper/rate_constants.py with --evaluate FILE"
+        )
+    steps = found["steps"]
+    table = [["tiny GPT", *(f"step {step}" for step in steps)]]
+    for name in ("sgd", "lion"):
+        means = map(statistics.mean, zip(*found[name], strict=True))
+        table.append([f"{name.upper()}, mean", *(f"{value:.3f}" for value in means)])
+    each = [["seed", f"LION at {steps[0]}", f"SGD at {steps[-1]}"]]
+    for seed, (lion, sgd) in enumerate(zip(found["lion"], found["sgd"], strict=True), start=1):
+        each.append([str(seed), f"{lion[0]:.3f}", f"{sgd[-1]:.3f}"])
+    verb = "Held" if found["lion_lower"] == found["seeds"] else "Not held"
+    lrs = [result["rates"][name].get("lr") for name in ("sgd", "lion")]
+    rates = f" SGD's rate is {lrs[0] / lrs[1]:.0f} times Lion's here, in the paper 10 times." if all(lrs) else ""
+    return Finding(
+        verdict=f"{verb}: Lion's first is below SGD's last in {found['lion_lower']} of {found['seeds']} seeds; "
+        f"Lion is below it {below_from(found)}.{rates}",
+        made=f"tiny GPT, ln perplexity per token, {found['seeds']} seeds; {hardware}",
+        tables=[table, each],
+    )
