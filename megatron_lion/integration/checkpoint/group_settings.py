@@ -16,7 +16,10 @@ from megatron_lion.lion import LION_GROUP_KEYS
 # Set on the optimizer's configuration where the run's own settings count. A script that uses megatron.core alone, and
 # may change groups by itself, has not got it: there the checkpoint's are taken, as Megatron has it.
 FROM_RUN = "lion_group_settings_from_run"
-RATES = ("lr", "min_lr", "weight_decay", "decoupled_lr", "decoupled_min_lr")
+RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
+# Of a weight decay that changes while a run trains, over --train-iters.
+SCHEDULED_DECAY = ("start_weight_decay", "end_weight_decay", "train_iters")
+WEIGHT_DECAY = ("weight_decay", "weight_decay_incr_style", *SCHEDULED_DECAY)
 
 NO_SUCH_GROUP = (
     "no parameter group in the checkpoint has this run's learning rates and multipliers: resume with the --lr, "
@@ -31,19 +34,36 @@ def carry(args: Any, config: Any) -> None:
 
 
 def refuse_other_rates(saved_args: Any, args: Any) -> None:
-    """Raise LionError where a run has other rates than its checkpoint and says of neither that they are to be taken."""
-    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+    """Raise LionError where a run has other rates than its checkpoint and says of neither that they are to be taken.
+
+    Also where it takes the checkpoint's, but with another weight decay: Megatron makes the first step with the command
+    line's (OptimizerParamScheduler.load_state_dict sets the groups before it reads the decay).
+    """
+    if args.override_opt_param_scheduler:
         return
-    both = ", ".join(
-        f"--{name.replace('_', '-')} {getattr(saved_args, name)} to {getattr(args, name)}"
-        for name in RATES
-        if hasattr(saved_args, name) and getattr(saved_args, name) != getattr(args, name)
-    )
-    if both:
+    if args.use_checkpoint_opt_param_scheduler:
+        if changes := _changes(saved_args, args, WEIGHT_DECAY):
+            raise LionError(
+                f"--use-checkpoint-opt_param-scheduler, and this run changes {changes}, which Megatron would use for "
+                "its first step: give those of the checkpoint, or take the command line's values for all "
+                "(--override-opt_param-scheduler)"
+            )
+    elif changes := _changes(saved_args, args, (*RATES, *WEIGHT_DECAY)):
         raise LionError(
-            f"the schedule goes on from the checkpoint's step, and this run changes {both}: add "
+            f"the schedule goes on from the checkpoint's step, and this run changes {changes}: add "
             "--override-opt_param-scheduler, which takes the command line's values, or give those of the checkpoint"
         )
+
+
+def _changes(saved_args: Any, args: Any, names: tuple[str, ...]) -> str:
+    """Which of the arguments differ, in words."""
+    styles = {saved_args.weight_decay_incr_style, args.weight_decay_incr_style}
+    unused = SCHEDULED_DECAY if styles == {"constant"} else ("weight_decay",) if "constant" not in styles else ()
+    return ", ".join(
+        f"--{name.replace('_', '-')} {getattr(saved_args, name)} to {getattr(args, name)}"
+        for name in names
+        if name not in unused and hasattr(saved_args, name) and getattr(saved_args, name) != getattr(args, name)
+    )
 
 
 class GroupSettings:
