@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_lion.config import LionError
-from megatron_lion.lion import LION_GROUP_KEYS
+from megatron_lion.storage import LION_GROUP_KEYS
 
 # Set on the optimizer's configuration where the run's own settings count. A script that uses megatron.core alone, and
 # may change groups by itself, has not got it: there the checkpoint's are taken, as Megatron has it.

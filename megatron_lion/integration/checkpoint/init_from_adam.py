@@ -7,7 +7,7 @@ import torch
 from megatron_lion.config import LionError, check_choice
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.optimizer.repaired import RepairedDistributedOptimizer
-from megatron_lion.lion import LION_GROUP_KEYS
+from megatron_lion.storage import LION_GROUP_KEYS
 
 # Where the optimizer's configuration carries --lion-init-from.
 INIT_FROM = "lion_init_from"

@@ -12,7 +12,7 @@ from megatron_lion.integration import compat, console
 from megatron_lion.integration.checkpoint import group_settings
 from megatron_lion.integration.checkpoint.formats import EXPERTS_APART
 from megatron_lion.integration.optimizer.offload import LIONS
-from megatron_lion.lion import Lion
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.precision import BLOCK
 
 
@@ -83,20 +83,21 @@ class LionChainedOptimizer(ChainedOptimizer):
         grads = (compat.gradient_of(part, param) for part, param in self._outside_the_norm)
         unseen = [grad for grad in grads if grad is not None]
         size = float(self._grad_norm) + sum(float(norm) for norm in (torch._foreach_norm(unseen) if unseen else ()))
-        waiting = self._unquantised() if self._is_loaded else 0
+        waiting = self._unquantized() if self._is_loaded else 0
         sums = torch.tensor([not math.isfinite(size), waiting], dtype=torch.float64, device=torch.cuda.current_device())
         torch.distributed.all_reduce(sums)
         bad, waiting = (int(number) for number in sums.tolist())
         if waiting and not bad:
             console.say(
                 f"int8 momentum: {waiting} elements over all ranks were not saved in these blocks of {BLOCK}; their "
-                "loaded fp32 values are used in this step, at whose end they are quantised"
+                "loaded fp32 values are used in this step, which quantizes them"
             )
         self._is_loaded = self._is_loaded and bool(bad)
         return not bad
 
-    def _unquantised(self) -> int:
-        return sum(part.optimizer.unquantised() for part in self.chained_optimizers if isinstance(part.optimizer, Lion))
+    def _unquantized(self) -> int:
+        lions = (part.optimizer for part in self.chained_optimizers if isinstance(part.optimizer, ShardedLion))
+        return sum(lion.unquantized() for lion in lions)
 
     @functools.cached_property
     def _outside_the_norm(self) -> list[tuple[Any, torch.Tensor]]:

@@ -25,7 +25,7 @@ from megatron_lion.integration.optimizer.distributed import (
     init_lion_state,
     init_sgd_state,
 )
-from megatron_lion.lion import Lion
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 
 # What the optimizer's configuration carries of our flags; absent where a script uses megatron.core alone, which may set
 # them on its OptimizerConfig.
@@ -120,8 +120,8 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: An
     if not state_precision.use_precision_aware_path(config, lion_config, model_chunks):
         stored = {}  # Megatron keeps the masters, and Lion's momentum has their dtype
 
-    def lion_in_place_of_sgd(param_groups: Any, lr: float, weight_decay: float, momentum: float) -> Lion:
-        return Lion(
+    def lion_in_place_of_sgd(param_groups: Any, lr: float, weight_decay: float, momentum: float) -> ShardedLion:
+        return ShardedLion(
             param_groups,
             lr=lr,
             betas=lion_config.betas,

@@ -11,6 +11,7 @@ from megatron_lion.integration.console import say, warn
 from megatron_lion.integration.cpu import torch_cuda
 from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
 from megatron_lion.integration.reporting import gradient_shards
+from megatron_lion.step import StepKind
 
 
 def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimizer: Any) -> None:
@@ -26,7 +27,7 @@ def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimi
         *([param for _, param in pairs] for pairs in (trainable, missed))
     )
     sharding, state = _state_bytes(lion_config, config, optimizer)
-    kernel = kernels.describe(lion_config.kernel, _updated_tensors(optimizer), packed=lion_config.is_packed)
+    kernel = kernels.describe(lion_config.kernel, _updated_kinds(lion_config, optimizer))
     say(
         f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
         f"betas ({lion_config.betas[0]:g}, {lion_config.betas[1]:g}), weight decay {lion_config.weight_decay:g}, "
@@ -58,11 +59,17 @@ def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:
     return covered
 
 
-def _updated_tensors(optimizer: Any) -> list[torch.Tensor]:
-    """This rank's masters: what the kernel is chosen by. Where some are offloaded, those on the CPU."""
+def _updated_kinds(lion_config: LionConfig, optimizer: Any) -> list[StepKind]:
+    """Devices and dtypes of this rank's updates, by which the kernel is chosen. If some are offloaded, only those."""
     parts = compat.parts_of(optimizer)
-    return _offloaded(parts) or [
+    masters = _offloaded(parts) or [
         param for part in parts if part.optimizer is not None for param in part.get_parameters()
+    ]
+    remainders = torch.int16 if lion_config.master_weights == "remainder" else None
+    scales = torch.bfloat16 if lion_config.momentum_dtype == "int8" else None
+    return [
+        StepKind(device, dtype, dtype, dtype, remainders=remainders, scales=scales)
+        for device, dtype in dict.fromkeys((master.device, master.dtype) for master in masters)
     ]
 
 

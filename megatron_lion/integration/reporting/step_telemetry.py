@@ -15,8 +15,8 @@ import torch
 
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, console
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.integration.reporting import gradient_shards
-from megatron_lion.lion import Lion
 from megatron_lion.telemetry import Telemetry
 
 SUMS = ("elements", "l1", "l2_squared", "inner", "zeros", "flipped")
@@ -94,7 +94,7 @@ TRAINING = (
 def begin(optimizer: Any) -> None:
     """Tell each Lion which of its parameters this rank counts."""
     for part in compat.parts_of(optimizer):
-        if isinstance(part.optimizer, Lion):
+        if isinstance(part.optimizer, ShardedLion):
             part.optimizer.counted = {
                 inner for param, inner, _ in compat.updated_params(part) if gradient_shards.counts_here(part, param)
             }
@@ -106,11 +106,11 @@ def measure_next_step(optimizer: Any, wanted: bool) -> None:
         lion.telemetry = Telemetry() if wanted else None
 
 
-def _lions(optimizer: Any) -> list[Lion]:
-    return [part.optimizer for part in compat.parts_of(optimizer) if isinstance(part.optimizer, Lion)]
+def _lions(optimizer: Any) -> list[ShardedLion]:
+    return [part.optimizer for part in compat.parts_of(optimizer) if isinstance(part.optimizer, ShardedLion)]
 
 
-def over_ranks(lions: list[Lion]) -> Telemetry:
+def over_ranks(lions: list[ShardedLion]) -> Telemetry:
     """The sums of the last step over all ranks. Issues two small all-reduces over all ranks."""
     here = Telemetry()
     for lion in lions:
