@@ -16,7 +16,7 @@ from typing import Any
 import harness
 import pytest
 
-from megatron_lion.integration.compat.versions import KNOWN, megatron_version, minor_version
+from megatron_lion.integration.compat.versions import TRAITS, megatron_version, minor_version
 from megatron_lion.training_log import TrainingLog
 
 WHEELS = Path(os.environ.get("MEGATRON_LION_TESTS_WHEELS", Path(sys.prefix) / "megatron-wheels"))
@@ -35,7 +35,7 @@ def until(minor: str) -> pytest.MarkDecorator:
 def others_with_a_loop() -> list[str]:
     """The releases, but for the environment's own, whose wheel has Megatron's own loop."""
     return [
-        v.tested for v in KNOWN.values() if v.released and v.has_a_wheel_with_a_loop and v.tested != megatron_version()
+        v.tested for v in TRAITS.values() if v.released and v.has_a_wheel_with_a_loop and v.tested != megatron_version()
     ]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from harness import HORIZON, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
 
-from megatron_lion.integration.compat import known
+from megatron_lion.integration.compat import installed_traits
 
 # Parameter by parameter, instead of in buckets whose padding is never initialised.
 CANONICAL = "--dist-ckpt-optim-fully-reshardable"
@@ -115,7 +115,7 @@ def test_the_checkpoints_schedule_is_taken_if_asked_for(text: Path, tmp_path: Pa
     pretrain(text, run, f"--save {tmp_path} --save-interval 2 --exit-interval 2")
     more = f"--load {tmp_path} --use-checkpoint-opt_param-scheduler --lr 5e-5"
     resumed = pretrain(text, run, more, kill_at=4)
-    if known().groups_are_found_by_rates:
+    if installed_traits().groups_are_found_by_rates:
         assert resumed.returncode not in (0, -9)
         assert "resume with the --lr, --min-lr" in resumed.output
     else:

@@ -28,7 +28,7 @@ from version_table import Table
 from versions import Megatron, started
 
 from megatron_lion.config import LionError
-from megatron_lion.integration.compat.versions import KNOWN, RELEASES
+from megatron_lion.integration.compat.versions import RELEASES, TRAITS
 
 HERE = Path(__file__).parent
 LATEST = "latest_checkpointed_iteration.txt"
@@ -89,7 +89,7 @@ def declarations(megatron: Megatron, *what: str) -> Any:
 def test_all_that_is_replaced_overridden_and_read_is_declared(megatron: Megatron) -> None:
     answer = declarations(megatron)
     classes = answer.pop("classes")
-    assert ("OlderDistributedOptimizer" in classes) == (not KNOWN[megatron.version[:4]].asks_for_state_keys)
+    assert ("OlderDistributedOptimizer" in classes) == (not TRAITS[megatron.version[:4]].asks_for_state_keys)
     assert {"LionDistributedOptimizer", "LionChainedOptimizer", "OffloadingLion", "InitFromAdam"} < set(classes)
     assert not any(answer.values()), answer
 
@@ -318,6 +318,6 @@ def test_text_preparation_says_that_this_wheel_builds_no_tokenizer(
 def test_evaluation_needs_a_loop_that_builds_the_model(minor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from evaluation import scoring
 
-    monkeypatch.setattr("megatron_lion.integration.loop.pretrain.known", lambda: KNOWN[minor])
+    monkeypatch.setattr("megatron_lion.integration.loop.pretrain.installed_traits", lambda: TRAITS[minor])
     with pytest.raises(LionError, match=r"evaluation needs a Megatron whose loop builds a GPT.*0\.19 or later"):
         scoring.build_model(None)

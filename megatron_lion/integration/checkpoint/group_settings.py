@@ -49,8 +49,10 @@ def refuse_other_rates(saved_args: Any, args: Any) -> None:
 class GroupSettings:
     """The settings of a chain's parameter groups as they were when it was built, but for betas."""
 
-    def __init__(self, parts: list[Any]) -> None:
-        self._optimizers = [part.optimizer for part in parts if part.optimizer is not None]
+    def __init__(self, sub_optimizers: list[Any]) -> None:
+        self._optimizers = [
+            sub_optimizer.optimizer for sub_optimizer in sub_optimizers if sub_optimizer.optimizer is not None
+        ]
         self._settings = [_settings(group) for group in self._groups()]
 
     def _groups(self) -> Iterator[dict[str, Any]]:
@@ -64,18 +66,18 @@ class GroupSettings:
 
 
 @contextlib.contextmanager
-def kept(own: GroupSettings, parts: list[Any], state_dict: Any) -> Iterator[Any]:
-    """Around a load: yields ``state_dict`` with the settings of ``parts``, for Megatron to find each group by.
+def kept(own: GroupSettings, sub_optimizers: list[Any], state_dict: Any) -> Iterator[Any]:
+    """Around a load: yields ``state_dict`` with this run's group settings, by which Megatron finds each saved group.
 
-    Betas stay the saved ones, of which the optimizer says what becomes of them. Megatron also loads the state of each
-    of ``parts`` into itself before it reads a checkpoint, so their settings then are no longer their own. Where the
-    settings are not to be the run's, all is left to Megatron.
+    Betas stay the saved ones; the optimizer decides about them. Before Megatron reads a checkpoint it also loads the
+    state of each sub-optimizer into itself, which changes its settings, so they are restored first. With
+    ``rates_from_run`` False everything is left to Megatron.
     """
-    if not all(getattr(part.config, FROM_RUN, False) for part in parts):
+    if not all(getattr(sub_optimizer.config, FROM_RUN, False) for sub_optimizer in sub_optimizers):
         yield state_dict
         return
     own.set_again()
-    yield _with_own_settings(parts, state_dict)
+    yield _with_own_settings(sub_optimizers, state_dict)
     own.set_again()
 
 
@@ -83,14 +85,16 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "betas")}
 
 
-def _with_own_settings(parts: list[Any], state_dict: Any) -> Any:
-    """``state_dict`` with the settings of the groups of ``parts``; itself where it is to be loaded as it is."""
-    is_one = len(parts) == 1
+def _with_own_settings(sub_optimizers: list[Any], state_dict: Any) -> Any:
+    """``state_dict`` with the group settings of ``sub_optimizers``, or ``state_dict`` itself if it is not Lion's."""
+    is_one = len(sub_optimizers) == 1
     # Megatron sorts the keys of a dictionary of several.
     states = [state_dict] if is_one else [state for _, state in sorted(_items(state_dict))]
-    if len(states) != len(parts) or not all(_is_lions(state) for state in states):
+    if len(states) != len(sub_optimizers) or not all(_is_lions(state) for state in states):
         return state_dict
-    replaced = [_of_part(part, state) for part, state in zip(parts, states, strict=True)]
+    replaced = [
+        _of_sub_optimizer(sub_optimizer, state) for sub_optimizer, state in zip(sub_optimizers, states, strict=True)
+    ]
     return replaced[0] if is_one else replaced
 
 
@@ -102,12 +106,12 @@ def _is_lions(state: dict[str, Any]) -> bool:
     return all(group.keys() >= LION_GROUP_KEYS for group in state.get("optimizer", state).get("param_groups", []))
 
 
-def _of_part(part: Any, state: dict[str, Any]) -> dict[str, Any]:
+def _of_sub_optimizer(sub_optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
     inner = state.get("optimizer", state)  # of the fp32 optimizer it is all there is
     saved = inner.get("param_groups")
-    if not saved or part.optimizer is None:
+    if not saved or sub_optimizer.optimizer is None:
         return state
-    own = [_settings(group) | {"betas": saved[0]["betas"]} for group in part.optimizer.param_groups]
+    own = [_settings(group) | {"betas": saved[0]["betas"]} for group in sub_optimizer.optimizer.param_groups]
     if any("params" in group for group in saved):  # by place, as Megatron has it; the distributed optimizer keeps none
         if len(own) != len(saved):
             return state  # Megatron says so

@@ -12,7 +12,7 @@ from types import CodeType
 from typing import Any
 
 from megatron_lion.config import LionError
-from megatron_lion.integration.compat.versions import INSTALL_HINT, KNOWN, SUPPORTED, megatron_version, minor_version
+from megatron_lion.integration.compat.versions import INSTALL_HINT, SUPPORTED, TRAITS, megatron_version, minor_version
 
 # How every version before 0.19 spells the tensors of a distributed optimizer's state.
 ADAM_STATE = ("param", "exp_avg", "exp_avg_sq")
@@ -31,13 +31,13 @@ class Seam:
     name: str
     parameters: tuple[str, ...] = ()
     uses: tuple[Any, ...] = ()
-    since: str = min(KNOWN)
-    until: str = max(KNOWN)
+    since: str = min(TRAITS)
+    until: str = max(TRAITS)
 
     @property
     def is_needed(self) -> bool:
         """Whether this package needs it in the installed Megatron; an unknown one is taken for the newest."""
-        minor = minor_version() if minor_version() in KNOWN else max(KNOWN)
+        minor = minor_version() if minor_version() in TRAITS else max(TRAITS)
         return self.since <= minor <= self.until
 
     def holder(self) -> tuple[Any, str]:

@@ -51,7 +51,7 @@ def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]
     _check_lion(args)
     # Under its own name stock would turn --use-distributed-optimizer into a layer-wise optimizer (1671-1686); the
     # arguments are printed after the name is restored, so that the log tells the truth.
-    with compat.substituted(args, optimizer="sgd"), compat.substituted(arguments, _print_args=lambda *_: None):
+    with compat.temporarily(args, optimizer="sgd"), compat.temporarily(arguments, _print_args=lambda *_: None):
         validated = stock(args, defaults or {})
     norm_ratio.check(args)
     ownership.mark(args)

@@ -84,7 +84,7 @@ def _check(args: Any) -> None:
     asked = [flag for flag, is_asked in wanted.items() if is_asked]
     if asked and not args.use_distributed_optimizer:
         raise LionError(f"{asked[0]} needs --use-distributed-optimizer (also on one rank): add it")
-    if args.optimizer_cpu_offload and not compat.known().asks_for_state_keys:
+    if args.optimizer_cpu_offload and not compat.installed_traits().asks_for_state_keys:
         raise LionError(
             f"--optimizer-cpu-offload has been made to work with Lion from megatron-core 0.19 on, and this is "
             f"{compat.megatron_version()}: drop the flag"
@@ -127,7 +127,7 @@ def quantized_weights(found: str) -> LionError:
 def stock_flags(args: Any) -> contextlib.AbstractContextManager[None]:
     """Hide Megatron's precision-aware flags while it builds its configuration: it accepts them for Adam alone."""
     fp32 = {"main_grads_dtype": torch.float32, "exp_avg_dtype": torch.float32}
-    return compat.substituted(args, use_precision_aware_optimizer=False, **fp32)
+    return compat.temporarily(args, use_precision_aware_optimizer=False, **fp32)
 
 
 def use_precision_aware_path(config: Any, lion_config: LionConfig, model_chunks: list[Any]) -> bool:

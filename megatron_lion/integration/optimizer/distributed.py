@@ -172,7 +172,7 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
         """Step, in which Lion writes the bf16 parameters itself: Megatron's copy after it has nothing left to do."""
         if self.is_stub_optimizer or compat.is_precision_aware(self.config) or not self._let_lion_copy():
             return bool(super().step_with_ready_grads())
-        with compat.substituted(self, _copy_main_params_to_model_params=lambda: None):
+        with compat.temporarily(self, _copy_main_params_to_model_params=lambda: None):
             return bool(super().step_with_ready_grads())
 
     def _let_lion_copy(self) -> bool:

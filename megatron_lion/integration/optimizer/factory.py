@@ -43,10 +43,10 @@ def get_megatron_optimizer(
     if config.optimizer == "lion":
         return _build_lion(optimizers, config, model_chunks, build)
     if config.optimizer == "sgd":
-        with compat.substituted(optimizers, DistributedOptimizer=SGDDistributedOptimizer):
+        with compat.temporarily(optimizers, DistributedOptimizer=SGDDistributedOptimizer):
             return _with_init_state(build(), init_sgd_state)
     if config.optimizer == "adam" and not compat.has_te_or_apex():
-        with compat.substituted(optimizers, DistributedOptimizer=TorchAdamDistributedOptimizer):
+        with compat.temporarily(optimizers, DistributedOptimizer=TorchAdamDistributedOptimizer):
             return build()
     return build()
 
@@ -68,7 +68,7 @@ def get_megatron_optimizer_config(stock: Callable[..., Any], args: Any) -> Any:
     """
     if args.optimizer != "lion":
         return stock(args)
-    with state_precision.stock_flags(args), compat.substituted(args, optimizer="sgd"):
+    with state_precision.stock_flags(args), compat.temporarily(args, optimizer="sgd"):
         made = stock(args)
     for name, default in {"optimizer": "lion", **BETAS, **CARRIED}.items():
         setattr(made[0], name, getattr(args, name, default))
@@ -139,9 +139,9 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: An
         stock_log(logger, level, message.replace("optimizer='sgd'", "optimizer='lion'"), *args, **kwargs)
 
     with (
-        compat.substituted(config, optimizer="sgd"),
+        compat.temporarily(config, optimizer="sgd"),
         compat.offloading_with(offload.OffloadingLion),
-        compat.substituted(
+        compat.temporarily(
             optimizers,
             SGD=lion_in_place_of_sgd,
             HybridDeviceOptimizer=hybrid_of_lions,
@@ -151,18 +151,18 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: An
         ),
     ):
         optimizer = _with_init_state(build(), init_lion_state)
-    for part in compat.parts_of(optimizer):
-        if isinstance(part.optimizer, offload.LIONS):
-            part.optimizer.register_load_state_dict_post_hook(functools.partial(_keep_betas, lion_config))
+    for sub_optimizer in compat.sub_optimizers_of(optimizer):
+        if isinstance(sub_optimizer.optimizer, offload.LIONS):
+            sub_optimizer.optimizer.register_load_state_dict_post_hook(functools.partial(_keep_betas, lion_config))
     startup_report.report(lion_config, config, model_chunks, optimizer)
     return optimizer
 
 
 def _with_init_state(optimizer: Any, init_state: Any) -> Any:
     """Give the wrappers that stock left without an ``init_state_fn``, and so unable to load a checkpoint, theirs."""
-    for part in compat.parts_of(optimizer):
-        if part.init_state_fn is None:
-            part.init_state_fn = init_state
+    for sub_optimizer in compat.sub_optimizers_of(optimizer):
+        if sub_optimizer.init_state_fn is None:
+            sub_optimizer.init_state_fn = init_state
     return optimizer
 
 

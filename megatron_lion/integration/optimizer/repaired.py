@@ -28,14 +28,14 @@ class RepairedDistributedOptimizer(DistributedOptimizer):
 
     @compat.overrides
     def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
-        if not compat.known().shifts_reshardable_state:
+        if not compat.installed_traits().shifts_reshardable_state:
             return super().sharded_param_state_fully_reshardable(*args, **kwargs)
         gather_state = self.get_parameter_state_dp_zero
 
         def gather_state_with_padding(**options: Any) -> Any:
             return self._put_padding_back(gather_state(**options))
 
-        with compat.substituted(self, get_parameter_state_dp_zero=gather_state_with_padding):
+        with compat.temporarily(self, get_parameter_state_dp_zero=gather_state_with_padding):
             return super().sharded_param_state_fully_reshardable(*args, **kwargs)
 
     def _put_padding_back(self, state: dict[Any, Any] | None) -> dict[Any, Any] | None:

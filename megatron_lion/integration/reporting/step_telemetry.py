@@ -93,10 +93,12 @@ TRAINING = (
 
 def begin(optimizer: Any) -> None:
     """Tell each Lion which of its parameters this rank counts."""
-    for part in compat.parts_of(optimizer):
-        if isinstance(part.optimizer, Lion):
-            part.optimizer.counted = {
-                inner for param, inner, _ in compat.updated_params(part) if gradient_shards.counts_here(part, param)
+    for sub_optimizer in compat.sub_optimizers_of(optimizer):
+        if isinstance(sub_optimizer.optimizer, Lion):
+            sub_optimizer.optimizer.counted = {
+                inner
+                for param, inner, _ in compat.updated_params(sub_optimizer)
+                if gradient_shards.counts_here(sub_optimizer, param)
             }
 
 
@@ -107,7 +109,11 @@ def measure_next_step(optimizer: Any, wanted: bool) -> None:
 
 
 def _lions(optimizer: Any) -> list[Lion]:
-    return [part.optimizer for part in compat.parts_of(optimizer) if isinstance(part.optimizer, Lion)]
+    return [
+        sub_optimizer.optimizer
+        for sub_optimizer in compat.sub_optimizers_of(optimizer)
+        if isinstance(sub_optimizer.optimizer, Lion)
+    ]
 
 
 def over_ranks(lions: list[Lion]) -> Telemetry:

@@ -4,7 +4,7 @@ After every N-th iteration, between its log line and its checkpoint, a round run
 and backward through Megatron's own schedule, reduces each batch's gradient as training would, adds it to a mean outside
 Megatron's buffers, and records norms, ratio, loss and noise (:mod:`megatron_lion.stats`). The model stays in training
 mode, dropout on: it is the gradient of the training loss. Routers' auxiliary losses are part of the gradient and not of
-the recorded loss. Training then goes on as if nothing had happened (:mod:`.undisturbed`).
+the recorded loss. Training then goes on as if nothing had happened (:mod:`.isolated`).
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from megatron_lion.config import NormRatioConfig
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.flags import norm_ratio_arguments
 from megatron_lion.integration.reporting.norm_ratio import round_data
-from megatron_lion.integration.reporting.norm_ratio.isolation import undisturbed
+from megatron_lion.integration.reporting.norm_ratio.isolation import isolated
 from megatron_lion.integration.reporting.norm_ratio.measure import Step, run_round
 from megatron_lion.stats import GradientRecord
 from megatron_lion.stats.writer import RecordFile
@@ -68,7 +68,7 @@ class Rounds:
     def measure(self, config: NormRatioConfig, iteration: int, *, stepped: bool) -> None:
         """Run one round and report it."""
         assert self.step is not None
-        with undisturbed(self.step.model, self.step.optimizer, self.step.config, stepped=stepped):
+        with isolated(self.step.model, self.step.optimizer, self.step.config, stepped=stepped):
             record, tokens = run_round(self.step, self.datasets, config.batches, iteration)
         report(record, config, iteration, tokens)
 
