@@ -35,12 +35,15 @@ def before_megatron() -> None:
 
 
 def register_core() -> None:
-    """The optimizer factory in ``megatron.core``."""
+    """The optimizer factory and its configuration in ``megatron.core``."""
     if "core" in _done:
         return
+    from megatron_lion.integration.optimizer import config_fields
+
     require_known_megatron(training=False)
     for patch in _core_patches():
         patch.apply()
+    config_fields.install()
     if torch_cuda.wanted():
         from megatron_lion.integration.cpu import megatron_patches
 
@@ -68,6 +71,9 @@ def require_known_megatron(*, training: bool) -> None:
     """
     compat.require(compat.seams_of(training=training))
     compat.require(seams(training=training))
+    from megatron_lion.integration.optimizer import config_fields
+
+    config_fields.refuse_earlier_subclasses()
 
 
 def seams(*, training: bool) -> tuple[Seam, ...]:

@@ -1,9 +1,9 @@
-"""Whose learning rates a resumed run has: its command line's, unless it asks for the checkpoint's.
+"""Resuming: use the command line's learning rates unless told to keep the checkpoint's.
 
-Megatron looks for the saved group of each of its parameter groups and takes that one's settings whole. Up to 0.18 it
-looks by multipliers and kind alone: a new ``--lr`` was then ignored without a word, though
-``--override-opt_param-scheduler`` asks for it, and of two groups that differ in their rates both got the last one's
-(0.18.2: distrib_optimizer 908). From 0.19 on it looks by rates too, and found none for a new ``--lr``.
+Megatron looks for the saved group of each parameter group and takes all settings of that one. Up to 0.18 it compares
+only multipliers and kind: it silently ignored a new ``--lr``, although ``--override-opt_param-scheduler`` asks for it,
+and two groups that differ in their rates both got the last one's (0.18.2: distrib_optimizer 908). From 0.19 on it
+compares rates too, and found no group for a new ``--lr``.
 """
 
 import contextlib
@@ -13,9 +13,6 @@ from typing import Any
 from megatron_lion.config import LionError
 from megatron_lion.lion import LION_GROUP_KEYS
 
-# Set on the optimizer's configuration where the run's own settings count. A script that uses megatron.core alone, and
-# may change groups by itself, has not got it: there the checkpoint's are taken, as Megatron has it.
-FROM_RUN = "lion_group_settings_from_run"
 RATES = ("lr", "min_lr", "weight_decay", "decoupled_lr", "decoupled_min_lr")
 
 NO_SUCH_GROUP = (
@@ -25,13 +22,8 @@ NO_SUCH_GROUP = (
 )
 
 
-def carry(args: Any, config: Any) -> None:
-    """Tell the optimizer's configuration whose settings the command line asks for."""
-    setattr(config, FROM_RUN, not args.use_checkpoint_opt_param_scheduler)
-
-
 def refuse_other_rates(saved_args: Any, args: Any) -> None:
-    """Raise LionError where a run has other rates than its checkpoint and says of neither that they are to be taken."""
+    """Raise LionError if the rates of this run and of its checkpoint differ and no flag says which to use."""
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
     both = ", ".join(
@@ -41,13 +33,13 @@ def refuse_other_rates(saved_args: Any, args: Any) -> None:
     )
     if both:
         raise LionError(
-            f"the schedule goes on from the checkpoint's step, and this run changes {both}: add "
-            "--override-opt_param-scheduler, which takes the command line's values, or give those of the checkpoint"
+            f"this run changes {both}, and its schedule continues from the checkpoint's step: add "
+            "--override-opt_param-scheduler to use the command line's values, or use the checkpoint's"
         )
 
 
 class GroupSettings:
-    """The settings of a chain's parameter groups as they were when it was built, but for betas."""
+    """The settings, except betas, of a chain's parameter groups when it was built."""
 
     def __init__(self, sub_optimizers: list[Any]) -> None:
         self._optimizers = [
@@ -56,24 +48,24 @@ class GroupSettings:
         self._settings = [_settings(group) for group in self._groups()]
 
     def _groups(self) -> Iterator[dict[str, Any]]:
-        """The groups that there are now: a load replaces them."""
+        """The current groups: a load replaces them."""
         return (group for optimizer in self._optimizers for group in optimizer.param_groups)
 
     def set_again(self) -> None:
-        """Give each group its own settings: those that look the same to Megatron got those of one of them."""
+        """Restore each group's settings. Groups that look the same to Megatron all got those of one of them."""
         for group, settings in zip(self._groups(), self._settings, strict=True):
             group.update(settings)
 
 
 @contextlib.contextmanager
-def kept(own: GroupSettings, sub_optimizers: list[Any], state_dict: Any) -> Iterator[Any]:
+def kept(own: GroupSettings, sub_optimizers: list[Any], state_dict: Any, *, from_run: bool) -> Iterator[Any]:
     """Around a load: yields ``state_dict`` with this run's group settings, by which Megatron finds each saved group.
 
     Betas stay the saved ones; the optimizer decides about them. Before Megatron reads a checkpoint it also loads the
-    state of each sub-optimizer into itself, which changes its settings, so they are restored first. With
-    ``rates_from_run`` False everything is left to Megatron.
+    state of each sub-optimizer into itself, which changes its settings, so they are restored first. Without
+    ``from_run`` everything is left to Megatron.
     """
-    if not all(getattr(sub_optimizer.config, FROM_RUN, False) for sub_optimizer in sub_optimizers):
+    if not from_run:
         yield state_dict
         return
     own.set_again()

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_lion.integration.compat.patching import temporarily, wrap
 from megatron_lion.integration.compat.versions import installed_traits
 
@@ -19,6 +21,12 @@ def _compile_helpers(stock: Callable[[], None]) -> None:
 
     if (Path(dataset_utils.__file__).parent / "Makefile").is_file():
         stock()
+
+
+# How Megatron's settings describe state in fp32.
+_FP32_STATE = dict.fromkeys(
+    ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), torch.float32
+)
 
 
 WHEEL_WITHOUT_MAKEFILE = wrap("megatron.core.datasets.utils:compile_helpers", _compile_helpers)
@@ -55,15 +63,31 @@ def folding_the_clip_factor(fold: Callable[[list[Any], float], bool]) -> Iterato
         yield
 
 
-def set_precision_aware(config: Any) -> None:
-    """Have DistributedOptimizer leave master weights and 16-bit parameters to the optimizer inside it.
+def as_sgd(settings: Any) -> contextlib.AbstractContextManager[None]:
+    """Call Lion "sgd" in ``settings``, a configuration or a command line, while Megatron reads it.
 
-    OptimizerConfig's own check (0.19.2: optimizer_config 430) allows that for Transformer Engine's Adam alone, so the
-    fields are set after it. The second one is what all of Megatron's code asks. Megatron sets it to False for some fp8
-    recipes (404), where its optimizer cannot write the fp8 weights; the caller has refused fp8 weights.
+    Megatron passes every name except adam and sgd to its emerging optimizers, which turn --use-distributed-optimizer
+    into a layer-wise optimizer (0.19.2: arguments 1671) and put embeddings and 1-D parameters on Adam.
     """
-    config.use_precision_aware_optimizer = True
-    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+    return temporarily(settings, optimizer="sgd")
+
+
+def without_precision_aware_settings(settings: Any) -> contextlib.AbstractContextManager[None]:
+    """Hide Megatron's precision-aware settings, which it accepts only for Adam (0.19.2: optimizer_config 430)."""
+    return temporarily(settings, use_precision_aware_optimizer=False, **_FP32_STATE)
+
+
+def set_precision_aware(config: Any, needed: bool) -> None:
+    """Choose whether DistributedOptimizer leaves master weights and 16-bit parameters to the optimizer inside it.
+
+    OptimizerConfig's check allows that only for Transformer Engine's Adam, so the fields are set after it. The second
+    one is what all of Megatron's code reads. Megatron sets it to False for some fp8 recipes (0.19.2: optimizer_config
+    404), where its optimizer cannot write the fp8 weights; the caller has refused fp8 weights.
+    """
+    config.use_precision_aware_optimizer = needed
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = needed
+    for name, dtype in _FP32_STATE.items():  # the dtypes of what checkpoints hold
+        setattr(config, name, dtype)
 
 
 def is_precision_aware(config: Any) -> bool:

@@ -91,11 +91,6 @@ CORE: tuple[Seam, ...] = (
     ),
     Seam(_OPTIMIZER, "SGD", ("params", "lr", "momentum", "weight_decay")),
     Seam(_OPTIMIZER, "USING_PYTORCH_OPTIMIZER"),
-    Seam(
-        "megatron.core.optimizer.optimizer_config",
-        "OptimizerConfig.__post_init__",
-        uses=("use_precision_aware_optimizer", "use_precision_aware_optimizer_no_fp8_or_ds_fp8"),
-    ),
     # The chain, and the optimizers in it.
     Seam(_OPTIMIZER, "ChainedOptimizer.__init__", ("chained_optimizers",), uses=("chained_optimizers",)),
     Seam(_OPTIMIZER, "ChainedOptimizer.step", ("self",), uses=("clip_grad_by_total_norm_fp32", "get_grad_norm")),
@@ -217,6 +212,8 @@ TRAINING: tuple[Seam, ...] = (
     # Megatron's loop looks up what this package replaces.
     Seam(_LOOP, "setup_model_and_optimizer", uses=("get_megatron_optimizer", "get_megatron_optimizer_config")),
     Seam(_LOOP, "get_megatron_optimizer", ("config",)),
+    # It copies Lion's options, which are fields.
+    Seam(_LOOP, "get_megatron_optimizer_config", ("args",), uses=("fields", "OptimizerConfig"), since="0.18"),
     Seam(_LOOP, "pretrain", ("model_type", "forward_step_func"), uses=("initialize_megatron",)),
     Seam(_LOOP, "train", uses=("train_step", "post_training_step_callbacks")),
     Seam(_LOOP, "should_disable_forward_pre_hook", ("args",)),

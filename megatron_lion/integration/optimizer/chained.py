@@ -1,5 +1,6 @@
 """Megatron's chain of optimizers, with Lion: updates are all-or-nothing, and the clip factor is folded into them."""
 
+import contextlib
 import functools
 import math
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from megatron_lion.config import LionError
+from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.checkpoint import group_settings
 from megatron_lion.integration.checkpoint.formats import EXPERTS_APART
@@ -29,6 +30,7 @@ class LionChainedOptimizer(ChainedOptimizer):
     gradient buffers keep the unscaled gradient.
     """
 
+    options: LionOptions  # set when the chain has been built
     _is_loaded = False
 
     @compat.overrides
@@ -111,11 +113,15 @@ class LionChainedOptimizer(ChainedOptimizer):
             for param in compat.params_outside_the_norm(sub_optimizer)
         ]
 
+    def _settings_kept(self, state_dict: Any) -> contextlib.AbstractContextManager[Any]:
+        from_run = self.options.rates_from_run
+        return group_settings.kept(self._own_settings, self.chained_optimizers, state_dict, from_run=from_run)
+
     @compat.overrides
     def load_state_dict(self, state_dict: Any) -> None:
         self._is_loaded = True
         try:
-            with group_settings.kept(self._own_settings, self.chained_optimizers, state_dict) as with_own_settings:
+            with self._settings_kept(state_dict) as with_own_settings:
                 super().load_state_dict(with_own_settings)
         except RuntimeError as error:
             if not str(error).startswith("Expected "):  # as many optimizers as this run has (0.19.2: optimizer 1579)

@@ -1,11 +1,11 @@
-"""The start-up line: what is really active, counted over all ranks rather than read off the flags."""
+"""The start-up line: what is active, counted over all ranks rather than read from the flags."""
 
 from typing import Any
 
 import torch
 
 from megatron_lion import kernels
-from megatron_lion.config import LionConfig
+from megatron_lion.config import LionOptions, warning_about
 from megatron_lion.integration import compat
 from megatron_lion.integration.console import say, warn
 from megatron_lion.integration.cpu import torch_cuda
@@ -13,10 +13,10 @@ from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
 from megatron_lion.integration.reporting import gradient_shards
 
 
-def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimizer: Any) -> None:
+def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer: Any) -> None:
     """Say on rank 0 which parameters are on Lion and how large its state is. Issues two small all-reduces.
 
-    A parameter that Lion was not given is named in a warning: no parameter is left out without a word.
+    A warning names each parameter that is not on Lion: none is silently left out.
     """
     covered = _parameters_on_lion(optimizer)
     # Pairs, not a dict: the stages of an interleaved pipeline share their parameters' names.
@@ -25,18 +25,18 @@ def report(lion_config: LionConfig, config: Any, model_chunks: list[Any], optimi
     tensors, missed_tensors, elements = _count_over_ranks(
         *([param for _, param in pairs] for pairs in (trainable, missed))
     )
-    sharding, state = _state_bytes(lion_config, config, optimizer)
-    kernel = kernels.describe(lion_config.kernel, _updated_tensors(optimizer), packed=lion_config.is_packed)
+    sharding, state = _state_bytes(options, config, optimizer)
+    kernel = kernels.describe(options.kernel, _updated_tensors(optimizer), packed=options.is_packed)
     say(
         f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
-        f"betas ({lion_config.betas[0]:g}, {lion_config.betas[1]:g}), weight decay {lion_config.weight_decay:g}, "
+        f"betas ({options.betas[0]:g}, {options.betas[1]:g}), weight decay {config.weight_decay:g}, "
         f"{sharding}: {state} per rank, kernel {kernel}"
     )
     if missed_tensors:
         names = ", ".join(name for name, _ in missed) or "none"
         warn(f"{missed_tensors} trainable parameters are not on Lion; on rank 0: {names}")
-    if lion_config.lr_warning:
-        warn(lion_config.lr_warning)
+    if warning := warning_about(config.lr):
+        warn(warning)
     if len(model_chunks) > 1 and not compat.installed_traits().waits_before_it_frees and not torch_cuda.wanted():
         warn(
             f"interleaved pipelines of megatron-core {compat.megatron_version()} free activations that are still being "
@@ -98,7 +98,7 @@ def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int
     return tensors, missed_tensors, elements
 
 
-def _state_bytes(lion_config: LionConfig, config: Any, optimizer: Any) -> tuple[str, str]:
+def _state_bytes(options: LionOptions, config: Any, optimizer: Any) -> tuple[str, str]:
     """How the state is laid out, and its bytes on the fullest rank."""
     momentum = master = dp = 0
     sub_optimizers = compat.sub_optimizers_of(optimizer)
@@ -118,8 +118,8 @@ def _state_bytes(lion_config: LionConfig, config: Any, optimizer: Any) -> tuple[
     largest = torch.tensor([momentum, master, on_host, dp], dtype=torch.int64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     momentum, master, on_host, dp = largest.tolist()
-    kept = {"fp32": "fp32 master", "remainder": "16 bits beside each bf16 parameter"}[lion_config.master_weights]
-    state = f"{lion_config.momentum_dtype} momentum {_megabytes(momentum)}" + (
+    kept = {"fp32": "fp32 master", "remainder": "16 bits beside each bf16 parameter"}[options.master_weights]
+    state = f"{options.momentum_dtype} momentum {_megabytes(momentum)}" + (
         f" + {kept} {_megabytes(master)}" if master else " (fp32 parameters are their own master)"
     )
     sharding = f"state sharded over DP={dp}" if config.use_distributed_optimizer else "state on every rank, not sharded"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_lion.config import NormRatioConfig
+from megatron_lion.config import NormRatioOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.flags import norm_ratio_arguments
 from megatron_lion.integration.reporting.norm_ratio import round_data
@@ -47,30 +47,30 @@ class Rounds:
         if not first:
             return
         round_data.check_datasets(self.datasets)
-        config = norm_ratio_arguments.config_from(get_args())
-        file, is_new = RecordFile(Path(config.file)), [True]
+        options = norm_ratio_arguments.options_from(get_args())
+        file, is_new = RecordFile(Path(options.file)), [True]
         if torch.distributed.get_rank() == 0:
             if moved := file.resume(iteration):
                 console.say(moved)
             is_new = [file.is_empty()]
         torch.distributed.broadcast_object_list(is_new, src=0)
-        if config.at_start and is_new[0]:
-            self.measure(config, iteration, stepped=False)
+        if options.at_start and is_new[0]:
+            self.measure(options, iteration, stepped=False)
 
     def after_step(self, iteration: int) -> None:
         """Measure if a round is due after ``iteration`` steps."""
         from megatron.training import get_args
 
-        config = norm_ratio_arguments.config_from(get_args())
-        if config.interval and iteration % config.interval == 0:
-            self.measure(config, iteration, stepped=True)
+        options = norm_ratio_arguments.options_from(get_args())
+        if options.interval and iteration % options.interval == 0:
+            self.measure(options, iteration, stepped=True)
 
-    def measure(self, config: NormRatioConfig, iteration: int, *, stepped: bool) -> None:
+    def measure(self, options: NormRatioOptions, iteration: int, *, stepped: bool) -> None:
         """Run one round and report it."""
         assert self.step is not None
         with isolated(self.step.model, self.step.optimizer, self.step.config, stepped=stepped):
-            record, tokens = run_round(self.step, self.datasets, config.batches, iteration)
-        report(record, config, iteration, tokens)
+            record, tokens = run_round(self.step, self.datasets, options.batches, iteration)
+        report(record, options, iteration, tokens)
 
 
 _rounds = Rounds()
@@ -98,7 +98,7 @@ def train_step(
     """Take note of each step, and measure before the first one where asked for."""
     from megatron.training import get_args
 
-    if norm_ratio_arguments.config_from(get_args()).is_on:
+    if norm_ratio_arguments.options_from(get_args()).is_on:
         _rounds.before_step(
             Step(forward_step_func, data_iterator, model, optimizer, config, forward_backward_func, kwargs),
             iteration or 0,
@@ -158,12 +158,12 @@ TRAINING = (
 )
 
 
-def report(record: GradientRecord, config: NormRatioConfig, iteration: int, tokens: int) -> None:
+def report(record: GradientRecord, options: NormRatioOptions, iteration: int, tokens: int) -> None:
     """Append the record to its file and say it on rank 0; write it to TensorBoard and Weights & Biases, if on."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 
     if torch.distributed.get_rank() == 0:
-        RecordFile(Path(config.file)).append(record.to_json({"iteration": iteration, "tokens": tokens}))
+        RecordFile(Path(options.file)).append(record.to_json({"iteration": iteration, "tokens": tokens}))
     console.say(line(record, iteration))
     values = {name: getattr(record, key) for name, key in METRICS.items() if getattr(record, key) is not None}
     if writer := get_tensorboard_writer():
