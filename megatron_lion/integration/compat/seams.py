@@ -204,10 +204,6 @@ TRAINING: tuple[Seam, ...] = (
         uses=("ddp_config", "remove_forward_pre_hook_handles"),
     ),
     Seam("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel.zero_grad_buffer", ("self",)),
-    # checkpoint/integrity.py replaces these.
-    Seam("megatron.training.checkpointing", "save_checkpoint", ("iteration", "model", "optimizer")),
-    Seam("megatron.training.async_utils", "maybe_finalize_async_save", ("blocking",)),
-    Seam(f"{_CHECKPOINT}.strategies.torch", "_get_filesystem_reader", ("checkpoint_dir",)),
     Seam("torch.distributed.checkpoint", "FileSystemReader._slice_file", ("self", "file", "sinfo")),
     # Megatron's loop looks up what this package replaces.
     Seam(_LOOP, "setup_model_and_optimizer", uses=("get_megatron_optimizer", "get_megatron_optimizer_config")),

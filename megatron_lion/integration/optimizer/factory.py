@@ -17,11 +17,10 @@ from megatron_lion.integration.checkpoint import formats
 from megatron_lion.integration.flags import state_precision
 from megatron_lion.integration.optimizer import config_fields, offload, startup_report
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer
-from megatron_lion.integration.optimizer.distributed import (
-    LionDistributedOptimizer,
+from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer, init_lion_state
+from megatron_lion.integration.optimizer.sgd_and_adam import (
     SGDDistributedOptimizer,
     TorchAdamDistributedOptimizer,
-    init_lion_state,
     init_sgd_state,
 )
 from megatron_lion.lion import Lion

@@ -1,4 +1,4 @@
-"""Forward and backward passes in the middle of training that leave no trace in it."""
+"""Forward and backward passes during training that do not change it."""
 
 import contextlib
 import random
@@ -13,13 +13,13 @@ from megatron_lion.integration import compat
 
 @contextlib.contextmanager
 def isolated(model_chunks: list[Any], optimizer: Any, config: Any, *, stepped: bool) -> Iterator[None]:
-    """On leaving, training is what it would be without what happened inside, bit for bit.
+    """Restore on leaving, bit for bit, everything that the passes inside change in training.
 
-    Kept: the random states of Python, numpy, torch, the device and Megatron's tracker; the model's buffers (a router's
-    expert bias, for one); the mixture-of-experts metrics; the iteration timer, which stands still meanwhile; the rerun
-    state machine, which is off. Parameters are gathered first where their all-gather overlaps with the forward pass,
-    and its hooks are off inside, as in Megatron's own evaluation. Gradient buffers are left zeroed, as each step begins
-    by zeroing them. Issues the collectives of that all-gather and of the timer's barrier.
+    Restored: the random states of Python, numpy, torch, the device and Megatron's tracker; the model's buffers (for
+    example a router's expert bias); the mixture-of-experts metrics; the iteration timer, which is stopped meanwhile;
+    the rerun state machine, which is off. Parameters are gathered first if their all-gather overlaps with the forward
+    pass, and its hooks are off inside, as in Megatron's own evaluation. Gradient buffers are zeroed, as each step
+    begins by zeroing them. Issues the collectives of that all-gather and of the timer's barrier.
 
     Args:
         model_chunks: the model of this rank, wrapped in Megatron's DistributedDataParallel.
