@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import LANGUAGE, assert_same_bits, compare, problem, with_special_values
-from test_packed_kernels import packed
 
 from megatron_lion import Lion
 from megatron_lion.kernels import choose, compiler, describe, fused
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.update import lion_update_
+from tests.test_kernels import LANGUAGE, assert_same_bits, compare, problem, with_special_values
+from tests.test_packed_kernels import packed
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

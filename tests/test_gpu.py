@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_kernels import LANGUAGE, assert_same_bits, problem
 
 from megatron_lion.lion import Lion
 from megatron_lion.update import lion_update_
+from tests.test_kernels import LANGUAGE, assert_same_bits, problem
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here (torch.cuda.is_available() is False)"

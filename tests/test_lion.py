@@ -11,11 +11,11 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lion import LionError
-from megatron_lion.kernels import KERNELS
 from megatron_lion.lion import Lion
 from megatron_lion.update import lion_step
 
 FP32, BF16 = torch.float32, torch.bfloat16
+KERNELS = ("auto", "reference", "foreach", "fused")
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_lion import HYPER, assert_same, make_params, run, snapshot
 
 from megatron_lion.kernels import KERNELS
 from megatron_lion.lion import Lion
+from tests.test_lion import HYPER, assert_same, make_params, run, snapshot
 
 
 def skipping(optimizer, params, bad=float("nan")):

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from test_kernels import LANGUAGE, assert_same_bits, problem, with_special_values
 
 from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.precision import BLOCK, Place, quantise, split_master
 from megatron_lion.update import lion_update_
+from tests.test_kernels import LANGUAGE, assert_same_bits, problem, with_special_values
 
 FP32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
 EVERY_KERNEL = pytest.mark.parametrize("kernel", [lion_update_fused_], ids=["fused"])

@@ -5,14 +5,14 @@ from dataclasses import astuple
 
 import pytest
 import torch
-from test_kernels import LANGUAGE, problem
-from test_packed_kernels import BF16, FP32, INT8, compare_packed, packed
 
 from megatron_lion import Lion
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
+from tests.test_kernels import LANGUAGE, problem
+from tests.test_packed_kernels import BF16, FP32, INT8, compare_packed, packed
 
 KERNELS = [lion_update_, lion_update_foreach_, lion_update_fused_]
 

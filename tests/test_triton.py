@@ -7,15 +7,15 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from test_kernels import DYADIC, LANGUAGE, assert_same_bits, compare, problem, with_special_values
-from test_packed_kernels import MIXES, compare_packed, packed
-from test_telemetry import sums
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lion import Lion, kernels
 from megatron_lion.precision import Place
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
+from tests.test_kernels import DYADIC, LANGUAGE, assert_same_bits, compare, problem, with_special_values
+from tests.test_packed_kernels import MIXES, compare_packed, packed
+from tests.test_telemetry import sums
 
 pytest.importorskip("triton")
 

@@ -19,13 +19,13 @@ import megatron_lion
 
 megatron_lion.register()
 
-import pretrain_gpt  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 
+from launch import pretrain_gpt  # noqa: E402
 from megatron_lion.integration.compat import temporarily  # noqa: E402
 
 FROZEN = ("embedding.word_embeddings", "mlp.linear_fc1", "self_attention.linear_proj.bias")

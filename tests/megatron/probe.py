@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pretrain_gpt
 import torch
-from compare_stock import owners, state_bytes, stock_on_cpu
 
 import megatron_lion
+from launch import pretrain_gpt
 from megatron_lion.integration import compat
 from megatron_lion.lion import Lion
+from tools.compare_stock import owners, state_bytes, stock_on_cpu
 
 
 def set_gradients(model: list[Any], seed: int, bad: float | None = None) -> dict[str, torch.Tensor]:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pretrain_gpt
 import torch
 
 import megatron_lion
+from launch import pretrain_gpt
 from megatron_lion.integration import compat
 from megatron_lion.integration.loop_callbacks import Step
 from megatron_lion.integration.reporting import gradient_shards

@@ -10,9 +10,9 @@ import prepare_text
 import pytest
 import torch
 import train_tokenizer
-from harness import BATCH, CPU, HORIZON, NO_DROPOUT, ROOT, Run, relative_difference, run_ranks
 
 from megatron_lion.config import LionError
+from tests.harness import BATCH, CPU, HORIZON, NO_DROPOUT, ROOT, Run, relative_difference, run_ranks
 
 SCRIPT = ROOT / "launch" / "pretrain_bert.py"
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64"
@@ -170,7 +170,7 @@ def test_masks_and_swaps_follow_the_documented_rates(samples: list[dict[str, num
 
 def test_the_loss_is_the_masked_tokens_mean_plus_the_orders() -> None:
     """Against an independent sum in fp64."""
-    import pretrain_bert
+    from launch import pretrain_bert
 
     generator = torch.Generator().manual_seed(5)
     token_losses, order = torch.rand(4, 16, generator=generator) * 5, torch.randn(4, 2, generator=generator)

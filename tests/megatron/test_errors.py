@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import BATCH, CPU, MODEL, PRETRAIN_GPT, Run, torchrun
-from versions import since
 
-from megatron_lion.integration.flags.arguments import REFUSED
+from tests.harness import BATCH, CPU, MODEL, PRETRAIN_GPT, Run, torchrun
+from tests.versions import since
 
 ERROR = "megatron-lion: error: "
 LION = "--optimizer lion --lr 1e-4"
@@ -109,9 +108,9 @@ WRONG = {
 FOREIGN = {
     f"{LION} --ckpt-format fsdp_dtensor": ("--ckpt-format fsdp_dtensor", "Megatron-FSDP", "use torch_dist"),
     f"{LION} --ckpt-format torch_dcp": ("--ckpt-format torch_dcp", "torch FSDP2", "use torch_dist"),
-} | {
-    f"{LION} --{dest.replace('_', '-')}": (f"--{dest.replace('_', '-')} is not supported", "lion", REFUSED[dest])
-    for dest in REFUSED
+    f"{LION} --use-megatron-fsdp": ("--use-megatron-fsdp is not supported", "lion", f"Use {DISTRIBUTED}"),
+    f"{LION} --use-torch-fsdp2": ("--use-torch-fsdp2 is not supported", "lion", f"Use {DISTRIBUTED}"),
+    f"{LION} --optimizer-cuda-graph": ("--optimizer-cuda-graph is not supported", "lion", "Remove the flag"),
 }
 REFUSES = pytest.mark.refuses("Megatron-FSDP, torch FSDP2, their checkpoint formats, optimizer CUDA graphs")
 

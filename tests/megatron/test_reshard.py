@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import reshard
-from reshard import LAYOUTS, STORAGES, Saved
+
+from tests.megatron import reshard
+from tests.megatron.reshard import LAYOUTS, STORAGES, Saved
 
 # fp32 sums over ranks are rounded in another order, and each rounding may flip the sign of an element of c near zero.
 SAME_FUNCTION = 1e-6

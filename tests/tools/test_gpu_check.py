@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import ROOT
+
+from tests.harness import ROOT
 
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
 

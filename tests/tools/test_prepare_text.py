@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy
 import prepare_text
 import pytest
-import vocabularies
 from corpus import manifest, shards, sources, splits
 from corpus.sentences import split_sentences
 
 from megatron_lion.config import LionError
+from tests.tools import vocabularies
 
 SMALL = ("--shard-megabytes", "0.02")
 

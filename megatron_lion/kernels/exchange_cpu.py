@@ -1,0 +1,107 @@
+"""Digits, messages and their replay by the compiled CPU kernel, with the bits of :mod:`megatron_lion.exchange`."""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor
+
+from megatron_lion.exchange.digits import FORMATS
+from megatron_lion.exchange.message import Run, WireFormat, check_runs
+from megatron_lion.kernels import compiler
+
+SOURCE = compiler.SOURCE.with_name("exchange_cpu.cpp")
+_ADDRESS, _SIZE, _INT, _RATE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+ARGUMENTS = {
+    "exchange_digits": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _RATE, _RATE),
+    "exchange_write": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _INT),
+    "exchange_replay": (
+        *(_INT, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _SIZE, _SIZE),
+        *(_ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _INT),
+    ),
+}
+
+
+def exchange_cpu_problem() -> str | None:
+    """Why the CPU kernel cannot be used on this machine, or None. Compiles it if needed."""
+    try:
+        compiler.load(SOURCE)
+    except compiler.CompilerUnavailable as error:
+        return str(error)
+    return None
+
+
+@torch.no_grad()
+def sign_digits_cpu(
+    old: Tensor, new: Tensor, sign: Tensor, *, lr: float, weight_decay: float, half_away: bool = False
+) -> Tensor:
+    """:func:`megatron_lion.exchange.digits.sign_digits` for CPU tensors."""
+    old, new, sign = old.contiguous(), new.contiguous(), sign.to(torch.int8).contiguous()
+    _check_on_cpu(old, new, sign)
+    if not old.dtype == new.dtype or not old.shape == new.shape == sign.shape:
+        raise ValueError(f"old and new are {old.dtype} {list(old.shape)} and {new.dtype} {list(new.shape)}")
+    digits = torch.empty(old.shape, dtype=torch.uint8)
+    addresses = [tensor.data_ptr() for tensor in (old, new, sign, digits)]
+    number = FORMATS.index((old.dtype, half_away))
+    _call("exchange_digits", number, *addresses, old.numel(), lr, weight_decay)
+    return digits
+
+
+@torch.no_grad()
+def write_message_cpu_(message: Tensor, digits: Tensor, params: Tensor, form: WireFormat) -> None:
+    """:func:`megatron_lion.exchange.message.write_message_` with ``torch.get_num_threads()`` threads, on the CPU."""
+    form.check(params, message[None], digits)
+    _check_on_cpu(message, digits, params)
+    message[sum(form.section_bytes()[:3]) :].zero_()  # the table
+    sections = _sections(message[None], form)
+    addresses = (_address(sections), digits.data_ptr(), params.data_ptr())
+    _call("exchange_write", form.kind, *addresses, form.numel, form.capacity, torch.get_num_threads())
+
+
+@torch.no_grad()
+def replay_cpu_(
+    params: Tensor, messages: Tensor, runs: Sequence[Run], form: WireFormat, *, own: int | None = None
+) -> Tensor:
+    """:func:`megatron_lion.exchange.message.replay_` with ``torch.get_num_threads()`` threads, on the CPU."""
+    form.check(params, messages)
+    check_runs(runs, params.numel())
+    _check_on_cpu(params, messages)
+    sections = _sections(messages, form)
+    mismatches = torch.zeros(len(messages), dtype=torch.int64)
+    bounds = array("q", chain.from_iterable(run[:2] for run in runs))
+    rates = array("d", chain.from_iterable(run[2:] for run in runs))
+    _call(
+        "exchange_replay",
+        *(form.kind, params.data_ptr(), _address(sections), len(messages), -1 if own is None else own),
+        *(form.numel, form.capacity, _address(bounds), _address(rates), len(runs)),
+        *(mismatches.data_ptr(), torch.get_num_threads()),
+    )
+    torch.autograd.graph.increment_version([params])  # the kernel wrote without autograd's knowledge
+    return mismatches
+
+
+def _call(name: str, *arguments: float) -> None:
+    function = getattr(compiler.load(SOURCE), name)
+    function.restype, function.argtypes = None, ARGUMENTS[name]
+    function(*arguments)
+
+
+def _check_on_cpu(*tensors: Tensor) -> None:
+    """Raise ValueError for tensors on a device, whose addresses would crash the process."""
+    devices = sorted({tensor.device.type for tensor in tensors})
+    if devices != ["cpu"]:
+        raise ValueError(f"the CPU kernel works on CPU tensors, not on {', '.join(devices)}: use the reference")
+
+
+def _sections(messages: Tensor, form: WireFormat) -> array:
+    """The addresses of the sections of each message in turn."""
+    starts = range(messages.data_ptr(), messages.data_ptr() + messages.nbytes, form.nbytes)
+    offsets = list(accumulate(form.section_bytes()[:-1], initial=0))
+    return array("Q", [start + offset for start in starts for offset in offsets])
+
+
+def _address(values: array) -> int:
+    """Where ``values`` are in memory, as long as the caller keeps them."""
+    return values.buffer_info()[0]
