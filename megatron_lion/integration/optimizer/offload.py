@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
-from megatron_lion.config import LionConfig
+from megatron_lion.config import LionOptions
 from megatron_lion.integration import compat
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 
@@ -103,17 +103,17 @@ LIONS = (ShardedLion, OffloadingLion)
 
 
 def build(
-    lion_config: LionConfig, param_groups: Any, *, momentum: float, cpu_optimizer_cls: Any, gpu_optimizer_cls: Any,
+    options: LionOptions, param_groups: Any, *, momentum: float, cpu_optimizer_cls: Any, gpu_optimizer_cls: Any,
     **settings: Any,
 ) -> OffloadingLion:  # fmt: skip
-    """What Megatron calls in the place of HybridDeviceOptimizer, with the settings of the SGD that Lion stands for."""
+    """Megatron calls this in the place of HybridDeviceOptimizer, with SGD's settings."""
     return OffloadingLion(
         param_groups,
         cpu_optimizer_cls=HostLion,
         gpu_optimizer_cls=DeviceLion,
-        betas=lion_config.betas,
+        betas=options.betas,
         momentum_init="zero",
         maximize=False,
-        kernel=lion_config.kernel,
+        kernel=options.kernel,
         **settings,
     )
