@@ -33,6 +33,8 @@ CPU_ENVIRONMENT = {**run_flags.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 os.environ.update(CPU_ENVIRONMENT)
 # Without dropout, whose draws differ with the layout, two layouts compute the same function.
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
+# Processes that read data, in every run that is killed or gets a signal: they get it too.
+WORKERS = "--num-workers 2"
 # A start and a resume must give the scheduler the same horizon, whatever --train-iters says.
 HORIZON = "--lr-decay-iters 20"
 

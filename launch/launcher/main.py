@@ -130,7 +130,6 @@ def run_here(recipe: Recipe, extra: list[str]) -> int:
             )
     folder = prepare_folder(recipe, extra)
     line = commands.torchrun(recipe, extra, [sys.executable, "-m", "torch.distributed.run"])
-    line = [str(ROOT / word) if word == str(Path("launch") / recipe["script"]) else word for word in line]
     environment = {**os.environ, **recipe.environment}
     path = folder / "log.txt"
     start = path.stat().st_size if path.exists() else 0

@@ -43,7 +43,7 @@ def recipe(model: str, optimizer: str, cluster: str, *overrides: str) -> recipes
 
 
 def golden_lines() -> list[str]:
-    """``model optimizer cluster: line`` for each golden case; paths relative to the checkout and the current folder."""
+    """``model optimizer cluster: line`` for each golden case; paths are relative."""
     lines = [f"{' '.join(case)}: {commands.printed(recipe(*case), []).splitlines()[-1]}" for case in GOLDEN_CASES]
     return [line.replace(f"{ROOT}/", "").replace(f"{Path.cwd()}/", "") for line in lines]
 

@@ -86,7 +86,9 @@ BROKEN = {
     "tiny_gpt lion cpu transformer-impl=transformer_engine": ("needs a GPU", "transformer-impl=local"),
     "gpt2_small lion one_gpu gpu-memory-gib=4": ("more than gpu-memory-gib 4", "lower micro-batch-size"),
     "gpt2_small lion one_gpu gpu-memory-gib=1": ("more than gpu-memory-gib 1", "TP"),
-    "tiny_gpt lion cpu run={home}/x": ("run: '{home}/x' names {home}", "{data} and {run}"),
+    "tiny_gpt lion cpu run={run}/x": ("run: '{run}/x' names {run}, which names itself",),
+    "tiny_gpt lion cpu data={run}/text run={data}/x": ("names {data}, which names itself",),
+    "tiny_gpt lion cpu data=~/text master-port=70000": ("master-port must lie in [1, 64536], got 70000",),
     "tiny_gpt lion cpu norm-ratio-interval=-1": ("norm-ratio-interval must be >= 0",),
 }
 
@@ -201,7 +203,8 @@ def test_a_dry_run_says_what_it_needs_and_leaves_nothing(tmp_path: Path) -> None
         "data parallel 0.65 GiB",
     ):
         assert words in done.stdout
-    assert "not on this machine:\n  train-data-path: data/openwebtext_train_text_document.bin and .idx" in done.stdout
+    missing = f"train-data-path: {tmp_path}/data/openwebtext_train_text_document.bin and .idx"
+    assert f"not on this machine:\n  {missing}" in done.stdout
     assert done.stdout.rstrip().endswith("--log-params-norm")
     assert list(tmp_path.iterdir()) == []
 

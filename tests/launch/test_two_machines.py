@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 STEPS = (
     "train-iters=40", "save-interval=10", "eval-interval=40", "eval-iters=1", "lr-warmup-iters=5",
     "norm-ratio-interval=20", "norm-ratio-batches=2", "distributed-timeout-minutes=1", "seq-length=32",
+    "num-workers=2",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from tests.harness import (
     HORIZON,
     MODEL,
     RATE,
+    WORKERS,
     assert_same_checkpoint,
     pretrain,
     read_checkpoint,
@@ -60,7 +61,7 @@ def test_a_run_killed_at_a_random_moment_and_resumed_ends_as_if_nothing_had_happ
     text: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor], moment: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dice = random.Random(moment)
-    run = f"{RUN} --train-iters {LAST} --save {tmp_path} --load {tmp_path} --save-interval 1"
+    run = f"{RUN} {WORKERS} --train-iters {LAST} --save {tmp_path} --load {tmp_path} --save-interval 1"
     if moment % 3 == 2:
         run += " --async-save"
     kill = {"kill_at": dice.randrange(1, LAST), "kill_after": dice.uniform(0.0, 0.6)}
@@ -87,7 +88,7 @@ def test_torchruns_own_restart_brings_a_run_back(
     text: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     save = f"--train-iters {LAST} --save {tmp_path} --load {tmp_path} --save-interval 2"
-    flags = (MODEL, BATCH, RATE, CPU, text_flags(text), RUN, save)
+    flags = (MODEL, BATCH, RATE, CPU, text_flags(text), RUN, WORKERS, save)
     # Else torch 2.13 keeps the store of the first attempt, in which the second one finds the dead ranks' addresses.
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     launcher = "--max-restarts 1"

@@ -15,6 +15,7 @@ from tests.harness import (
     MODEL,
     NO_DROPOUT,
     RATE,
+    WORKERS,
     Run,
     assert_same_checkpoint,
     pretrain,
@@ -210,7 +211,7 @@ def test_a_run_with_rounds_equals_one_without_bit_for_bit_also_over_a_resume(
     text: Path, tmp_path: Path, ranks: int, flags: str
 ) -> None:
     canonical = "--dist-ckpt-optim-fully-reshardable" if DISTRIBUTED in flags else ""
-    flags = f"{flags} {canonical} --lr-decay-iters {STEPS} --train-iters {STEPS} --save-interval {STEPS // 2}"
+    flags = f"{flags} {canonical} {WORKERS} --lr-decay-iters {STEPS} --train-iters {STEPS} --save-interval {STEPS // 2}"
     rounds = f"--norm-ratio-interval {EVERY} --norm-ratio-at-start --norm-ratio-batches 2"
     with_rounds = f"{flags} {rounds} --save {tmp_path}/with --load {tmp_path}/with"
     plain = pretrain(text, flags, f"--save {tmp_path}/without", ranks=ranks)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_lion.integration.compat import known
-from tests.harness import HORIZON, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
+from tests.harness import HORIZON, WORKERS, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
 
 # Parameter by parameter, instead of in buckets whose padding is never initialised.
 CANONICAL = "--dist-ckpt-optim-fully-reshardable"
@@ -50,7 +50,7 @@ SLOW = (
 def test_a_run_killed_after_a_checkpoint_and_resumed_equals_the_uninterrupted_one(
     text: Path, tmp_path: Path, ranks: int, flags: str
 ) -> None:
-    run = f"{flags} {HORIZON} --train-iters 8 --save-interval 4"
+    run = f"{flags} {WORKERS} {HORIZON} --train-iters 8 --save-interval 4"
     whole = pretrain(text, run, f"--save {tmp_path}/whole", ranks=ranks)
     killed = pretrain(text, run, f"--save {tmp_path}/cut", ranks=ranks, kill_at=6)
     assert killed.returncode != 0

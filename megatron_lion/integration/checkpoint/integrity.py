@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lion.config import LionError
-from megatron_lion.integration import compat
+from megatron_lion.integration import compat, exit_signal
 
 CHUNK = 1 << 20
 COMMON_STATE = "common.pt"
@@ -78,11 +78,12 @@ def _naming_write_errors(save: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(save)
     def save_or_say(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return save(*args, **kwargs)
-        except (OSError, CheckpointException) as error:
-            from megatron.training import get_args
+        from megatron.training import get_args
 
+        try:
+            with exit_signal.processes_live_through_it(get_args()):
+                return save(*args, **kwargs)
+        except (OSError, CheckpointException) as error:
             folder, chain = get_args().save, list(causes(error))
             cause = next((cause for cause in chain if isinstance(cause, OSError)), chain[-1])
             free = shutil.disk_usage(folder).free / 1e6 if Path(folder).is_dir() else 0.0
