@@ -35,7 +35,7 @@ for function in (
     code = getattr(getattr(function, "wrapper", function), "__code__", None)
     print("/".join(pathlib.Path(code.co_filename).parts[-2:]) if code else function)
 """
-OURS = ["integration/factory.py", "integration/factory.py", "integration/arguments.py"]
+OURS = ["optimizer/factory.py", "optimizer/factory.py", "flags/arguments.py"]
 STOCK = ["optimizer/__init__.py", "optimizer/__init__.py", "<class 'str'>"]
 
 
