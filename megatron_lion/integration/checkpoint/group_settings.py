@@ -33,7 +33,7 @@ def refuse_other_rates(saved_args: Any, args: Any) -> None:
     )
     if both:
         raise LionError(
-            f"this run changes {both}, and its schedule continues from the checkpoint's step: add "
+            f"the schedule continues from the checkpoint's step, and this run changes {both}: add "
             "--override-opt_param-scheduler to use the command line's values, or use the checkpoint's"
         )
 
