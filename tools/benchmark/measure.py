@@ -167,6 +167,11 @@ def not_measured(missing: dict[str, str]) -> str:
     return "".join(f"\nNot measured, {reason}: {'; '.join(names)}\n" for reason, names in reasons.items())
 
 
+def first_line(error: Exception) -> str:
+    """The error's class and the first line of its message."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def write_json(path: Path, **record: object) -> None:
     """The record as JSON, for :mod:`tools` that compare machines."""
     path.parent.mkdir(parents=True, exist_ok=True)
