@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from tools.benchmark.queued_rows import OURS
 from tools.benchmark.traffic import Stream, streaming_pass
 
-OURS = "megatron-lion"
 # The passes of which the faster is a candidate's limit, by how many elements ahead they fetch: what a CPU fetches on
 # its own may fall short of its memory.
 PASSES = {"the limit of ": 0, "the limit, fetched ahead, of ": 512}

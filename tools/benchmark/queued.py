@@ -6,44 +6,24 @@ memory costs only its own row. The measured speed of a copy is taken next to eac
 
 import contextlib
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from megatron_lion import LionError
 from tools.benchmark import ours, peers
-from tools.benchmark.measure import OURS, Candidate, first_line
+from tools.benchmark.measure import Candidate, first_line
+from tools.benchmark.queued_rows import QueuedRow
+from tools.gpu_check import records
 
 ROUNDS = 5
 ROUND_MILLISECONDS = 50.0  # device time of a round, in 2 to 20 steps
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 24}  # more than any cache of a GPU holds
-BASELINE = "torch AdamW fused"
 Builder = Callable[[], Candidate]
-
-
-@dataclass
-class QueuedRow:
-    """One candidate: medians of rounds of queued steps, or the error that it raised.
-
-    ``milliseconds`` is device time per step, ``host_milliseconds`` the time until a step has been queued on an idle
-    device, ``first_step_seconds`` includes compilation. ``share_of_copy`` compares the bytes per second with a copy's.
-    """
-
-    name: str
-    state: str = ""
-    milliseconds: float | None = None
-    host_milliseconds: float | None = None
-    first_step_seconds: float | None = None
-    bytes_per_parameter: float | None = None
-    gigabytes_per_second: float | None = None
-    copy_gigabytes_per_second: float | None = None
-    share_of_copy: float | None = None
-    error: str | None = None
 
 
 class Device:
@@ -138,50 +118,12 @@ def _measured(build: Builder, numel: int, copy_speed: float, device: Device) -> 
     )
 
 
-def append(path: Path, **record: object) -> None:
-    """Add one JSON line, on disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 def run(title: str, chosen: dict[str, Builder], numel: int, device: Device, path: Path | None) -> list[QueuedRow]:
     """Measure, print and write each row as it comes; with ``path``, as JSON lines with ``title``."""
     measured = []
     for row in rows(chosen, numel, device):
         measured.append(row)
-        if path:
-            append(path, benchmark=title, **asdict(row))
+        records.append(path, benchmark=title, **asdict(row))
         took = f"{row.milliseconds:.2f} ms" if row.milliseconds is not None else f"not measured: {row.error}"
         print(f"{row.name}: {took}", flush=True)
     return measured
-
-
-def markdown(table: list[QueuedRow]) -> str:
-    """The measured rows as Markdown, fastest first, with ratios against the peers of this run; then the errors."""
-    lines = [
-        "| | state | ms | host ms | bytes per parameter | GB/s | share of copy speed | times as fast as "
-        f"{BASELINE} | as the fastest peer of the same state |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    times = {row.name: row.milliseconds for row in table if row.milliseconds}
-    for row in sorted((row for row in table if row.name in times), key=lambda row: times[row.name]):
-        rivals = [
-            times[other.name]
-            for other in table
-            if other.name in times and other.state == row.state and not other.name.startswith(OURS)
-        ]
-        is_ours, ms = row.name.startswith(OURS), times[row.name]
-        cells = [
-            (ms, 2),
-            (row.host_milliseconds, 2),
-            (row.bytes_per_parameter, 1),
-            (row.gigabytes_per_second, 0),
-            (row.share_of_copy, 2),
-            (times[BASELINE] / ms if BASELINE in times else None, 2),
-            (min(rivals) / ms if rivals and is_ours else None, 2),
-        ]
-        shown = " | ".join("-" if value is None else f"{value:.{digits}f}" for value, digits in cells)
-        lines.append(f"| {row.name} | {row.state} | {shown} |")
-    errors = [f"- not measured: {row.name}: {row.error}" for row in table if row.error]
-    return "\n".join([*lines, "", *errors])

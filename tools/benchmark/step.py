@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from megatron_lion import LionError
-from tools.benchmark import measure, ours, peers, queued
+from tools.benchmark import measure, ours, peers, queued, queued_rows
 from tools.benchmark.shapes import MODELS, machine, parameters, shapes
 
 
@@ -63,7 +63,7 @@ def measure_queued(args: argparse.Namespace, params: peers.Params, names: list[s
     chosen = {name: chosen[name] for name in chosen if any(word in name for word in args.only)}
     numel = sum(param.numel() for param in params)
     table = queued.run(title, chosen, numel, queued.Device(args.device), args.rows)
-    print(f"\n{title}; medians of {queued.ROUNDS} rounds\n\n{queued.markdown(table)}")
+    print(f"\n{title}; medians of {queued.ROUNDS} rounds\n\n{queued_rows.markdown(table)}")
     if args.json:
         measure.write_json(args.json, machine=machine(args.device), numel=numel, rows=[asdict(row) for row in table])
     failed = [row.name for row in table if row.error and row.name.startswith(measure.OURS)]
