@@ -17,7 +17,8 @@ for CUDA, Triton, numpy, pytest and megatron-core. Nothing is built, and this pa
 --wheels installs the wheels in FOLDER, without dependencies, into a temporary folder. Make it on a machine with a
 network and the same Python and platform:
 
-    pip download -d wheels --no-deps megatron-core==0.19.2 pytest pluggy iniconfig flashoptim==0.1.4 bitsandbytes==0.50.2
+    pip download -d wheels --no-deps --only-binary :all: megatron-core==0.19.2 packaging pytest pluggy iniconfig pygments \
+        flashoptim==0.1.4 bitsandbytes==0.50.2
 
 --parts, which comes last, runs only the named parts.
 
@@ -26,14 +27,13 @@ TEXT
 }
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-PARTS=()
-PYTHON="${PYTHON:-python3}" WHEELS="" OUT="$ROOT/runs/gpu_check" DEVICE="${GPU_CHECK_DEVICE:-cuda}"
+PYTHON="${PYTHON:-python3}" OUT="$ROOT/runs/gpu_check" DEVICE="${GPU_CHECK_DEVICE:-cuda}" WHEELS=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) usage; exit 0 ;;
-        --wheels) WHEELS="$(cd "${2:?--wheels needs a folder}" && pwd)"; shift 2 ;;
-        --out) OUT="${2:?--out needs a folder}"; shift 2 ;;
-        --parts) PARTS=("$@"); break ;;
+        --wheels) WHEELS=(--wheels "$(cd "${2:?--wheels needs a folder}" && pwd)"); shift 2 ;;
+        --out) OUT="$(realpath -m "${2:?--out needs a folder}")"; shift 2 ;;
+        --parts) break ;;
         *) echo "gpu_check: unknown argument $1; see --help" >&2; exit 2 ;;
     esac
 done
@@ -46,12 +46,6 @@ if ! found="$("$PYTHON" -c 'import sys; print(sys.version.split()[0]); sys.exit(
     exit 1
 fi
 
-mkdir -p "$OUT"
-OUT="$(cd "$OUT" && pwd)"
-SITE="$(mktemp -d)"
-trap 'rm -rf "$SITE"' EXIT
-if [ -n "$WHEELS" ] && ! "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$SITE" "$WHEELS"/*.whl; then
-    echo "gpu_check: the wheels in $WHEELS were not installed; going on without them" >&2
-fi
 cd "$ROOT"
-PYTHONPATH="$ROOT:$SITE${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m tools.gpu_check --out "$OUT" --device "$DEVICE" "${PARTS[@]}"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" -m tools.gpu_check --device "$DEVICE" --out "$OUT" "${WHEELS[@]}" "$@"

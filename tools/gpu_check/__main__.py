@@ -1,6 +1,6 @@
 """Run the check; tools/gpu_check.sh is how to start it.
 
-python -m tools.gpu_check --out FOLDER [--device cuda]
+python -m tools.gpu_check --out FOLDER [--wheels FOLDER] [--device cuda] [--parts NAME...]
 """
 
 import argparse
@@ -10,18 +10,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tools.gpu_check import summary
-from tools.gpu_check.parts import Part, all_parts
-from tools.gpu_check.runner import Outcome, run_all
+from tools.gpu_check import records, summary
+from tools.gpu_check.parts import ENVIRONMENT, SITE, Part, all_parts
+from tools.gpu_check.runner import ROOT, Outcome, run_all
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 475.0  # with the start and the end of this program, at most 8 minutes
 SHOWN_LINES = 3  # of each part on the terminal
 
 
 def environment(on_gpu: bool, work: Path) -> dict[str, str]:
-    """The parts' environment: this checkout first, caches in ``work``, one machine without a network."""
-    paths = [str(ROOT), str(ROOT / "launch"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """The parts' environment: this checkout first, then the wheels, caches in ``work``, no network."""
+    paths = [str(ROOT), str(ROOT / "launch"), str(work / SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
     made = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
@@ -45,20 +44,21 @@ def environment(on_gpu: bool, work: Path) -> dict[str, str]:
 
 
 def chosen(parts: list[Part], names: list[str] | None) -> list[Part]:
-    """The first part and those that are named; all of them without names."""
+    """The parts that come before all checks and those that are named; without names, all of them."""
     known = [part.name for part in parts]
     for name in names or ():
         if name not in known:
             raise SystemExit(f"gpu_check: unknown part {name!r}; the parts are {', '.join(known)}")
-    return [part for part in parts if not names or part.name in (known[0], *names)]
+    return [part for part in parts if not names or part.name in ("wheels", ENVIRONMENT, *names)]
 
 
 def main() -> int:
     """Exit status 0 only if every part passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for summary.md, rows.jsonl and log.txt")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to install, for this check only")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
-    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these parts, after the first")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these parts")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     out = args.out.resolve()
@@ -69,15 +69,12 @@ def main() -> int:
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
-        parts = chosen(all_parts(on_gpu, work, rows), args.parts)
-
-        def done(outcome: Outcome) -> None:
-            outcomes.append(outcome)
-            summary.write(out, outcomes, len(parts), rehearsal=not on_gpu, root=ROOT)
-
-        os.chdir(ROOT)
+        parts = chosen(all_parts(on_gpu, work, rows, args.wheels), args.parts)
         print(f"{len(parts)} parts, at most {SECONDS / 60:.0f} minutes in all")
-        for outcome in run_all(parts, work, environment(on_gpu, work), SECONDS, done):
+        for outcome in run_all(parts, work, environment(on_gpu, work), SECONDS):
+            outcomes.append(outcome)
+            records.append(rows, part=outcome.part.name, result=outcome.result, seconds=round(outcome.seconds, 1))
+            summary.write(out, outcomes, len(parts), rehearsal=not on_gpu, root=ROOT)
             print(f"== {outcome.part.name}: {outcome.result} ({outcome.seconds:.0f} s)", flush=True)
             for line in summary.tail(outcome.log).splitlines()[-SHOWN_LINES:]:
                 print(f"   {line[:200]}", flush=True)

@@ -32,6 +32,7 @@ MODULES = {
     "megatron.training": "the Megatron runs",
 }
 VERSIONS = ("torch", "triton", "numpy", "megatron-core", "flashoptim", "bitsandbytes", "transformer-engine")
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def torch_problem(device: str) -> Problem | None:
 def driver_version() -> str | None:
     """The version of NVIDIA's driver, from the kernel or from nvidia-smi."""
     with contextlib.suppress(OSError):
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        text = DRIVER_FILE.read_text(encoding="utf-8")
         if match := re.search(r"Module.*?\s(\d+\.[\d.]+)\s", text):
             return match[1]
     with contextlib.suppress(OSError, subprocess.SubprocessError):

@@ -8,6 +8,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+ENVIRONMENT = "environment"
+SITE = "site"  # in the work folder: where the wheels are installed
 PEERS = (
     "torch AdamW fused",
     "torch AdamW foreach",
@@ -29,20 +31,21 @@ MEGATRON = (
     "--no-bias-gelu-fusion --no-bias-dropout-fusion --tokenizer-type NullTokenizer --split 100,0,0 --num-workers 0 "
     "--eval-iters 0 --eval-interval 1000 --log-interval 1 "
 )
-# The compared runs' model and the GPT of 124M parameters: on a GPU, and in a rehearsal.
-MODEL = {
-    True: "--num-layers 4 --hidden-size 512 --num-attention-heads 8 --vocab-size 50257 --seq-length 256 "
-    "--max-position-embeddings 256 --micro-batch-size 8 --global-batch-size 16 --train-iters 20 ",
-    False: "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --vocab-size 257 --seq-length 32 "
-    "--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 8 "
-    "--distributed-backend gloo ",
-}
-GPT = {
-    True: "--num-layers 12 --hidden-size 768 --num-attention-heads 12 --vocab-size 50257 --seq-length 1024 "
+MODEL = (
+    "--num-layers 4 --hidden-size 512 --num-attention-heads 8 --vocab-size 50257 --seq-length 256 "
+    "--max-position-embeddings 256 --micro-batch-size 8 --global-batch-size 16 --train-iters 20 --deterministic-mode "
+)
+GPT = (
+    "--num-layers 12 --hidden-size 768 --num-attention-heads 12 --vocab-size 50257 --seq-length 1024 "
     "--max-position-embeddings 1024 --micro-batch-size 8 --global-batch-size 8 --train-iters 300 "
-    "--exit-duration-in-mins 1 ",
-    False: MODEL[False],
-}
+    "--exit-duration-in-mins 1 --lion-kernel fused "
+)
+# A rehearsal has the same flags, and after them these, which count.
+SMALL_MODEL = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --vocab-size 257 --seq-length 32 "
+    "--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 8 --distributed-backend gloo"
+)
+SMALL_STEP = "--numel 10000 --tensors 3 --device cpu --queued --threads 1"
 
 
 @dataclass(frozen=True)
@@ -54,27 +57,29 @@ class Part:
     command: str
 
 
-def all_parts(on_gpu: bool, work: Path, rows: Path) -> list[Part]:
+def all_parts(on_gpu: bool, work: Path, rows: Path, wheels: Path | None = None) -> list[Part]:
     """The parts in their order: on a GPU, or everything small on a CPU as a rehearsal."""
+    install = f"-m pip install --quiet --no-index --no-deps --target {shlex.quote(str(work / SITE))} "
+    install += shlex.join(str(wheel) for wheel in sorted(wheels.glob("*.whl"))) if wheels else ""
     device, folder, log = "cuda" if on_gpu else "cpu", shlex.quote(str(work)), f"--rows {shlex.quote(str(rows))}"
-    chosen = shlex.quote("test_gpu or triton or cuda" if on_gpu else "test_gpu or (test_triton and not packed)")
-    step = f"-m tools.benchmark.step {log} --peers {shlex.join(PEERS if on_gpu else PEERS[:3])} --device {device}"
-    step += "" if on_gpu else " --queued --threads 1"
-    large, many = ("--shapes gpt2-large", 3000) if on_gpu else ("--numel 10000 --tensors 3", 30)
+    small_model, small_step, many = ("", "", 3000) if on_gpu else (SMALL_MODEL, SMALL_STEP, 30)
+    tests = f"-m pytest -q -p no:cacheprovider --durations=5 --tb=short {TESTS} -k 'test_gpu or triton or cuda'"
+    step = f"-m tools.benchmark.step {log} --peers {shlex.join(PEERS)} --device cuda"
     pretrain = f"-m tools.gpu_check.pretrain --work {folder} {log} {MEGATRON}"
     same = f"-m tools.gpu_check.same_losses {log} --work {folder}"
-    small = f"{MODEL[on_gpu]} --deterministic-mode --lion-kernel"
+    kernel = f"{MODEL} {small_model} --lion-kernel"
     compact = "--lion-momentum-dtype int8 --lion-master-weights remainder"
     return [
-        Part("environment", 60, f"-m tools.gpu_check.environment --device {device} {log}"),
-        Part("tests", 130, f"-m pytest -q -p no:cacheprovider --durations=5 --tb=short {TESTS} -k {chosen}"),
-        Part("benchmark", 90, f"{step} {large}"),
-        Part("host-times", 30, f"{step} --numel 4096 --tensors {many} --only 'AdamW fused' 'lion fused'"),
-        Part("megatron-fused", 60, f"{pretrain} --name fused {small} fused"),
-        Part("megatron-reference", 60, f"{pretrain} --name reference {small} reference"),
+        *([Part("wheels", 60, install)] if wheels else []),
+        Part(ENVIRONMENT, 60, f"-m tools.gpu_check.environment --device {device} {log}"),
+        Part("tests", 130, tests),
+        Part("benchmark", 90, f"{step} --shapes gpt2-large {small_step}"),
+        Part("host-times", 30, f"{step} {small_step} --numel 4096 --tensors {many} --only 'AdamW fused' 'lion fused'"),
+        Part("megatron-fused", 60, f"{pretrain} --name fused {kernel} fused"),
+        Part("megatron-reference", 60, f"{pretrain} --name reference {kernel} reference"),
         Part("same-losses", 20, f"{same} fused reference"),
-        Part("megatron-compact", 60, f"{pretrain} --name compact {small} fused {compact}"),
-        Part("gpt-124m", 110, f"{pretrain} --name gpt-124m {GPT[on_gpu]} --lion-kernel fused"),
-        Part("megatron-compact-reference", 60, f"{pretrain} --name compact-reference {small} reference {compact}"),
+        Part("megatron-compact", 60, f"{pretrain} --name compact {kernel} fused {compact}"),
+        Part("gpt-124m", 110, f"{pretrain} --name gpt-124m {GPT} {small_model}"),
+        Part("megatron-compact-reference", 60, f"{pretrain} --name compact-reference {kernel} reference {compact}"),
         Part("same-losses-compact", 20, f"{same} compact compact-reference"),
     ]

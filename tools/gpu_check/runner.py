@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.gpu_check.parts import Part
+from tools.gpu_check.parts import ENVIRONMENT, Part
 
+ROOT = Path(__file__).resolve().parents[2]
 GRACE_SECONDS = 5.0  # after SIGINT, in which pytest prints what it has found so far
 NOTHING_CAN_BE_CHECKED = 2  # the environment part's exit status
 
@@ -33,10 +34,11 @@ class Outcome:
         return self.result == "passed"
 
 
-def run_all(
-    parts: Sequence[Part], work: Path, environment: dict[str, str], seconds: float, done: Callable[[Outcome], None]
-) -> Iterator[Outcome]:
-    """Run ``parts`` in at most ``seconds`` in all; ``done`` is called after each."""
+def run_all(parts: Sequence[Part], work: Path, environment: dict[str, str], seconds: float) -> Iterator[Outcome]:
+    """Run ``parts`` in at most ``seconds`` in all, and give each outcome as it comes.
+
+    Nothing runs after an environment in which nothing can be checked.
+    """
     deadline = time.monotonic() + seconds
     for number, part in enumerate(parts):
         log = work / f"{number:02}.log"
@@ -46,9 +48,8 @@ def run_all(
             outcome = Outcome(part, f"not run: the {seconds:.0f} s for all parts are used up", 0.0, log)
         else:
             outcome = run(part, log, environment, min(part.seconds, left))
-        done(outcome)
         yield outcome
-        if number == 0 and outcome.status == NOTHING_CAN_BE_CHECKED:
+        if part.name == ENVIRONMENT and outcome.status == NOTHING_CAN_BE_CHECKED:
             return
 
 
@@ -62,6 +63,7 @@ def run(part: Part, log: Path, environment: dict[str, str], seconds: float) -> O
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            cwd=ROOT,
             env=environment,
             start_new_session=True,
         )
