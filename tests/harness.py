@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from ranks import Ranks
 from torch import Tensor
 
 from megatron_lion.integration.cpu import run_flags
 from megatron_lion.training_log import TrainingLog
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN_GPT = ROOT / "launch" / "pretrain_gpt.py"
@@ -30,11 +30,11 @@ RATE = "--lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1"
 CPU = run_flags.FLAGS
 CPU_ENVIRONMENT = {**run_flags.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 # The server that ranks are forked from inherits it, and a thread count is read when torch is loaded.
-FOLDERS = ("", "tests", "tests/megatron", "launch", "tools")
-PATHS = [*(str(ROOT / folder) for folder in FOLDERS), os.environ.get("PYTHONPATH")]
-os.environ.update(CPU_ENVIRONMENT, PYTHONPATH=os.pathsep.join(filter(None, PATHS)))
+os.environ.update(CPU_ENVIRONMENT)
 # Without dropout, whose draws differ with the layout, two layouts compute the same function.
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
+# Processes that read data, in every run that is killed or gets a signal: they get it too.
+WORKERS = "--num-workers 2"
 # A start and a resume must give the scheduler the same horizon, whatever --train-iters says.
 HORIZON = "--lr-decay-iters 20"
 

@@ -8,9 +8,7 @@ every run with torchrun instead, as users do.
 import contextlib
 import multiprocessing
 import os
-import runpy
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,7 +16,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
-from launcher.tail import lines_of
+
+from launch.launcher.forked_script import become
+from launch.launcher.tail import lines_of
 
 
 class Ranks:
@@ -26,7 +26,7 @@ class Ranks:
 
     def __init__(self, script: Path, arguments: list[str], count: int, environment: dict[str, str]) -> None:
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["preloaded"])
+        server.set_forkserver_preload(["tests.preloaded"])
         self._folder = tempfile.TemporaryDirectory()
         self._output = Path(self._folder.name) / "output"
         self._output.touch()
@@ -72,17 +72,8 @@ class Ranks:
 
 
 def _run(output: str, script: str, arguments: list[str], environment: dict[str, str], folder: str) -> None:
-    """One rank's life: its output to the file, its environment, then the script."""
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = [script, *arguments]
-    sys.path.insert(0, str(Path(script).resolve().parent))
-    runpy.run_path(script, run_name="__main__")
+    become(script, arguments, output, environment)
 
 
 def reserved_port() -> socket.socket:

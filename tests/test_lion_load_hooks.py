@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_lion import HYPER, make_params, run, same_bits
 
 from megatron_lion.lion import Lion
+from tests.test_lion import HYPER, make_params, run, same_bits
 
 # Each makes an optimizer that has stepped twice; Lion with state that is stored otherwise than torch would cast it.
 HOOKED = {

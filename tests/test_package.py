@@ -103,7 +103,7 @@ def assert_complete_metadata(wheel: Path) -> None:
     needs = [value for name, value in fields if name == "Requires-Dist" and "extra" not in value]
     assert {re.split("[ <>=]", need)[0] for need in needs} == {"torch", "megatron-core"}
     extras = {value for name, value in fields if name == "Provides-Extra"}
-    assert extras == {"train", "tools", "vision", "test", "gpu"}
+    assert extras == {"train", "tools", "paper", "vision", "test", "gpu"}
     # A package index shows the text without the repository: a relative link would lead nowhere.
     assert description.lstrip().startswith("# megatron-lion\n")
     links = re.findall(r"\]\(([^)]*)\)|(?:href|src)=[\"']([^\"']*)", description)

@@ -4,8 +4,9 @@ import contextlib
 import socket
 
 import pytest
-from ranks import reserved_port
 from torch.distributed import TCPStore
+
+from tests.ranks import reserved_port
 
 
 def test_a_reserved_port_is_rank_0s_and_nobody_elses() -> None:

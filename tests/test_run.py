@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from harness import BATCH, CPU, CPU_ENVIRONMENT, MODEL, PRETRAIN_GPT, RATE, text_flags
 
 from megatron_lion.integration.loop.vocabularies import tokenizer_sha256
+from tests.harness import BATCH, CPU, CPU_ENVIRONMENT, MODEL, PRETRAIN_GPT, RATE, text_flags
 
 ERROR = "megatron-lion: error: "
 # Stands for a training script: each rank checks the data of its own node, then would train for two minutes. SIGTERM is
@@ -93,7 +93,6 @@ def test_data_cut_short_on_one_node_is_named_by_that_nodes_rank(text: Path, tmp_
     wrapper.write_text(
         "import os, runpy, sys\n"
         f"script, node = {str(PRETRAIN_GPT)!r}, {str(tmp_path / 'node')!r} + os.environ['RANK']\n"
-        "sys.path.insert(0, os.path.dirname(script))\n"
         "sys.argv = [script, *(word.replace('NODE', node) for word in sys.argv[1:])]\n"
         "runpy.run_path(script, run_name='__main__')\n"
     )

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import support_table
-from harness import ROOT
+
+from tests import support_table
+from tests.harness import ROOT
 
 
 def test_every_row_in_the_readme_is_a_mark_on_a_test() -> None:
@@ -38,7 +39,17 @@ def outcomes(folder: Path, more: str) -> Path:
     """What a run of ``MARKED`` writes."""
     folder.mkdir(exist_ok=True)
     (folder / "test_marked.py").write_text(MARKED.format(more=more))
-    line = [sys.executable, "-m", "pytest", "-q", "-p", "support", "--support-file", "support.json", "test_marked.py"]
+    line = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tests.support",
+        "--support-file",
+        "support.json",
+        "test_marked.py",
+    ]
     subprocess.run([*line, "-p", "no:cacheprovider"], cwd=folder, capture_output=True, check=False)
     return folder / "support.json"
 

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
 
-from megatron_lion.integration.compat.versions import KNOWN, megatron_version, minor_version
+from megatron_lion.integration.compat.versions import megatron_version, minor_version
 from megatron_lion.training_log import TrainingLog
+from tests import harness
 
+# The wheel of the first has only megatron.core; the others have Megatron's own loop too.
+RELEASES = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 WHEELS = Path(os.environ.get("MEGATRON_LION_TESTS_WHEELS", Path(sys.prefix) / "megatron-wheels"))
 
 
@@ -34,9 +36,7 @@ def until(minor: str) -> pytest.MarkDecorator:
 
 def others_with_a_loop() -> list[str]:
     """The releases, but for the environment's own, whose wheel has Megatron's own loop."""
-    return [
-        v.tested for v in KNOWN.values() if v.released and v.has_a_wheel_with_a_loop and v.tested != megatron_version()
-    ]
+    return [version for version in RELEASES[1:] if version != megatron_version()]
 
 
 def wheel(version: str) -> Path:
@@ -64,7 +64,11 @@ class Megatron:
         path = [os.environ["PYTHONPATH"], *([] if own else [str(wheel(version))])]
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
         self._server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment
+            [sys.executable, "-m", "tests.versions"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.environment,
         )
 
     def run(self, *flags: str, **options: Any) -> harness.Run:

@@ -17,7 +17,7 @@ while [ $# -gt 0 ] && [ "$1" != "--" ]; do
     shift
 done
 [ $# -eq 0 ] || shift
-ask() { PYTHONPATH="tests:launch:tools:." "$PYTHON" -c "import versions; print($1)" | tail -1; }
+ask() { PYTHONPATH=. "$PYTHON" -c "from tests import versions; print($1)" | tail -1; }
 [ ${#versions[@]} -gt 0 ] || read -ra versions <<< "$(ask "*versions.others_with_a_loop()")"
 
 mkdir -p runs/tests/versions

@@ -24,6 +24,14 @@ def named_run(value: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def runs_by_name(named: list[tuple[str, Path]]) -> dict[str, Path]:
+    """The paths of ``--run`` by name. Raises LionError where two runs have the same name."""
+    runs = dict(named)
+    if len(runs) < len(named):
+        raise LionError("two runs have the same name; give each its own")
+    return runs
+
+
 def figure_path(value: str) -> Path:
     """A path whose suffix says which format to draw."""
     path = Path(value)
@@ -95,9 +103,7 @@ def main() -> None:
     parser.add_argument("--figure", type=figure_path, help="picture to write (.png, .svg or .pdf)")
     parser.add_argument("--table", type=Path, help="Markdown file to write")
     options = parser.parse_args()
-    runs = {name: read_training_log(path) for name, path in options.run}
-    if len(runs) < len(options.run):
-        raise LionError("two runs have the same name; give each its own")
+    runs = {name: read_training_log(path) for name, path in runs_by_name(options.run).items()}
     text = table(runs)
     print(text)
     if options.table:

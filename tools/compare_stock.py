@@ -141,8 +141,7 @@ def inspect_one_step(side: str, output: Path) -> None:
         return result
 
     training.train = train_and_inspect
-    sys.path.insert(0, str(ROOT / "launch"))
-    import pretrain_gpt
+    from launch import pretrain_gpt
 
     pretrain_gpt.main()
 

@@ -4,13 +4,15 @@
     torchrun --nproc-per-node 4 tools/eval_wikitext103.py --checkpoints runs/gpt2-small-lion --steps all \\
         --text wiki.test.tokens --output lion.json --tensor-model-parallel-size 2 --micro-batch-size 8
 
-The model's shape comes from the checkpoint and so does its tokenizer, unless you name another place of its files; the
-layout, the precision and the machine come from Megatron's own flags, which may all be given here. A checkpoint may be
-evaluated in any layout, whatever it was saved in (pipeline stages without interleaving).
+Every argument that decides the model's function comes from the checkpoint. So does its tokenizer, unless you name
+another place of its files. The layout, the precision and the machine come from Megatron's own flags, which may all be
+given here. A checkpoint may be evaluated in any layout, whatever it was saved in (pipeline stages without
+interleaving).
 
 Every token but the first is scored exactly once, in windows that overlap; rows that pad the vocabulary take no part in
-the softmax; sums are float64. --output is written after each step: the same command goes on where it was stopped. The
-paper does not say which perplexity its table A1 holds the logarithm of, so that both are printed.
+the softmax; sums are float64. --output is written after each step: the same command goes on where it was stopped, and
+refuses a file with results of another checkpoint, text or precision. The paper does not say which perplexity its table
+A1 holds the logarithm of, so that both are printed.
 """
 
 import argparse
@@ -34,7 +36,7 @@ def read_text(path: Path | None, detokenizer: str) -> tuple[str, dict[str, Any]]
         original = "".join(_hub_lines())
     else:
         try:
-            original = path.read_text(encoding="utf-8")
+            original = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise LionError(f"--text {path}: {error}; give a readable UTF-8 text file") from error
     text = windows.DETOKENIZERS[detokenizer](original)
@@ -59,8 +61,12 @@ def window_length(asked: int | None, args: Any) -> int:
     return asked or longest
 
 
-def finished(output: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the results that ``output`` has already. Raises LionError where they were made with other settings."""
+def finished(output: Path | None, settings: dict[str, Any], prints: dict[str, str]) -> dict[str, Any]:
+    """Return the results that ``output`` has already.
+
+    Raises LionError where they were made with other settings, or from another checkpoint than the one whose fingerprint
+    ``prints`` has under the same step.
+    """
     if output is None or not output.exists():
         return {}
     try:
@@ -70,6 +76,12 @@ def finished(output: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
         raise LionError(f"--output {output} is not this tool's ({error!r}): give another name") from error
     if changed := sorted(name for name in settings.keys() | old.keys() if settings.get(name) != old.get(name)):
         raise LionError(f"--output {output} was made with another {', '.join(changed)}: give another name")
+    for step in prints.keys() & results.keys():
+        if results[step].get("checkpoint") != prints[step]:
+            raise LionError(
+                f"--output {output} was made from another checkpoint of iteration {step} than the one that is there "
+                "now: give another name"
+            )
     return results
 
 
@@ -83,7 +95,7 @@ def evaluate(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     import megatron.training.training as training  # its initialize_megatron may have been told to do without CUDA
     import torch
     from corpus.tokenizers import options_from
-    from evaluation import scoring
+    from evaluation import model_args, scoring
 
     saved = checkpoints.read_args(checkpoints.iteration_folder(options.checkpoints, steps[0]))
     args = scoring.megatron_args(argv, options.checkpoints, steps[0], saved)
@@ -104,8 +116,13 @@ def evaluate(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "raw_logits": options.raw_logits,
         "tokens": len(tokens),
         **counts,
+        "checkpoints": str(options.checkpoints.resolve()),
+        **model_args.arithmetic(args),
     }
-    results = finished(options.output, settings)
+    prints = {
+        str(step): checkpoints.fingerprint(checkpoints.iteration_folder(options.checkpoints, step)) for step in steps
+    }
+    results = finished(options.output, settings, prints)
     cut = windows.make_windows(len(tokens), length, options.overlapping_eval)
     training.initialize_megatron()
     model = scoring.build_model(args)
@@ -123,7 +140,10 @@ def evaluate(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         )
         if scored != len(tokens) - 1:
             raise LionError(f"{scored} tokens were scored, not {len(tokens) - 1}: please report this, it is a defect")
-        results[str(step)] = windows.figures(nll, tokens=len(tokens), words=counts["words"], size=counts["bytes"])
+        results[str(step)] = {
+            **windows.figures(nll, tokens=len(tokens), words=counts["words"], size=counts["bytes"]),
+            "checkpoint": prints[str(step)],
+        }
         content = {"settings": settings, "formulas": windows.FORMULAS, "results": results}
         if torch.distributed.get_rank() == 0 and options.output is not None:
             write_json(options.output, content)

@@ -6,7 +6,7 @@
 It reads a torch_dist checkpoint whatever layout it was saved in, without ranks and without building the model, and
 writes config.json and model.safetensors, and the tokenizer's files where it is GPT-2's. Rows that pad the vocabulary
 are dropped. What GPT-2 cannot express is refused by name: rotary positions, RMSNorm, gated or other activations,
-grouped queries, experts, linear layers without bias.
+grouped queries, experts, linear layers without bias, and any other argument that makes another function.
 """
 
 import argparse
@@ -18,31 +18,18 @@ from typing import Any
 
 from corpus.tokenizers import TokenizerOptions
 from corpus.tokenizers import add_arguments as add_tokenizer_arguments
-from evaluation import checkpoints
+from evaluation import checkpoints, model_args
 from evaluation.scoring import chosen_tokenizer
 
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 
-# What GPT-2 has, by the name of Megatron's argument.
-NEEDED = {
-    "position_embedding_type": "learned_absolute",
-    "normalization": "LayerNorm",
-    "add_bias_linear": True,
-    "swiglu": False,
-    "squared_relu": False,
-    "quick_geglu": False,
-    "openai_gelu": False,
-    "qk_layernorm": False,
-    "qk_l2_norm": False,
-    "layernorm_zero_centered_gamma": False,
-    "apply_residual_connection_post_layernorm": False,
-    "softmax_type": "vanilla",
-    "multi_latent_attention": False,
-    "num_experts": None,
-    "mtp_num_layers": None,
-    "window_size": None,
-}
+# What a GPT2LMHeadModel can have otherwise than Megatron's defaults, and what is the same function in exact arithmetic.
+EXPRESSED = (
+    "num_layers", "hidden_size", "num_attention_heads", "kv_channels", "ffn_hidden_size", "max_position_embeddings",
+    "layernorm_epsilon", "bias_gelu_fusion", "untie_embeddings_and_output_weights", "group_query_attention",
+    "num_query_groups", "add_qkv_bias", "attention_softmax_in_fp32", "apply_query_key_layer_scaling",
+)  # fmt: skip
 # Megatron's name in every layer and GPT-2's; GPT-2's Conv1D keeps linear weights as [in, out].
 LAYER = {
     "self_attention.linear_qkv.layer_norm_weight": "ln_1.weight",
@@ -61,11 +48,16 @@ LAYER = {
 
 
 def require_gpt2(args: Any) -> None:
-    """Raise LionError naming everything in the model that GPT-2 does not have."""
+    """Raise LionError naming everything in the model that GPT-2 does not have.
+
+    Megatron's default GPT is GPT-2, so every argument that decides a model's function must have its default, but for
+    ``EXPRESSED``.
+    """
+    usual = model_args.default_args()
     wrong = [
-        f"{name} is {getattr(args, name)} (GPT-2: {value})"
-        for name, value in NEEDED.items()
-        if getattr(args, name, value) != value
+        f"{name} is {getattr(args, name)} (GPT-2: {getattr(usual, name, None)})"
+        for name in model_args.function_args(args)
+        if name not in EXPRESSED and getattr(args, name) != getattr(usual, name, None)
     ]
     if (args.num_query_groups or args.num_attention_heads) != args.num_attention_heads and args.group_query_attention:
         wrong.append(f"{args.num_query_groups} query groups for {args.num_attention_heads} heads")

@@ -13,9 +13,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from compare_runs import figure_path, named_run
+from compare_runs import figure_path, named_run, runs_by_name
 
-from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 from megatron_lion.stats.convergence import GAUSSIAN_RATIO
 from megatron_lion.stats.writer import read_records
@@ -108,9 +107,7 @@ def main() -> None:
     )
     parser.add_argument("--figure", type=figure_path, required=True, help="picture to write (.png, .svg or .pdf)")
     options = parser.parse_args()
-    runs = {name: read_records(path) for name, path in options.run}
-    if len(runs) < len(options.run):
-        raise LionError("two runs have the same name; give each its own")
+    runs = {name: read_records(path) for name, path in runs_by_name(options.run).items()}
     print(table(runs))
     draw(runs, options.figure)
     print(f"figure: {options.figure}")

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compare_runs import figure_path, named_run, plot_losses
+from compare_runs import figure_path, named_run, plot_losses, runs_by_name
 from norm_ratio_figure import Record, plot_ratios
 
 from megatron_lion.config import LionError
@@ -99,9 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--figure", type=figure_path, required=True, help="picture to write (.png, .svg or .pdf)")
     add("--every", type=float, default=0.0, metavar="SECONDS", help="draw again after so many seconds (default: once)")
     options = parser.parse_args(arguments)
-    folders = dict(options.run)
-    if len(folders) < len(options.run):
-        raise LionError("two runs have the same name; give each its own")
+    folders = runs_by_name(options.run)
     while True:
         found = {name: read_run(folder) for name, folder in folders.items()}
         started = {name: (log, rounds) for name, (log, rounds) in found.items() if log}

@@ -8,11 +8,15 @@ from pathlib import Path
 
 from megatron_lion.config import LionError
 
-from .recipes import MEGATRON_KEYS, ROOT, Recipe
+from .recipes import MEGATRON_KEYS, ROOT, SLURM_PORTS, Recipe
 
 SLURM_TEMPLATE = ROOT / "launch" / "slurm.sh.template"
 JOIN_TIMEOUT = 600  # torchrun's own, in seconds
 START_SECONDS = 120  # for torchrun and the ranks to start before and after they wait for the other nodes
+# Where the nodes of a Slurm job meet: on the first one, at a port of the job's, since jobs may share nodes.
+MEETING = """hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+host="${{hosts%%$'\\n'*}}"
+port=$(({port} + SLURM_JOB_ID % {ports}))"""
 HOST = "MASTER_ADDRESS"  # what the reader of --print puts in
 
 
@@ -50,8 +54,12 @@ def torchrun(
     if recipe["nodes"] > 1:
         python = launcher[0] if len(launcher) > 1 else "python3"
         seconds = _join_timeout(recipe) + START_SECONDS
-        line = [python, str(Path("launch") / "kill_hung_launcher.py"), str(seconds), *line]
-    return [*line, str(Path("launch") / recipe["script"]), *training_flags(recipe, extra)]
+        line = [python, str(ROOT / "launch" / "kill_hung_launcher.py"), str(seconds), *line]
+    return [*line, str(ROOT / "launch" / recipe["script"]), *training_flags(recipe, extra)]
+
+
+def _port(recipe: Recipe) -> int:
+    return int(recipe.get("master-port", 29500))
 
 
 def _join_timeout(recipe: Recipe) -> int:
@@ -59,11 +67,11 @@ def _join_timeout(recipe: Recipe) -> int:
 
 
 def _rendezvous(recipe: Recipe, host: str | None, node: int) -> list[str]:
-    """Torchrun's flags for where the nodes meet."""
-    if recipe["nodes"] == 1 and host is None:
+    """Torchrun's flags for where the nodes meet. One node meets nobody: a free port, so that runs can share it."""
+    if recipe["nodes"] == 1:
         return ["--standalone"]
     first = host or recipe.get("master-address") or (recipe.addresses or [HOST])[0]
-    endpoint = f"{first}:{recipe.get('master-port', 29500)}"
+    endpoint = f"{first}:{_port(recipe)}"
     words = ["--nnodes", str(recipe["nodes"]), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
     words += ["--rdzv-id", Path(recipe["run"]).name]
     settings = f"join_timeout={_join_timeout(recipe)}"
@@ -87,10 +95,11 @@ def printed(recipe: Recipe, extra: list[str]) -> str:
 
 
 def slurm_script(recipe: Recipe, extra: list[str], python: str) -> str:
-    """The batch script. Every value is quoted, for sbatch or for the shell; only ``slurm-setup`` is shell as given.
+    """The batch script, which runs where this process does: a relative path in ``extra`` is what it is here.
 
-    Raises LionError for a value that sbatch cannot be given: line breaks and backslashes in the run's folder or the
-    recipe's names, anything but letters, digits and -_.:, in sbatch's own options.
+    Every value is quoted, for sbatch or for the shell; only ``slurm-setup`` is shell as given. Raises LionError for a
+    value that sbatch cannot be given: line breaks and backslashes in the run's folder or the recipe's names, anything
+    but letters, digits and -_.:, in sbatch's own options.
     """
     options = {"partition": recipe.get("slurm-partition"), "account": recipe.get("slurm-account")}
     options["time"] = recipe.get("slurm-time")
@@ -102,7 +111,8 @@ def slurm_script(recipe: Recipe, extra: list[str], python: str) -> str:
     run = Path(recipe["run"])
     line = torchrun(recipe, extra, [python, "-m", "torch.distributed.run"], host="HOST")
     words = [shlex.quote(word) for word in line]
-    words[line.index("--rdzv-endpoint") + 1] = '"$host:$port"'  # known only inside the job
+    if recipe["nodes"] > 1:
+        words[line.index("--rdzv-endpoint") + 1] = '"$host:$port"'  # known only inside the job
     return string.Template(SLURM_TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=_for_sbatch("the recipe's name", "-".join(recipe.names)),
         nodes=recipe["nodes"],
@@ -110,10 +120,10 @@ def slurm_script(recipe: Recipe, extra: list[str], python: str) -> str:
         options="\n".join(f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None),
         # In the name of a log, sbatch replaces %j and the like, and %% by %.
         log=_for_sbatch("run", str(run / "log.txt").replace("%", "%%")),
-        port=recipe.get("master-port", 29500),
+        meeting=MEETING.format(port=_port(recipe), ports=SLURM_PORTS) if recipe["nodes"] > 1 else "",
         environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in recipe.environment.items()),
         setup=recipe.get("slurm-setup", ""),
-        folder=shlex.quote(str(ROOT)),
+        folder=shlex.quote(str(Path.cwd())),
         command=" ".join(words),
         iterations=recipe["train-iters"],
         marker=shlex.quote(str(run / "checkpoints" / "latest_checkpointed_iteration.txt")),

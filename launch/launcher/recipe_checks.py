@@ -3,10 +3,10 @@
 import math
 from pathlib import Path
 
-from megatron_lion.config import LionConfig, LionError, check_choice, check_non_negative
+from megatron_lion.config import LionError, LionOptions, betas_or_default, check_choice, check_non_negative
 
 from . import estimates
-from .recipes import ROOT, Recipe
+from .recipes import ROOT, SLURM_PORTS, Recipe
 
 POSITIVE = (
     "num-layers", "hidden-size", "num-attention-heads", "seq-length", "max-position-embeddings", "global-batch-size",
@@ -62,11 +62,13 @@ def _check_values(recipe: Recipe) -> None:
     for key, valid in CHOICES.items():
         if key in recipe.settings:
             check_choice(key, recipe[key], valid)
+    last_port = 65536 - SLURM_PORTS
+    if not 1 <= recipe.get("master-port", 1) <= last_port:
+        raise LionError(f"master-port must lie in [1, {last_port}], got {recipe['master-port']}")
     for key in ("lr", "min-lr", "weight-decay", "clip-grad"):
         check_non_negative(key, recipe.get(key, 0.0))
     if recipe["optimizer"] == "lion":
-        betas = (recipe.get("lion-beta1", 0.9), recipe.get("lion-beta2", 0.95))
-        LionConfig(lr=recipe["lr"], weight_decay=recipe["weight-decay"], betas=betas)
+        LionOptions(betas=betas_or_default(recipe.get("lion-beta1"), recipe.get("lion-beta2")))
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -171,11 +173,11 @@ def missing_files(recipe: Recipe) -> list[str]:
     found = []
     for key in DATA_KEYS:
         for prefix in [recipe[key]] if key in recipe.settings else []:
-            absent = [suffix for suffix in (".bin", ".idx") if not _place(prefix + suffix).is_file()]
+            absent = [suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
             if absent:
                 found.append(f"{key}: {prefix}{' and '.join(absent)}")
     return found + [
-        f"{key}: {recipe[key]}" for key in FILE_KEYS if key in recipe.settings and not _place(recipe[key]).is_file()
+        f"{key}: {recipe[key]}" for key in FILE_KEYS if key in recipe.settings and not Path(recipe[key]).exists()
     ]
 
 
@@ -191,11 +193,6 @@ def check_files(recipe: Recipe) -> None:
         raise LionError(
             f"not there: {'; '.join(absent)}. Make them with tools/{maker}, or set data=... to where they are"
         )
-
-
-def _place(path: str) -> Path:
-    """Paths of a recipe are relative to the folder that the command is given in, as torchrun's are."""
-    return Path(path).expanduser()
 
 
 def _divisors(number: int) -> str:

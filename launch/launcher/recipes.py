@@ -1,9 +1,11 @@
 """Recipes: a model, an optimizer and a cluster file make one table of settings, with overrides, every key checked."""
 
+import contextlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -12,6 +14,7 @@ from megatron_lion.config import LionError, did_you_mean
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 KINDS = ("models", "optimizers", "clusters")
+SLURM_PORTS = 1000  # a Slurm job's nodes meet at one of so many ports from master-port on, by the job's number
 
 # What launch.py itself reads. Everything else is a flag of Megatron's, without its dashes.
 LAUNCH_KEYS: dict[str, type] = {
@@ -61,6 +64,11 @@ MEGATRON_KEYS: dict[str, type] = {
     ), bool),
 }  # fmt: skip
 KEYS = LAUNCH_KEYS | MEGATRON_KEYS
+PATH_KEYS = (
+    "data", "run", "train-data-path", "valid-data-path", "test-data-path", "data-cache-path", "tokenizer-model",
+    "vocab-file", "merge-file", "save", "load", "tensorboard-dir", "norm-ratio-file",
+)  # fmt: skip
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -108,8 +116,9 @@ class Recipe:
 def resolve(model: str, optimizer: str, cluster: str, overrides: list[str]) -> Recipe:
     """Read the three files, apply the model's ``with`` section for the optimizer, then ``key=value`` overrides.
 
-    Each name is that of a file in configs/ without its suffix, or a path of your own ending in .yaml. Raises LionError
-    for an unknown name, key or kind of value, and for a key that two files set.
+    Each name is that of a file in configs/ without its suffix, or a path of your own ending in .yaml. Paths in the
+    recipe become absolute: relative ones start from the current folder, ~ is the home folder. Raises LionError for an
+    unknown name, key or kind of value, and for a key that is set twice.
     """
     read = [_read(kind, name) for kind, name in zip(KINDS, (model, optimizer, cluster), strict=True)]
     names = tuple(path.stem for path, _ in read)
@@ -118,22 +127,43 @@ def resolve(model: str, optimizer: str, cluster: str, overrides: list[str]) -> R
     origin: dict[str, Path] = {}
     for kind, (path, content) in zip(KINDS, read, strict=True):
         environment |= _environment(content.pop("environment", {}), path)
-        own = content.pop("with", {}) if kind == "models" else {}
+        if kind == "models":
+            own = _own_settings(content.pop("with", {}), path)
         for key, value in content.items():
             if key in origin:
                 raise LionError(f"{key} stands in {origin[key]} and in {path}: leave it in one of them")
             origin[key] = path
             settings[key] = _typed(key, value, f"in {path}")
-        if kind == "models":
-            chosen, chosen_path = own.get(names[1], {}), path
-    settings |= {key: _typed(key, value, f"in {chosen_path} with {names[1]}") for key, value in chosen.items()}
+    settings |= own.get(names[1], {})
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise LionError(f"{override!r} is not key=value, for example lr=2e-5")
-        settings[key] = _typed(key, _parsed(text, KEYS.get(key, str)), "on the command line")
+        settings[key] = _typed(key, text, "on the command line")
     settings.setdefault("run", f"runs/{'-'.join(names)}")
-    return Recipe(names=names, settings=_substituted(settings), environment=environment)  # type: ignore[arg-type]
+    settings = {key: _expanded(settings, key) for key in settings}
+    return Recipe(names=names, settings=settings, environment=environment)  # type: ignore[arg-type]
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Every value is the text as written, so that the key decides its type and not YAML 1.1 (12:30:00, on, 0777).
+
+    Only ``<<`` keeps its meaning, and null stays null. A key that a table sets twice is an error.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":merge", ":null"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise LionError(f"{name} is set on line {lines[name]} and on line {line}: keep one of them")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 def _read(kind: str, name: str) -> tuple[Path, dict[str, Any]]:
@@ -147,23 +177,47 @@ def _read(kind: str, name: str) -> tuple[Path, dict[str, Any]]:
             raise LionError(f"{name!r} is no {kind[:-1]}: {did_you_mean(name, known(kind).split(', '))}")
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_TextLoader)
+    except LionError as error:
+        raise LionError(f"{shown}: {error}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise LionError(f"{shown} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise LionError(f"{shown} must hold one table of key: value lines, got {type(content).__name__}")
-    return shown, content
+    return shown, _table(content, str(shown))
 
 
-def _environment(variables: dict[Any, Any], path: Path) -> dict[str, str]:
-    """The processes' environment; its names are written into shell lines as they are, so they must be names there."""
-    for name in variables:
+def _table(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise LionError(f"{what} must hold one table of key: value lines, got {_kind(value)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__} {value!r}"
+
+
+def _environment(content: Any, path: Path) -> dict[str, str]:
+    """The processes' environment: texts as written. Names go into shell lines as they are, so they are names there."""
+    table = _table(content, f"environment in {path}")
+    for name, value in table.items():
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", str(name)):
             raise LionError(
                 f"environment {name!r} in {path} is not the name of a variable: use letters, digits and _, and no "
                 "digit first"
             )
-    return {str(name): str(value) for name, value in variables.items()}
+        if not isinstance(value, str):
+            raise LionError(f'environment in {path}: {name} must be a text, got {_kind(value)}; "" is an empty one')
+    return table
+
+
+def _own_settings(content: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """A model's ``with`` section: the settings that it has for each optimizer."""
+    return {
+        optimizer: {
+            key: _typed(key, value, f"in {path} with {optimizer}")
+            for key, value in _table(own, f"with: {optimizer} in {path}").items()
+        }
+        for optimizer, own in _table(content, f"with in {path}").items()
+    }
 
 
 def known(kind: str) -> str:
@@ -171,40 +225,35 @@ def known(kind: str) -> str:
     return ", ".join(sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml")))
 
 
-def _parsed(text: str, expected: type) -> Any:
-    """What ``text`` says for a key of that type; the text itself where it says nothing of the kind."""
-    if expected is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    return int(text) if expected is int and re.fullmatch(r"[+-]?\d+", text) else text
-
-
 def _typed(key: str, value: Any, where: str) -> Any:
-    """``value`` as the type that ``key`` has; YAML reads 1e-5 as a text, which a number's key turns into a number."""
+    """What the text ``value`` says for a key of that type. Raises LionError where it says nothing of the kind."""
     if key not in KEYS:
         raise LionError(
             f"{key!r} {where} is no key of a recipe: {did_you_mean(key, KEYS)}. Other flags of Megatron's go after --"
         )
     expected = KEYS[key]
-    if expected is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
-        return value
-    elif expected is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, str):
+        if expected is str:
+            return value
+        if expected is bool and value.lower() in BOOLEANS:
+            return BOOLEANS[value.lower()]
+        if expected is float or (expected is int and re.fullmatch(r"[+-]?\d[\d_]*", value)):
+            with contextlib.suppress(ValueError):
+                return expected(value)
     raise LionError(f"{key} {where} must be {TYPE_NAMES[expected]}, got {value!r}")
 
 
-def _substituted(settings: dict[str, Any]) -> dict[str, Any]:
-    """Put the settings ``data`` and ``run`` into the texts that name them as {data} and {run}."""
-    found = dict(settings)
-    for key, value in settings.items():
-        for name in re.findall(r"\{([^}]*)\}", value) if isinstance(value, str) else ():
-            if name not in ("data", "run") or name not in settings:
-                raise LionError(
-                    f"{key}: {value!r} names {{{name}}}; {{data}} and {{run}} can be named, where they are set"
-                )
-            found[key] = found[key].replace(f"{{{name}}}", str(settings[name]))
-    return found
+def _expanded(settings: dict[str, Any], key: str, inside: tuple[str, ...] = ()) -> Any:
+    """The setting ``key``, with {data} and {run} replaced and a path made absolute. Other braces stay as they are.
+
+    ``inside`` names the settings that are being expanded, to find one that names itself.
+    """
+    if key not in settings or key in inside:
+        problem = "names itself" if key in inside else "is not set"
+        raise LionError(f"{inside[-1]}: {settings[inside[-1]]!r} names {{{key}}}, which {problem}: write the path out")
+    value = settings[key]
+    if not isinstance(value, str):
+        return value
+    # ${data} is the shell's.
+    value = re.sub(r"(?<!\$)\{(data|run)\}", lambda name: _expanded(settings, name[1], (*inside, key)), value)
+    return str(Path.cwd() / os.path.expanduser(value)) if key in PATH_KEYS and value else value

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Run, run_ranks, torchrun
 
 from megatron_lion.cli import main
-from megatron_lion.cli.cluster import facts as facts_of
-from megatron_lion.cli.cluster import network
+from megatron_lion.cli.cluster import network, rank_facts
+from tests.harness import Run, run_ranks, torchrun
 
 SCRIPT = Path(__file__).with_name("odd_rank.py")
 FACTS = {
@@ -99,33 +98,33 @@ def ranks(count: int, **odd: dict[int, Any]) -> list[dict[str, Any]]:
 
 
 def test_few_are_odd_and_rank_0_is_right_in_a_tie() -> None:
-    assert facts_of.odd_ones(ranks(4)) == []
-    assert facts_of.odd_ones(ranks(6, megatron_core={4: "0.19.1", 5: "0.19.1"})) == [
+    assert rank_facts.mismatches(ranks(4)) == []
+    assert rank_facts.mismatches(ranks(6, megatron_core={4: "0.19.1", 5: "0.19.1"})) == [
         "ranks 4, 5 (node 2, node2): megatron-core is 0.19.1, 0.19.2 on 4 of 6 ranks"
     ]
-    assert facts_of.odd_ones(ranks(2, torch={0: "2.12.0"})) == [
+    assert rank_facts.mismatches(ranks(2, torch={0: "2.12.0"})) == [
         "rank 1 (node 0, node0): torch is 2.13.0, 2.12.0 on 1 of 2 ranks"
     ]
-    assert facts_of.odd_ones(ranks(4, transformer_engine={0: "2.0"})) == [
+    assert rank_facts.mismatches(ranks(4, transformer_engine={0: "2.0"})) == [
         "rank 0 (node 0, node0): transformer-engine is 2.0, None on 3 of 4 ranks"
     ]
 
 
 def test_ranks_without_a_gpu_of_their_own_are_named() -> None:
-    assert facts_of.gpu_problems(ranks(4)) == []
+    assert rank_facts.gpu_problems(ranks(4)) == []
     one_less = ranks(4, device={3: "no GPU"}, gpus={2: 1, 3: 1}, gpu={3: None})
-    assert facts_of.gpu_problems(one_less) == [
+    assert rank_facts.gpu_problems(one_less) == [
         "rank 3 (node 1, node1): local rank 1 has no GPU, 1 are visible there: lower --nproc-per-node, or correct "
         "CUDA_VISIBLE_DEVICES"
     ]
-    assert facts_of.gpu_problems(ranks(4, gpu={3: "2"})) == [
+    assert rank_facts.gpu_problems(ranks(4, gpu={3: "2"})) == [
         "ranks 2, 3 (node 1, node1): all on one GPU (2): correct CUDA_VISIBLE_DEVICES"
     ]
 
 
 def test_a_clock_within_a_second_or_its_uncertainty_is_right() -> None:
     offsets = [(0.0, 0.0), (0.9, 0.0), (-3.0, 2.5), (-1.5, 0.1)]
-    assert facts_of.clock_problems(offsets, ranks(4)) == [
+    assert rank_facts.clock_problems(offsets, ranks(4)) == [
         "rank 3 (node 1, node1): its clock is 1.5 s behind rank 0's: let the nodes keep time (NTP)"
     ]
 

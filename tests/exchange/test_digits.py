@@ -4,7 +4,12 @@ import math
 
 import pytest
 import torch
-from exchange_cases import (
+
+from megatron_lion.exchange.digits import EXCEPTION, cast_code, sign_digits, step, trits_of
+from megatron_lion.exchange.message import Run, WireFormat, read_header, replay_
+from megatron_lion.precision import join_master, split_master
+from megatron_lion.update import lion_sign, lion_step
+from tests.exchange.exchange_cases import (
     BF16,
     COMPILED,
     CPU,
@@ -21,11 +26,6 @@ from exchange_cases import (
     same_bits,
     special_values,
 )
-
-from megatron_lion.exchange.digits import EXCEPTION, cast_code, sign_digits, step, trits_of
-from megatron_lion.exchange.message import Run, WireFormat, read_header, replay_
-from megatron_lion.precision import join_master, split_master
-from megatron_lion.update import lion_sign, lion_step
 
 
 @EVERY_FORMAT

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from exchange_cases import (
+
+from megatron_lion.exchange.message import CHUNK, Run, WireFormat, checksum, read_header
+from megatron_lion.exchange.trits import pack_trits
+from tests.exchange.exchange_cases import (
     BF16,
     COMPILED,
     CPU,
@@ -20,9 +23,6 @@ from exchange_cases import (
     one_step,
     same_bits,
 )
-
-from megatron_lion.exchange.message import CHUNK, Run, WireFormat, checksum, read_header
-from megatron_lion.exchange.trits import pack_trits
 
 
 def replayed(kernels, old, messages, runs, form, **options):

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import psutil
-from harness import ROOT
+
+from tests.harness import ROOT
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 INTERFACE = "lion0"

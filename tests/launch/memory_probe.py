@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import probe
 import torch
 
 import megatron_lion
+from tests.megatron import probe
 
 
 def size(tensors: Any) -> int:

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import ROOT
-from machines import ADDRESSES, Machines
+from tests.harness import ROOT
+from tests.launch.machines import ADDRESSES, Machines
 
 NODES = ("node1", "node2")
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import ROOT, as_in_a_terminal
+
+from tests.harness import ROOT, as_in_a_terminal
 
 # torchrun's ranks save after SIGTERM only. SIGHUP is what a closed terminal sends.
 LAUNCHER = """
@@ -22,20 +23,18 @@ HEAD = "progress_line.readable = lambda *_: sys.exit('the output is closed')"
 SCRIPT = """
 import sys
 
-sys.path.insert(0, {folder!r})
-import launch
-from launcher import commands, progress_line, recipes
+from launch.launcher import commands, main, progress_line, recipes
 
 commands.torchrun = lambda *_: ["bash", "-c", {launcher!r}]
 {change}
 recipe = recipes.resolve("tiny_gpt", "lion", "cpu", ["run={run}"])
-sys.exit(launch.run_here(recipe, []))
+sys.exit(main.run_here(recipe, []))
 """
 
 
 def start(run: Path, change: str = "") -> "subprocess.Popen[str]":
     """run_here with the shell as its launcher, as a terminal's foreground job."""
-    script = SCRIPT.format(folder=str(ROOT / "launch"), launcher=LAUNCHER, run=run, change=change)
+    script = SCRIPT.format(launcher=LAUNCHER, run=run, change=change)
     line = [sys.executable, "-c", script]
     return subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal, cwd=ROOT

@@ -5,7 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness import ROOT
+
+from tests.harness import ROOT
 
 # Stands for Python, venv and pip: makes a .venv whose Python has torch.
 PYTHON = """#!/bin/bash

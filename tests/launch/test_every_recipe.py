@@ -8,8 +8,10 @@ from pathlib import Path
 import prepare_text
 import pytest
 import train_tokenizer
-from harness import ROOT, run_ranks
-from recipe_cases import MODELS, OPTIMIZERS, commands, recipe, recipe_checks
+
+from launch.launcher import commands, recipe_checks
+from tests.harness import ROOT, run_ranks
+from tests.launch.recipe_cases import MODELS, OPTIMIZERS, recipe
 
 # All that differs from the recipes: how long they run, and for those of the paper how large the model and batch are.
 SHORT = (

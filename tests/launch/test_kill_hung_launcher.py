@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from harness import ROOT
+
+from tests.harness import ROOT
 
 SECONDS = 1.0
 

@@ -6,17 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
-from harness import as_in_a_terminal
-from recipe_cases import ROOT
 
 from megatron_lion.training_log import read_training_log
+from tests.harness import as_in_a_terminal
+from tests.launch.recipe_cases import ROOT
 
 # So that a run takes seconds; the models, the optimizers and the cluster stay as they are.
 SHRUNK = ["gpus-per-node=1", "eval-iters=1", "norm-ratio-batches=2"]
+WORKERS = "num-workers=2"  # as the clusters with GPUs have it; a signal reaches them too
 
 
 def start(text: Path, run: Path, optimizer: str, *overrides: str) -> "subprocess.Popen[str]":
@@ -59,35 +61,43 @@ def test_the_recipe_runs_and_leaves_what_it_says(text: Path, tmp_path: Path, opt
     assert {"recipe.json", "tensorboard"} < {path.name for path in (tmp_path / "run").iterdir()}
 
 
+def data_workers(process: "subprocess.Popen[str]") -> int:
+    """How many processes of a run read data, by the name that torch gives them."""
+    return sum(child.name() == "pt_data_worker" for child in psutil.Process(process.pid).children(recursive=True))
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_that_is_preempted_or_interrupted_saves_at_once_and_the_same_line_goes_on_to_its_end(
     text: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
-    steps = ["train-iters=30", "eval-interval=30", "save-interval=1000", "norm-ratio-interval=10"]
-    process = start(text, tmp_path / "run", "lion", *steps)
+    """In a round, after a first save: the round's workers and the server of that save's queue get the signal too."""
+    steps = ["train-iters=30", "eval-interval=30", "save-interval=3", "norm-ratio-interval=5", WORKERS]
+    process = start(text, tmp_path / "run", "lion", *steps, "norm-ratio-batches=12")
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 3/30 | lm loss "):
-            os.killpg(process.pid, sent)  # as a terminal does
-            break
+    assert any(line.startswith("step 5/30 | lm loss ") for line in process.stdout)
+    while data_workers(process) < 2 * 4:  # of training, validation, test, and the round
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, sent)  # as a terminal does
     process.stdout.read()
     assert process.wait(timeout=120) != 0, "a run that was cut short must not look complete"
     saved = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-    assert 3 <= saved < 30
+    assert saved == 5
     assert max(read_training_log(tmp_path / "run" / "log.txt").loss) == saved
 
     finish(start(text, tmp_path / "run", "lion", *steps))
     whole = read_training_log(tmp_path / "run" / "log.txt")
     assert sorted(whole.loss) == list(range(1, 31))
     rounds = (tmp_path / "run" / "norm_ratio.jsonl").read_text().splitlines()
-    assert [json.loads(line)["iteration"] for line in rounds] == [10, 20, 30]
+    assert [json.loads(line)["iteration"] for line in rounds] == [5, 10, 15, 20, 25, 30]
     assert "test" in whole.final
 
 
 @pytest.mark.slow
 def test_a_run_whose_rank_is_killed_ends_though_what_the_rank_had_started_lives_on(text: Path, tmp_path: Path) -> None:
     """Megatron starts the server of a queue at a rank's first save; it has the rank's output, and outlives it."""
-    process = start(text, tmp_path / "run", "lion", "train-iters=4000", "lr-decay-iters=4000", "save-interval=5")
+    steps = ["train-iters=4000", "lr-decay-iters=4000", "save-interval=5", WORKERS]
+    process = start(text, tmp_path / "run", "lion", *steps)
     assert process.stdout is not None
     assert any(line.startswith("step 8/4000 ") for line in process.stdout)
     below = psutil.Process(process.pid).children(recursive=True)

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import run_ranks
-from recipe_cases import commands, estimates, recipe
+
+from launch.launcher import commands, estimates
+from tests.harness import run_ranks
+from tests.launch.recipe_cases import recipe
 
 PROBE = Path(__file__).with_name("memory_probe.py")
 

@@ -1,7 +1,9 @@
 """What the screen shows of a step, from lines as Megatron 0.19.2 prints them."""
 
 import pytest
-from recipe_cases import progress_line, recipe
+
+from launch.launcher import progress_line
+from tests.launch.recipe_cases import recipe
 
 LINE = (
     " [2026-11-24 20:18:22.120767] iteration        3/     300 | consumed samples:           48 | elapsed time per "

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from slurm_daemons import Slurm, missing
-from test_launch_runs import finish, start
 
 from megatron_lion.training_log import TrainingLog, read_training_log
+from tests.launch.slurm_daemons import Slurm, missing
+from tests.launch.test_launch_runs import finish, start
 
 pytestmark = pytest.mark.slow
 STEPS = (
     "train-iters=40", "save-interval=10", "eval-interval=40", "eval-iters=1", "lr-warmup-iters=5",
-    "norm-ratio-interval=20", "norm-ratio-batches=2", "seq-length=32",
+    "norm-ratio-interval=20", "norm-ratio-batches=2", "seq-length=32", "num-workers=2",
 )  # fmt: skip
 
 
@@ -99,7 +99,8 @@ def as_resumed(log: TrainingLog, saved: int) -> dict[int, float]:
     return log.loss | {saved + 2: pytest.approx((log.loss[saved + 1] + log.loss[saved + 2]) / 2, abs=2e-6)}
 
 
-ONE_NODE, TWO_NODES = ("nodes=1", "gpus-per-node=2"), ("nodes=2", "gpus-per-node=1")
+# One CPU for each rank, which the data workers share: a node here has two.
+ONE_NODE, TWO_NODES = ("nodes=1", "gpus-per-node=2", "slurm-cpus=2"), ("nodes=2", "gpus-per-node=1", "slurm-cpus=1")
 
 
 @pytest.mark.parametrize("overrides", [ONE_NODE, TWO_NODES], ids=["one node", "two nodes"])

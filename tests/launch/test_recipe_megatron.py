@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from recipe_cases import CASES, commands, estimates, recipe, recipes
+
+from launch.launcher import commands, estimates, recipes
+from tests.launch.recipe_cases import CASES, recipe
 
 # Reads [ranks, line] pairs as JSON; answers each with what Megatron made of it.
 PARSE = """

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipe_cases import CASES, ROOT, commands, recipe
 
+from launch.launcher import commands
 from megatron_lion.config import LionError
+from tests.launch.recipe_cases import CASES, ROOT, recipe
 
 
 def script(*case: str, **settings: object) -> str:
@@ -94,14 +95,14 @@ def test_any_printable_name_reaches_sbatch_and_torchrun_as_it_is(tmp_path: Path,
     content = (ROOT / "configs" / "models" / "tiny_gpt.yaml").read_text()
     quoted = json.dumps(strange)
     model.write_text(f"{content}\nenvironment: {{STRANGE: {quoted}}}\n")
-    text = script(str(model), "lion", "cpu", run=folder, data=f"/data/{strange}")
+    text = script(str(model), "lion", "cpu", run=folder, data=f"/data/{strange}", nodes=2)
     assert option(text, "job-name") == f"{strange}-lion-cpu"
     assert option(text, "output").replace("%%", "%") == f"{folder}/log.txt"
     assert option(text, "output").count("%") == 2 * strange.count("%")
     done = run(cluster, 'printf "%s\\n" "$STRANGE" > "$SEEN"', text)
     assert done.returncode == 1, done.stderr  # nothing was saved
     words = (cluster / "srun.log").read_text().splitlines()
-    assert words[words.index("--rdzv-endpoint") + 1] == "node7:29500"
+    assert words[words.index("--rdzv-endpoint") + 1] == "node7:29542"
     assert words[words.index("--rdzv-id") + 1] == strange
     assert words[words.index("--save") + 1] == f"{folder}/checkpoints"
     assert words[words.index("--train-data-path") + 1] == f"/data/{strange}/train_text_document"
@@ -149,10 +150,11 @@ def cluster(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(cluster: Path, act: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    text = text or script("tiny_gpt", "lion", "cpu", run=cluster / "run", **{"train-iters": 300})
+def run(cluster: Path, act: str, text: str = "", *, nodes: int = 2, job: int = 42) -> subprocess.CompletedProcess[str]:
+    settings = {"train-iters": 300, "nodes": nodes}
+    text = text or script("tiny_gpt", "lion", "cpu", run=cluster / "run", **settings)
     path = f"{cluster}/bin{os.pathsep}{os.environ['PATH']}"
-    environment = {"PATH": path, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "42", "ACT": act}
+    environment = {"PATH": path, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": str(job), "ACT": act}
     environment["SEEN"] = str(cluster / "seen")
     return subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environment, check=False)
 
@@ -168,7 +170,6 @@ def test_a_job_that_is_cut_short_is_queued_again_as_long_as_it_gets_further(clus
     assert (cluster / "scontrol.log").read_text() == "requeue 42\n"
     words = (cluster / "srun.log").read_text().splitlines()
     assert words[:3] == ["--cpus-per-task=2", "--kill-on-bad-exit=1", sys.executable]
-    assert words[words.index("--rdzv-endpoint") + 1] == "node7:29500"
     assert words[words.index("--max-restarts") + 1] == "0"
 
     again = run(cluster, "exit 143")  # nothing new is saved
@@ -187,3 +188,19 @@ def test_a_job_that_fails_at_its_start_is_not_queued_again(cluster: Path, act: s
     done = run(cluster, act)
     assert done.returncode == status
     assert not (cluster / "scontrol.log").exists()
+
+
+def meeting(cluster: Path, **job: int) -> list[str]:
+    """The words with which the ranks of a job's nodes find each other."""
+    assert run(cluster, saves(cluster, 300), **job).returncode == 0
+    words = (cluster / "srun.log").read_text().splitlines()
+    if "--standalone" in words:
+        return ["--standalone"]
+    return [words[words.index(flag) + 1] for flag in ("--rdzv-endpoint", "--rdzv-backend")]
+
+
+def test_jobs_that_share_a_node_do_not_meet(cluster: Path) -> None:
+    """Another job's store would take the ranks in, and end with that job."""
+    assert meeting(cluster, nodes=1) == ["--standalone"]
+    assert meeting(cluster, job=42) == ["node7:29542", "c10d"]
+    assert meeting(cluster, job=1_000_043) == ["node7:29543", "c10d"]

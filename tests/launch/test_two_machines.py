@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from harness import ROOT
-from machines import ADDRESSES, INTERFACE, Machines
-from recipe_cases import commands
-from test_launch_runs import finish, start
 
+from launch.launcher import commands
 from megatron_lion.training_log import TrainingLog, read_training_log
+from tests.harness import ROOT
+from tests.launch.machines import ADDRESSES, INTERFACE, Machines
+from tests.launch.test_launch_runs import finish, start
 
 pytestmark = pytest.mark.slow
 STEPS = (
     "train-iters=40", "save-interval=10", "eval-interval=40", "eval-iters=1", "lr-warmup-iters=5",
     "norm-ratio-interval=20", "norm-ratio-batches=2", "distributed-timeout-minutes=1", "seq-length=32",
+    "num-workers=2",
 )  # fmt: skip
 
 

@@ -213,7 +213,7 @@ def train(args: argparse.Namespace) -> None:
         if args.save and iteration % args.save_interval == 0:
             save(args, model, optimizer, iteration)
     if "PROBE_OUTPUT" in os.environ:
-        from probe import owners
+        from tests.megatron.probe import owners
 
         path = Path(os.environ["PROBE_OUTPUT"]) / f"rank{torch.distributed.get_rank()}.json"
         path.write_text(json.dumps({"owners": owners([model], optimizer)}))

@@ -12,14 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import optimizer_state
-
 import megatron_lion
+from tests.megatron import optimizer_state
 
 megatron_lion.register()
 
-import pretrain_gpt  # noqa: E402
-
+from launch import pretrain_gpt  # noqa: E402
 from megatron_lion.integration.optimizer.repaired import RepairedDistributedOptimizer  # noqa: E402
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import optimizer_state
-from harness import BATCH, CPU, HORIZON, MODEL, NO_DROPOUT, RATE, Run, run_ranks, text_flags
+from tests.harness import BATCH, CPU, HORIZON, MODEL, NO_DROPOUT, RATE, Run, run_ranks, text_flags
+from tests.megatron import optimizer_state
 
 PROBE = Path(__file__).with_name("probe_state.py")
 SAVED_AT = 2

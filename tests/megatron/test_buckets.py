@@ -6,9 +6,10 @@ Each case is tried as stock gathers the state, too: a test that would pass witho
 from pathlib import Path
 
 import pytest
-import reshard
-from reshard import LOAD_ALONE, SAVE_ALONE
-from versions import until
+
+from tests.megatron import reshard
+from tests.megatron.reshard import LOAD_ALONE, SAVE_ALONE
+from tests.versions import until
 
 BUCKETS = "--overlap-grad-reduce --ddp-bucket-size"
 # Tied embeddings on two stages begin a bucket of their own; the one before it then ends within its last 64 elements.

@@ -3,7 +3,18 @@
 from pathlib import Path
 
 import pytest
-from harness import BATCH, CPU, HORIZON, MODEL, RATE, assert_same_checkpoint, read_checkpoint, run_ranks, text_flags
+
+from tests.harness import (
+    BATCH,
+    CPU,
+    HORIZON,
+    MODEL,
+    RATE,
+    assert_same_checkpoint,
+    read_checkpoint,
+    run_ranks,
+    text_flags,
+)
 
 SCRIPT = Path(__file__).with_name("unfolded.py")
 # Parameter by parameter, instead of in buckets whose padding is never initialised.

@@ -4,11 +4,11 @@ import math
 import re
 from pathlib import Path
 
-import optimizer_state
 import pytest
-import reshard
-from harness import read_checkpoint
-from reshard import LOAD_ALONE, SAVE_ALONE, SAVED_AT
+
+from tests.harness import read_checkpoint
+from tests.megatron import optimizer_state, reshard
+from tests.megatron.reshard import LOAD_ALONE, SAVE_ALONE, SAVED_AT
 
 ADAM = "--optimizer adam --lr 6e-4 --min-lr 6e-5"
 # The harness's --lr 1e-4 --min-lr 1e-5, cosine over 20 iterations.

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import BATCH, CPU, MODEL, PRETRAIN_GPT, RATE, text_flags
 
 import megatron_lion
 from megatron_lion import hook
 from megatron_lion.integration import compat
+from tests.harness import BATCH, CPU, MODEL, PRETRAIN_GPT, RATE, text_flags
 
 CLONE = Path(megatron_lion.__file__).resolve().parent.parent
 

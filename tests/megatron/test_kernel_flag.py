@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from harness import HORIZON, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
+
+from tests.harness import HORIZON, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
 
 # Parameter by parameter, instead of in buckets whose padding is never initialised.
 CANONICAL = "--dist-ckpt-optim-fully-reshardable"

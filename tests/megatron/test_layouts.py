@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from harness import HORIZON, NO_DROPOUT, Run, pretrain, record_difference, records, relative_difference
+
+from tests.harness import HORIZON, NO_DROPOUT, Run, pretrain, record_difference, records, relative_difference
 
 DISTRIBUTED = "--use-distributed-optimizer"
 START = 2

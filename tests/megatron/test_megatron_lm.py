@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from harness import BATCH, CPU, HORIZON, MODEL, RATE, ROOT, Run, text_flags, torchrun
+
+from tests.harness import BATCH, CPU, HORIZON, MODEL, RATE, ROOT, Run, text_flags, torchrun
 
 CHECKOUT = os.environ.get("MEGATRON_LM_DIR")
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="MEGATRON_LM_DIR names no Megatron-LM checkout")

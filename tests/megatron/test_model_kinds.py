@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from harness import (
+
+from megatron_lion.integration.checkpoint.formats import EXPERTS_APART
+from tests.harness import (
     BATCH,
     CPU,
     HORIZON,
@@ -20,9 +22,7 @@ from harness import (
     run_ranks,
     text_flags,
 )
-from versions import since, until
-
-from megatron_lion.integration.checkpoint.formats import EXPERTS_APART
+from tests.versions import since, until
 
 KINDS = Path(__file__).with_name("kinds.py")
 DISTRIBUTED = "--use-distributed-optimizer"

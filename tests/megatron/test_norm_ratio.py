@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import (
+
+from megatron_lion.integration.reporting.norm_ratio.schedule import METRICS
+from tests.harness import (
     BATCH,
     CPU,
     HORIZON,
     MODEL,
     NO_DROPOUT,
     RATE,
+    WORKERS,
     Run,
     assert_same_checkpoint,
     pretrain,
@@ -22,8 +25,6 @@ from harness import (
     run_ranks,
     text_flags,
 )
-
-from megatron_lion.integration.reporting.norm_ratio.schedule import METRICS
 
 PROBE = Path(__file__).with_name("probe_round.py")
 DISTRIBUTED = "--use-distributed-optimizer"
@@ -210,7 +211,7 @@ def test_a_run_with_rounds_equals_one_without_bit_for_bit_also_over_a_resume(
     text: Path, tmp_path: Path, ranks: int, flags: str
 ) -> None:
     canonical = "--dist-ckpt-optim-fully-reshardable" if DISTRIBUTED in flags else ""
-    flags = f"{flags} {canonical} --lr-decay-iters {STEPS} --train-iters {STEPS} --save-interval {STEPS // 2}"
+    flags = f"{flags} {canonical} {WORKERS} --lr-decay-iters {STEPS} --train-iters {STEPS} --save-interval {STEPS // 2}"
     rounds = f"--norm-ratio-interval {EVERY} --norm-ratio-at-start --norm-ratio-batches 2"
     with_rounds = f"{flags} {rounds} --save {tmp_path}/with --load {tmp_path}/with"
     plain = pretrain(text, flags, f"--save {tmp_path}/without", ranks=ranks)

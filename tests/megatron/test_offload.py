@@ -6,8 +6,9 @@
 from pathlib import Path
 
 import pytest
-from harness import HORIZON, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
-from versions import since, until
+
+from tests.harness import HORIZON, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
+from tests.versions import since, until
 
 DISTRIBUTED = "--optimizer lion --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 OFFLOAD = "--optimizer-cpu-offload --optimizer-offload-fraction"

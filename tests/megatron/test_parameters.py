@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import BATCH, CPU, MODEL, RATE, run_ranks, text_flags
-from versions import since
+
+from tests.harness import BATCH, CPU, MODEL, RATE, run_ranks, text_flags
+from tests.versions import since
 
 PROBE = Path(__file__).with_name("probe.py")
 # The probe makes gradients by hand, outside the schedule that the NaN check belongs to.

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from harness import HORIZON, NO_DROPOUT, Run, pretrain, records, relative_difference
+
+from tests.harness import HORIZON, NO_DROPOUT, Run, pretrain, records, relative_difference
 
 LINE = re.compile(
     r"step (\d+): gradient l1 (\S+), l2 (\S+), zero signs (\S+)%, flipped (\S+)%, agreement (\S+), "

@@ -3,8 +3,17 @@
 from pathlib import Path
 
 import pytest
-from harness import HORIZON, NO_DROPOUT, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
-from test_parameters import DISTRIBUTED, probe
+
+from tests.harness import (
+    HORIZON,
+    NO_DROPOUT,
+    WORKERS,
+    assert_same_checkpoint,
+    pretrain,
+    read_checkpoint,
+    relative_difference,
+)
+from tests.megatron.test_parameters import DISTRIBUTED, probe
 
 CANONICAL = "--dist-ckpt-optim-fully-reshardable"
 REMAINDER = "--lion-master-weights remainder"
@@ -51,7 +60,7 @@ def test_a_sharded_step_equals_lion_on_whole_parameters_bit_for_bit(text: Path, 
     ],
 )
 def test_a_killed_run_resumes_bit_for_bit(text: Path, tmp_path: Path, ranks: int, flags: str) -> None:
-    run = f"--optimizer lion --bf16 {DISTRIBUTED} {flags} {HORIZON} --train-iters 8 --save-interval 4"
+    run = f"--optimizer lion --bf16 {DISTRIBUTED} {flags} {WORKERS} {HORIZON} --train-iters 8 --save-interval 4"
     whole = pretrain(text, run, f"--save {tmp_path}/whole", ranks=ranks)
     pretrain(text, run, f"--save {tmp_path}/cut", ranks=ranks, kill_at=6)
     resumed = pretrain(text, run, f"--save {tmp_path}/cut --load {tmp_path}/cut", ranks=ranks)

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import (
+
+from megatron_lion.config import LionError
+from megatron_lion.integration.compat import versions as compat_versions
+from tests.harness import (
     HORIZON,
     NO_DROPOUT,
     PRETRAIN_GPT,
@@ -24,11 +27,8 @@ from harness import (
     records,
     relative_difference,
 )
-from version_table import Table
-from versions import Megatron, started
-
-from megatron_lion.config import LionError
-from megatron_lion.integration.compat.versions import KNOWN, RELEASES
+from tests.megatron.version_table import Table
+from tests.versions import RELEASES, Megatron, started
 
 HERE = Path(__file__).parent
 LATEST = "latest_checkpointed_iteration.txt"
@@ -65,9 +65,13 @@ def assert_all_on_lion(answers: list[dict[str, Any]], parameters: int) -> None:
     assert {owner["weight_decay"] for owner in found.values()} == {0.0, 0.1}
 
 
+def test_the_supported_releases_are_those_tested_here() -> None:
+    assert compat_versions.RELEASES == RELEASES
+
+
 @releases(RELEASES)
 def test_doctor_is_ready_and_names_every_seam(megatron: Megatron, table: Table) -> None:
-    run = megatron.run("doctor", script=ROOT / "megatron_lion" / "cli.py")
+    run = megatron.run("doctor", script=ROOT / "megatron_lion" / "cli" / "__main__.py")
     assert run.returncode == 0, run.output
     assert f"megatron-core          {megatron.version} (" in run.output
     seams = [line.split()[1] for line in run.output.splitlines() if line.startswith("seam")]
@@ -89,7 +93,9 @@ def declarations(megatron: Megatron, *what: str) -> Any:
 def test_all_that_is_replaced_overridden_and_read_is_declared(megatron: Megatron) -> None:
     answer = declarations(megatron)
     classes = answer.pop("classes")
-    assert ("OlderDistributedOptimizer" in classes) == (not KNOWN[megatron.version[:4]].asks_for_state_keys)
+    assert ("OlderDistributedOptimizer" in classes) == (
+        not compat_versions.TRAITS[megatron.version[:4]].asks_for_state_keys
+    )
     assert {"LionDistributedOptimizer", "LionChainedOptimizer", "OffloadingLion", "InitFromAdam"} < set(classes)
     assert not any(answer.values()), answer
 
@@ -318,6 +324,7 @@ def test_text_preparation_says_that_this_wheel_builds_no_tokenizer(
 def test_evaluation_needs_a_loop_that_builds_the_model(minor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from evaluation import scoring
 
-    monkeypatch.setattr("megatron_lion.integration.loop.pretrain.known", lambda: KNOWN[minor])
+    traits = compat_versions.TRAITS[minor]
+    monkeypatch.setattr("megatron_lion.integration.loop.pretrain.installed_traits", lambda: traits)
     with pytest.raises(LionError, match=r"evaluation needs a Megatron whose loop builds a GPT.*0\.19 or later"):
         scoring.build_model(None)

@@ -8,8 +8,7 @@ import megatron_lion
 
 megatron_lion.register()
 
-import pretrain_gpt  # noqa: E402
-
+from launch import pretrain_gpt  # noqa: E402
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer  # noqa: E402
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer  # noqa: E402
 

@@ -6,9 +6,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from versions import Megatron
-
-from megatron_lion.integration.compat.versions import RELEASES
+from tests.versions import RELEASES, Megatron
 
 MEASURED = re.compile(r"(?s)<!-- measured -->.*<!-- end -->")
 

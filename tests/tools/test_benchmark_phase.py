@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import ROOT, run_ranks
 
+from tests.harness import ROOT, run_ranks
 from tools.benchmark import phase
 
 SCRIPT = ROOT / "tools" / "benchmark" / "phase.py"

@@ -1,6 +1,5 @@
 """tools/demo_text.py on some hundred paragraphs of Python's own help, read back with SentencePiece and Megatron."""
 
-import importlib.util
 import inspect
 import itertools
 import json
@@ -8,34 +7,25 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import demo_text
 import pytest
 import sentencepiece
-import train_tokenizer
+from corpus import documents as documents_of
+from corpus.manifest import file_entry
+from corpus.splits import SPLITS
+from corpus.vocabularies import train_sentencepiece
 
 from megatron_lion.config import LionError
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "demo_text.py"
+SCRIPT = Path(demo_text.__file__)
 VOCAB_SIZE = 400
-
-
-def load_script() -> ModuleType:
-    """Return tools/demo_text.py as a module; tools/ is a folder of scripts and not a package."""
-    spec = importlib.util.spec_from_file_location("demo_text", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-demo_text = load_script()
 
 
 def run(output: Path, *arguments: object, vocab_size: int = VOCAB_SIZE) -> int:
     """Run the command line in this process and return its exit code."""
-    return int(demo_text.main(["--output", str(output), "--vocab-size", str(vocab_size), *map(str, arguments)]))
+    return demo_text.main(["--output", str(output), "--vocab-size", str(vocab_size), *map(str, arguments)])
 
 
 def file_contents(folder: Path) -> dict[str, bytes]:
@@ -70,7 +60,7 @@ def megatron_samples(folder: Path) -> list[list[int]]:
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=64,
-        blend_per_split=[([str(folder / f"{split}_text_document")], None) for split in demo_text.SPLITS],
+        blend_per_split=[([str(folder / f"{split}_text_document")], None) for split in SPLITS],
         tokenizer=megatron_tokenizer(folder)[0],
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -115,7 +105,7 @@ def corpus(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_tokens_read_back_as_the_documents(corpus: Path, paragraphs: list[str]) -> None:
     plain = sentencepiece.SentencePieceProcessor(model_file=str(corpus / "tokenizer.model"))
-    splits = demo_text.split_documents(paragraphs)
+    splits = documents_of.split_documents(paragraphs)
     for split, documents in splits.items():
         expected = [[*plain.encode(document), plain.eos_id()] for document in documents]
         assert sequences(corpus, split) == expected
@@ -124,7 +114,7 @@ def test_tokens_read_back_as_the_documents(corpus: Path, paragraphs: list[str]) 
 
 def test_end_of_document_is_megatrons(corpus: Path) -> None:
     tokenizer, args = megatron_tokenizer(corpus)
-    for split in demo_text.SPLITS:
+    for split in SPLITS:
         for ids in sequences(corpus, split):
             assert ids[-1] == tokenizer.eod and tokenizer.eod not in ids[:-1]
     assert tokenizer.vocab_size == VOCAB_SIZE
@@ -133,22 +123,22 @@ def test_end_of_document_is_megatrons(corpus: Path) -> None:
 
 
 def test_splits_are_disjoint_cover_the_text_and_hold_still(paragraphs: list[str]) -> None:
-    splits = demo_text.split_documents(paragraphs)
+    splits = documents_of.split_documents(paragraphs)
     assert sorted(itertools.chain(*splits.values())) == sorted(paragraphs)
     for split, share in (("train", 0.9), ("valid", 0.05), ("test", 0.05)):
         assert len(splits[split]) / len(paragraphs) == pytest.approx(share, abs=0.03)
-    later = demo_text.split_documents(["a new document", *reversed(paragraphs)])
+    later = documents_of.split_documents(["a new document", *reversed(paragraphs)])
     assert all(set(splits[split]) <= set(later[split]) for split in splits)
 
 
 def test_manifest_counts_what_was_written(corpus: Path, paragraphs: list[str]) -> None:
     manifest = json.loads((corpus / "manifest.json").read_text())
-    for split, documents in demo_text.split_documents(paragraphs).items():
+    for split, documents in documents_of.split_documents(paragraphs).items():
         found = sequences(corpus, split)
         size = sum(len(document.encode()) for document in documents)
         assert manifest["splits"][split] == {"documents": len(found), "bytes": size, "tokens": sum(map(len, found))}
     names = file_contents(corpus).keys() - {"manifest.json"}
-    assert manifest["files"] == {name: demo_text.file_entry(corpus / name) for name in names}
+    assert manifest["files"] == {name: file_entry(corpus / name) for name in names}
     assert manifest["tokenizer"]["sha256"] == manifest["files"]["tokenizer.model"]["sha256"]
 
 
@@ -221,7 +211,7 @@ def test_any_text_encodes_and_decodes_to_itself(corpus: Path) -> None:
 
 
 def test_max_megabytes_samples_all_of_the_text(paragraphs: list[str]) -> None:
-    sample = demo_text.at_most(paragraphs, 0.02)
+    sample = documents_of.at_most(paragraphs, 0.02)
     places = [paragraphs.index(document) for document in sample]
     assert 15_000 < sum(len(document.encode()) for document in sample) <= 20_000
     assert places == sorted(places) and places[0] < 0.2 * len(paragraphs) and places[-1] > 0.8 * len(paragraphs)
@@ -234,11 +224,11 @@ def test_docstrings_come_from_sources_that_are_not_imported(tmp_path: Path) -> N
     (tmp_path / "broken.py").write_text("def")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "c.py").write_text(f'"""{long} c"""')
-    documents = demo_text.python_documents(tmp_path)
+    documents = documents_of.python_documents(tmp_path)
     assert documents[-3:] == [f"{long} a", f"{long} b", f"{long}\n\nin \\d"]
     assert any("The standard type hierarchy" in document for document in documents), "the help topics"
-    source = (demo_text.STANDARD_LIBRARY / "json" / "__init__.py").read_bytes()
-    assert inspect.cleandoc(json.dumps.__doc__ or "") in demo_text.docstrings(source)
+    source = (documents_of.STANDARD_LIBRARY / "json" / "__init__.py").read_bytes()
+    assert inspect.cleandoc(json.dumps.__doc__ or "") in documents_of.docstrings(source)
 
 
 @pytest.mark.parametrize(
@@ -264,9 +254,9 @@ def test_unusable_text_is_one_clear_line(
 @pytest.mark.parametrize(("vocab_size", "word"), [(10**6, "smaller"), (100, "larger")])
 def test_impossible_vocabulary_names_one_that_works(vocab_size: int, word: str, paragraphs: list[str]) -> None:
     with pytest.raises(LionError, match=rf"--vocab-size {vocab_size} .*or {word}") as caught:
-        train_tokenizer.train_sentencepiece(paragraphs, vocab_size)
+        train_sentencepiece(paragraphs, vocab_size)
     advised = int(str(caught.value).split("use --vocab-size ")[1].split()[0])
-    model = train_tokenizer.train_sentencepiece(paragraphs, advised)
+    model = train_sentencepiece(paragraphs, advised)
     assert sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size() == advised
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import export_hf
 import pytest
 import torch
 from evaluation import checkpoints, windows
-from harness import CPU, HORIZON, Run, pretrain, run_ranks
 
 from megatron_lion.config import LionError
+from tests.harness import CPU, HORIZON, Run, pretrain, run_ranks
 
 SCRIPT = Path(eval_wikitext103.__file__)
 # Rows that pad the vocabulary (512 to 768, so that the last tensor-parallel rank has padding alone), positions that
@@ -42,14 +43,18 @@ def saved(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def evaluate(folder: Path, sample: Path, output: Path, *flags: str, ranks: int = 1) -> Run:
-    run = run_ranks(
+def start(folder: Path, sample: Path, output: Path, *flags: str, ranks: int = 1) -> Run:
+    return run_ranks(
         f"--checkpoints {folder} --text {sample} --output {output} --window {WINDOW} --overlapping-eval {STEP}",
         f"--micro-batch-size 4 {CPU}",
         *flags,
         script=SCRIPT,
         ranks=ranks,
     )
+
+
+def evaluate(folder: Path, sample: Path, output: Path, *flags: str, ranks: int = 1) -> Run:
+    run = start(folder, sample, output, *flags, ranks=ranks)
     assert run.returncode == 0, run.output[-5000:]
     return run
 
@@ -200,6 +205,11 @@ def test_what_gpt2_cannot_express_is_refused_by_name(saved: Path) -> None:
         ("normalization", "RMSNorm", "normalization is RMSNorm"),
         ("kv_channels", 32, "heads of 32 channels"),
         ("num_experts", 4, "num_experts is 4"),
+        ("use_mup", True, "use_mup is True"),
+        ("softmax_type", "learnable", "softmax_type is learnable"),
+        ("window_size", (8, 0), r"window_size is \(8, 0\)"),
+        ("activation_func_clamp_value", 7.0, "activation_func_clamp_value is 7.0"),
+        ("attention_output_gate", True, "attention_output_gate is True"),
     ):
         with pytest.raises(LionError, match=message):
             export_hf.require_gpt2(Namespace(**{**vars(args), name: value}))
@@ -239,12 +249,79 @@ def test_the_tokenizer_is_wholly_the_command_lines_or_wholly_the_checkpoints() -
 
 
 def test_results_of_other_settings_are_not_gone_on_with(tmp_path: Path) -> None:
-    output = tmp_path / "out.json"
-    assert eval_wikitext103.finished(output, {"window": 32}) == {}
-    output.write_text(json.dumps({"settings": {"window": 32}, "results": {"6": {"nll": 1.0}}}))
-    assert eval_wikitext103.finished(output, {"window": 32}) == {"6": {"nll": 1.0}}
+    output, print_6 = tmp_path / "out.json", {"6": "a"}
+    assert eval_wikitext103.finished(output, {"window": 32}, print_6) == {}
+    results = {"6": {"nll": 1.0, "checkpoint": "a"}}
+    output.write_text(json.dumps({"settings": {"window": 32}, "results": results}))
+    assert eval_wikitext103.finished(output, {"window": 32}, {**print_6, "12": "b"}) == results
     with pytest.raises(LionError, match="was made with another window"):
-        eval_wikitext103.finished(output, {"window": 16})
+        eval_wikitext103.finished(output, {"window": 16}, print_6)
+    with pytest.raises(LionError, match="was made with another bf16"):
+        eval_wikitext103.finished(output, {"window": 32, "bf16": "True"}, print_6)
+    with pytest.raises(LionError, match="from another checkpoint of iteration 6 than the one that is there now"):
+        eval_wikitext103.finished(output, {"window": 32}, {"6": "c"})
     output.write_text("[]")
     with pytest.raises(LionError, match="is not this tool's"):
-        eval_wikitext103.finished(output, {"window": 32})
+        eval_wikitext103.finished(output, {"window": 32}, print_6)
+
+
+def test_a_fingerprint_changes_with_the_content(saved: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    shutil.copytree(checkpoints.iteration_folder(saved, 6), one)  # with the times of change
+    assert checkpoints.fingerprint(one) == checkpoints.fingerprint(checkpoints.iteration_folder(saved, 6))
+    shutil.copytree(one, other)
+    shard = next(other.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes())  # as a run that is trained again leaves it: the same size
+    assert checkpoints.fingerprint(one) != checkpoints.fingerprint(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("another run", "another checkpoints"), ("--bf16", "another bf16"), ("trained again", "another checkpoint of")],
+)
+def test_another_checkpoint_or_precision_is_not_given_these_results(
+    saved: Path, sample: Path, at_dp2: tuple[Path, Run], tmp_path: Path, change: str, message: str
+) -> None:
+    output, folder = tmp_path / "out.json", saved
+    shutil.copyfile(at_dp2[0], output)
+    if not change.startswith("--"):
+        folder = tmp_path / "copy"
+        shutil.copytree(saved, folder)
+    if change == "trained again":  # in the same folder
+        content = json.loads(output.read_text())
+        content["settings"]["checkpoints"] = str(folder)
+        output.write_text(json.dumps(content))
+        (folder / "iter_0000012" / "metadata.json").touch()
+    run = start(folder, sample, output, change if change.startswith("--") else "")
+    assert run.returncode != 0
+    assert f"was made {'from' if change == 'trained again' else 'with'} {message}" in run.output
+
+
+# Each makes another function of the same weights.
+FUNCTIONS = {
+    "muP": "--use-mup --mup-base-hidden-size 8 --mup-embedding-mult 4",
+    "YaRN": "--position-embedding-type yarn --rotary-scaling-factor 4 --yarn-original-max-position-embeddings 8",
+    "router groups": "--num-experts 4 --moe-router-topk 2 --moe-router-num-groups 2 --moe-router-group-topk 1 "
+    "--disable-bias-linear",
+    "one more in the softmax": "--softmax-type off-by-one",
+    "rope by a part": "--position-embedding-type rope --rotary-percent 0.5 --rotary-base 100",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "muP" else pytest.param(name, marks=pytest.mark.slow) for name in FUNCTIONS]
+)
+def test_the_function_is_the_checkpoints_whatever_the_command_line_leaves_out(
+    text: Path, sample: Path, tmp_path: Path, name: str
+) -> None:
+    """The run's own flags give its loss. muP: --mup-embedding-mult 1 is another function, and refused."""
+    pretrain(text, f"{MODEL} {HORIZON} --train-iters 2 --save {tmp_path}/saved --save-interval 2 {FUNCTIONS[name]}")
+    for flags in ("", FUNCTIONS[name]):
+        evaluate(tmp_path / "saved", sample, tmp_path / f"out{bool(flags)}.json", flags)
+    assert results(tmp_path / "outFalse.json")["2"]["nll"] == results(tmp_path / "outTrue.json")["2"]["nll"]
+    with pytest.raises(LionError, match="GPT2LMHeadModel cannot express this model"):
+        export(tmp_path / "saved", tmp_path / "exported")
+    if name == "muP":
+        run = start(tmp_path / "saved", sample, tmp_path / "x.json", "--mup-embedding-mult 2")
+        assert run.returncode != 0
+        assert "--mup-embedding-mult 2.0: the checkpoint's model has 4.0. Leave the flag out" in run.output

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import ROOT
-
+from tests.harness import ROOT
 from tools.gpu_check import __main__ as check
 from tools.gpu_check import environment, records, runner, same_losses, summary
 from tools.gpu_check.parts import Part, all_parts

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import prepare_text
 import pytest
-import vocabularies
 from corpus import sources
-from hub import Hub
 
 from megatron_lion.config import LionError
+from tests.tools import vocabularies
+from tests.tools.hub import Hub
 
 
 @pytest.fixture(scope="module")

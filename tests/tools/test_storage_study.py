@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from harness import ROOT, as_in_a_terminal
+from tests.harness import ROOT, as_in_a_terminal
 
 LAUNCH = """
 import os, signal, sys, time

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import train_tokenizer
-import vocabularies
+from corpus.vocabularies import FILES
 
 from megatron_lion.config import LionError
+from tests.tools import vocabularies
 
-KINDS = tuple(train_tokenizer.FILES)
+KINDS = ("GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase", "SentencePieceTokenizer")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -17,7 +18,7 @@ def test_a_vocabulary_has_the_size_asked_for_and_is_the_same_each_time(kind: str
     from corpus.tokenizers import TokenizerOptions
 
     made = [vocabularies.train(kind, tmp_path / name) for name in ("one", "two")]
-    for name in train_tokenizer.FILES[kind].values():
+    for name in FILES[kind].values():
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     options = {flag.removeprefix("--").replace("-", "_"): value for flag, value in made[0].items()}
     tokenizer = TokenizerOptions(**options).build()

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import ROOT
 from torch import nn
 
 from megatron_lion.config import LionError
+from tests.harness import ROOT
 from tools.paper import vision_study
 from tools.paper.vision import epochs, image_data, models
 from tools.paper.vision.ranks import Ranks
@@ -80,8 +80,7 @@ def test_the_statistics_are_those_of_every_training_image(tmp_path: Path) -> Non
 def two_ranks(folder: Path, changes: dict[str, Any]) -> None:
     script = Path(__file__).with_name("vision_ranks.py")
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     line += [str(folder), json.dumps(changes)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr

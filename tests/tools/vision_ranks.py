@@ -4,8 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from test_vision_study import start
-
+from tests.tools.test_vision_study import start
 from tools.paper.vision.ranks import join
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
 """Rates of the exchange's kernels on a CPU: nanoseconds for each parameter, next to a copy of as many bytes.
 
-    python tools/benchmark/exchange.py [--parameters 16000000] [--threads 1] [--exceptions 0.003]
+    python -m tools.benchmark.exchange [--parameters 16000000] [--threads 1] [--exceptions 0.003]
 
 Times are the best of several calls. With one thread they are CPU time, so other jobs on the machine disturb them less.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_lion.exchange.digits import EXCEPTION, FORMATS
 from megatron_lion.exchange.message import Run, WireFormat

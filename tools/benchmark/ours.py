@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_lion import Lion
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.telemetry import Telemetry
 from tools.benchmark.measure import OURS, Candidate, first_line
 from tools.benchmark.peers import FP32_MOMENTUM, HYPER
@@ -76,7 +77,7 @@ def in_bf16(
     twins = bf16_twins(params)
     for twin, param in zip(twins, params, strict=True):
         twin.decoupled_grad = gradient(param).to(DTYPES[grad])
-    optimizer = Lion(twins, **HYPER, kernel=kernel, master_weights=master, momentum_dtype=momentum)
+    optimizer = ShardedLion(twins, **HYPER, kernel=kernel, master_weights=master, momentum_dtype=momentum)
     optimizer.use_decoupled_grad = True
     return _stepped(optimizer, name, state, kernel)
 

@@ -8,7 +8,7 @@ the joined files do not depend on how many workers made the parts, or in which o
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,11 @@ class Shard:
             state.update(len(unit).to_bytes(8, "little"))
             state.update(unit)
         return state.hexdigest()
+
+
+def text_digest(digests: Iterable[str]) -> str:
+    """A hash of a corpus's text: of its shards' digests, in order."""
+    return hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +93,13 @@ class BadUnit(Exception):
 
 
 def document_text(unit: bytes, kind: str, key: str) -> str:
-    """Return the document in a unit. Raises BadUnit where there is none."""
+    """Return the document in a unit, without a byte order mark at its beginning. Raises BadUnit where there is none."""
     try:
         text = unit.decode("utf-8")
     except UnicodeDecodeError:
         raise BadUnit("not UTF-8") from None
     if kind == "text":
-        return text
+        return text.removeprefix("\ufeff")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
@@ -107,7 +112,7 @@ def document_text(unit: bytes, kind: str, key: str) -> str:
         record[key].encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no encoding can hold
         raise BadUnit("not Unicode") from None
-    return record[key]
+    return record[key].removeprefix("\ufeff")
 
 
 def record_path(folder: Path, index: int) -> Path:

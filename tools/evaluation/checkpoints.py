@@ -1,5 +1,6 @@
 """Read what Megatron's ``torch_dist`` checkpoints say of themselves, without building a model."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ def find_steps(folder: Path, steps: str) -> list[int]:
 def iteration_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of one iteration is."""
     return folder / f"iter_{step:07d}"
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """A hash by which a checkpoint's content is told from another's: each file's name, size and time of change."""
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file():
+            found = path.stat()
+            digest.update(f"{path.relative_to(checkpoint)} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def read_args(checkpoint: Path) -> Any:

@@ -11,27 +11,9 @@ from torch import Tensor
 from megatron_lion.config import LionError
 from megatron_lion.integration.loop.pretrain import require_a_loop_that_builds_gpt
 
+from .model_args import default_args, function_args
 from .windows import Window
 
-# What else decides the function a model computes, beside what Megatron's own load_args_from_checkpoint takes over.
-FUNCTION_ARGS = (
-    "layernorm_epsilon",
-    "layernorm_zero_centered_gamma",
-    "apply_residual_connection_post_layernorm",
-    "softmax_type",
-    "bias_gelu_fusion",  # on: GELU by its tanh formula; off: by the error function
-    "openai_gelu",
-    "quick_geglu",
-    "qk_layernorm",
-    "qk_l2_norm",
-    "window_size",
-    "window_attn_skip_freq",
-    "no_rope_freq",
-    "glu_linear_offset",
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "rotary_seq_len_interpolation_factor",
-)
 ROWS_AT_A_TIME = 256
 TOKENIZER_ARGS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 
@@ -40,6 +22,23 @@ def chosen_tokenizer(given: Any, saved: Any) -> dict[str, Any]:
     """The tokenizer's arguments: all of the command line's where it names a type, else all of the checkpoint's."""
     source = saved if given.tokenizer_type is None else given
     return {name: getattr(source, name, None) for name in TOKENIZER_ARGS}
+
+
+def models_own(given: Any, saved: Any) -> dict[str, Any]:
+    """The arguments that decide the model's function, as the checkpoint has them.
+
+    Raises LionError where the command line asks for another function.
+    """
+    usual = default_args()
+    own = {name: getattr(saved, name) for name in function_args(saved)}
+    for name, value in own.items():
+        asked = getattr(given, name, None)
+        if asked not in (value, getattr(usual, name, None)):
+            raise LionError(
+                f"--{name.replace('_', '-')} {asked}: the checkpoint's model has {value}. Leave the flag out: what "
+                "decides the model's function comes from the checkpoint"
+            )
+    return own
 
 
 def megatron_args(argv: list[str], checkpoints: Path, step: int, saved: Any) -> Any:
@@ -56,12 +55,10 @@ def megatron_args(argv: list[str], checkpoints: Path, step: int, saved: Any) -> 
     sys.argv[1:] = [*argv, "--load", str(checkpoints), "--ckpt-step", str(step), "--no-load-optim", "--no-load-rng"]
     args = parse_args()
     args.exit_on_missing_checkpoint = True
-    tokenizer = chosen_tokenizer(args, saved)
+    tokenizer, function = chosen_tokenizer(args, saved), models_own(args, saved)
     load_args_from_checkpoint(args)
     vars(args).update(tokenizer)  # Megatron took the type and the model from the checkpoint, but no vocabulary file
-    for name in FUNCTION_ARGS:
-        if hasattr(saved, name):
-            setattr(args, name, getattr(saved, name))
+    vars(args).update(function)
     if args.padded_vocab_size % args.tensor_model_parallel_size:
         raise LionError(
             f"the checkpoint's {args.padded_vocab_size} vocabulary rows cannot be cut into "

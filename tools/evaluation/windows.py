@@ -31,8 +31,8 @@ def wikitext_detokenizer(text: str) -> str:
     for mark in ":;.!?,":
         text = text.replace(f" {mark} ", f"{mark} ")
     for opening, closing in ("()", "[]", "{}", '""', "''"):
-        inside = rf"{re.escape(opening)}\s*([^{re.escape(closing)}]*?)\s*{re.escape(closing)}"
-        text = re.sub(inside, lambda match, a=opening, b=closing: f"{a}{match[1]}{b}", text)
+        inside = rf"{re.escape(opening)}([^{re.escape(closing)}]*+){re.escape(closing)}"
+        text = re.sub(inside, lambda match, a=opening, b=closing: f"{a}{match[1].strip()}{b}", text)
     for mark, joined in (
         ("= = = =", "===="),
         ("= = =", "==="),

@@ -1,4 +1,7 @@
-"""Ask every rank and name those that do not answer: over the launcher's key-value store, without collectives."""
+"""Run a function on every rank and report the ranks that do not answer.
+
+The ranks talk through the launcher's key-value store. No collective is issued.
+"""
 
 import json
 import os
@@ -18,22 +21,22 @@ NAMED = 4  # of the ranks on which something failed
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-class Silent(LionError):
-    """Ranks that did not answer."""
+class RanksUnreachable(LionError):
+    """Some ranks did not answer in time."""
 
     def __init__(self, message: str, ranks: list[int]) -> None:
         super().__init__(message)
         self.ranks = ranks
 
 
-def place_of(rank: int) -> str:
+def rank_and_node(rank: int) -> str:
     """A rank by its number and, where the launcher gives every node as many, by its node, both from 0."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     return f"rank {rank} (node {rank // local})" if local else f"rank {rank}"
 
 
-class RollCall:
-    """The ranks that the launcher's environment (``LAUNCHER``) names, meeting at its master address.
+class RankRunner:
+    """The ranks that the launcher's environment (``LAUNCHER``) describes. They meet at its master address.
 
     Attributes:
         rank, size: this rank and their number.
@@ -59,7 +62,7 @@ class RollCall:
             # Without waiting for the others: who is missing is to be said by number.
             store = TCPStore(host, port, self.size, master, patience, wait_for_workers=False)
         except RuntimeError as error:
-            raise Silent(
+            raise RanksUnreachable(
                 f"rank {self.rank} cannot reach {host}:{port} (MASTER_ADDR:MASTER_PORT), where rank 0's node listens, "
                 f"within {self.timeout:g} s: {_first_line(error)}",
                 [0],
@@ -69,7 +72,7 @@ class RollCall:
     def ask(self, question: str, answer: Any) -> list[Any]:
         """Every rank's ``answer`` (anything that JSON can hold), by rank, on every rank.
 
-        Raises Silent with those that did not give one in time.
+        Raises RanksUnreachable with those that did not give one in time.
         """
         self.store.set(f"{question}/{self.rank}", json.dumps(answer))
         if self.rank == 0:
@@ -77,19 +80,20 @@ class RollCall:
             there = [self._wait(f"{question}/{rank}", deadline - time.monotonic()) for rank in range(self.size)]
             self.store.set(f"{question}/all", json.dumps(there))
         elif not self._wait(f"{question}/all", self.timeout + GRACE_SECONDS):
-            raise Silent(f"rank 0 did not answer within {self.timeout:g} s ({question})", [0])
+            raise RanksUnreachable(f"rank 0 did not answer within {self.timeout:g} s ({question})", [0])
         else:
             there = json.loads(self.store.get(f"{question}/all"))
         absent = [rank for rank, answered in enumerate(there) if not answered]
         if absent:
-            names = ", ".join(place_of(rank) for rank in absent)
-            raise Silent(f"{names} did not answer within {self.timeout:g} s ({question})", absent)
+            names = ", ".join(rank_and_node(rank) for rank in absent)
+            raise RanksUnreachable(f"{names} did not answer within {self.timeout:g} s ({question})", absent)
         return [json.loads(self.store.get(f"{question}/{rank}")) for rank in range(self.size)]
 
-    def together(self, what: str, work: Callable[[], Any]) -> list[Any]:
+    def run_on_all_ranks(self, what: str, work: Callable[[], Any]) -> list[Any]:
         """Do ``work``, which needs all ranks, on all of them, and return every rank's result.
 
-        Raises LionError naming the ranks on which it failed or did not end in time, and Silent those that never began.
+        Raises LionError with the ranks on which it failed or did not end in time, and RanksUnreachable with those
+        that never began.
         """
         self.ask(f"{what}: begin", True)
         outcome: dict[str, Any] = {"error": f"no end within {self.timeout:g} s"}
@@ -97,7 +101,7 @@ class RollCall:
         thread.start()
         thread.join(self.timeout)
         outcomes = self.ask(f"{what}: end", dict(outcome))
-        if failed := [f"{place_of(rank)}: {one['error']}" for rank, one in enumerate(outcomes) if "error" in one]:
+        if failed := [f"{rank_and_node(rank)}: {one['error']}" for rank, one in enumerate(outcomes) if "error" in one]:
             more = f"; and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
             raise LionError(f"{what} failed on {'; '.join(failed[:NAMED])}{more}")
         return [one["result"] for one in outcomes]

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_lion.cli.cluster import facts as facts_of
-from megatron_lion.cli.cluster import network
-from megatron_lion.cli.cluster.rank_runner import RollCall, Silent
+from megatron_lion.cli.cluster import network, rank_facts
+from megatron_lion.cli.cluster.rank_runner import RankRunner, RanksUnreachable
 from megatron_lion.config import LionError
 
 COLUMNS = ("machine", "node", "python", "torch", "megatron-core", "megatron-lion", "device")
@@ -23,10 +22,10 @@ def main(timeout: float, megabytes: int) -> int:
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
-        roll = RollCall(timeout)
-        problems = _problems(roll, megabytes)
+        runner = RankRunner(timeout)
+        problems = _problems(runner, megabytes)
     except LionError as error:
-        if rank == 0 or (isinstance(error, Silent) and 0 in error.ranks):
+        if rank == 0 or (isinstance(error, RanksUnreachable) and 0 in error.ranks):
             print(f"\nNOT READY: {error}", flush=True)
         return _leave(1, rank)
     if rank == 0:
@@ -44,29 +43,29 @@ def _leave(status: int, rank: int) -> int:
     return status
 
 
-def _problems(roll: RollCall, megabytes: int) -> list[str]:
+def _problems(runner: RankRunner, megabytes: int) -> list[str]:
     """Go through the stages, print what each found, and return what is wrong; the same on every rank.
 
     What makes the following stages hang, or mean nothing, ends the examination.
     """
-    facts = roll.ask("who is there", facts_of.of_this_rank())
-    offsets = roll.together("clock", lambda: network.clock_offset(roll))
-    _print(roll, _table(facts, offsets))
-    problems = facts_of.odd_ones(facts) + facts_of.gpu_problems(facts) + facts_of.clock_problems(offsets, facts)
+    facts = runner.ask("who is there", rank_facts.collect())
+    offsets = runner.run_on_all_ranks("clock", lambda: network.clock_offset(runner))
+    _print(runner, _table(facts, offsets))
+    problems = rank_facts.mismatches(facts) + rank_facts.gpu_problems(facts) + rank_facts.clock_problems(offsets, facts)
     if len({fact["device"] == "CPU" for fact in facts}) > 1 or any(fact["device"] == "no GPU" for fact in facts):
         return [*problems, "all-reduce and links were not tried: first give every rank a device"]
-    device = network.device_of_rank(facts[roll.rank])
-    roll.together("connect", lambda: network.connect(roll, device))
+    device = network.device_of_rank(facts[runner.rank])
+    runner.run_on_all_ranks("connect", lambda: network.connect(runner, device))
     count = megabytes * (1 << 20) // 4
-    reduced = roll.together("all-reduce", lambda: network.all_reduce_seconds(count, roll, device))
-    timed = roll.together("links", lambda: network.link_seconds(count, roll, device))
+    reduced = runner.run_on_all_ranks("all-reduce", lambda: network.all_reduce_seconds(count, runner, device))
+    timed = runner.run_on_all_ranks("links", lambda: network.link_seconds(count, runner, device))
     links = {(left, int(right)): seconds for left, ends in enumerate(timed) for right, seconds in ends.items()}
-    _print(roll, _speeds(megabytes, max(reduced), links, facts))
+    _print(runner, _speeds(megabytes, max(reduced), links, facts))
     return problems + network.link_problems(links, facts)
 
 
-def _print(roll: RollCall, text: str) -> None:
-    if roll.rank == 0:
+def _print(runner: RankRunner, text: str) -> None:
+    if runner.rank == 0:
         print(text, flush=True)
 
 

@@ -8,14 +8,13 @@ import contextlib
 import json
 import multiprocessing
 import os
-import runpy
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.launcher.forked_script import become
 from megatron_lion.config import LionError
 from megatron_lion.integration.cpu import run_flags
 
@@ -87,7 +86,7 @@ def _run(run: MegatronRun, threads: int) -> float:
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tools.paper.studies.rank_imports"])
     began = time.monotonic()
-    process = server.Process(target=_become, args=(str(log), str(run.script), run.flags.split()))
+    process = server.Process(target=_run_as_rank_0, args=(str(log), str(run.script), run.flags.split()))
     process.start()
     try:
         process.join()
@@ -100,17 +99,10 @@ def _run(run: MegatronRun, threads: int) -> float:
     return time.monotonic() - began
 
 
-def _become(log: str, script: str, arguments: list[str]) -> None:
-    """A run's life: its output to the log, the place that torchrun would give it, then the script."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+def _run_as_rank_0(log: str, script: str, arguments: list[str]) -> None:
+    """The only rank of a run, with the environment that torchrun would give it."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    become(script, arguments, log, {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})

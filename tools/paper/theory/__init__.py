@@ -29,7 +29,6 @@ from tools.paper.theory.records import (
     lion_rate_constant,
     running_mean,
     sgd_rate_constant,
-    student_t_quantile,
 )
 
 __all__ = [
@@ -52,7 +51,6 @@ __all__ = [
     "rate",
     "running_mean",
     "sgd_rate_constant",
-    "student_t_quantile",
     "theorem_2",
     "theorem_4",
 ]

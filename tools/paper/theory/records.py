@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from tools.paper.theory.checks import check_count, check_number
@@ -106,7 +107,8 @@ def fit_power_law(x: Sequence[float], y: Sequence[float], *, confidence: float =
         raise ValueError(f"all x are {x[0]:g}: an exponent needs at least two different ones")
     exponent = float(dx @ dy) / spread
     variance = float((dy - exponent * dx).square().sum()) / (len(x) - 2)
-    half_width = student_t_quantile(0.5 + confidence / 2, len(x) - 2) * math.sqrt(variance / spread)
+    quantile = float(stdtrit(len(x) - 2, 0.5 + confidence / 2))
+    half_width = quantile * math.sqrt(variance / spread)
     return PowerLaw(
         exponent=exponent,
         low=exponent - half_width,
@@ -114,39 +116,6 @@ def fit_power_law(x: Sequence[float], y: Sequence[float], *, confidence: float =
         coefficient=math.exp(float(log_y.mean()) - exponent * float(log_x.mean())),
         points=len(x),
     )
-
-
-def student_t_quantile(probability: float, degrees: int) -> float:
-    """The t >= 0 with P(T <= t) = ``probability`` in [0.5, 1), for Student's distribution of that many ``degrees``.
-
-    By bisection of the distribution function, which for whole degrees of freedom is a finite sum (Abramowitz and
-    Stegun 26.7.3 and 26.7.4).
-
-    Example:
-        >>> [round(student_t_quantile(0.975, degrees), 3) for degrees in (1, 2, 5, 30)]
-        [12.706, 4.303, 2.571, 2.042]
-    """
-    check_count("degrees", degrees)
-    if not 0.5 <= probability < 1.0:
-        raise ValueError(f"probability must lie in [0.5, 1), got {probability:g}")
-    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(degrees)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student_t_within(middle, degrees) < 2 * probability - 1 else (low, middle)
-    return math.tan(low) * math.sqrt(degrees)
-
-
-def _student_t_within(angle: float, degrees: int) -> float:
-    """P(|T| <= sqrt(degrees) tan(angle))."""
-    cosine = math.cos(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total
 
 
 def _rate_constant(norms: Tensor | Sequence[float], scale: float, steps: Sequence[int] | None) -> RateConstant:

@@ -7,6 +7,7 @@ import numpy
 import torch
 
 from megatron_lion.config import LionError
+from megatron_lion.integration import exit_signal
 
 
 def draw_indices(samples: int, *, seed: int, iteration: int, count: int) -> numpy.ndarray:
@@ -56,7 +57,8 @@ def _iterator(dataset: Any, indices: Sequence[Sequence[int]], args: Any) -> Any:
         pin_memory=True,
         generator=torch.Generator(),  # a loader draws its workers' seed; not from the training's generator
     )
-    return RerunDataIterator(iter(loader))
+    with exit_signal.processes_live_through_it(args):
+        return RerunDataIterator(iter(loader))
 
 
 def check_datasets(datasets: Sequence[Any]) -> None:

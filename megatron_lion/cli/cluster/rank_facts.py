@@ -1,4 +1,4 @@
-"""What a rank says of itself, and which ranks say something else than the rest."""
+"""Versions, device and clock of each rank, and the ranks that differ from the others."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ SAME_EVERYWHERE = (
 )  # fmt: skip
 
 
-def of_this_rank() -> dict[str, Any]:
+def collect() -> dict[str, Any]:
     """Versions, machine and device of this process; JSON holds it. None stands for what is not installed."""
     on_gpu = torch.cuda.is_available() and not torch_cuda.wanted()
     local = int(os.environ["LOCAL_RANK"])
@@ -43,23 +43,25 @@ def of_this_rank() -> dict[str, Any]:
     }
 
 
-def odd_ones(facts: list[dict[str, Any]]) -> list[str]:
-    """A sentence for every value that few ranks have and most have not, rank 0's counting as theirs in a tie."""
+def mismatches(facts: list[dict[str, Any]]) -> list[str]:
+    """A sentence for every value that differs from most ranks' value. In a tie rank 0's value is the usual one."""
     found = []
     for key in SAME_EVERYWHERE:
         counts = Counter(str(fact[key]) for fact in facts)
         usual = max(counts, key=lambda value: (counts[value], value == str(facts[0][key])))
         for value in sorted(counts.keys() - {usual}):
             ranks = [rank for rank, fact in enumerate(facts) if str(fact[key]) == value]
-            found.append(f"{named(ranks, facts)}: {key} is {value}, {usual} on {counts[usual]} of {len(facts)} ranks")
+            found.append(
+                f"{describe_ranks(ranks, facts)}: {key} is {value}, {usual} on {counts[usual]} of {len(facts)} ranks"
+            )
     return found
 
 
 def gpu_problems(facts: list[dict[str, Any]]) -> list[str]:
     """A sentence for every rank without a GPU of its own, where ranks are on GPUs."""
     found = [
-        f"{named([rank], facts)}: local rank {fact['local']} has no GPU, {fact['gpus']} are visible there: lower "
-        "--nproc-per-node, or correct CUDA_VISIBLE_DEVICES"
+        f"{describe_ranks([rank], facts)}: local rank {fact['local']} has no GPU, {fact['gpus']} are visible there: "
+        "lower --nproc-per-node, or correct CUDA_VISIBLE_DEVICES"
         for rank, fact in enumerate(facts)
         if fact["device"] == "no GPU"
     ]
@@ -67,7 +69,7 @@ def gpu_problems(facts: list[dict[str, Any]]) -> list[str]:
     for gpu, count in sharing.items():
         if count > 1:
             ranks = [rank for rank, fact in enumerate(facts) if fact["gpu"] == gpu]
-            found.append(f"{named(ranks, facts)}: all on one GPU ({gpu}): correct CUDA_VISIBLE_DEVICES")
+            found.append(f"{describe_ranks(ranks, facts)}: all on one GPU ({gpu}): correct CUDA_VISIBLE_DEVICES")
     return found
 
 
@@ -77,14 +79,14 @@ def clock_problems(offsets: list[tuple[float, float]], facts: list[dict[str, Any
     ``offsets`` are seconds ahead of rank 0, and half the time that the question took.
     """
     return [
-        f"{named([rank], facts)}: its clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} rank 0's: "
-        "let the nodes keep time (NTP)"
+        f"{describe_ranks([rank], facts)}: its clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} "
+        "rank 0's: let the nodes keep time (NTP)"
         for rank, (ahead, uncertain) in enumerate(offsets)
         if abs(ahead) > CLOCK_SECONDS + uncertain
     ]
 
 
-def named(ranks: list[int], facts: list[dict[str, Any]]) -> str:
+def describe_ranks(ranks: list[int], facts: list[dict[str, Any]]) -> str:
     """``ranks 4, 5 (node 1, node7)``: with node and machine, where they share them."""
     where = {(facts[rank]["node"], facts[rank]["machine"]) for rank in ranks}
     place = ", ".join(f"node {node}, {machine}" for node, machine in sorted(where))

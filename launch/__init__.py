@@ -1,0 +1,1 @@
+"""Scripts that start training, and the launcher of recipes."""

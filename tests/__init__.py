@@ -1,0 +1,1 @@
+"""Tests; those of real Megatron run it on gloo ranks (``harness.py``)."""
