@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from tests.harness import ROOT
 from tools.gpu_check import __main__ as check
 from tools.gpu_check import environment, records, runner, same_losses, summary
@@ -230,7 +231,7 @@ def test_shellcheck_finds_nothing() -> None:
 
 @pytest.mark.slow
 def test_the_whole_check_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
-    done = run("--out", str(tmp_path), timeout=560, GPU_CHECK_DEVICE="cpu", CUDA_VISIBLE_DEVICES="")
+    done = run("--out", str(tmp_path), timeout=1800, GPU_CHECK_DEVICE="cpu", CUDA_VISIBLE_DEVICES="")
     text = (tmp_path / "summary.md").read_text()
     assert done.returncode == 0, text
     assert "**REHEARSAL on a CPU.**" in text

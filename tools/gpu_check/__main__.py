@@ -11,10 +11,9 @@ import tempfile
 from pathlib import Path
 
 from tools.gpu_check import records, summary
-from tools.gpu_check.parts import ENVIRONMENT, SITE, Part, all_parts
+from tools.gpu_check.parts import ENVIRONMENT, REHEARSAL_SECONDS, SECONDS, SITE, Part, all_parts
 from tools.gpu_check.runner import ROOT, Outcome, run_all
 
-SECONDS = 475.0  # with the start and the end of this program, at most 8 minutes
 SHOWN_LINES = 3  # of each part on the terminal
 
 
@@ -70,8 +69,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
         parts = chosen(all_parts(on_gpu, work, rows, args.wheels), args.parts)
-        print(f"{len(parts)} parts, at most {SECONDS / 60:.0f} minutes in all")
-        for outcome in run_all(parts, work, environment(on_gpu, work), SECONDS):
+        seconds = SECONDS * (1 if on_gpu else REHEARSAL_SECONDS)
+        print(f"{len(parts)} parts, at most {seconds / 60:.0f} minutes in all")
+        for outcome in run_all(parts, work, environment(on_gpu, work), seconds):
             outcomes.append(outcome)
             records.append(rows, part=outcome.part.name, result=outcome.result, seconds=round(outcome.seconds, 1))
             summary.write(out, outcomes, len(parts), rehearsal=not on_gpu, root=ROOT)
