@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from tools.benchmark.queued_rows import OURS
 from tools.benchmark.traffic import Stream, streaming_pass
 
-OURS = "megatron-lion"
 # The passes of which the faster is a candidate's limit, by how many elements ahead they fetch: what a CPU fetches on
 # its own may fall short of its memory.
 PASSES = {"the limit of ": 0, "the limit, fetched ahead, of ": 512}
@@ -165,6 +165,11 @@ def not_measured(missing: dict[str, str]) -> str:
     for name, reason in missing.items():
         reasons.setdefault(reason, []).append(name)
     return "".join(f"\nNot measured, {reason}: {'; '.join(names)}\n" for reason, names in reasons.items())
+
+
+def first_line(error: Exception) -> str:
+    """The error's class and the first line of its message."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def write_json(path: Path, **record: object) -> None:
