@@ -1,12 +1,13 @@
 """What must hold before anything starts: each check names the key, its value and the fix."""
 
 import math
+import re
 from pathlib import Path
 
 from megatron_lion.config import LionConfig, LionError, check_choice, check_non_negative
 
 from . import estimates
-from .recipes import ROOT, SLURM_PORTS, Recipe
+from .recipes import ROOT, SLURM_PORTS, SLURM_WARNING, Recipe
 
 POSITIVE = (
     "num-layers", "hidden-size", "num-attention-heads", "seq-length", "max-position-embeddings", "global-batch-size",
@@ -65,11 +66,33 @@ def _check_values(recipe: Recipe) -> None:
     last_port = 65536 - SLURM_PORTS
     if not 1 <= recipe.get("master-port", 1) <= last_port:
         raise LionError(f"master-port must lie in [1, {last_port}], got {recipe['master-port']}")
+    if "slurm-time" in recipe.settings and slurm_seconds(recipe["slurm-time"]) <= SLURM_WARNING:
+        raise LionError(
+            f"slurm-time {recipe['slurm-time']} is not longer than the {SLURM_WARNING} seconds before its end at which "
+            "a job is told to save and end: each one would end at its first step. Give more"
+        )
     for key in ("lr", "min-lr", "weight-decay", "clip-grad"):
         check_non_negative(key, recipe.get(key, 0.0))
     if recipe["optimizer"] == "lion":
         betas = (recipe.get("lion-beta1", 0.9), recipe.get("lion-beta2", 0.95))
         LionConfig(lr=recipe["lr"], weight_decay=recipe["weight-decay"], betas=betas)
+
+
+def slurm_seconds(text: str) -> float:
+    """A time limit of sbatch in seconds.
+
+    It is minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds;
+    0 and UNLIMITED are no limit. Raises LionError for anything else.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
+    if text.upper() in ("INFINITE", "UNLIMITED"):
+        return math.inf
+    if not found:
+        raise LionError(f"slurm-time {text!r} is not a time limit of Slurm: give one like 2-00:00:00 or 12:30:00")
+    numbers = [int(number) for number in found.groups()[1:] if number is not None]
+    units = (60, 1) if found[1] is None and len(numbers) < 3 else (3600, 60, 1)
+    seconds = 86400 * int(found[1] or 0) + sum(n * unit for n, unit in zip(numbers, units, strict=False))
+    return seconds or math.inf
 
 
 def _check_model(recipe: Recipe) -> None:

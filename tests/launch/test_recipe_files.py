@@ -1,5 +1,6 @@
 """Recipe files: values are the text as written, tables and keys are checked, paths hold from any folder."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,34 @@ def test_a_file_may_begin_with_a_byte_order_mark_and_merge_tables(tmp_path: Path
     own.write_text("\ufeffwith:\n  sgd: &slow {lr: 2e-3}\n  lion: {<<: *slow, min-lr: 1e-9}\n", encoding="utf-8")
     found = recipes.resolve(str(own), "lion", "cpu", [])
     assert (found["lr"], found["min-lr"]) == (2e-3, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400), ("90:30", 5430), ("12:30:00", 45000), ("1-12", 129600), ("1-12:30", 131400),
+        ("2-00:00:01", 172801), ("0", math.inf), ("UNLIMITED", math.inf), ("infinite", math.inf),
+    ],
+)  # fmt: skip
+def test_a_time_limit_is_read_as_sbatch_reads_it(text: str, seconds: float) -> None:
+    assert recipe_checks.slurm_seconds(text) == seconds
+    recipe_checks.check(recipes.resolve("tiny_gpt", "lion", "cpu", [f"slurm-time={text}"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("5", "slurm-time 5 is not longer than the 600 seconds before its end"),  # SIGTERM would come at once
+        ("10:00", "slurm-time 10:00 is not longer"),
+        ("0-00:10", "slurm-time 0-00:10 is not longer"),
+        ("1h", "'1h' is not a time limit of Slurm: give one like"),
+        ("1:2:3:4", "is not a time limit"),
+        ("", "is not a time limit"),
+    ],
+)
+def test_a_time_limit_that_leaves_no_time_is_refused(text: str, message: str) -> None:
+    with pytest.raises(LionError, match=message):
+        recipe_checks.check(recipes.resolve("tiny_gpt", "lion", "cpu", [f"slurm-time={text}"]))
 
 
 # ---- paths ----

@@ -45,11 +45,7 @@ def install() -> None:
 
     @functools.wraps(stock_reader)
     def _get_filesystem_reader(*args: Any, **kwargs: Any) -> Any:
-        reader = stock_reader(*args, **kwargs)
-        if hasattr(reader, "_slice_file"):  # not the multi-storage client's
-            slice_file = reader._slice_file
-            reader._slice_file = lambda file, place: checked(slice_file(file, place), file.name, place.offset)
-        return reader
+        return with_checks(stock_reader(*args, **kwargs))
 
     @functools.wraps(stock_load)
     def _load_base_checkpoint(load_dir: str, args: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -71,6 +67,14 @@ def install() -> None:
     compat.replace_everywhere(checkpointing, "_load_base_checkpoint", _load_base_checkpoint)
     for module, name in ((checkpointing, "save_checkpoint"), (async_utils, "maybe_finalize_async_save")):
         compat.replace_everywhere(module, name, _naming_write_errors(getattr(module, name)))
+
+
+def with_checks(reader: Any) -> Any:
+    """Let torch's ``FileSystemReader`` check what it reads; returns it."""
+    if hasattr(reader, "_slice_file"):  # not the multi-storage client's
+        slice_file = reader._slice_file
+        reader._slice_file = lambda file, place: checked(slice_file(file, place), file.name, place.offset)
+    return reader
 
 
 def _naming_write_errors(save: Callable[..., Any]) -> Callable[..., Any]:
