@@ -1,9 +1,10 @@
-"""What a user may ask for, and every check of it. Imports nothing, so that a message never waits for torch."""
+"""User-facing options: every default and every check. Does not import torch, so that an error message comes at once."""
 
 import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 PAPER_BETAS = (0.9, 0.99)
 LANGUAGE_MODEL_BETAS = (0.9, 0.95)
@@ -11,14 +12,15 @@ KERNELS = ("auto", "reference", "foreach", "fused")
 MOMENTUM_INITS = ("zero", "gradient")
 MOMENTUM_DTYPES = ("fp32", "bf16", "int8")
 MASTER_WEIGHTS = ("fp32", "remainder")
+INITS_FROM = ("adam", "fresh")
 
-# Where AdamW's rates for language models begin. Small models have been tuned to higher ones with Lion too
-# (docs/coming-from-adamw.md has the sources), so what follows is a hint, not a refusal.
+# AdamW's rates for language models start here. Small models have been tuned to higher ones with Lion too
+# (docs/coming-from-adamw.md has the sources), so this gives a warning, not an error.
 ADAMW_LIKE_LR = 3e-4
 
 
 class LionError(ValueError):
-    """A request that cannot be met. The message names the value, the valid ones, and what to do."""
+    """An unsupported request. The message has the value, the valid values, and what to do."""
 
 
 def did_you_mean(value: str, valid: Iterable[str]) -> str:
@@ -37,7 +39,7 @@ def check_betas(betas: tuple[float, float], names: tuple[str, str] = ("beta1", "
         raise LionError(f"betas must be two numbers such as {PAPER_BETAS}, got {betas!r}") from None
     for name, beta, usual in ((names[0], beta1, "0.9"), (names[1], beta2, "0.95 to 0.99")):
         if not 0.0 <= beta < 1.0:
-            raise LionError(f"{name} must lie in [0, 1), got {beta:g}; the usual value is {usual}")
+            raise LionError(f"{name} must be in [0, 1), got {beta:g}; the usual value is {usual}")
     return beta1, beta2
 
 
@@ -60,27 +62,115 @@ def check_choice(name: str, value: str, valid: Iterable[str]) -> str:
     return value
 
 
-@dataclass(frozen=True, kw_only=True)
-class LionConfig:
-    """What ``--optimizer lion`` was asked to be, checked.
+def check_rates(lr: float | None, weight_decay: float, min_lr: float | None = None) -> None:
+    """Raise :class:`LionError` for learning rates or a weight decay that Lion cannot train with."""
+    if lr is None:
+        raise LionError("--optimizer lion needs --lr, 3 to 10 times lower than AdamW's (docs/coming-from-adamw.md)")
+    check_non_negative("--lr", lr)
+    check_non_negative("--weight-decay", weight_decay)
+    if min_lr is not None and min_lr > lr:
+        raise LionError(f"--min-lr {min_lr:g} is greater than --lr {lr:g}; lower it with Lion's --lr")
 
-    The learning rate and weight decay here are the run's base values; Megatron's scheduler sets each group's own.
+
+def warning_about(lr: float) -> str | None:
+    """A sentence if the learning rate looks like AdamW's, else None."""
+    if lr < ADAMW_LIKE_LR:
+        return None
+    return (
+        f"--lr {lr:g} looks like AdamW's. Lion moves every element by the whole learning rate, so it usually needs a "
+        f"3 to 10 times lower one ({lr / 10:g} to {lr / 3:g}) with a 3 to 10 times higher --weight-decay; see "
+        "docs/coming-from-adamw.md"
+    )
+
+
+def betas_or_default(beta1: float | None, beta2: float | None) -> tuple[float, float]:
+    """The two betas, with Lion's default for each one that is None."""
+    default1, default2 = LionOptions.betas
+    return default1 if beta1 is None else beta1, default2 if beta2 is None else beta2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LionOptions:
+    """Options of ``--optimizer lion``, checked. Made once, where the optimizer is built, and passed on from there.
+
+    Under Megatron each option is a field of ``OptimizerConfig`` and, on the command line, a flag. Its name there is
+    ``lion_`` and the name here; the betas are ``lion_beta1`` and ``lion_beta2``.
     """
 
-    lr: float
-    weight_decay: float
     betas: tuple[float, float] = LANGUAGE_MODEL_BETAS
+    """(beta1, beta2), each in [0, 1)"""
     kernel: str = "auto"
+    """how a step is computed, one of ``KERNELS``; all give the same bits"""
     momentum_dtype: str = "fp32"
+    """how the momentum is stored, one of ``MOMENTUM_DTYPES``"""
     master_weights: str = "fp32"
+    """how the fp32 master of a bf16 parameter is stored, one of ``MASTER_WEIGHTS``"""
+    init_from: str | None = None
+    """what Lion's momentum starts from if the checkpoint is Adam's, one of ``INITS_FROM``; None refuses such a one"""
+    rates_from_run: bool = False
+    """on loading, keep this run's learning rates and weight decay; False takes the checkpoint's, as Megatron does"""
+    saves_stacks: bool = False
+    """checkpoints stack the layers of a parameter, which needs all of its layers trained or none"""
 
     def __post_init__(self) -> None:
-        check_non_negative("--lr", self.lr)
-        check_non_negative("--weight-decay", self.weight_decay)
         check_betas(self.betas, names=("--lion-beta1", "--lion-beta2"))
         check_choice("--lion-kernel", self.kernel, KERNELS)
         check_choice("--lion-momentum-dtype", self.momentum_dtype, MOMENTUM_DTYPES)
         check_choice("--lion-master-weights", self.master_weights, MASTER_WEIGHTS)
+        if self.init_from is not None:
+            check_choice("--lion-init-from", self.init_from, INITS_FROM)
+
+    @classmethod
+    def from_config(cls, config: Any) -> "LionOptions":
+        """The options in ``config``: Megatron's ``OptimizerConfig``, or its parsed command line, which has the same
+        names. Raises LionError for options that are unknown or that contradict other settings of ``config``."""
+        momentum_dtype, master_weights = _precision(config)
+        options = cls(
+            betas=betas_or_default(config.lion_beta1, config.lion_beta2),
+            kernel=config.lion_kernel,
+            momentum_dtype=momentum_dtype,
+            master_weights=master_weights,
+            init_from=config.lion_init_from,
+            rates_from_run=config.lion_rates_from_run,
+            saves_stacks=config.lion_saves_stacks,
+        )
+        options._check_against(config)
+        return options
+
+    def write_to(self, config: Any) -> None:
+        """Set every option in ``config``, in place, so that it says what is used."""
+        config.lion_beta1, config.lion_beta2 = self.betas
+        for name in ("kernel", "momentum_dtype", "master_weights", "init_from", "rates_from_run", "saves_stacks"):
+            setattr(config, f"lion_{name}", getattr(self, name))
+
+    def _check_against(self, config: Any) -> None:
+        offload = config.optimizer_cpu_offload
+        needs_sharding = {
+            "--optimizer-cpu-offload": offload,
+            f"--lion-momentum-dtype {self.momentum_dtype}": self.momentum_dtype != "fp32",
+            f"--lion-master-weights {self.master_weights}": self.master_weights != "fp32",
+            "--use-precision-aware-optimizer": config.use_precision_aware_optimizer,
+            "--main-grads-dtype bf16": dtype_name(config.main_grads_dtype) != "fp32",
+        }
+        asked = [flag for flag, is_asked in needs_sharding.items() if is_asked]
+        if asked and not config.use_distributed_optimizer:
+            raise LionError(f"{asked[0]} needs --use-distributed-optimizer (also on one rank): add it")
+        if offload and not (config.bf16 or config.fp16):
+            raise LionError(
+                "--optimizer-cpu-offload is not supported in fp32: Megatron's optimizer for it refuses shards of fp32 "
+                "parameters. Add --bf16, or remove the flag"
+            )
+        if offload and self.is_compact:
+            raise LionError(
+                f"--lion-momentum-dtype {self.momentum_dtype} with --lion-master-weights {self.master_weights} is not "
+                "supported with --optimizer-cpu-offload, which keeps both in fp32. Use fp32 for both, or remove "
+                "--optimizer-cpu-offload, which they may make unnecessary"
+            )
+        if self.master_weights == "remainder" and not config.bf16:
+            raise LionError(
+                "--lion-master-weights remainder stores the bits that a bf16 parameter lacks of its fp32 master, but "
+                "this run has no bf16 parameters. Add --bf16, or use --lion-master-weights fp32"
+            )
 
     @property
     def is_compact(self) -> bool:
@@ -92,24 +182,46 @@ class LionConfig:
         """Whether a number of the state is divided over two tensors."""
         return self.momentum_dtype == "int8" or self.master_weights == "remainder"
 
-    @property
-    def lr_warning(self) -> str | None:
-        """A sentence where the learning rate looks like AdamW's, else None."""
-        if self.lr < ADAMW_LIKE_LR:
-            return None
-        return (
-            f"--lr {self.lr:g} looks like AdamW's. Lion moves every element by the whole learning rate, so it usually "
-            f"wants a 3 to 10 times lower one ({self.lr / 10:g} to {self.lr / 3:g}) with a 3 to 10 times higher "
-            "--weight-decay; see docs/coming-from-adamw.md"
+
+def dtype_name(dtype: Any) -> str:
+    """``fp32``, ``bf16``, ``fp16`` or ``fp8`` for a torch dtype, or for a string that already is one of these."""
+    name = str(dtype).removeprefix("torch.")
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "fp8"}.get(name, name)
+
+
+def _precision(config: Any) -> tuple[str, str]:
+    """``momentum_dtype`` and ``master_weights``: Lion's settings, or what Megatron's precision-aware ones mean."""
+    exp_avg, main_params = dtype_name(config.exp_avg_dtype), dtype_name(config.main_params_dtype)
+    aware = config.use_precision_aware_optimizer or config.optimizer_cpu_offload
+    momentum_dtype, master_weights = config.lion_momentum_dtype, config.lion_master_weights
+    if aware and exp_avg not in ("fp32", "bf16"):
+        raise LionError(
+            f"--exp-avg-dtype {exp_avg} is not supported with --optimizer lion: use fp32 or bf16, or "
+            "--lion-momentum-dtype int8 instead"
         )
+    if main_params != "fp32":
+        raise LionError(
+            f"--main-params-dtype {main_params} is not supported with --optimizer lion, whose master weights have fp32 "
+            "values. Remove it, or use --lion-master-weights remainder to store 16 bits of them"
+        )
+    if momentum_dtype is None:
+        momentum_dtype = exp_avg if aware else LionOptions.momentum_dtype
+    elif aware and exp_avg not in ("fp32", momentum_dtype):
+        raise LionError(
+            f"--lion-momentum-dtype {momentum_dtype} contradicts --exp-avg-dtype {exp_avg}: remove one of them"
+        )
+    if master_weights is None:
+        as_remainders = aware and config.bf16 and not config.optimizer_cpu_offload
+        master_weights = "remainder" if as_remainders else LionOptions.master_weights
+    return momentum_dtype, master_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormRatioConfig:
+class NormRatioOptions:
     """When and how the norm ratio is measured during training, checked."""
 
     interval: int = 0
-    """a round after every so many iterations; 0 for none"""
+    """a round after every this many iterations; 0 for none"""
     batches: int = 100
     """global batches of a round"""
     at_start: bool = False

@@ -26,7 +26,7 @@ MODULES = (
 )
 for module in MODULES:
     importlib.import_module(module)
-if compat.known().loop_builds_gpt:
+if compat.installed_traits().loop_builds_gpt:
     importlib.import_module("megatron.training.models.gpt")
 with contextlib.suppress(ImportError):  # not in every Megatron; it brings transformers, the slowest of all
     importlib.import_module("megatron.core.tokenizers.text.libraries")

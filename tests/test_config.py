@@ -1,15 +1,15 @@
-"""What may be asked of Lion is checked in one place, and each refusal names the value and the way out."""
+"""Lion's options are checked in one place, and each error has the value and the alternative."""
+
+from typing import Any
 
 import pytest
 
-from megatron_lion.config import LionConfig, LionError
-
-BASE = {"lr": 1e-4, "weight_decay": 0.1}
+from megatron_lion.config import LionError, LionOptions, check_rates
 
 
 @pytest.mark.parametrize("kernel", ["auto", "reference", "foreach", "fused"])
-def test_every_kernel_may_be_asked_for(kernel: str) -> None:
-    assert LionConfig(**BASE, kernel=kernel).kernel == kernel
+def test_every_kernel_is_accepted(kernel: str) -> None:
+    assert LionOptions(kernel=kernel).kernel == kernel
 
 
 @pytest.mark.parametrize(
@@ -17,9 +17,26 @@ def test_every_kernel_may_be_asked_for(kernel: str) -> None:
     [
         ({"kernel": "fusd"}, "--lion-kernel 'fusd' is unknown: did you mean 'fused'"),
         ({"momentum_dtype": "fp23"}, "--lion-momentum-dtype 'fp23' is unknown: did you mean 'fp32'"),
+        ({"betas": (1.5, 0.9)}, r"--lion-beta1 must be in \[0, 1\), got 1.5; the usual value is 0.9"),
+        ({"betas": (0.9, -0.1)}, r"--lion-beta2 must be in \[0, 1\), got -0.1"),
+        ({"init_from": "adma"}, "--lion-init-from 'adma' is unknown: did you mean 'adam'"),
         ({"master_weights": "remains"}, "--lion-master-weights 'remains' is unknown: did you mean 'remainder'"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(asked: dict[str, str], said: str) -> None:
+def test_unknown_options_are_refused(asked: dict[str, Any], said: str) -> None:
     with pytest.raises(LionError, match=said):
-        LionConfig(**BASE, **asked)
+        LionOptions(**asked)
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ((None, 0.1), "--optimizer lion needs --lr"),
+        ((float("nan"), 0.1), "--lr must be a finite number >= 0, got nan"),
+        ((1e-4, -1.0), "--weight-decay must be a finite number >= 0, got -1"),
+        ((1e-5, 0.1, 1e-4), "--min-lr 0.0001 is greater than --lr 1e-05"),
+    ],
+)
+def test_rates_that_lion_cannot_train_with_are_refused(rates: tuple[Any, ...], said: str) -> None:
+    with pytest.raises(LionError, match=said):
+        check_rates(*rates)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_lion.lion import Lion
-from megatron_lion.update import lion_update_
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
+from tests.kernel_calls import reference, run
 from tests.test_kernels import LANGUAGE, assert_same_bits, problem
 
 pytestmark = pytest.mark.skipif(
@@ -19,7 +19,9 @@ def test_a_captured_step_follows_what_is_later_written_to_the_learning_rate_and_
         param.grad = grad
     lr = torch.tensor(1e-3, device="cuda")
     rest = {key: value for key, value in LANGUAGE.items() if key != "lr"}
-    lion = Lion(params, lr=lr, betas=(rest["beta1"], rest["beta2"]), weight_decay=rest["weight_decay"], kernel="fused")
+    lion = ShardedLion(
+        params, lr=lr, betas=(rest["beta1"], rest["beta2"]), weight_decay=rest["weight_decay"], kernel="fused"
+    )
     lion.skip = torch.ones(1, dtype=torch.int32, device="cuda")
     lion.step()  # compiles, makes the state and copies its addresses to the device, without a change
     torch.cuda.synchronize()
@@ -31,7 +33,7 @@ def test_a_captured_step_follows_what_is_later_written_to_the_learning_rate_and_
         lion.skip.fill_(skipped)
         graph.replay()
         if not skipped:
-            lion_update_(expected, grads, momenta, lr=lr.item(), **rest)
+            reference(expected, grads, momenta, lr=lr.item(), **rest)
     torch.cuda.synchronize()
     assert_same_bits(params, expected)
 
@@ -43,7 +45,7 @@ def test_the_compiled_kernel_has_the_bits_of_the_reference(size: int) -> None:
     lists = problem([size], torch.float32, "cuda")
     expected = [[tensor.clone() for tensor in tensors] for tensors in lists]
     for _ in range(2):
-        lion_update_triton_(*lists, **LANGUAGE)
-        lion_update_(*expected, **LANGUAGE)
+        run(lion_update_triton_, *lists, **LANGUAGE)
+        reference(*expected, **LANGUAGE)
     for actual, right in zip(lists, expected, strict=True):
         assert_same_bits(actual, right)

@@ -1,4 +1,4 @@
-"""What the flags of Lion's precision come to, alone and with Megatron's own, and what is refused."""
+"""Settings of Lion's precision, with Megatron's own: what they resolve to, and what is refused."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_lion.config import LionConfig, LionError
+from megatron_lion.config import LionError, LionOptions
 
 storage = pytest.importorskip("megatron_lion.integration.flags.state_precision")
 
@@ -23,14 +23,24 @@ DEFAULTS = {
     "lion_momentum_dtype": None,
     "lion_master_weights": None,
     "bf16": True,
+    "fp16": False,
     "use_distributed_optimizer": True,
+    "lion_beta1": None,
+    "lion_beta2": None,
+    "lion_kernel": "auto",
+    "lion_init_from": None,
+    "lion_rates_from_run": False,
+    "lion_saves_stacks": False,
 }
 
 
 def resolved(**given: Any) -> tuple[str, str]:
     args = SimpleNamespace(**{**DEFAULTS, **given})
-    storage.resolve(args)
-    return args.lion_momentum_dtype, args.lion_master_weights
+    options = LionOptions.from_config(args)
+    storage.check(args, options)
+    options.write_to(args)
+    assert LionOptions.from_config(args) == options, "reading what was written gives other options"
+    return options.momentum_dtype, options.master_weights
 
 
 @pytest.mark.parametrize(
@@ -70,10 +80,12 @@ def test_flags_are_settled(given: dict[str, Any], momentum: str, master: str) ->
         ({"fp8_param_gather": True, "grad_reduce_in_bf16": True}, "accumulate-allreduce-grads-in-fp32"),
         ({"fp4_param_gather": True, "main_grads_dtype": "bf16"}, "accumulate-allreduce-grads-in-fp32"),
         ({"fp8_param_gather": True, "optimizer_cpu_offload": True}, "--fp8-param-gather is not supported"),
-        ({"lion_master_weights": "remainder", "bf16": False}, "no bf16 parameters: add --bf16"),
+        ({"lion_master_weights": "remainder", "bf16": False}, "no bf16 parameters. Add --bf16"),
+        ({"optimizer_cpu_offload": True, "lion_momentum_dtype": "int8"}, "not supported with --optimizer-cpu-offload"),
+        ({"optimizer_cpu_offload": True, "bf16": False}, "--optimizer-cpu-offload is not supported in fp32"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(given: dict[str, Any], said: str) -> None:
+def test_unsupported_settings_are_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(LionError, match=said):
         resolved(**given)
 
@@ -88,9 +100,8 @@ def chunk(*, fp32_gradients: bool = True, **settings: bool) -> SimpleNamespace:
 def path_for(*chunks: SimpleNamespace, offload: bool = False, **stored: str) -> tuple[bool, bool]:
     """Whether the precision-aware path is taken, and Megatron's own field for it."""
     config = SimpleNamespace(bf16=True, use_distributed_optimizer=True, optimizer_cpu_offload=offload)
-    lion_config = LionConfig(lr=1e-4, weight_decay=0.0, **stored)
-    taken = storage.use_precision_aware_path(config, lion_config, list(chunks))
-    return taken, getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False)
+    taken = storage.use_precision_aware_path(config, LionOptions(**stored), list(chunks))
+    return taken, config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
 
 
 QUANTIZED = ["fp8_param", "fp4_param", "fp8_param_gather", "fp4_param_gather"]

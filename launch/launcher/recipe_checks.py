@@ -4,7 +4,7 @@ import math
 import re
 from pathlib import Path
 
-from megatron_lion.config import LionConfig, LionError, check_choice, check_non_negative
+from megatron_lion.config import LionError, LionOptions, betas_or_default, check_choice, check_non_negative
 
 from . import estimates
 from .recipes import ROOT, SLURM_PORTS, SLURM_WARNING, Recipe
@@ -74,8 +74,7 @@ def _check_values(recipe: Recipe) -> None:
     for key in ("lr", "min-lr", "weight-decay", "clip-grad"):
         check_non_negative(key, recipe.get(key, 0.0))
     if recipe["optimizer"] == "lion":
-        betas = (recipe.get("lion-beta1", 0.9), recipe.get("lion-beta2", 0.95))
-        LionConfig(lr=recipe["lr"], weight_decay=recipe["weight-decay"], betas=betas)
+        LionOptions(betas=betas_or_default(recipe.get("lion-beta1"), recipe.get("lion-beta2")))
 
 
 def slurm_seconds(text: str) -> float:

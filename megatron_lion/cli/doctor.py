@@ -122,4 +122,4 @@ def _print_which_lion() -> None:
 
 def _stock_lion() -> str:
     """What Megatron does with ``--optimizer lion`` by itself, by version (read from its releases)."""
-    return "none" if compat.megatron_version() is None else compat.known().stock_lion
+    return "none" if compat.megatron_version() is None else compat.installed_traits().stock_lion

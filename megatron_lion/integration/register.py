@@ -1,4 +1,6 @@
-"""Registration: the one call after which Megatron's ``--optimizer lion`` is ours."""
+"""Registration: the one call that makes Megatron's ``--optimizer lion`` ours."""
+
+from typing import Any
 
 from megatron_lion.integration import compat
 from megatron_lion.integration.compat import Patch, Seam
@@ -10,13 +12,15 @@ _done: set[str] = set()
 def register() -> None:
     """Make ``--optimizer lion`` mean this package's Lion in this process. Calling it again does nothing.
 
-    Replaces, after checking that each is what this package knows: the parser's set-up and validation in
-    ``megatron.training.arguments``, the first read of a checkpoint, and ``get_megatron_optimizer`` wherever it was
-    imported. With ``MEGATRON_LION_DEVICE=cpu`` it first lets Megatron run without a GPU. SGD and Adam are
-    touched only where stock Megatron refuses or cannot resume them (docs/sgd-and-adam.md). Issues no collective.
+    Checks every name in Megatron that it uses before it replaces the first one. Replaced are the parser's set-up and
+    validation, the training step and the callbacks after it, the reading and writing of checkpoints, and
+    ``get_megatron_optimizer`` wherever it was imported. Lion's options become fields of ``OptimizerConfig``. With
+    ``MEGATRON_LION_DEVICE=cpu`` it first lets Megatron run without a GPU. SGD and Adam are changed only where stock
+    Megatron refuses or cannot resume them (docs/sgd-and-adam.md). Issues no collective.
 
     Raises:
-        LionError: Megatron is missing, of an unsupported version or changed; the CPU was asked for beside a GPU.
+        LionError: Megatron is missing, of an unsupported version or changed; a subclass of ``OptimizerConfig`` exists
+            already; the CPU was asked for on a machine with a GPU.
     """
     before_megatron()
     has_training = compat.has_training()
@@ -28,19 +32,22 @@ def register() -> None:
 
 
 def before_megatron() -> None:
-    """What must happen before Megatron is first imported: the version check and the CPU backend."""
+    """Before Megatron is first imported: the version check and the CPU backend."""
     compat.require_supported_version()
     if torch_cuda.wanted():
         torch_cuda.replace_cuda()
 
 
 def register_core() -> None:
-    """The optimizer factory in ``megatron.core``."""
+    """The optimizer factory and its configuration in ``megatron.core``."""
     if "core" in _done:
         return
+    from megatron_lion.integration.optimizer import config_fields
+
     require_known_megatron(training=False)
     for patch in _core_patches():
         patch.apply()
+    config_fields.install()
     if torch_cuda.wanted():
         from megatron_lion.integration.cpu import megatron_patches
 
@@ -49,15 +56,19 @@ def register_core() -> None:
 
 
 def register_training() -> None:
-    """The command line of ``megatron.training``, and what its start-up asks of the wheel."""
+    """The command line, the loop and the checkpoints of ``megatron.training``."""
     if "training" in _done:
         return
     require_known_megatron(training=True)
-    from megatron_lion.integration.checkpoint import integrity
+    from megatron_lion.integration import loop_callbacks
+    from megatron_lion.integration.reporting import step_telemetry
+    from megatron_lion.integration.reporting.norm_ratio import schedule
 
     for patch in _training_patches():
         patch.apply()
-    integrity.install()
+    for reporter in (step_telemetry, schedule):
+        loop_callbacks.before_step.append(reporter.before_step)
+        loop_callbacks.after_step.append(reporter.after_step)
     _done.add("training")
 
 
@@ -68,6 +79,9 @@ def require_known_megatron(*, training: bool) -> None:
     """
     compat.require(compat.seams_of(training=training))
     compat.require(seams(training=training))
+    from megatron_lion.integration.optimizer import config_fields
+
+    config_fields.refuse_earlier_subclasses()
 
 
 def seams(*, training: bool) -> tuple[Seam, ...]:
@@ -84,17 +98,19 @@ def _core_patches() -> list[Patch]:
 
 
 def _training_patches() -> list[Patch]:
-    """In the order in which they wrap: of two around one function the later one is the outer one."""
-    from megatron_lion.integration.checkpoint import ownership
+    """Each function of Megatron is wrapped once."""
+    from megatron_lion.integration import loop_callbacks
+    from megatron_lion.integration.checkpoint import integrity, load_guard
     from megatron_lion.integration.cpu import megatron_patches
     from megatron_lion.integration.flags import arguments
     from megatron_lion.integration.optimizer import factory
-    from megatron_lion.integration.reporting import step_telemetry
     from megatron_lion.integration.reporting.norm_ratio import schedule
 
-    ours = (arguments.TRAINING, factory.TRAINING, ownership.TRAINING, schedule.TRAINING, step_telemetry.TRAINING)
+    modules: tuple[Any, ...] = (arguments, factory, load_guard, integrity, loop_callbacks, schedule)
     on_cpu = megatron_patches.TRAINING if torch_cuda.wanted() else ()
-    return _needed([*(patch for patches in ours for patch in patches), compat.WHEEL_WITHOUT_MAKEFILE, *on_cpu])
+    return _needed(
+        [*(patch for module in modules for patch in module.TRAINING), compat.WHEEL_WITHOUT_MAKEFILE, *on_cpu]
+    )
 
 
 def _needed(patches: list[Patch]) -> list[Patch]:

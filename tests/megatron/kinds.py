@@ -26,7 +26,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention 
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 
 from launch import pretrain_gpt  # noqa: E402
-from megatron_lion.integration.compat import substituted  # noqa: E402
+from megatron_lion.integration.compat import temporarily  # noqa: E402
 
 FROZEN = ("embedding.word_embeddings", "mlp.linear_fc1", "self_attention.linear_proj.bias")
 
@@ -67,7 +67,7 @@ class GatheringAttention(DotProductAttention):
     """Megatron's local attention over the keys and values of all context-parallel ranks."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        with substituted(config, context_parallel_size=1):
+        with temporarily(config, context_parallel_size=1):
             super().__init__(config, *args, **kwargs)
 
     def forward(self, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

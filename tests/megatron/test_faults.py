@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_lion.integration.checkpoint.integrity import DamagedRecord, advice, checked, complete_iterations
+from megatron_lion.integration.checkpoint.integrity import DamagedRecord, complete_iterations, recovery_hint, verify_crc
 from tests.harness import (
     BATCH,
     CPU,
@@ -214,7 +214,7 @@ def test_each_bit_of_a_records_data_is_covered_and_records_without_checksum_pass
         data[start + bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
         with path.open("rb") as file, pytest.raises(DamagedRecord, match=f"{path} is damaged .* at byte 7 "):
-            checked(file, str(path), 7)
+            verify_crc(file, str(path), 7)
         data[start + bit // 8] ^= 1 << bit % 8
     torch.serialization.set_crc32_options(False)
     try:
@@ -222,7 +222,7 @@ def test_each_bit_of_a_records_data_is_covered_and_records_without_checksum_pass
     finally:
         torch.serialization.set_crc32_options(True)
     with path.open("rb") as file:
-        assert torch.equal(torch.load(checked(file, str(path), 0)), tensor)
+        assert torch.equal(torch.load(verify_crc(file, str(path), 0)), tensor)
 
 
 def test_the_advice_names_whole_checkpoints_alone(tmp_path: Path) -> None:
@@ -232,9 +232,9 @@ def test_the_advice_names_whole_checkpoints_alone(tmp_path: Path) -> None:
         if whole:
             (folder / ".metadata").touch()
     (tmp_path / TRACKER).write_text("8")
-    assert "--ckpt-step (2, 4)" in advice(str(tmp_path), SimpleNamespace(ckpt_step=None))
-    assert "--ckpt-step (2, 8)" in advice(str(tmp_path), SimpleNamespace(ckpt_step=4))
-    assert "no other checkpoint" in advice(str(tmp_path / "elsewhere"), SimpleNamespace(ckpt_step=None))
+    assert "--ckpt-step (2, 4)" in recovery_hint(str(tmp_path), SimpleNamespace(ckpt_step=None))
+    assert "--ckpt-step (2, 8)" in recovery_hint(str(tmp_path), SimpleNamespace(ckpt_step=4))
+    assert "no other checkpoint" in recovery_hint(str(tmp_path / "elsewhere"), SimpleNamespace(ckpt_step=None))
 
 
 def test_folders_and_trackers_that_only_look_like_megatrons_do_not_hide_the_damage(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_folders_and_trackers_that_only_look_like_megatrons_do_not_hide_the_dama
         (tmp_path / name / ".metadata").touch()
     assert complete_iterations(str(tmp_path)) == [20]
     (tmp_path / TRACKER).write_text("²")  # a digit for str.isdigit, but not for int
-    assert "--ckpt-step (20)" in advice(str(tmp_path), SimpleNamespace(ckpt_step=None))
+    assert "--ckpt-step (20)" in recovery_hint(str(tmp_path), SimpleNamespace(ckpt_step=None))
 
 
 # ---- a full disk ----
@@ -276,7 +276,7 @@ def test_a_full_disk_ends_the_run_with_its_name_and_the_previous_checkpoint_load
     assert lines, run.output[-3000:]
     assert f"could not be written to {small_disk}" in lines[0]
     assert "MB free" in lines[0]
-    assert "resume from iteration 3, the last whole checkpoint there" in lines[0]
+    assert "resume from iteration 3, the last complete checkpoint there" in lines[0]
     save = f"--save {tmp_path} --save-interval {LAST}"
     pretrain(text, RUN, f"--train-iters {LAST} --load {small_disk}", save, ranks=2)
     assert_same_checkpoint(undisturbed, read_checkpoint(tmp_path, LAST))

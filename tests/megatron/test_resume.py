@@ -10,7 +10,7 @@ import torch
 
 from megatron_lion.config import LionError
 from megatron_lion.integration.checkpoint.group_settings import refuse_other_rates
-from megatron_lion.integration.compat import known
+from megatron_lion.integration.compat import installed_traits
 from tests.harness import HORIZON, WORKERS, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
 
 # Parameter by parameter, instead of in buckets whose padding is never initialised.
@@ -123,7 +123,7 @@ def test_the_checkpoints_schedule_is_taken_if_asked_for(text: Path, tmp_path: Pa
     assert other_decay.returncode not in (0, -9)
     assert "this run changes --weight-decay 0.1 to 5.0, which Megatron would use for its first" in other_decay.output
     resumed = pretrain(text, run, taken, "--lr 5e-5", kill_at=4)
-    if known().groups_are_found_by_rates:
+    if installed_traits().groups_are_found_by_rates:
         assert resumed.returncode not in (0, -9)
         assert "resume with the --lr, --min-lr" in resumed.output
     else:

@@ -94,7 +94,7 @@ def test_all_that_is_replaced_overridden_and_read_is_declared(megatron: Megatron
     answer = declarations(megatron)
     classes = answer.pop("classes")
     assert ("OlderDistributedOptimizer" in classes) == (
-        not compat_versions.KNOWN[megatron.version[:4]].asks_for_state_keys
+        not compat_versions.TRAITS[megatron.version[:4]].asks_for_state_keys
     )
     assert {"LionDistributedOptimizer", "LionChainedOptimizer", "OffloadingLion", "InitFromAdam"} < set(classes)
     assert not any(answer.values()), answer
@@ -324,6 +324,7 @@ def test_text_preparation_says_that_this_wheel_builds_no_tokenizer(
 def test_evaluation_needs_a_loop_that_builds_the_model(minor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from evaluation import scoring
 
-    monkeypatch.setattr("megatron_lion.integration.loop.pretrain.known", lambda: compat_versions.KNOWN[minor])
+    traits = compat_versions.TRAITS[minor]
+    monkeypatch.setattr("megatron_lion.integration.loop.pretrain.installed_traits", lambda: traits)
     with pytest.raises(LionError, match=r"evaluation needs a Megatron whose loop builds a GPT.*0\.19 or later"):
         scoring.build_model(None)

@@ -19,7 +19,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
-from megatron_lion.integration.compat import substituted
+from megatron_lion.integration.compat import temporarily
 from tools.benchmark.measure import OURS, Candidate
 from tools.benchmark.traffic import READ, Stream, counted, streams_of
 
@@ -140,10 +140,10 @@ def _dispatched_as_lion() -> Any:
     stock = optimizers._get_megatron_optimizer_based_on_param_groups
 
     def based_on_param_groups(config: Any, *args: Any, **kwargs: Any) -> Any:
-        with substituted(config, optimizer="lion"):
+        with temporarily(config, optimizer="lion"):
             return stock(config, *args, **kwargs)
 
-    return substituted(optimizers, _get_megatron_optimizer_based_on_param_groups=based_on_param_groups)
+    return temporarily(optimizers, _get_megatron_optimizer_based_on_param_groups=based_on_param_groups)
 
 
 def candidate(phase: Phase, model: Model) -> Candidate:

@@ -21,8 +21,9 @@ import megatron_lion
 from launch import pretrain_gpt
 from megatron_lion.config import LionError
 from megatron_lion.integration import console
-from megatron_lion.integration.reporting.norm_ratio.isolation import undisturbed
-from megatron_lion.integration.reporting.norm_ratio.measure import Step, forward_backward, own_iterator, run_round
+from megatron_lion.integration.loop_callbacks import Step
+from megatron_lion.integration.reporting.norm_ratio.isolation import isolated
+from megatron_lion.integration.reporting.norm_ratio.measure import forward_backward, own_iterator, run_round
 from megatron_lion.integration.reporting.norm_ratio.schedule import Rounds
 from megatron_lion.run import readable_errors
 
@@ -57,7 +58,7 @@ def benchmark(rounds: Rounds, batches: int) -> None:
     step = rounds.step
     assert step is not None
     times: dict[Callable[..., None], list[float]] = {one_round: [], passes: []}
-    with undisturbed(step.model, step.optimizer, step.config, stepped=True):
+    with isolated(step.model, step.optimizer, step.config, stepped=True):
         for work in times:
             seconds(work, step, rounds.datasets, batches)  # warm-up
         for pair in range(PAIRS):

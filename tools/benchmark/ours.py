@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from megatron_lion import Lion
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.telemetry import Telemetry
 from tools.benchmark.measure import OURS, Candidate
 from tools.benchmark.peers import FP32_MOMENTUM, HYPER
@@ -53,7 +54,7 @@ def in_bf16(
     halves = [torch.nn.Parameter(param.detach().bfloat16()) for param in params]
     for half, param in zip(halves, params, strict=True):
         half.decoupled_grad = gradient(param).to(DTYPES[grad])
-    optimizer = Lion(halves, **HYPER, kernel="fused", master_weights=master, momentum_dtype=momentum)
+    optimizer = ShardedLion(halves, **HYPER, kernel="fused", master_weights=master, momentum_dtype=momentum)
     optimizer.use_decoupled_grad = True
     optimizer.step()
     return Candidate(name, state, optimizer.step, passes=[streams_of(optimizer)])

@@ -62,7 +62,7 @@ def streams_of(optimizer: torch.optim.Optimizer, untouched: Sequence[str] = ()) 
         Stream([param.detach() for param in params], WRITE if has_masters else UPDATE),
         *(Stream(tensors, UPDATE) for tensors in state.values()),
     ]
-    copies = list(getattr(optimizer, "copies", {}).values())
+    copies = list(getattr(optimizer, "model_copies", {}).values())
     return [*made, Stream(copies, WRITE)] if copies else made
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's format holds, which layouts of ranks it can be loaded into, and what to save with instead."""
+"""Checkpoint formats: what each holds, and which layouts of ranks it can be loaded into."""
 
 import itertools
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_lion.config import LionError
+from megatron_lion.config import LionError, LionOptions
 
 SAVE_WITH = "--dist-ckpt-optim-fully-reshardable"
 # What dp_reshardable, whose tensors are Megatron's own buckets, cannot change. Megatron itself compares the first two.
@@ -25,8 +25,6 @@ EXPERTS_APART = (
 )
 # Formats that belong to other ways of sharding than Lion's.
 FOREIGN_FORMATS = {"fsdp_dtensor": "Megatron-FSDP", "torch_dcp": "torch FSDP2"}
-# Set on the optimizer's configuration where the run saves its state layer upon layer, parameter by parameter.
-STACKS_LAYERS = "lion_state_is_saved_in_stacks"
 # The state of one parameter, or of one bucket of them, in a torch_dist checkpoint.
 STATE_KEY = re.compile(r"\boptimizer\.state\.(\w+)\.|\boptimizer\.distributed\..*\.(\w+)$")
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
@@ -59,19 +57,19 @@ def refuse_foreign_format(args: Any) -> None:
         )
 
 
-def carry(args: Any, config: Any) -> None:
-    """Tell the optimizer's configuration whether this run's checkpoints stack layers."""
+def saves_stacks(args: Any) -> bool:
+    """Whether this run's checkpoints stack the layers of each parameter."""
     by_parameter = args.dist_ckpt_optim_fully_reshardable or not args.use_distributed_optimizer
-    setattr(config, STACKS_LAYERS, bool(args.save and args.ckpt_format == "torch_dist" and by_parameter))
+    return bool(args.save and args.ckpt_format == "torch_dist" and by_parameter)
 
 
-def refuse_layers_frozen_apart(config: Any, model_chunks: list[Any]) -> None:
-    """Raise LionError, on every rank, where stacked state would be of a parameter that is frozen in some layers only.
+def refuse_layers_frozen_apart(options: LionOptions, model_chunks: list[Any]) -> None:
+    """Raise LionError, on every rank, for a parameter with stacked state that is frozen in only some layers.
 
-    Megatron would end at its first save (0.19.2: "Invalid sharding pattern validation"). Issues one gather of names
-    over all ranks, where state is stacked.
+    Megatron would end at its first save (0.19.2: "Invalid sharding pattern validation"). If state is stacked, issues
+    one gather of names over all ranks.
     """
-    if not getattr(config, STACKS_LAYERS, False):
+    if not options.saves_stacks:
         return
     mine = {
         (re.sub(r"\blayers\.\d+\.", "layers.*.", name), param.requires_grad)

@@ -1,38 +1,33 @@
-"""Lion that goes on from an Adam checkpoint: ``--lion-init-from``."""
+"""Lion that continues an Adam checkpoint: ``--lion-init-from``."""
 
 from typing import Any
 
 import torch
 
-from megatron_lion.config import LionError, check_choice
+from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.optimizer.repaired import RepairedDistributedOptimizer
-from megatron_lion.lion import LION_GROUP_KEYS
+from megatron_lion.storage import LION_GROUP_KEYS
 
-# Where the optimizer's configuration carries --lion-init-from.
-INIT_FROM = "lion_init_from"
-CHOICES = {
-    "adam": "Adam's exp_avg, bit for bit",
-    "fresh": "zero",
-}
+# What Lion's momentum starts from.
+MOMENTUM = {"adam": "Adam's exp_avg, bit for bit", "fresh": "zero"}
 
 
-def check(args: Any) -> None:
-    """Raise LionError for a ``--lion-init-from`` that is unknown or that another flag contradicts."""
-    asked = getattr(args, INIT_FROM)
+def check(args: Any, options: LionOptions) -> None:
+    """Raise LionError for a ``--lion-init-from`` that another flag contradicts."""
+    asked = options.init_from
     if asked is None:
         return
-    check_choice("--lion-init-from", asked, CHOICES)
     for flag in ("no_load_optim", "finetune"):
         if getattr(args, flag):
             raise LionError(
                 f"--lion-init-from {asked} reads the optimizer state in the checkpoint, and "
-                f"--{flag.replace('_', '-')} leaves it out: drop one of the two"
+                f"--{flag.replace('_', '-')} leaves it out: remove one of the two"
             )
     if not args.use_distributed_optimizer:
         raise LionError(
             f"--lion-init-from {asked} needs --use-distributed-optimizer, in this run and in the one that saved the "
-            "checkpoint. Without it load the weights alone (--no-load-optim)"
+            "checkpoint. Without it load only the weights (--no-load-optim)"
         )
 
 
@@ -45,16 +40,17 @@ class InitFromAdam(RepairedDistributedOptimizer):
     from then on is Lion's, and loads as such whatever ``--lion-init-from`` says.
     """
 
+    options: LionOptions  # set when the optimizer has been built
     _init_from: str | None = None
 
     @compat.overrides
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict["optimizer"]["param_groups"]
         is_lions = all(group.keys() >= LION_GROUP_KEYS for group in groups)
-        self._init_from = None if is_lions else getattr(self.config, INIT_FROM, None)
+        self._init_from = None if is_lions else self.options.init_from
         if self._init_from is not None:
             state_dict = {**state_dict, "optimizer": self.state_dict()["optimizer"]}
-            console.say(f"continuing an Adam run: master weights kept, momentum {CHOICES[self._init_from]}")
+            console.say(f"continuing an Adam run: master weights kept, momentum {MOMENTUM[self._init_from]}")
         super().load_state_dict(state_dict)
 
     @compat.overrides

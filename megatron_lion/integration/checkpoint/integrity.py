@@ -1,13 +1,12 @@
-"""Damaged checkpoints: a flipped bit is noticed, and each failure to read or write names the file and what to do.
+"""Checkpoint integrity: CRC checks on reading, and errors that name the file and what to do.
 
-Megatron's ``torch_dist`` format stores each tensor as a small zip archive in which torch writes a CRC-32 of the bytes,
-and torch reads it back without looking at it. Here it is looked at, for weights, optimizer state of any kind and the
-common state alike, whatever the layout that saved them or loads them, and with checkpoints saved without this package.
-It costs one CRC of what a rank reads. Not covered: ``.metadata``, a pickle, which says where each tensor lies, and
-other formats.
+Megatron's ``torch_dist`` format stores each tensor as a small zip archive. torch writes a CRC-32 of the bytes into it,
+but does not check it on reading. This module does, for weights, optimizer state of any kind and the common state, in
+any layout, and for checkpoints saved without this package too. It costs one CRC of the bytes that a rank reads. Not
+covered: ``.metadata``, a pickle with the place of each tensor, and other formats.
 """
 
-import functools
+import contextlib
 import io
 import json
 import pickle
@@ -26,92 +25,89 @@ from megatron_lion.integration import compat, exit_signal
 CHUNK = 1 << 20
 COMMON_STATE = "common.pt"
 CHECKPOINT_FOLDER = re.compile("iter_[0-9]{7,}")  # as Megatron names it; "iter_0000020.bak" is the user's own
-# What reading a file that is missing, cut short or overwritten ends in.
+# Errors from reading a file that is missing, cut short or overwritten.
 READ_ERRORS = (OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
 
 
 class DamagedRecord(OSError):
-    """A tensor or object in a checkpoint file is not what was written."""
+    """A tensor or object in a checkpoint file differs from what was written."""
 
 
-def install() -> None:
-    """Check what Megatron reads from a ``torch_dist`` checkpoint, and say what to do where reading or writing fails."""
-    import megatron.core.dist_checkpointing.strategies.torch as strategies
-    import megatron.training.async_utils as async_utils
-    import megatron.training.checkpointing as checkpointing
-
-    stock_reader = strategies._get_filesystem_reader
-    stock_load = checkpointing._load_base_checkpoint
-
-    @functools.wraps(stock_reader)
-    def _get_filesystem_reader(*args: Any, **kwargs: Any) -> Any:
-        return with_checks(stock_reader(*args, **kwargs))
-
-    @functools.wraps(stock_load)
-    def _load_base_checkpoint(load_dir: str, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        try:
-            _check_common_state(load_dir, args)
-            return stock_load(load_dir, args, *rest, **kwargs)
-        except SystemExit as error:  # with status 0, which torchrun takes for the end of training (363, 1743)
-            if error.code or args.exit_on_missing_checkpoint:
-                raise
-            raise LionError(f"{_unreadable_folder(load_dir)}. {advice(load_dir, args)}") from error
-        except (Exception, CheckpointException) as error:
-            cause = next(filter(_is_read_error, causes(error)), None)
-            if cause is None:
-                raise
-            problem = f"the checkpoint in {_folder(load_dir, args)} cannot be read: {cause}"
-            raise LionError(f"{problem}. {advice(load_dir, args)}") from error
-
-    compat.replace_everywhere(strategies, "_get_filesystem_reader", _get_filesystem_reader)
-    compat.replace_everywhere(checkpointing, "_load_base_checkpoint", _load_base_checkpoint)
-    for module, name in ((checkpointing, "save_checkpoint"), (async_utils, "maybe_finalize_async_save")):
-        compat.replace_everywhere(module, name, _naming_write_errors(getattr(module, name)))
+def get_filesystem_reader(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Let the reader of a ``torch_dist`` checkpoint check each record that it reads."""
+    return with_checks(stock(*args, **kwargs))
 
 
 def with_checks(reader: Any) -> Any:
-    """Let torch's ``FileSystemReader`` check what it reads; returns it."""
+    """Let torch's ``FileSystemReader`` check each record that it reads; returns it."""
     if hasattr(reader, "_slice_file"):  # not the multi-storage client's
         slice_file = reader._slice_file
-        reader._slice_file = lambda file, place: checked(slice_file(file, place), file.name, place.offset)
+        reader._slice_file = lambda file, place: verify_crc(slice_file(file, place), file.name, place.offset)
     return reader
 
 
-def _naming_write_errors(save: Callable[..., Any]) -> Callable[..., Any]:
-    """``save`` with one line for a full disk or the like, on every rank: Megatron tells all of them."""
+def write_errors_named(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around a save: one line for a full disk and the like, on every rank, because Megatron tells all of them."""
+    from megatron.training import get_args
 
-    @functools.wraps(save)
-    def save_or_say(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
+    try:
+        with exit_signal.processes_live_through_it(get_args()):
+            return stock(*args, **kwargs)
+    except (OSError, CheckpointException) as error:
+        folder, chain = get_args().save, list(causes(error))
+        cause = next((cause for cause in chain if isinstance(cause, OSError)), chain[-1])
+        free = shutil.disk_usage(folder).free / 1e6 if Path(folder).is_dir() else 0.0
+        latest = _tracker(folder)
+        resume = f"then resume from iteration {latest}, the last complete checkpoint there" if latest else "start again"
+        raise LionError(
+            f"a checkpoint could not be written to {folder} ({free:.1f} MB free): {cause}. Make room or choose "
+            f"another --save, {resume}"
+        ) from error
 
-        try:
-            with exit_signal.processes_live_through_it(get_args()):
-                return save(*args, **kwargs)
-        except (OSError, CheckpointException) as error:
-            folder, chain = get_args().save, list(causes(error))
-            cause = next((cause for cause in chain if isinstance(cause, OSError)), chain[-1])
-            free = shutil.disk_usage(folder).free / 1e6 if Path(folder).is_dir() else 0.0
-            latest = _tracker(folder)
-            resume = (
-                f"then resume from iteration {latest}, the last whole checkpoint there" if latest else "start again"
-            )
-            raise LionError(
-                f"a checkpoint could not be written to {folder} ({free:.1f} MB free): {cause}. Make room or choose "
-                f"another --save, {resume}"
-            ) from error
 
-    return save_or_say
+TRAINING = (
+    compat.wrap(
+        "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
+        get_filesystem_reader,
+        parameters=("checkpoint_dir",),
+    ),
+    compat.wrap(
+        "megatron.training.checkpointing:save_checkpoint",
+        write_errors_named,
+        parameters=("iteration", "model", "optimizer"),
+    ),
+    compat.wrap(
+        "megatron.training.async_utils:maybe_finalize_async_save", write_errors_named, parameters=("blocking",)
+    ),
+)
+
+
+@contextlib.contextmanager
+def read_errors_named(load_dir: str, args: Any) -> Iterator[None]:
+    """Turn an error in reading the checkpoint in ``load_dir`` into a LionError with the file and what to do."""
+    try:
+        yield
+    except SystemExit as error:  # with status 0, which torchrun takes for the end of training (363, 1743)
+        if error.code or args.exit_on_missing_checkpoint:
+            raise
+        raise LionError(f"{_unreadable_folder(load_dir)}. {recovery_hint(load_dir, args)}") from error
+    except (Exception, CheckpointException) as error:
+        cause = next(filter(_is_read_error, causes(error)), None)
+        if cause is None:
+            raise
+        problem = f"the checkpoint in {_folder(load_dir, args)} cannot be read: {cause}"
+        raise LionError(f"{problem}. {recovery_hint(load_dir, args)}") from error
 
 
 def _is_read_error(error: BaseException) -> bool:
-    # torch asserts where it could not unpickle the metadata (state_dict_loader 265).
+    # torch raises an AssertionError if it could not unpickle the metadata (state_dict_loader 265).
     return isinstance(error, READ_ERRORS) or "metadata read failed" in str(error.args[:1])
 
 
-def checked(record: BinaryIO, path: str, offset: int) -> io.BytesIO:
-    """The bytes of ``record``, of which each entry has the CRC-32 that was written with it.
+def verify_crc(record: BinaryIO, path: str, offset: int) -> io.BytesIO:
+    """Return the bytes of ``record`` after checking the CRC-32 of each of its entries.
 
-    Raises DamagedRecord naming the file. An entry without a checksum (``torch.serialization.set_crc32_options(False)``)
+    Raises DamagedRecord with the file. An entry without a checksum (``torch.serialization.set_crc32_options(False)``)
     passes.
     """
     data = io.BytesIO(record.read())
@@ -129,7 +125,7 @@ def checked(record: BinaryIO, path: str, offset: int) -> io.BytesIO:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """``error`` and what led to it, also where torch collected the errors of its ranks."""
+    """``error`` and its causes, also those that torch collected from its ranks."""
     yield error
     for _, (failure, _) in sorted((getattr(error, "failures", None) or {}).items()):
         yield from causes(failure)
@@ -138,21 +134,21 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _folder(load_dir: str, args: Any) -> Path:
-    """Where the checkpoint lies that is asked for; the folder of all where that is not known."""
+    """The folder of the requested checkpoint, or ``load_dir`` if its iteration is not known."""
     iteration = _asked_for(load_dir, args)
     return Path(load_dir) if iteration is None else Path(load_dir) / f"iter_{iteration:07d}"
 
 
-def _check_common_state(load_dir: str | None, args: Any) -> None:
-    """Raise DamagedRecord for a common state that is a file of its own, as before 0.19, and not what was written."""
+def check_common_state(load_dir: str | None, args: Any) -> None:
+    """Raise DamagedRecord for a damaged common state, if it is a separate file, as before 0.19."""
     path = _folder(load_dir, args) / COMMON_STATE if load_dir else None
     if path and path.is_file():
         with path.open("rb") as file:
-            checked(file, str(path), 0)
+            verify_crc(file, str(path), 0)
 
 
-def advice(load_dir: str, args: Any) -> str:
-    """Which checkpoints in ``load_dir`` look whole, beside the one that was asked for, and how to load one."""
+def recovery_hint(load_dir: str, args: Any) -> str:
+    """The other complete checkpoints in ``load_dir``, and how to load one."""
     failed = _asked_for(load_dir, args)
     whole = [iteration for iteration in complete_iterations(load_dir) if iteration != failed]
     if not whole:
@@ -162,13 +158,13 @@ def advice(load_dir: str, args: Any) -> str:
 
 
 def complete_iterations(load_dir: str) -> list[int]:
-    """The iterations whose ``torch_dist`` checkpoints in ``load_dir`` were written to their end, in order."""
+    """The iterations of the complete ``torch_dist`` checkpoints in ``load_dir``, in order."""
     names = (found.parent.name for found in Path(load_dir).glob("iter_*/.metadata"))
     return sorted(int(name[5:]) for name in names if CHECKPOINT_FOLDER.fullmatch(name))
 
 
 def _asked_for(load_dir: str, args: Any) -> int | None:
-    """The iteration that ``--ckpt-step``, or else the tracker file, names; None where neither does."""
+    """The iteration in ``--ckpt-step``, or else in the tracker file; None if neither has one."""
     text = _tracker(load_dir)
     return args.ckpt_step or (int(text) if text.isdecimal() else None)
 
@@ -179,8 +175,8 @@ def _tracker(load_dir: str) -> str:
 
 
 def _unreadable_folder(load_dir: str) -> str:
-    """What to say of a folder from which Megatron turned away."""
+    """The error for a folder that Megatron does not read."""
     text = _tracker(load_dir)
     if text.isdecimal() or text == "release":
         return f"the checkpoint in {load_dir} cannot be read"
-    return f"{load_dir}/latest_checkpointed_iteration.txt holds {text!r} where a number should stand"
+    return f"{load_dir}/latest_checkpointed_iteration.txt contains {text!r}, expected an iteration number"

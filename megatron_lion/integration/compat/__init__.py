@@ -1,17 +1,17 @@
-"""The only place that knows Megatron's versions and private names.
+"""The only package that knows Megatron's versions and private names.
 
-- ``versions``: which versions there are, which one is installed, and in what it differs from the newest.
-- ``seams``: names in Megatron that this package calls or relies on.
-- ``patching``: how a name is replaced, for good or during one call. Each replacement declares how the name must look.
-- ``overriding``: the mark on each method of ours that overrides one of Megatron's.
-  All of these are checked before anything is replaced, so that another Megatron is refused by name, never half-patched.
-- ``private``: private names, behind functions that say what they are used for.
-- ``sharding``: the distributed optimizer of 0.19, also where Megatron is older.
-- ``loop``: Megatron's own loop, asked for as each version wants to be.
+- ``versions``: supported versions, the installed one, and how it differs from the newest.
+- ``seams``: compatibility checks. Each ``Seam`` is a name in Megatron that this package calls or relies on.
+- ``patching``: replaces a name, permanently or during one call. Each replacement declares the seam that it needs.
+- ``overriding``: marks each of our methods that overrides one of Megatron's.
+  All of these are checked before anything is replaced, so that an unknown Megatron is refused, never half-patched.
+- ``internals``: wrappers around Megatron internals.
+- ``sharding``: the distributed optimizer of 0.19, for older Megatron too.
 """
 
 from megatron_lion.integration.compat.internals import (
     WHEEL_WITHOUT_MAKEFILE,
+    as_sgd,
     folding_the_clip_factor,
     forked_random_states,
     gather_in_forward_again,
@@ -23,19 +23,20 @@ from megatron_lion.integration.compat.internals import (
     moe_metrics_kept,
     offloading_with,
     params_outside_the_norm,
-    parts_of,
     rerun_disabled,
     set_precision_aware,
     shard_range,
+    sub_optimizers_of,
     updated_params,
+    without_precision_aware_settings,
     without_step,
 )
 from megatron_lion.integration.compat.overriding import overrides
-from megatron_lion.integration.compat.patching import Patch, replace_everywhere, substituted, wrap
+from megatron_lion.integration.compat.patching import Patch, replace_everywhere, temporarily, wrap
 from megatron_lion.integration.compat.seams import Seam, require, seams_of
 from megatron_lion.integration.compat.versions import (
     has_training,
-    known,
+    installed_traits,
     megatron_path,
     megatron_version,
     require_supported_version,
@@ -45,6 +46,7 @@ __all__ = [
     "WHEEL_WITHOUT_MAKEFILE",
     "Patch",
     "Seam",
+    "as_sgd",
     "folding_the_clip_factor",
     "forked_random_states",
     "gather_in_forward_again",
@@ -52,16 +54,15 @@ __all__ = [
     "gradient_of",
     "has_te_or_apex",
     "has_training",
+    "installed_traits",
     "is_precision_aware",
     "is_quantized",
-    "known",
     "megatron_path",
     "megatron_version",
     "moe_metrics_kept",
     "offloading_with",
     "overrides",
     "params_outside_the_norm",
-    "parts_of",
     "replace_everywhere",
     "require",
     "require_supported_version",
@@ -69,8 +70,10 @@ __all__ = [
     "seams_of",
     "set_precision_aware",
     "shard_range",
-    "substituted",
+    "sub_optimizers_of",
+    "temporarily",
     "updated_params",
+    "without_precision_aware_settings",
     "without_step",
     "wrap",
 ]

@@ -1,12 +1,14 @@
-"""Megatron's private names, behind functions that say what they are used for."""
+"""Wrappers around Megatron internals."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_lion.integration.compat.patching import substituted, wrap
-from megatron_lion.integration.compat.versions import known
+import torch
+
+from megatron_lion.integration.compat.patching import temporarily, wrap
+from megatron_lion.integration.compat.versions import installed_traits
 
 
 def _compile_helpers(stock: Callable[[], None]) -> None:
@@ -21,6 +23,12 @@ def _compile_helpers(stock: Callable[[], None]) -> None:
         stock()
 
 
+# How Megatron's settings describe state in fp32.
+_FP32_STATE = dict.fromkeys(
+    ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), torch.float32
+)
+
+
 WHEEL_WITHOUT_MAKEFILE = wrap("megatron.core.datasets.utils:compile_helpers", _compile_helpers)
 
 
@@ -33,7 +41,7 @@ def without_step() -> contextlib.AbstractContextManager[None]:
     """
     from megatron.core.optimizer import distrib_optimizer
 
-    return substituted(distrib_optimizer, HAVE_APEX_OR_TE=True)
+    return temporarily(distrib_optimizer, HAVE_APEX_OR_TE=True)
 
 
 @contextlib.contextmanager
@@ -51,19 +59,35 @@ def folding_the_clip_factor(fold: Callable[[list[Any], float], bool]) -> Iterato
         if not fold(parameters, min(factor, 1.0)):
             stock_clip(parameters, max_norm, total_norm, use_decoupled_grad)
 
-    with substituted(optimizer, clip_grad_by_total_norm_fp32=clip):
+    with temporarily(optimizer, clip_grad_by_total_norm_fp32=clip):
         yield
 
 
-def set_precision_aware(config: Any) -> None:
-    """Have DistributedOptimizer leave master weights and 16-bit parameters to the optimizer inside it.
+def as_sgd(settings: Any) -> contextlib.AbstractContextManager[None]:
+    """Call Lion "sgd" in ``settings``, a configuration or a command line, while Megatron reads it.
 
-    OptimizerConfig's own check (0.19.2: optimizer_config 430) allows that for Transformer Engine's Adam alone, so the
-    fields are set after it. The second one is what all of Megatron's code asks. Megatron sets it to False for some fp8
-    recipes (404), where its optimizer cannot write the fp8 weights; the caller has refused fp8 weights.
+    Megatron passes every name except adam and sgd to its emerging optimizers, which turn --use-distributed-optimizer
+    into a layer-wise optimizer (0.19.2: arguments 1671) and put embeddings and 1-D parameters on Adam.
     """
-    config.use_precision_aware_optimizer = True
-    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+    return temporarily(settings, optimizer="sgd")
+
+
+def without_precision_aware_settings(settings: Any) -> contextlib.AbstractContextManager[None]:
+    """Hide Megatron's precision-aware settings, which it accepts only for Adam (0.19.2: optimizer_config 430)."""
+    return temporarily(settings, use_precision_aware_optimizer=False, **_FP32_STATE)
+
+
+def set_precision_aware(config: Any, needed: bool) -> None:
+    """Choose whether DistributedOptimizer leaves master weights and 16-bit parameters to the optimizer inside it.
+
+    OptimizerConfig's check allows that only for Transformer Engine's Adam, so the fields are set after it. The second
+    one is what all of Megatron's code reads. Megatron sets it to False for some fp8 recipes (0.19.2: optimizer_config
+    404), where its optimizer cannot write the fp8 weights; the caller has refused fp8 weights.
+    """
+    config.use_precision_aware_optimizer = needed
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = needed
+    for name, dtype in _FP32_STATE.items():  # the dtypes of what checkpoints hold
+        setattr(config, name, dtype)
 
 
 def is_precision_aware(config: Any) -> bool:
@@ -75,9 +99,9 @@ def is_quantized(param: Any) -> bool:
     """Whether ``param`` is one of Transformer Engine's 8-bit or 4-bit tensors, which a copy must quantize into."""
     from megatron.core.optimizer import distrib_optimizer
 
-    if known().has_fp4_parameters and distrib_optimizer.is_nvfp4tensor(param):
+    if installed_traits().has_fp4_parameters and distrib_optimizer.is_nvfp4tensor(param):
         return True
-    if known().groups_quantized_parameters:
+    if installed_traits().groups_quantized_parameters:
         return bool(distrib_optimizer.DistributedOptimizer._is_distopt_quantized_param(param))
     return bool(distrib_optimizer.is_float8tensor(param))
 
@@ -86,7 +110,7 @@ def offloading_with(optimizer_class: type) -> contextlib.AbstractContextManager[
     """Have DistributedOptimizer make ``optimizer_class`` again of its shards (0.19.2: distrib_optimizer 779)."""
     from megatron.core.optimizer import distrib_optimizer
 
-    return substituted(distrib_optimizer, HybridDeviceOptimizer=optimizer_class)
+    return temporarily(distrib_optimizer, HybridDeviceOptimizer=optimizer_class)
 
 
 def has_te_or_apex() -> bool:
@@ -96,48 +120,52 @@ def has_te_or_apex() -> bool:
     return not USING_PYTORCH_OPTIMIZER
 
 
-def parts_of(optimizer: Any) -> list[Any]:
-    """The optimizers that Megatron chained for dense and expert parameters, or the one that it made alone."""
+def sub_optimizers_of(optimizer: Any) -> list[Any]:
+    """The optimizers that Megatron chained for dense and expert parameters, or ``optimizer`` if it is not a chain."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def updated_params(part: Any) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
-    """Each of the model's parameters that ``part`` updates, the inner optimizer's tensor for it, and its group.
+def updated_params(sub_optimizer: Any) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    """Each model parameter that ``sub_optimizer`` updates, the inner optimizer's tensor for it, and its group.
 
     The distributed optimizer and the one with fp32 copies of 16-bit parameters hold the model's parameters beside the
     inner optimizer's; the fp32 one hands them over as they are.
     """
-    groups = part.optimizer.param_groups
-    if hasattr(part, "model_param_group_index_map"):
-        for param, (index, order) in part.model_param_group_index_map.items():
+    groups = sub_optimizer.optimizer.param_groups
+    if hasattr(sub_optimizer, "model_param_group_index_map"):
+        for param, (index, order) in sub_optimizer.model_param_group_index_map.items():
             yield param, groups[index]["params"][order], groups[index]
-    elif hasattr(part, "float16_groups"):
-        kinds = (part.float16_groups, part.fp32_from_float16_groups, part.fp32_from_fp32_groups)
+    elif hasattr(sub_optimizer, "float16_groups"):
+        kinds = (
+            sub_optimizer.float16_groups,
+            sub_optimizer.fp32_from_float16_groups,
+            sub_optimizer.fp32_from_fp32_groups,
+        )
         for half, copies, full, group in zip(*kinds, groups, strict=True):
             yield from ((param, copy, group) for param, copy in zip((*half, *full), (*copies, *full), strict=True))
     else:
         yield from ((param, param, group) for group in groups for param in group["params"])
 
 
-def params_outside_the_norm(part: Any) -> list[Any]:
+def params_outside_the_norm(sub_optimizer: Any) -> list[Any]:
     """The parameters of an optimizer of Megatron's chain whose gradients it leaves out of the norm that it clips by.
 
     To be asked when there are gradients. Which they are is decided by marks on the parameters, so it stays so.
     """
-    if part.optimizer is None:
+    if sub_optimizer.optimizer is None:
         return []
-    seen = {id(grad) for grad in getattr(part, known().gradients_of_the_norm)()}
-    return [param for param in part.get_parameters() if id(gradient_of(part, param)) not in seen]
+    seen = {id(grad) for grad in getattr(sub_optimizer, installed_traits().gradients_of_the_norm)()}
+    return [param for param in sub_optimizer.get_parameters() if id(gradient_of(sub_optimizer, param)) not in seen]
 
 
-def gradient_of(part: Any, param: Any) -> Any:
-    """The gradient that ``part`` gave ``param``, one of its own parameters; None where there is none."""
-    return getattr(param, "decoupled_grad" if is_precision_aware(part.config) else "grad", None)
+def gradient_of(sub_optimizer: Any, param: Any) -> Any:
+    """The gradient of ``param``, one of the parameters of ``sub_optimizer``; None if it has none."""
+    return getattr(param, "decoupled_grad" if is_precision_aware(sub_optimizer.config) else "grad", None)
 
 
-def shard_range(part: Any, param: Any) -> tuple[int, int]:
-    """Start and stop, in the flattened ``param``, of the shard that the distributed optimizer ``part`` holds here."""
-    shard = part._get_model_param_range_map(param)["param"]
+def shard_range(sub_optimizer: Any, param: Any) -> tuple[int, int]:
+    """Start and stop of this rank's shard of ``param``, flattened, in the distributed optimizer ``sub_optimizer``."""
+    shard = sub_optimizer._get_model_param_range_map(param)["param"]
     return shard.start, shard.end
 
 
@@ -145,16 +173,16 @@ def rerun_disabled() -> contextlib.AbstractContextManager[None]:
     """Megatron's rerun state machine off, as in its own evaluation, without the line that ``set_mode`` logs."""
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 
-    return substituted(get_rerun_state_machine(), mode=RerunMode.DISABLED)
+    return temporarily(get_rerun_state_machine(), mode=RerunMode.DISABLED)
 
 
 @contextlib.contextmanager
 def moe_metrics_kept() -> Iterator[None]:
     """Let routers record their metrics elsewhere: the log's are summed up until they are printed."""
-    if not known().moe_metrics_are_objects:
+    if not installed_traits().moe_metrics_are_objects:
         from megatron.core.transformer.moe import moe_utils
 
-        with substituted(moe_utils, _MOE_LAYER_WISE_LOGGING_TRACKER={}):
+        with temporarily(moe_utils, _MOE_LAYER_WISE_LOGGING_TRACKER={}):
             yield
         return
     from megatron.core.transformer.moe import moe_logging
@@ -176,7 +204,7 @@ def gather_parameters(model_chunks: list[Any], optimizer: Any, *, hooked: bool) 
     import megatron.training.training as training
 
     gather = training.disable_forward_pre_hook if hooked else training.force_param_sync
-    gather(model_chunks, **({"optimizer": optimizer} if known().sync_asks_optimizer else {}))
+    gather(model_chunks, **({"optimizer": optimizer} if installed_traits().sync_asks_optimizer else {}))
 
 
 def gather_in_forward_again(model_chunks: list[Any]) -> None:

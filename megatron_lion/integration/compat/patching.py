@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_lion.integration.compat.seams import Seam
-from megatron_lion.integration.compat.versions import KNOWN
+from megatron_lion.integration.compat.versions import TRAITS
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def wrap(
     *,
     parameters: tuple[str, ...] = (),
     uses: tuple[Any, ...] = (),
-    since: str = min(KNOWN),
-    until: str = max(KNOWN),
+    since: str = min(TRAITS),
+    until: str = max(TRAITS),
 ) -> Patch:
     """Declare that ``wrapper`` takes the place of ``target``, such as ``"megatron.training.training:train_step"``.
 
@@ -62,7 +62,7 @@ def replace_everywhere(module: ModuleType, name: str, replacement: Callable[...,
 
 
 @contextlib.contextmanager
-def substituted(holder: Any, **values: Any) -> Iterator[None]:
+def temporarily(holder: Any, **values: Any) -> Iterator[None]:
     """Set attributes of ``holder`` during a call into Megatron, and put the old ones back whatever happens.
 
     Raises AttributeError for an attribute that ``holder`` does not have: nobody would read it.

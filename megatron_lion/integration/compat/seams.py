@@ -12,7 +12,7 @@ from types import CodeType
 from typing import Any
 
 from megatron_lion.config import LionError
-from megatron_lion.integration.compat.versions import INSTALL_HINT, KNOWN, SUPPORTED, megatron_version, minor_version
+from megatron_lion.integration.compat.versions import INSTALL_HINT, SUPPORTED, TRAITS, megatron_version, minor_version
 
 # How every version before 0.19 spells the tensors of a distributed optimizer's state.
 ADAM_STATE = ("param", "exp_avg", "exp_avg_sq")
@@ -31,13 +31,13 @@ class Seam:
     name: str
     parameters: tuple[str, ...] = ()
     uses: tuple[Any, ...] = ()
-    since: str = min(KNOWN)
-    until: str = max(KNOWN)
+    since: str = min(TRAITS)
+    until: str = max(TRAITS)
 
     @property
     def is_needed(self) -> bool:
         """Whether this package needs it in the installed Megatron; an unknown one is taken for the newest."""
-        minor = minor_version() if minor_version() in KNOWN else max(KNOWN)
+        minor = minor_version() if minor_version() in TRAITS else max(TRAITS)
         return self.since <= minor <= self.until
 
     def holder(self) -> tuple[Any, str]:
@@ -91,11 +91,6 @@ CORE: tuple[Seam, ...] = (
     ),
     Seam(_OPTIMIZER, "SGD", ("params", "lr", "momentum", "weight_decay")),
     Seam(_OPTIMIZER, "USING_PYTORCH_OPTIMIZER"),
-    Seam(
-        "megatron.core.optimizer.optimizer_config",
-        "OptimizerConfig.__post_init__",
-        uses=("use_precision_aware_optimizer", "use_precision_aware_optimizer_no_fp8_or_ds_fp8"),
-    ),
     # The chain, and the optimizers in it.
     Seam(_OPTIMIZER, "ChainedOptimizer.__init__", ("chained_optimizers",), uses=("chained_optimizers",)),
     Seam(_OPTIMIZER, "ChainedOptimizer.step", ("self",), uses=("clip_grad_by_total_norm_fp32", "get_grad_norm")),
@@ -209,14 +204,12 @@ TRAINING: tuple[Seam, ...] = (
         uses=("ddp_config", "remove_forward_pre_hook_handles"),
     ),
     Seam("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel.zero_grad_buffer", ("self",)),
-    # checkpoint/integrity.py replaces these.
-    Seam("megatron.training.checkpointing", "save_checkpoint", ("iteration", "model", "optimizer")),
-    Seam("megatron.training.async_utils", "maybe_finalize_async_save", ("blocking",)),
-    Seam(f"{_CHECKPOINT}.strategies.torch", "_get_filesystem_reader", ("checkpoint_dir",)),
     Seam("torch.distributed.checkpoint", "FileSystemReader._slice_file", ("self", "file", "sinfo")),
     # Megatron's loop looks up what this package replaces.
     Seam(_LOOP, "setup_model_and_optimizer", uses=("get_megatron_optimizer", "get_megatron_optimizer_config")),
     Seam(_LOOP, "get_megatron_optimizer", ("config",)),
+    # It copies Lion's options, which are fields.
+    Seam(_LOOP, "get_megatron_optimizer_config", ("args",), uses=("fields", "OptimizerConfig"), since="0.18"),
     Seam(_LOOP, "pretrain", ("model_type", "forward_step_func"), uses=("initialize_megatron",)),
     Seam(_LOOP, "train", uses=("train_step", "post_training_step_callbacks")),
     Seam(_LOOP, "should_disable_forward_pre_hook", ("args",)),

@@ -13,13 +13,13 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 
 from megatron_lion.integration.compat.overriding import overrides
-from megatron_lion.integration.compat.patching import substituted
+from megatron_lion.integration.compat.patching import temporarily
 from megatron_lion.integration.compat.seams import ADAM_STATE
-from megatron_lion.integration.compat.versions import known
+from megatron_lion.integration.compat.versions import installed_traits
 
 DistributedOptimizer: Any = distrib_optimizer.DistributedOptimizer
 
-if not known().asks_for_state_keys:
+if not installed_traits().asks_for_state_keys:
 
     class OlderDistributedOptimizer(distrib_optimizer.DistributedOptimizer):
         """The distributed optimizer of 0.16 to 0.18 (lines are 0.18.2's), as 0.19 has it. Collectives are its own."""
@@ -34,7 +34,7 @@ if not known().asks_for_state_keys:
             **kwargs: Any,
         ) -> None:
             # The assertion (665) looks for the class under this name; a tuple of tuples will do.
-            with substituted(distrib_optimizer, Adam=(distrib_optimizer.Adam, type(optimizer))):
+            with temporarily(distrib_optimizer, Adam=(distrib_optimizer.Adam, type(optimizer))):
                 super().__init__(optimizer, config, grad_scaler, init_state_fn, **kwargs)
 
         @property

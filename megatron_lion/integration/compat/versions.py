@@ -1,4 +1,4 @@
-"""Which versions of megatron-core this package knows, which one is installed, and in what they differ."""
+"""Supported versions of megatron-core, how they differ, and the installed one."""
 
 import importlib.util
 import re
@@ -12,8 +12,8 @@ INSTALL_HINT = "pip install 'megatron-core==0.19.2'"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
-    """A minor version of megatron-core: what this package does otherwise with it, and why."""
+class MegatronTraits:
+    """How this package treats one minor version of megatron-core, and why."""
 
     tested: str
     """the release that the tests run; of one that is not released, the commit that was run by hand"""
@@ -54,8 +54,8 @@ class Known:
 _IGNORED_BETAS = (
     "STOCK Megatron's: --lion-beta1/2 ignored, embeddings and 1-D parameters on Adam, no distributed optimizer"
 )
-KNOWN = {
-    "0.16": Known(
+TRAITS = {
+    "0.16": MegatronTraits(
         tested="0.16.1",
         stock_lion="refused by stock Megatron",
         asks_for_state_keys=False,
@@ -71,7 +71,7 @@ KNOWN = {
         loop_builds_gpt=False,
         loop_takes_arguments=False,
     ),
-    "0.17": Known(
+    "0.17": MegatronTraits(
         tested="0.17.1",
         stock_lion="refused by stock Megatron, after its parser has accepted it",
         asks_for_state_keys=False,
@@ -85,7 +85,7 @@ KNOWN = {
         loop_builds_gpt=False,
         loop_takes_arguments=False,
     ),
-    "0.18": Known(
+    "0.18": MegatronTraits(
         tested="0.18.2",
         stock_lion=_IGNORED_BETAS,
         asks_for_state_keys=False,
@@ -95,14 +95,17 @@ KNOWN = {
         packed_batch_flag="is_sft",
         loop_builds_gpt=False,
     ),
-    "0.19": Known(tested="0.19.2", stock_lion=_IGNORED_BETAS),
+    "0.19": MegatronTraits(tested="0.19.2", stock_lion=_IGNORED_BETAS),
     # docs/megatron-lm.md records the runs.
-    "0.20": Known(tested="d98e8a64dd", released=False, stock_lion=_IGNORED_BETAS, shifts_reshardable_state=False),
+    "0.20": MegatronTraits(
+        tested="d98e8a64dd", released=False, stock_lion=_IGNORED_BETAS, shifts_reshardable_state=False
+    ),
 }
-RELEASES = tuple(facts.tested for facts in KNOWN.values() if facts.released)
+RELEASES = tuple(traits.tested for traits in TRAITS.values() if traits.released)
 SUPPORTED = (
-    f"{', '.join(f'{minor}.x' for minor, facts in KNOWN.items() if facts.released)} (tested: {', '.join(RELEASES)}), "
-    + ", ".join(f"{minor} as developed ({facts.tested})" for minor, facts in KNOWN.items() if not facts.released)
+    ", ".join(f"{minor}.x" for minor, traits in TRAITS.items() if traits.released)
+    + f" (tested: {', '.join(RELEASES)}), "
+    + ", ".join(f"{minor} as developed ({traits.tested})" for minor, traits in TRAITS.items() if not traits.released)
 )
 
 
@@ -139,9 +142,9 @@ def minor_version() -> str:
     return (megatron_version() or "").rpartition(".")[0]
 
 
-def known() -> Known:
-    """What is known of the Megatron that is installed; of the newest, where it is not one of ``KNOWN``."""
-    return KNOWN.get(minor_version(), list(KNOWN.values())[-1])
+def installed_traits() -> MegatronTraits:
+    """The traits of the installed Megatron; those of the newest if its version is not in ``TRAITS``."""
+    return TRAITS.get(minor_version(), list(TRAITS.values())[-1])
 
 
 def has_training() -> bool:
@@ -154,14 +157,14 @@ def has_training() -> bool:
 
 
 def require_supported_version() -> None:
-    """Raise LionError where Megatron is missing or of a version that this package was not tested with."""
+    """Raise LionError if Megatron is missing or of an untested version."""
     version = megatron_version()
     if version is None:
         raise LionError(
             f"megatron-core is not installed in {sys.prefix}: {INSTALL_HINT}, or put a Megatron-LM checkout on "
             "PYTHONPATH"
         )
-    if minor_version() not in KNOWN:
+    if minor_version() not in TRAITS:
         raise LionError(
             f"megatron-core {version} ({megatron_path()}) is not supported; supported: {SUPPORTED}. {INSTALL_HINT}"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_lion.integration.compat import substituted, wrap
+from megatron_lion.integration.compat import temporarily, wrap
 
 
 def set_cuda_rng_state(stock: Callable[..., Any], state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
@@ -79,7 +79,7 @@ def new_torch_norm(stock: Callable[..., Any], cls: type, config: Any, *args: Any
     Megatron refuses it (torch_norm 50) because torch's norms do not mark their parameters, whose gradients must be
     summed over the tensor-parallel group. So the mark is set here, as its FusedLayerNorm does (fused_layer_norm 119).
     """
-    with substituted(config, sequence_parallel=False):
+    with temporarily(config, sequence_parallel=False):
         norm: torch.nn.Module = stock(cls, config, *args, **kwargs)
     for param in norm.parameters():
         param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,26 +1,26 @@
-"""``--norm-ratio-interval`` and its companions on Megatron's command line, and what cannot be measured."""
+"""The ``--norm-ratio-*`` flags on Megatron's command line, and the settings that they do not support."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_lion.config import LionError, NormRatioConfig
+from megatron_lion.config import LionError, NormRatioOptions
 
 FLAGS = ("norm_ratio_interval", "norm_ratio_batches", "norm_ratio_file", "norm_ratio_at_start")
 OPTIMIZERS = ("lion", "sgd", "adam")
 
-# Settings with which a round would be wrong, or would not leave training as it was. The value is why, and what to do.
+# Settings with which a round would be wrong, or would change training. The value is why, and what to do.
 REFUSED = {
-    "use_megatron_fsdp": "Megatron-FSDP keeps gradients in buffers of its own. Use --use-distributed-optimizer",
-    "use_torch_fsdp2": "torch FSDP2 keeps gradients in tensors of its own. Use --use-distributed-optimizer",
-    "fp8": "a forward pass in fp8 changes the scales that training goes on with. Drop --fp8-format",
-    "fp4": "a forward pass in fp4 changes the scales that training goes on with. Drop --fp4-format",
-    "mtp_num_layers": "multi-token prediction has losses and an embedding copy that are not counted. Drop the flag",
-    "hybrid_context_parallel": "its batches are cut by a loader of its own. Drop the flag",
-    "perform_rl_step": "reinforcement learning makes its batches as it goes. Drop the flag",
-    "skip_train": "without training there is nothing to measure. Drop the flag",
-    "moe_expert_rank_capacity_factor": "its schedule repeats batches that overflow. Drop the flag",
-    "modelopt_enabled": "distillation needs a teacher's shapes in every pass. Drop the flag",
+    "use_megatron_fsdp": "Megatron-FSDP keeps gradients in its own buffers. Use --use-distributed-optimizer",
+    "use_torch_fsdp2": "torch FSDP2 keeps gradients in its own tensors. Use --use-distributed-optimizer",
+    "fp8": "a forward pass in fp8 changes the scales that training uses. Remove --fp8-format",
+    "fp4": "a forward pass in fp4 changes the scales that training uses. Remove --fp4-format",
+    "mtp_num_layers": "multi-token prediction has losses and an embedding copy that are not counted. Remove the flag",
+    "hybrid_context_parallel": "it has its own loader, which cuts the batches. Remove the flag",
+    "perform_rl_step": "reinforcement learning generates its batches. Remove the flag",
+    "skip_train": "without training there is nothing to measure. Remove the flag",
+    "moe_expert_rank_capacity_factor": "its schedule repeats batches that overflow. Remove the flag",
+    "modelopt_enabled": "distillation needs a teacher's shapes in every pass. Remove the flag",
 }
 # Derived by Megatron from the flag on the right.
 WEIGHT_SHARDS = {
@@ -45,7 +45,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         metavar="B",
-        help=f"Global batches of a round. Default: {NormRatioConfig.batches}.",
+        help=f"Global batches of a round. Default: {NormRatioOptions.batches}.",
     )
     group.add_argument(
         "--norm-ratio-file",
@@ -61,35 +61,34 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_from(args: Any) -> NormRatioConfig:
-    """What the flags ask for. Raises LionError for values that make no sense."""
+def options_from(args: Any) -> NormRatioOptions:
+    """The flags as options. Raises LionError for invalid values."""
     batches, file = getattr(args, "norm_ratio_batches", None), getattr(args, "norm_ratio_file", None)
     folder = getattr(args, "save", None) or getattr(args, "tensorboard_dir", None) or "."
-    return NormRatioConfig(
+    return NormRatioOptions(
         interval=getattr(args, "norm_ratio_interval", 0),
         at_start=getattr(args, "norm_ratio_at_start", False),
-        batches=NormRatioConfig.batches if batches is None else batches,
+        batches=NormRatioOptions.batches if batches is None else batches,
         file=file or str(Path(folder) / "norm_ratio.jsonl"),
     )
 
 
 def check(args: Any) -> None:
-    """Raise LionError where the flags ask for what cannot be measured, or for nothing. May be called again."""
-    config = config_from(args)
-    if not config.is_on:
+    """Raise LionError for settings that a round does not support, and for flags without effect. May be called again."""
+    if not options_from(args).is_on:
         given = [dest for dest in FLAGS if getattr(args, dest) not in (0, None, False)]
         if given:
             raise LionError(f"--{given[0].replace('_', '-')} has no effect without --norm-ratio-interval N")
         return
     if args.optimizer not in OPTIMIZERS:
         raise LionError(
-            f"the norm ratio is measured with --optimizer {', '.join(OPTIMIZERS)}, not with {args.optimizer}: drop "
+            f"the norm ratio is measured with --optimizer {', '.join(OPTIMIZERS)}, not with {args.optimizer}: remove "
             "--norm-ratio-interval or change the optimizer"
         )
     refused = {f"--{dest.replace('_', '-')}": why for dest, why in REFUSED.items() if getattr(args, dest, None)}
     if getattr(args, "cuda_graph_impl", "none") != "none":
         refused[f"--cuda-graph-impl {args.cuda_graph_impl}"] = (
-            "a captured graph runs with the buffers and the schedule of training. Drop the flag"
+            "a captured graph runs with the buffers and the schedule of training. Remove the flag"
         )
     if args.dataloader_type == "external":
         refused["--dataloader-type external"] = (
@@ -97,6 +96,6 @@ def check(args: Any) -> None:
         )
     for dest, flag in WEIGHT_SHARDS.items():
         if getattr(args, dest, 1) > 1:
-            refused[flag] = "its shards of weights are not counted. Drop the flag"
+            refused[flag] = "its shards of weights are not counted. Remove the flag"
     for flag, why in refused.items():
-        raise LionError(f"{flag} cannot be honoured with the norm ratio: {why}, or drop --norm-ratio-interval")
+        raise LionError(f"{flag} is not supported with the norm ratio: {why}, or remove --norm-ratio-interval")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from megatron_lion.config import LionError
-from megatron_lion.integration.compat.patching import substituted
-from megatron_lion.integration.compat.versions import INSTALL_HINT, has_training, known, megatron_version
+from megatron_lion.integration.compat.patching import temporarily
+from megatron_lion.integration.compat.versions import INSTALL_HINT, has_training, installed_traits, megatron_version
 
 # What the builder below, for versions whose loop has none, leaves to Megatron-LM's own script.
 OLDER_GPT_LEAVES_OUT = ("spec", "heterogeneous_layers_config_path", "experimental_attention_variant", "yaml_cfg")
@@ -21,14 +21,14 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Any:
     Before 0.18 the loop does this itself, and without a way to look at the arguments before it goes on: what is here is
     then 0.18's function (arguments 98). Raises LionError where Megatron has no loop, and for a file of arguments.
     """
-    if not has_training() or not known().has_a_wheel_with_a_loop:
+    if not has_training() or not installed_traits().has_a_wheel_with_a_loop:
         raise LionError(
             f"megatron-core {megatron_version()} is released without Megatron's own loop: take 0.17.1 or later, or run "
             "a Megatron-LM checkout's own script, torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py"
         )
     import megatron.training.arguments as arguments
 
-    if known().loop_takes_arguments:
+    if installed_traits().loop_takes_arguments:
         return arguments.parse_and_validate_args(args_defaults=args_defaults)
     import megatron.training.yaml_arguments as yaml_arguments
     from megatron.training.checkpointing import load_args_from_checkpoint
@@ -46,7 +46,7 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Any:
 
 def require_a_loop_that_builds_gpt(what: str) -> None:
     """Raise LionError where ``what`` asks Megatron's loop for a GPT and the installed one has none to give."""
-    if not (has_training() and known().loop_builds_gpt):
+    if not (has_training() and installed_traits().loop_builds_gpt):
         raise LionError(
             f"{what} needs a Megatron whose loop builds a GPT from its arguments, 0.19 or later; this is "
             f"{megatron_version()}. {INSTALL_HINT}"
@@ -63,16 +63,16 @@ def pretrain(
     from megatron.core.enums import ModelType
     from megatron.training import pretrain as stock_pretrain
 
-    if model_provider is None and not known().loop_builds_gpt:
+    if model_provider is None and not installed_traits().loop_builds_gpt:
         model_provider = _older_gpt(args)
     kind = ModelType.encoder_or_decoder
-    if not known().loop_takes_arguments:
+    if not installed_traits().loop_takes_arguments:
         with _arguments_are_ready(args):
             stock_pretrain(datasets_provider, model_provider, kind, forward_step)
         return
     from megatron.training import argument_utils
 
-    if known().loop_builds_gpt:
+    if installed_traits().loop_builds_gpt:
         model = argument_utils.gpt_config_from_args(args) if model_provider is None else None
         config = argument_utils.pretrain_cfg_container_from_args(args, model)
         stock_pretrain(config, datasets_provider, kind, forward_step, model_provider)
@@ -90,9 +90,9 @@ def _arguments_are_ready(args: Any) -> Iterator[None]:
     done = {name: lambda *_, **__: None for name in ("validate_args", "set_global_variables")}
     stock_initialize = functools.partial(training.initialize_megatron, parsed_args=args)
     with (
-        substituted(args, use_checkpoint_args=False),
-        substituted(initialize, **done),
-        substituted(training, initialize_megatron=stock_initialize),
+        temporarily(args, use_checkpoint_args=False),
+        temporarily(initialize, **done),
+        temporarily(training, initialize_megatron=stock_initialize),
     ):
         yield
 
@@ -148,7 +148,7 @@ def bert_dataset() -> Any:
     """
     from megatron.core.datasets import bert_dataset as stock
 
-    if known().bert_replaces_in_one_order:
+    if installed_traits().bert_replaces_in_one_order:
         return stock.BERTMaskedWordPieceDataset
 
     class BERTMaskedWordPieceDataset(stock.BERTMaskedWordPieceDataset):  # its index has the name
@@ -167,7 +167,7 @@ def batch_on_this_rank(data_iterator: Any, args: Any, keys: Sequence[str]) -> di
     from megatron.core import mpu
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    if not known().loop_takes_arguments:
+    if not installed_traits().loop_takes_arguments:
         from megatron.training.utils import get_batch_on_this_tp_rank as read_batch
 
         batch = get_batch_on_this_cp_rank(read_batch(data_iterator))
@@ -180,7 +180,7 @@ def batch_on_this_rank(data_iterator: Any, args: Any, keys: Sequence[str]) -> di
         batch = dict.fromkeys((*keys, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size")) | batch
     batch = get_batch_on_this_tp_rank(
         batch,
-        **{known().packed_batch_flag: False},
+        **{installed_traits().packed_batch_flag: False},
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),

@@ -1,5 +1,6 @@
-"""Megatron's chain of optimizers around Lion's: an update is whole or not made, the clip factor is folded into it."""
+"""Megatron's chain of optimizers, with Lion: updates are all-or-nothing, and the clip factor is folded into them."""
 
+import contextlib
 import functools
 import math
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from megatron_lion.config import LionError
+from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.checkpoint import group_settings
 from megatron_lion.integration.checkpoint.formats import EXPERTS_APART
 from megatron_lion.integration.optimizer.offload import LIONS
-from megatron_lion.lion import Lion
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.precision import BLOCK
 
 
@@ -20,15 +21,16 @@ class LionChainedOptimizer(ChainedOptimizer):
     """Megatron's chain of dense and expert optimizers, which skips an update whose gradient norm is not finite.
 
     The norm is reduced over all ranks, so every rank skips, and no parameter or momentum changes. Without this, as
-    torch's sign(NaN) is 0, Lion would keep a NaN momentum and stop moving those elements without a word. Megatron
+    torch's sign(NaN) is 0, Lion would keep a NaN momentum and silently stop updating those elements. Megatron
     counts the iteration as skipped. Its own check (``check_for_nan_in_loss_and_grad``, on by default) ends the run
-    before it comes to that.
+    earlier.
 
     The factor of ``--clip-grad`` is folded into the step, which saves a pass that reads and writes every gradient. For
     fp32 gradients the bits are those of Megatron's scaled gradient: the same product, rounded the same way. The
     gradient buffers keep the unscaled gradient.
     """
 
+    options: LionOptions  # set when the chain has been built
     _is_loaded = False
 
     @compat.overrides
@@ -48,14 +50,14 @@ class LionChainedOptimizer(ChainedOptimizer):
             return super().step()
 
     def _fold(self, parameters: list[torch.Tensor], factor: float) -> bool:
-        """Leave ``factor`` to the step of the part that has exactly these parameters. Returns whether there is one.
+        """Let the sub-optimizer that has exactly these parameters apply ``factor``. Returns whether there is one.
 
-        There is none where a part has a second group with a norm of its own, for multi-token prediction.
+        There is none if a sub-optimizer has a second group with a separate norm, for multi-token prediction.
         """
-        for part in self.chained_optimizers:
-            mine = part.get_parameters() if isinstance(part.optimizer, LIONS) else []
+        for sub_optimizer in self.chained_optimizers:
+            mine = sub_optimizer.get_parameters() if isinstance(sub_optimizer.optimizer, LIONS) else []
             if len(mine) == len(parameters) and all(one is two for one, two in zip(mine, parameters, strict=True)):
-                part.optimizer.grad_scale = factor
+                sub_optimizer.optimizer.grad_scale = factor
                 return True
         return False
 
@@ -64,9 +66,9 @@ class LionChainedOptimizer(ChainedOptimizer):
         try:
             return self._step_if_finite()
         finally:
-            for part in self.chained_optimizers:
-                if isinstance(part.optimizer, LIONS):
-                    part.optimizer.grad_scale = 1.0
+            for sub_optimizer in self.chained_optimizers:
+                if isinstance(sub_optimizer.optimizer, LIONS):
+                    sub_optimizer.optimizer.grad_scale = 1.0
 
     def _step_if_finite(self) -> bool:
         if not self._every_gradient_is_finite():
@@ -80,34 +82,46 @@ class LionChainedOptimizer(ChainedOptimizer):
         The norm does not see all that Lion updates: not the gradients of parameters that every tensor-parallel rank
         holds whole, on any rank but the first, nor those of a tied copy, nor those of multi-token prediction.
         """
-        grads = (compat.gradient_of(part, param) for part, param in self._outside_the_norm)
+        grads = (compat.gradient_of(sub_optimizer, param) for sub_optimizer, param in self._outside_the_norm)
         unseen = [grad for grad in grads if grad is not None]
         size = float(self._grad_norm) + sum(float(norm) for norm in (torch._foreach_norm(unseen) if unseen else ()))
-        waiting = self._unquantised() if self._is_loaded else 0
+        waiting = self._unquantized() if self._is_loaded else 0
         sums = torch.tensor([not math.isfinite(size), waiting], dtype=torch.float64, device=torch.cuda.current_device())
         torch.distributed.all_reduce(sums)
         bad, waiting = (int(number) for number in sums.tolist())
         if waiting and not bad:
             console.say(
                 f"int8 momentum: {waiting} elements over all ranks were not saved in these blocks of {BLOCK}; their "
-                "loaded fp32 values are used in this step, at whose end they are quantised"
+                "loaded fp32 values are used in this step, which quantizes them"
             )
         self._is_loaded = self._is_loaded and bool(bad)
         return not bad
 
-    def _unquantised(self) -> int:
-        return sum(part.optimizer.unquantised() for part in self.chained_optimizers if isinstance(part.optimizer, Lion))
+    def _unquantized(self) -> int:
+        return sum(
+            sub_optimizer.optimizer.unquantized()
+            for sub_optimizer in self.chained_optimizers
+            if isinstance(sub_optimizer.optimizer, ShardedLion)
+        )
 
     @functools.cached_property
     def _outside_the_norm(self) -> list[tuple[Any, torch.Tensor]]:
-        """Each part's parameters whose gradients its norm leaves out; found at the first step, when there are some."""
-        return [(part, param) for part in self.chained_optimizers for param in compat.params_outside_the_norm(part)]
+        """Parameters that the gradient norm leaves out, with their sub-optimizer; found when there are gradients."""
+        return [
+            (sub_optimizer, param)
+            for sub_optimizer in self.chained_optimizers
+            for param in compat.params_outside_the_norm(sub_optimizer)
+        ]
+
+    def _settings_kept(self, state_dict: Any) -> contextlib.AbstractContextManager[Any]:
+        from_run = self.options.rates_from_run
+        return group_settings.kept(self._own_settings, self.chained_optimizers, state_dict, from_run=from_run)
 
     @compat.overrides
     def load_state_dict(self, state_dict: Any) -> None:
         self._is_loaded = True
         try:
-            with group_settings.kept(self._own_settings, self.chained_optimizers, state_dict) as with_own_settings:
+            with self._settings_kept(state_dict) as with_own_settings:
                 super().load_state_dict(with_own_settings)
         except RuntimeError as error:
             if not str(error).startswith("Expected "):  # as many optimizers as this run has (0.19.2: optimizer 1579)

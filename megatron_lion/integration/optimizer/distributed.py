@@ -1,85 +1,25 @@
-"""Megatron's distributed optimizer around Lion, and around torch's SGD and Adam where stock cannot save or load them.
+"""Megatron's distributed optimizer around Lion.
 
-Nothing of the sharding is written again here. The subclasses say what the state of the inner optimizer is, so that
-Megatron's own code allocates, saves, loads and reshards it.
+The sharding is Megatron's. The class describes the state of Lion, so that Megatron's code allocates, saves, loads and
+reshards it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat
-from megatron_lion.integration.checkpoint import group_settings
 from megatron_lion.integration.checkpoint.init_from_adam import InitFromAdam
 from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
-from megatron_lion.integration.optimizer.repaired import RepairedDistributedOptimizer
-from megatron_lion.lion import Lion
-from megatron_lion.precision import BLOCK, Place
+from megatron_lion.integration.optimizer.repaired import StatelessStepDistributedOptimizer
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
+from megatron_lion.precision import BLOCK, BlockLayout
 
 
 def init_lion_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
     """Give every parameter its zero momentum: what Megatron calls before it loads a checkpoint."""
     optimizer.init_state()  # type: ignore[attr-defined]
-
-
-def init_sgd_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
-    """Give every parameter of SGD with momentum its buffer. Zero is where torch's own first step starts from."""
-    for group in optimizer.param_groups:
-        for param in group["params"] if group["momentum"] != 0 else ():
-            if optimizer.state[param].get("momentum_buffer") is None:
-                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
-
-
-def init_adam_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
-    """Give every parameter of torch's Adam its state, with the ``step`` that Megatron's own function leaves out."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if not optimizer.state[param]:
-                optimizer.state[param] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(param),
-                    "exp_avg_sq": torch.zeros_like(param),
-                }
-
-
-class StatelessStepDistributedOptimizer(RepairedDistributedOptimizer):
-    """The distributed optimizer around an optimizer whose state is one tensor per parameter and key, and no ``step``.
-
-    Subclasses name the keys and how the state begins. Collectives are Megatron's own: a reduce-scatter of gradients
-    before the step, an all-gather of parameters after it.
-    """
-
-    state_keys: tuple[str, ...]
-    init_state: Callable[..., None]
-
-    @compat.overrides
-    def __init__(
-        self, optimizer: torch.optim.Optimizer | None, config: Any, grad_scaler: Any, init_state_fn: Any, **kwargs: Any
-    ) -> None:
-        super().__init__(optimizer, config, grad_scaler, type(self).init_state, **kwargs)
-
-    @compat.overrides  # type: ignore[prop-decorator]
-    @property
-    def optimizer_state_keys(self) -> tuple[str, ...]:
-        return self.state_keys
-
-    @compat.overrides
-    def state_dict(self) -> dict[str, Any]:
-        with compat.without_step():
-            return super().state_dict()
-
-    @compat.overrides
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        try:
-            with compat.without_step():
-                super().load_state_dict(state_dict)
-        except KeyError as error:
-            if not isinstance(error.args[0], tuple):
-                raise
-            # Megatron finds each saved group by these settings, learning rates among them (0.19.2: 980).
-            raise LionError(group_settings.NO_SUCH_GROUP) from error
 
 
 class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
@@ -96,10 +36,10 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
     @compat.overrides
     def __init__(self, optimizer: torch.optim.Optimizer | None, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(optimizer, config, *args, **kwargs)
-        if isinstance(optimizer, Lion) and compat.is_precision_aware(config):
+        if isinstance(optimizer, ShardedLion) and compat.is_precision_aware(config):
             optimizer.use_decoupled_grad = True
-            optimizer.places = {
-                inner: Place(compat.shard_range(self, param)[0], Place.of_whole(param).row)
+            optimizer.blocks = {
+                inner: BlockLayout(compat.shard_range(self, param)[0], BlockLayout.of_whole(param).row_length)
                 for param, inner, _ in compat.updated_params(self)
             }
             if any(group["momentum_dtype"] == "int8" for group in optimizer.param_groups):
@@ -119,8 +59,8 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
                 for param in bucket.params:
                     start = buffer.param_index_map[param][0] - bucket.offset
                     cuts = range(-(-start // numel) * numel, start + param.numel(), numel)
-                    place = Place.of_whole(param)
-                    if any(place.cuts_a_block(cut - start) for cut in cuts):
+                    layout = BlockLayout.of_whole(param)
+                    if any(layout.splits_a_block(cut - start) for cut in cuts):
                         raise LionError(
                             f"--lion-momentum-dtype int8: with DP={ranks} a shard boundary cuts a block of {BLOCK} "
                             f"elements in a parameter of shape {tuple(param.shape)}. Add "
@@ -172,18 +112,18 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
         """Step, in which Lion writes the bf16 parameters itself: Megatron's copy after it has nothing left to do."""
         if self.is_stub_optimizer or compat.is_precision_aware(self.config) or not self._let_lion_copy():
             return bool(super().step_with_ready_grads())
-        with compat.substituted(self, _copy_main_params_to_model_params=lambda: None):
+        with compat.temporarily(self, _copy_main_params_to_model_params=lambda: None):
             return bool(super().step_with_ready_grads())
 
     def _let_lion_copy(self) -> bool:
         """Give Lion this rank's slice of every bf16 parameter. Returns whether it then writes all that Megatron would.
 
-        It does not for fp16 or quantised parameters. fp32 parameters are their own master.
+        It does not for fp16 or quantized parameters. fp32 parameters are their own master.
         """
         buckets = [bucket for buffer in self.buffers for bucket in buffer.buckets]
         addresses = tuple(0 if bucket.param_data is None else bucket.param_data.data_ptr() for bucket in buckets)
         if addresses != self._addresses:  # buffers may be freed and allocated anew
-            self.optimizer.copies = {
+            self.optimizer.model_copies = {
                 shard: self._slice(param)
                 for shards, params in zip(self.shard_fp32_from_float16_groups, self.model_float16_groups, strict=True)
                 for shard, param in zip(shards, params, strict=True)
@@ -191,48 +131,10 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
             }
             self._addresses = addresses
         shards = sum(len(group) for group in self.shard_fp32_from_float16_groups)
-        return len(self.optimizer.copies) == shards
+        return len(self.optimizer.model_copies) == shards
 
     def _slice(self, param: torch.nn.Parameter) -> torch.Tensor:
-        place = self._get_model_param_range_map(param)["gbuf_world_in_bucket"]
+        span = self._get_model_param_range_map(param)["gbuf_world_in_bucket"]
         buffer, _, bucket = self.model_param_gbuf_map[param]
         data = self.buffers[buffer].buckets[bucket].param_data
-        return data.view(-1)[place.start : place.end].detach()
-
-
-class SGDDistributedOptimizer(StatelessStepDistributedOptimizer):
-    """Megatron's distributed optimizer around SGD, which stock refuses because SGD has no ``init_state_fn`` (688)."""
-
-    init_state = staticmethod(init_sgd_state)
-
-    @property
-    def state_keys(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("momentum_buffer",) if self.config.sgd_momentum != 0 else ()
-
-
-class TorchAdamDistributedOptimizer(RepairedDistributedOptimizer):
-    """Megatron's distributed optimizer around torch's Adam, made able to resume.
-
-    Stock saves such a run but cannot load it: the fresh state has no ``step`` to read (839). With that mended, the step
-    would be one tensor shared by all parameters, which each parameter's update increments (1028), then be overwritten
-    with the fresh state's zero (1219), or looked for in a format that does not hold it. So the groups' step, which
-    every format holds, is the one that counts.
-    """
-
-    @compat.overrides
-    def state_dict(self) -> dict[str, Any]:
-        if self.optimizer is not None:
-            init_adam_state(self.optimizer)
-        return super().state_dict()
-
-    @compat.overrides
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        (step,) = {float(group["step"]) for group in state_dict["optimizer"]["param_groups"]}
-        for state in self.optimizer.state.values():
-            state["step"] = torch.tensor(step)
-
-    @compat.overrides
-    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
-        own = self._get_main_param_and_optimizer_states(model_param)  # its step stays as it is
-        super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": own["step"]})
+        return data.view(-1)[span.start : span.end].detach()

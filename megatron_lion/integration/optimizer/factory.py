@@ -1,8 +1,8 @@
-"""How Megatron comes to build our optimizer: a wrapper around its own ``get_megatron_optimizer``.
+"""Builds Lion in Megatron: a wrapper around ``get_megatron_optimizer``.
 
-Megatron sends every name but adam and sgd to its "emerging" path, which hands embeddings and 1-D parameters to Adam. So
-Lion is built where sgd is: the same parameter groups, buffers, process groups, grad scaler and mixed-precision
-wrappers, for dense and for expert parameters, with our class in the place of SGD.
+Megatron passes every name except adam and sgd to its "emerging" path, which puts embeddings and 1-D parameters on Adam.
+So Lion is built where SGD is, with our class in its place: the same parameter groups, buffers, process groups, grad
+scaler and mixed-precision wrappers, for dense and for expert parameters.
 """
 
 import functools
@@ -11,26 +11,19 @@ from typing import Any
 
 import torch
 
-from megatron_lion.config import LANGUAGE_MODEL_BETAS, LionConfig, LionError
+from megatron_lion.config import LionError, LionOptions, check_rates
 from megatron_lion.integration import compat, console
-from megatron_lion.integration.checkpoint import formats, group_settings
-from megatron_lion.integration.checkpoint.init_from_adam import INIT_FROM
+from megatron_lion.integration.checkpoint import formats
 from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import offload, startup_report
+from megatron_lion.integration.optimizer import config_fields, offload, startup_report
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer
-from megatron_lion.integration.optimizer.distributed import (
-    LionDistributedOptimizer,
+from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer, init_lion_state
+from megatron_lion.integration.optimizer.sgd_and_adam import (
     SGDDistributedOptimizer,
     TorchAdamDistributedOptimizer,
-    init_lion_state,
     init_sgd_state,
 )
-from megatron_lion.lion import Lion
-
-# What the optimizer's configuration carries of our flags; absent where a script uses megatron.core alone, which may set
-# them on its OptimizerConfig.
-BETAS = dict(zip(("lion_beta1", "lion_beta2"), LANGUAGE_MODEL_BETAS, strict=True))  # no fields of it before 0.17
-CARRIED = {"lion_kernel": "auto", state_precision.MOMENTUM: "fp32", state_precision.MASTER: "fp32"}
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 
 
 def get_megatron_optimizer(
@@ -43,10 +36,10 @@ def get_megatron_optimizer(
     if config.optimizer == "lion":
         return _build_lion(optimizers, config, model_chunks, build)
     if config.optimizer == "sgd":
-        with compat.substituted(optimizers, DistributedOptimizer=SGDDistributedOptimizer):
+        with compat.temporarily(optimizers, DistributedOptimizer=SGDDistributedOptimizer):
             return _with_init_state(build(), init_sgd_state)
     if config.optimizer == "adam" and not compat.has_te_or_apex():
-        with compat.substituted(optimizers, DistributedOptimizer=TorchAdamDistributedOptimizer):
+        with compat.temporarily(optimizers, DistributedOptimizer=TorchAdamDistributedOptimizer):
             return build()
     return build()
 
@@ -62,23 +55,20 @@ def build_unless_lion(stock: Callable[..., Any], config: Any, *args: Any, **kwar
 
 
 def get_megatron_optimizer_config(stock: Callable[..., Any], args: Any) -> Any:
-    """Let the configuration that ``megatron.training`` makes be Lion's, and carry our flags.
+    """Let ``megatron.training`` make Lion's configuration, whose name it refuses up to 0.17 (0.17.1: training 1585).
 
-    It copies its own fields alone, and before 0.18 refuses the name (0.17.1: training 1585).
+    Later releases copy the configuration's fields, Lion's options among them.
     """
     if args.optimizer != "lion":
         return stock(args)
-    with state_precision.stock_flags(args), compat.substituted(args, optimizer="sgd"):
+    with compat.without_precision_aware_settings(args), compat.as_sgd(args):
         made = stock(args)
-    for name, default in {"optimizer": "lion", **BETAS, **CARRIED}.items():
-        setattr(made[0], name, getattr(args, name, default))
-    setattr(made[0], INIT_FROM, getattr(args, INIT_FROM, None))
-    group_settings.carry(args, made[0])
-    formats.carry(args, made[0])
+    made[0].optimizer = "lion"
     return made
 
 
 CORE = (
+    *config_fields.CORE,
     compat.wrap(
         "megatron.core.optimizer:get_megatron_optimizer",
         get_megatron_optimizer,
@@ -100,76 +90,85 @@ CORE = (
 )
 TRAINING = (
     compat.wrap(
-        "megatron.training.training:get_megatron_optimizer_config", get_megatron_optimizer_config, parameters=("args",)
+        "megatron.training.training:get_megatron_optimizer_config",
+        get_megatron_optimizer_config,
+        parameters=("args",),
+        until="0.17",
     ),
 )
 
 
-def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: Any) -> Any:
-    if not config.decoupled_weight_decay:
-        raise LionError("decoupled_weight_decay=False is not Lion, whose weight decay is decoupled: leave it True")
-    formats.refuse_layers_frozen_apart(config, model_chunks)
-    default1, default2 = LANGUAGE_MODEL_BETAS
-    lion_config = LionConfig(
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        betas=(getattr(config, "lion_beta1", default1), getattr(config, "lion_beta2", default2)),
-        **{name.removeprefix("lion_"): getattr(config, name, default) for name, default in CARRIED.items()},
-    )
-    stored = {"momentum_dtype": lion_config.momentum_dtype, "master_weights": lion_config.master_weights}
-    if not state_precision.use_precision_aware_path(config, lion_config, model_chunks):
+def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: Callable[[], Any]) -> Any:
+    """Build Lion with ``build``, which is Megatron's function for the model, in the place of SGD."""
+    config_fields.refuse_earlier_instance(config)
+    options = LionOptions.from_config(config)
+    _refuse(config, options, model_chunks)
+    options.write_to(config)
+    stored = {"momentum_dtype": options.momentum_dtype, "master_weights": options.master_weights}
+    if not state_precision.use_precision_aware_path(config, options, model_chunks):
         stored = {}  # Megatron keeps the masters, and Lion's momentum has their dtype
-
-    def lion_in_place_of_sgd(param_groups: Any, lr: float, weight_decay: float, momentum: float) -> Lion:
-        return Lion(
-            param_groups,
-            lr=lr,
-            betas=lion_config.betas,
-            weight_decay=weight_decay,
-            kernel=lion_config.kernel,
-            **stored,  # type: ignore[arg-type]
-        )
-
-    def hybrid_of_lions(param_groups: Any, **settings: Any) -> offload.OffloadingLion:
-        return offload.build(lion_config, param_groups, **settings)
-
-    stock_log = optimizers.log_single_rank
-
-    def log_single_rank(logger: Any, level: int, message: str, *args: Any, **kwargs: Any) -> None:
-        stock_log(logger, level, message.replace("optimizer='sgd'", "optimizer='lion'"), *args, **kwargs)
-
     with (
-        compat.substituted(config, optimizer="sgd"),
+        compat.as_sgd(config),
         compat.offloading_with(offload.OffloadingLion),
-        compat.substituted(
+        compat.temporarily(
             optimizers,
-            SGD=lion_in_place_of_sgd,
-            HybridDeviceOptimizer=hybrid_of_lions,
+            SGD=functools.partial(_lion_in_place_of_sgd, options, stored),
+            HybridDeviceOptimizer=functools.partial(offload.build, options),
             DistributedOptimizer=LionDistributedOptimizer,
             ChainedOptimizer=LionChainedOptimizer,
-            log_single_rank=log_single_rank,
+            log_single_rank=functools.partial(_log_the_real_name, optimizers.log_single_rank),
         ),
     ):
         optimizer = _with_init_state(build(), init_lion_state)
-    for part in compat.parts_of(optimizer):
-        if isinstance(part.optimizer, offload.LIONS):
-            part.optimizer.register_load_state_dict_post_hook(functools.partial(_keep_betas, lion_config))
-    startup_report.report(lion_config, config, model_chunks, optimizer)
+    optimizer.options = options
+    for sub_optimizer in compat.sub_optimizers_of(optimizer):
+        sub_optimizer.options = options
+        if isinstance(sub_optimizer.optimizer, offload.LIONS):
+            sub_optimizer.optimizer.register_load_state_dict_post_hook(functools.partial(_keep_betas, options))
+    startup_report.report(options, config, model_chunks, optimizer)
     return optimizer
+
+
+def _refuse(config: Any, options: LionOptions, model_chunks: list[Any]) -> None:
+    """Raise LionError, on every rank, for what Lion is not supported with."""
+    check_rates(config.lr, config.weight_decay, config.min_lr)
+    if not config.decoupled_weight_decay:
+        raise LionError("--optimizer lion needs decoupled_weight_decay=True: Lion's weight decay is decoupled")
+    state_precision.refuse_offload_before_0_19(config)
+    formats.refuse_layers_frozen_apart(options, model_chunks)
+
+
+def _lion_in_place_of_sgd(
+    options: LionOptions, stored: dict[str, str], param_groups: Any, lr: float, weight_decay: float, momentum: float
+) -> ShardedLion:
+    return ShardedLion(
+        param_groups,
+        lr=lr,
+        betas=options.betas,
+        weight_decay=weight_decay,
+        kernel=options.kernel,
+        **stored,  # type: ignore[arg-type]
+    )
+
+
+def _log_the_real_name(
+    stock: Callable[..., None], logger: Any, level: int, message: str, *args: Any, **kwargs: Any
+) -> None:
+    stock(logger, level, message.replace("optimizer='sgd'", "optimizer='lion'"), *args, **kwargs)
 
 
 def _with_init_state(optimizer: Any, init_state: Any) -> Any:
     """Give the wrappers that stock left without an ``init_state_fn``, and so unable to load a checkpoint, theirs."""
-    for part in compat.parts_of(optimizer):
-        if part.init_state_fn is None:
-            part.init_state_fn = init_state
+    for sub_optimizer in compat.sub_optimizers_of(optimizer):
+        if sub_optimizer.init_state_fn is None:
+            sub_optimizer.init_state_fn = init_state
     return optimizer
 
 
-def _keep_betas(lion_config: LionConfig, optimizer: torch.optim.Optimizer) -> None:
-    """The command line's betas win over the checkpoint's, which torch would take over without a word."""
-    loaded = {tuple(group["betas"]) for group in optimizer.param_groups} - {lion_config.betas}
+def _keep_betas(options: LionOptions, optimizer: torch.optim.Optimizer) -> None:
+    """After a load: keep this run's betas, which torch would silently replace by the checkpoint's."""
+    loaded = {tuple(group["betas"]) for group in optimizer.param_groups} - {options.betas}
     for group in optimizer.param_groups:
-        group["betas"] = lion_config.betas
+        group["betas"] = options.betas
     if loaded:
-        console.say(f"betas {lion_config.betas} as asked; the checkpoint was written with {loaded.pop()}")
+        console.say(f"betas {options.betas} as asked; the checkpoint was written with {loaded.pop()}")

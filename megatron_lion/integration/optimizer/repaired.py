@@ -1,13 +1,15 @@
 """Megatron's distributed optimizer with its checkpoint formats repaired, for any inner optimizer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from megatron_lion.config import LionError
 from megatron_lion.integration import compat
+from megatron_lion.integration.checkpoint import group_settings
 from megatron_lion.integration.compat.sharding import DistributedOptimizer
 
 
@@ -28,14 +30,14 @@ class RepairedDistributedOptimizer(DistributedOptimizer):
 
     @compat.overrides
     def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
-        if not compat.known().shifts_reshardable_state:
+        if not compat.installed_traits().shifts_reshardable_state:
             return super().sharded_param_state_fully_reshardable(*args, **kwargs)
         gather_state = self.get_parameter_state_dp_zero
 
         def gather_state_with_padding(**options: Any) -> Any:
             return self._put_padding_back(gather_state(**options))
 
-        with compat.substituted(self, get_parameter_state_dp_zero=gather_state_with_padding):
+        with compat.temporarily(self, get_parameter_state_dp_zero=gather_state_with_padding):
             return super().sharded_param_state_fully_reshardable(*args, **kwargs)
 
     def _put_padding_back(self, state: dict[Any, Any] | None) -> dict[Any, Any] | None:
@@ -85,6 +87,44 @@ class RepairedDistributedOptimizer(DistributedOptimizer):
                 if piece["padding"].unwrap():
                     _end_where_the_bucket_does(piece)
         return state
+
+
+class StatelessStepDistributedOptimizer(RepairedDistributedOptimizer):
+    """The distributed optimizer around an optimizer with one state tensor per parameter and key, and no ``step``.
+
+    Subclasses name the keys and how the state begins. Collectives are Megatron's own: a reduce-scatter of gradients
+    before the step, an all-gather of parameters after it.
+    """
+
+    state_keys: tuple[str, ...]
+    init_state: Callable[..., None]
+
+    @compat.overrides
+    def __init__(
+        self, optimizer: torch.optim.Optimizer | None, config: Any, grad_scaler: Any, init_state_fn: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(optimizer, config, grad_scaler, type(self).init_state, **kwargs)
+
+    @compat.overrides  # type: ignore[prop-decorator]
+    @property
+    def optimizer_state_keys(self) -> tuple[str, ...]:
+        return self.state_keys
+
+    @compat.overrides
+    def state_dict(self) -> dict[str, Any]:
+        with compat.without_step():
+            return super().state_dict()
+
+    @compat.overrides
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        try:
+            with compat.without_step():
+                super().load_state_dict(state_dict)
+        except KeyError as error:
+            if not isinstance(error.args[0], tuple):
+                raise
+            # Megatron finds each saved group by these settings, learning rates among them (0.19.2: 980).
+            raise LionError(group_settings.NO_SUCH_GROUP) from error
 
 
 def _buckets(state: dict[Any, Any]) -> Iterator[list[dict[str, Any]]]:

@@ -119,10 +119,10 @@ def is_counted(param: torch.nn.Parameter) -> bool:
     return bool(getattr(param, "tensor_model_parallel", False)) or tensor_parallel_rank(param) == 0
 
 
-def counts_here(part: Any, param: torch.nn.Parameter) -> bool:
-    """Whether this rank counts what Megatron's optimizer ``part`` updates of ``param``: its shard, or all of it."""
-    if hasattr(part, "distributed_optimizer_instance_id"):
-        return is_counted(param) and part.distributed_optimizer_instance_id == 0
+def counts_here(sub_optimizer: Any, param: torch.nn.Parameter) -> bool:
+    """Whether this rank counts the elements of ``param`` that ``sub_optimizer`` updates: its shard, or all of them."""
+    if hasattr(sub_optimizer, "distributed_optimizer_instance_id"):
+        return is_counted(param) and sub_optimizer.distributed_optimizer_instance_id == 0
     return is_counted(param) and data_parallel_group(param).rank() == 0
 
 
@@ -178,13 +178,13 @@ class _Owned(NamedTuple):
 
 
 def _owned(optimizer: Any) -> Iterator[_Owned]:
-    for part in compat.parts_of(optimizer):
-        if part.optimizer is None:  # this rank holds none of the part's parameters
+    for sub_optimizer in compat.sub_optimizers_of(optimizer):
+        if sub_optimizer.optimizer is None:  # this rank holds none of its parameters
             continue
-        for param, _, group in compat.updated_params(part):
-            if hasattr(part, "distributed_optimizer_instance_id"):
-                start, stop = compat.shard_range(part, param)
-                first_instance = part.distributed_optimizer_instance_id == 0
+        for param, _, group in compat.updated_params(sub_optimizer):
+            if hasattr(sub_optimizer, "distributed_optimizer_instance_id"):
+                start, stop = compat.shard_range(sub_optimizer, param)
+                first_instance = sub_optimizer.distributed_optimizer_instance_id == 0
             else:
                 dp, numel = data_parallel_group(param), param.numel()
                 start, stop = (numel * rank // dp.size() for rank in (dp.rank(), dp.rank() + 1))

@@ -1,22 +1,22 @@
-"""``--lion-telemetry``: what each logged step of Lion did, summed inside the step's own pass over memory.
+"""``--lion-telemetry``: statistics of each logged step of Lion, accumulated inside the step's pass over memory.
 
 At every ``--log-interval`` one more line of the log, and TensorBoard and Weights & Biases where they are on: l1 and l2
-of the clipped gradient, the share of elements whose direction is zero and of those whose direction this gradient turned
-round, the agreement sum sign(c) g / l1, and the largest parameter (:mod:`megatron_lion.telemetry`). Every element is
+of the clipped gradient, the share of elements with direction zero and of those with a direction that this gradient
+reversed, the agreement sum sign(c) g / l1, and the largest parameter (:mod:`megatron_lion.telemetry`). Every element is
 counted on one rank (:mod:`megatron_lion.integration.reporting.gradient_shards`). Steps between are not
 measured and cost nothing.
 """
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, console
-from megatron_lion.integration.reporting import gradient_shards
-from megatron_lion.lion import Lion
+from megatron_lion.integration.loop_callbacks import Step
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
+from megatron_lion.integration.reporting import gradient_shards, metrics
 from megatron_lion.telemetry import Telemetry
 
 SUMS = ("elements", "l1", "l2_squared", "inner", "zeros", "flipped")
@@ -34,39 +34,22 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: Any) -> None:
-    """Raise LionError where there is no Lion to tell anything."""
+    """Raise LionError if the optimizer is not Lion."""
     if getattr(args, "lion_telemetry", False) and args.optimizer != "lion":
-        raise LionError(f"--lion-telemetry is Lion's, and this run's optimizer is {args.optimizer}: drop the flag")
+        raise LionError(f"--lion-telemetry needs --optimizer lion, and this run has {args.optimizer}: remove the flag")
 
 
-def train_step(
-    stock: Callable[..., Any],
-    forward_step_func: Any,
-    data_iterator: Any,
-    model: Any,
-    optimizer: Any,
-    *rest: Any,
-    **kwargs: Any,
-) -> Any:
+def before_step(step: Step, iteration: int) -> None:
     """Measure the first step."""
     from megatron.training import get_args
 
-    if get_args().lion_telemetry and any(lion.counted is None for lion in _lions(optimizer)):
-        begin(optimizer)
-        measure_next_step(optimizer, True)
-    return stock(forward_step_func, data_iterator, model, optimizer, *rest, **kwargs)
+    if get_args().lion_telemetry and any(lion.counted is None for lion in _lions(step.optimizer)):
+        begin(step.optimizer)
+        measure_next_step(step.optimizer, True)
 
 
-def post_training_step_callbacks(
-    stock: Callable[..., Any],
-    model: Any,
-    optimizer: Any,
-    opt_param_scheduler: Any,
-    iteration: int,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Report a step that was measured, and measure the next one whose log line is due."""
+def after_step(optimizer: Any, iteration: int) -> None:
+    """Report a step that was measured, and measure the next one if its log line is due."""
     from megatron.training import get_args
 
     if get_args().lion_telemetry:
@@ -74,29 +57,16 @@ def post_training_step_callbacks(
         if iteration % interval == 0:
             report(over_ranks(_lions(optimizer)), iteration)
         measure_next_step(optimizer, (iteration + 1) % interval == 0)
-    return stock(model, optimizer, opt_param_scheduler, iteration, *args, **kwargs)
-
-
-TRAINING = (
-    compat.wrap(
-        "megatron.training.training:train_step",
-        train_step,
-        parameters=("forward_step_func", "data_iterator", "model", "optimizer"),
-    ),
-    compat.wrap(
-        "megatron.training.training:post_training_step_callbacks",
-        post_training_step_callbacks,
-        parameters=("model", "optimizer", "opt_param_scheduler", "iteration"),
-    ),
-)
 
 
 def begin(optimizer: Any) -> None:
     """Tell each Lion which of its parameters this rank counts."""
-    for part in compat.parts_of(optimizer):
-        if isinstance(part.optimizer, Lion):
-            part.optimizer.counted = {
-                inner for param, inner, _ in compat.updated_params(part) if gradient_shards.counts_here(part, param)
+    for sub_optimizer in compat.sub_optimizers_of(optimizer):
+        if isinstance(sub_optimizer.optimizer, ShardedLion):
+            sub_optimizer.optimizer.counted = {
+                inner
+                for param, inner, _ in compat.updated_params(sub_optimizer)
+                if gradient_shards.counts_here(sub_optimizer, param)
             }
 
 
@@ -106,11 +76,15 @@ def measure_next_step(optimizer: Any, wanted: bool) -> None:
         lion.telemetry = Telemetry() if wanted else None
 
 
-def _lions(optimizer: Any) -> list[Lion]:
-    return [part.optimizer for part in compat.parts_of(optimizer) if isinstance(part.optimizer, Lion)]
+def _lions(optimizer: Any) -> list[ShardedLion]:
+    return [
+        sub_optimizer.optimizer
+        for sub_optimizer in compat.sub_optimizers_of(optimizer)
+        if isinstance(sub_optimizer.optimizer, ShardedLion)
+    ]
 
 
-def over_ranks(lions: list[Lion]) -> Telemetry:
+def over_ranks(lions: list[ShardedLion]) -> Telemetry:
     """The sums of the last step over all ranks. Issues two small all-reduces over all ranks."""
     here = Telemetry()
     for lion in lions:
@@ -126,8 +100,6 @@ def over_ranks(lions: list[Lion]) -> Telemetry:
 
 def report(total: Telemetry, iteration: int) -> None:
     """One line on rank 0, and TensorBoard and Weights & Biases where they are on."""
-    from megatron.training import get_tensorboard_writer, get_wandb_writer
-
     if total.elements == 0:
         console.say(f"step {iteration}: no update was made")
         return
@@ -136,9 +108,4 @@ def report(total: Telemetry, iteration: int) -> None:
         f"{total.flipped_share:.3%}, agreement {total.agreement:.4f}, max |theta| {total.linf_param:.6g} "
         f"({total.elements} elements)"
     )
-    values = {f"lion/{name}": getattr(total, name) for name in METRICS}
-    if writer := get_tensorboard_writer():
-        for name, value in values.items():
-            writer.add_scalar(name, value, iteration)
-    if wandb := get_wandb_writer():
-        wandb.log(values, iteration)
+    metrics.write({f"lion/{name}": getattr(total, name) for name in METRICS}, iteration)

@@ -1,1 +1,1 @@
-"""The paper's instrument inside Megatron's loop: ``rounds`` says when a round is due, ``round`` is one."""
+"""Norm-ratio rounds in Megatron's loop: ``schedule`` decides when a round is due, ``measure`` runs it."""

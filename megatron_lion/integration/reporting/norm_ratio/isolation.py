@@ -1,4 +1,4 @@
-"""Forward and backward passes in the middle of training that leave no trace in it."""
+"""Forward and backward passes during training that do not change it."""
 
 import contextlib
 import random
@@ -12,14 +12,14 @@ from megatron_lion.integration import compat
 
 
 @contextlib.contextmanager
-def undisturbed(model_chunks: list[Any], optimizer: Any, config: Any, *, stepped: bool) -> Iterator[None]:
-    """On leaving, training is what it would be without what happened inside, bit for bit.
+def isolated(model_chunks: list[Any], optimizer: Any, config: Any, *, stepped: bool) -> Iterator[None]:
+    """Restore on leaving, bit for bit, everything that the passes inside change in training.
 
-    Kept: the random states of Python, numpy, torch, the device and Megatron's tracker; the model's buffers (a router's
-    expert bias, for one); the mixture-of-experts metrics; the iteration timer, which stands still meanwhile; the rerun
-    state machine, which is off. Parameters are gathered first where their all-gather overlaps with the forward pass,
-    and its hooks are off inside, as in Megatron's own evaluation. Gradient buffers are left zeroed, as each step begins
-    by zeroing them. Issues the collectives of that all-gather and of the timer's barrier.
+    Restored: the random states of Python, numpy, torch, the device and Megatron's tracker; the model's buffers (for
+    example a router's expert bias); the mixture-of-experts metrics; the iteration timer, which is stopped meanwhile;
+    the rerun state machine, which is off. Parameters are gathered first if their all-gather overlaps with the forward
+    pass, and its hooks are off inside, as in Megatron's own evaluation. Gradient buffers are zeroed, as each step
+    begins by zeroing them. Issues the collectives of that all-gather and of the timer's barrier.
 
     Args:
         model_chunks: the model of this rank, wrapped in Megatron's DistributedDataParallel.
@@ -30,11 +30,11 @@ def undisturbed(model_chunks: list[Any], optimizer: Any, config: Any, *, stepped
     with (
         _interval_timer_stopped(),
         _parameters_gathered(model_chunks, optimizer, stepped=stepped),
-        compat.substituted(config, timers=None, param_sync_func=None),
+        compat.temporarily(config, timers=None, param_sync_func=None),
         compat.rerun_disabled(),
         compat.moe_metrics_kept(),
-        _buffers_kept(model_chunks),
-        _random_states_kept(),
+        restore_buffers(model_chunks),
+        restore_random_states(),
     ):
         try:
             yield
@@ -71,7 +71,7 @@ def _parameters_gathered(model_chunks: list[Any], optimizer: Any, *, stepped: bo
 
 
 @contextlib.contextmanager
-def _buffers_kept(model_chunks: list[Any]) -> Iterator[None]:
+def restore_buffers(model_chunks: list[Any]) -> Iterator[None]:
     # Of the module inside: DistributedDataParallel has gradient buffers by this name.
     kept = [(buffer, buffer.clone()) for chunk in model_chunks for buffer in chunk.module.buffers()]
     try:
@@ -83,7 +83,7 @@ def _buffers_kept(model_chunks: list[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_states_kept() -> Iterator[None]:
+def restore_random_states() -> Iterator[None]:
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     try:
         with compat.forked_random_states():

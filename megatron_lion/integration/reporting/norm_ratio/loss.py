@@ -72,7 +72,7 @@ class BatchLoss:
                 self._tokens = float(num_tokens)
             return result
 
-        with compat.substituted(self._config, finalize_model_grads_func=finalize_model_grads):
+        with compat.temporarily(self._config, finalize_model_grads_func=finalize_model_grads):
             yield
 
     def take(self) -> tuple[float | Tensor, float]:

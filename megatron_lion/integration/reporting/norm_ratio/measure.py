@@ -1,34 +1,21 @@
-"""One round in Megatron: global batches forward and backward through its own schedule, their gradients into a mean."""
+"""One round: global batches forward and backward through Megatron's schedule, their gradients into a mean."""
 
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_lion.integration import console
+from megatron_lion.integration.loop_callbacks import Step
 from megatron_lion.integration.reporting import gradient_shards
 from megatron_lion.integration.reporting.norm_ratio import round_data
 from megatron_lion.integration.reporting.norm_ratio.loss import BatchLoss
 from megatron_lion.stats import GradientRecord, GradientRound, round_prefixes
 
 HEARTBEAT_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Step:
-    """What Megatron's loop hands to a training step."""
-
-    forward_step_func: Callable[..., Any]
-    data_iterator: Any
-    model: list[Any]
-    optimizer: Any
-    config: Any
-    forward_backward_func: Callable[..., Any]
-    schedule_options: dict[str, Any]
 
 
 def run_round(step: Step, datasets: list[Any], batches: int, iteration: int) -> tuple[GradientRecord, int]:

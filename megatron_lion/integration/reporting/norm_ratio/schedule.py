@@ -1,10 +1,10 @@
-"""The paper's instrument inside Megatron's loop: rounds that measure the mean gradient, the parameters held fixed.
+"""Norm-ratio rounds in Megatron's loop: each measures the mean gradient with the parameters held fixed.
 
-After every N-th iteration, between its log line and its checkpoint, a round runs B global batches of its own forward
-and backward through Megatron's own schedule, reduces each batch's gradient as training would, adds it to a mean outside
+After every N-th iteration, between its log line and its checkpoint, a round runs B other global batches forward and
+backward through Megatron's schedule, reduces each batch's gradient as training would, adds it to a mean outside
 Megatron's buffers, and records norms, ratio, loss and noise (:mod:`megatron_lion.stats`). The model stays in training
-mode, dropout on: it is the gradient of the training loss. Routers' auxiliary losses are part of the gradient and not of
-the recorded loss. Training then goes on as if nothing had happened (:mod:`.undisturbed`).
+mode, dropout on: it is the gradient of the training loss. Routers' auxiliary losses are part of the gradient but not of
+the recorded loss. Training is not changed (:mod:`.isolation`).
 """
 
 from collections.abc import Callable
@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 
-from megatron_lion.config import NormRatioConfig
+from megatron_lion.config import NormRatioOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.flags import norm_ratio_arguments
+from megatron_lion.integration.loop_callbacks import Step
+from megatron_lion.integration.reporting import metrics
 from megatron_lion.integration.reporting.norm_ratio import round_data
-from megatron_lion.integration.reporting.norm_ratio.isolation import undisturbed
-from megatron_lion.integration.reporting.norm_ratio.measure import Step, run_round
+from megatron_lion.integration.reporting.norm_ratio.isolation import isolated
+from megatron_lion.integration.reporting.norm_ratio.measure import run_round
 from megatron_lion.stats import GradientRecord
 from megatron_lion.stats.writer import RecordFile
 
-# What of a record is drawn: its name in TensorBoard and Weights & Biases.
+# Name in TensorBoard and Weights & Biases, and key in the record.
 METRICS = {
     f"norm-ratio/{key}": key
     for key in ("ratio", "ratio_over_sqrt_d", "l1", "l2", "loss", "snr", "noise_scale", "kkt_residual", "linf_param")
@@ -40,37 +42,37 @@ class Rounds:
     """the latest step; None before the first"""
 
     def before_step(self, step: Step, iteration: int) -> None:
-        """Take note of ``step``; before the first one make the file ready, and measure if asked for."""
+        """Keep ``step``; before the first one prepare the file, and measure if asked for."""
         from megatron.training import get_args
 
         first, self.step = self.step is None, step
         if not first:
             return
         round_data.check_datasets(self.datasets)
-        config = norm_ratio_arguments.config_from(get_args())
-        file, is_new = RecordFile(Path(config.file)), [True]
+        options = norm_ratio_arguments.options_from(get_args())
+        file, is_new = RecordFile(Path(options.file)), [True]
         if torch.distributed.get_rank() == 0:
             if moved := file.resume(iteration):
                 console.say(moved)
             is_new = [file.is_empty()]
         torch.distributed.broadcast_object_list(is_new, src=0)
-        if config.at_start and is_new[0]:
-            self.measure(config, iteration, stepped=False)
+        if options.at_start and is_new[0]:
+            self.measure(options, iteration, stepped=False)
 
     def after_step(self, iteration: int) -> None:
         """Measure if a round is due after ``iteration`` steps."""
         from megatron.training import get_args
 
-        config = norm_ratio_arguments.config_from(get_args())
-        if config.interval and iteration % config.interval == 0:
-            self.measure(config, iteration, stepped=True)
+        options = norm_ratio_arguments.options_from(get_args())
+        if options.interval and iteration % options.interval == 0:
+            self.measure(options, iteration, stepped=True)
 
-    def measure(self, config: NormRatioConfig, iteration: int, *, stepped: bool) -> None:
+    def measure(self, options: NormRatioOptions, iteration: int, *, stepped: bool) -> None:
         """Run one round and report it."""
         assert self.step is not None
-        with undisturbed(self.step.model, self.step.optimizer, self.step.config, stepped=stepped):
-            record, tokens = run_round(self.step, self.datasets, config.batches, iteration)
-        report(record, config, iteration, tokens)
+        with isolated(self.step.model, self.step.optimizer, self.step.config, stepped=stepped):
+            record, tokens = run_round(self.step, self.datasets, options.batches, iteration)
+        report(record, options, iteration, tokens)
 
 
 _rounds = Rounds()
@@ -83,51 +85,17 @@ def build_train_valid_test_datasets(stock: Callable[..., Any], *args: Any, **kwa
     return datasets
 
 
-def train_step(
-    stock: Callable[..., Any],
-    forward_step_func: Any,
-    data_iterator: Any,
-    model: Any,
-    optimizer: Any,
-    opt_param_scheduler: Any,
-    config: Any,
-    forward_backward_func: Any,
-    iteration: int | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Take note of each step, and measure before the first one where asked for."""
+def before_step(step: Step, iteration: int) -> None:
+    """Keep each step, and measure before the first one if asked for."""
     from megatron.training import get_args
 
-    if norm_ratio_arguments.config_from(get_args()).is_on:
-        _rounds.before_step(
-            Step(forward_step_func, data_iterator, model, optimizer, config, forward_backward_func, kwargs),
-            iteration or 0,
-        )
-    return stock(
-        forward_step_func,
-        data_iterator,
-        model,
-        optimizer,
-        opt_param_scheduler,
-        config,
-        forward_backward_func,
-        iteration=iteration,
-        **kwargs,
-    )
+    if norm_ratio_arguments.options_from(get_args()).is_on:
+        _rounds.before_step(step, iteration)
 
 
-def post_training_step_callbacks(
-    stock: Callable[..., Any],
-    model: Any,
-    optimizer: Any,
-    opt_param_scheduler: Any,
-    iteration: int,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def after_step(optimizer: Any, iteration: int) -> None:
     """Measure after each step whose round is due."""
     _rounds.after_step(iteration)
-    return stock(model, optimizer, opt_param_scheduler, iteration, *args, **kwargs)
 
 
 TRAINING = (
@@ -136,41 +104,16 @@ TRAINING = (
         build_train_valid_test_datasets,
         parameters=("build_train_valid_test_datasets_provider",),
     ),
-    compat.wrap(
-        "megatron.training.training:train_step",
-        train_step,
-        parameters=(
-            "forward_step_func",
-            "data_iterator",
-            "model",
-            "optimizer",
-            "opt_param_scheduler",
-            "config",
-            "forward_backward_func",
-            "iteration",
-        ),
-    ),
-    compat.wrap(
-        "megatron.training.training:post_training_step_callbacks",
-        post_training_step_callbacks,
-        parameters=("model", "optimizer", "opt_param_scheduler", "iteration"),
-    ),
 )
 
 
-def report(record: GradientRecord, config: NormRatioConfig, iteration: int, tokens: int) -> None:
+def report(record: GradientRecord, options: NormRatioOptions, iteration: int, tokens: int) -> None:
     """Append the record to its file and say it on rank 0; write it to TensorBoard and Weights & Biases, if on."""
-    from megatron.training import get_tensorboard_writer, get_wandb_writer
-
     if torch.distributed.get_rank() == 0:
-        RecordFile(Path(config.file)).append(record.to_json({"iteration": iteration, "tokens": tokens}))
+        RecordFile(Path(options.file)).append(record.to_json({"iteration": iteration, "tokens": tokens}))
     console.say(line(record, iteration))
     values = {name: getattr(record, key) for name, key in METRICS.items() if getattr(record, key) is not None}
-    if writer := get_tensorboard_writer():
-        for name, value in values.items():
-            writer.add_scalar(name, value, iteration)
-    if wandb := get_wandb_writer():
-        wandb.log(values, iteration)
+    metrics.write(values, iteration)
 
 
 def line(record: GradientRecord, iteration: int) -> str:

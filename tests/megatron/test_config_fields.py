@@ -1,0 +1,153 @@
+"""Lion's options are fields of Megatron's own OptimizerConfig: every way to make or copy one carries them."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from megatron_lion.integration.compat.versions import minor_version
+
+# Evaluates expressions with a registered Megatron; answers each with its value, or with the error.
+PROBE = """
+import argparse, copy, dataclasses, json, pickle, sys
+import torch
+{before}
+import megatron_lion
+
+megatron_lion.register()
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig
+from megatron_lion.config import LionOptions
+
+BF16 = dict(bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True)
+AWARE = dict(use_precision_aware_optimizer=True, main_grads_dtype=torch.bfloat16, exp_avg_dtype=torch.bfloat16,
+             exp_avg_sq_dtype=torch.bfloat16)
+FP32_AWARE = dict(use_precision_aware_optimizer=True)
+
+
+def lion(**given):
+    return OptimizerConfig(optimizer="lion", lr=1e-4, **given)
+
+
+def betas(config):
+    return [config.lion_beta1, config.lion_beta2]
+
+
+def stored(config):
+    options = LionOptions.from_config(config)
+    return [options.momentum_dtype, options.master_weights]
+
+
+def from_arguments(**given):  # as several frameworks make it from Megatron's command line
+    args = argparse.Namespace(optimizer="lion", lr=1e-4, **given)
+    copied = {{f.name: getattr(args, f.name) for f in dataclasses.fields(OptimizerConfig) if hasattr(args, f.name)}}
+    return OptimizerConfig(**copied)
+
+
+@dataclasses.dataclass
+class Deferred(OptimizerConfig):  # as Megatron-Bridge has it
+    def __post_init__(self):
+        pass
+
+    def finalize(self):
+        super().__post_init__()
+        return self
+
+
+def outcome(expression):
+    try:
+        return eval(expression)
+    except Exception as error:
+        return f"{{type(error).__name__}}: {{error}}"
+
+
+print("OUTCOMES", json.dumps({{line: outcome(line) for line in json.load(sys.stdin)}}))
+"""
+
+OURS = [0.9, 0.95]
+MEGATRONS = [0.95, 0.98] if minor_version() >= "0.17" else [None, None]  # it has no such fields before
+BF16_REMAINDER = ["bf16", "remainder"]
+EXPECTED: dict[str, Any] = {
+    # betas
+    "betas(lion())": OURS,
+    "betas(lion(lion_beta1=0.8))": [0.8, 0.95],
+    "betas(lion(lion_beta2=0.98))": [0.9, 0.98],
+    "betas(from_arguments())": OURS,
+    "betas(from_arguments(lion_beta1=None, lion_beta2=None))": OURS,
+    "betas(dataclasses.replace(lion(lion_beta1=0.8), lr=1e-5))": [0.8, 0.95],
+    "betas(Deferred(optimizer='lion').finalize())": OURS,
+    "LionOptions.from_config(Deferred(optimizer='lion')).betas": OURS,
+    "betas(OptimizerConfig())": MEGATRONS,
+    "betas(OptimizerConfig(optimizer='muon'))": MEGATRONS,
+    "betas(OptimizerConfig(optimizer='muon', lion_beta1=0.7))": [0.7, MEGATRONS[1]],
+    # each way to make or to copy a configuration
+    "lion(lion_kernel='fused').lion_kernel": "fused",
+    "dataclasses.replace(lion(lion_kernel='fused'), lr=1e-5).lion_kernel": "fused",
+    "dataclasses.asdict(lion(lion_kernel='fused'))['lion_kernel']": "fused",
+    "copy.deepcopy(lion(lion_kernel='fused')).lion_kernel": "fused",
+    "pickle.loads(pickle.dumps(lion(lion_kernel='fused'))).lion_kernel": "fused",
+    "from_arguments(lion_kernel='fused', lion_init_from='adam').lion_init_from": "adam",
+    "Deferred(lion_kernel='fused').lion_kernel": "fused",
+    "AdamOptimizerConfig(lion_kernel='fused').lion_kernel": "fused",
+    "lion(lion_kernel='fused') == lion(lion_kernel='fused') != lion(lion_kernel='foreach')": True,
+    "'lion_kernel=' in repr(lion())": True,
+    # what is wrong
+    "lion(lion_momentum_dtyp='bf16')": "TypeError: OptimizerConfig.__init__() got an unexpected keyword argument "
+    "'lion_momentum_dtyp'",
+    "stored(lion(lion_momentum_dtype='fp23', **BF16))": "LionError: --lion-momentum-dtype 'fp23' is unknown: did you "
+    "mean 'fp32'? Valid: bf16, fp32, int8",
+    "stored(lion(lion_momentum_dtype='bf16'))": "LionError: --lion-momentum-dtype bf16 needs "
+    "--use-distributed-optimizer (also on one rank): add it",
+    "OptimizerConfig(optimizer='sgd', **AWARE)": "AssertionError: --use-precision-aware-optimizer only supported with "
+    "adam",
+    # precision, also as verl and Megatron-Bridge ask for it
+    "stored(lion())": ["fp32", "fp32"],
+    "stored(lion(lion_momentum_dtype='int8', **BF16))": ["int8", "fp32"],
+    "stored(lion(**BF16, **AWARE))": BF16_REMAINDER,
+    "stored(dataclasses.replace(lion(**BF16, **AWARE), lr=1e-5))": BF16_REMAINDER,
+    "stored(from_arguments(**BF16, **AWARE))": BF16_REMAINDER,
+    "stored(Deferred(optimizer='lion', **BF16, **AWARE).finalize())": BF16_REMAINDER,
+    "stored(lion(lion_momentum_dtype='int8', lion_master_weights='fp32', **BF16, **FP32_AWARE))": ["int8", "fp32"],
+}
+
+
+def probe(lines: list[str], before: str = "") -> subprocess.CompletedProcess[str]:
+    """Evaluate ``lines`` in a process that runs ``before`` ahead of the registration."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROBE.format(before=before)],
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "MEGATRON_LION_DEVICE": "cuda"},
+    )
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    result = probe(list(EXPECTED))
+    assert result.returncode == 0, result.stderr[-3000:]
+    found: dict[str, Any] = json.loads(result.stdout.split("OUTCOMES ")[-1])
+    return found
+
+
+@pytest.mark.parametrize("line", EXPECTED)
+def test_the_options_are_fields_of_megatrons_configuration(outcomes: dict[str, Any], line: str) -> None:
+    assert outcomes[line] == EXPECTED[line]
+
+
+def test_a_subclass_that_is_older_than_the_fields_is_named() -> None:
+    result = probe(
+        [],
+        before="from megatron.core.optimizer import OptimizerConfig\n"
+        "@dataclasses.dataclass\nclass Earlier(OptimizerConfig):\n    mine: int = 0\n"
+        "class Plain(OptimizerConfig):\n    pass  # has the constructor of the class above, so it takes the options",
+    )
+    assert (
+        "LionError: __main__.Earlier: subclass of Megatron's OptimizerConfig that was defined before" in result.stderr
+    )
+    assert "Call megatron_lion.register() before you import that module" in result.stderr
