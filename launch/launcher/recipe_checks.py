@@ -2,12 +2,13 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lion.config import LionError, LionOptions, betas_or_default, check_choice, check_non_negative
 
 from . import estimates
-from .recipes import ROOT, SLURM_PORTS, SLURM_WARNING, Recipe
+from .recipes import MEGATRON_KEYS, ROOT, SLURM_PORTS, SLURM_WARNING, Recipe
 
 POSITIVE = (
     "num-layers", "hidden-size", "num-attention-heads", "seq-length", "max-position-embeddings", "global-batch-size",
@@ -38,8 +39,17 @@ DATA_KEYS = ("train-data-path", "valid-data-path", "test-data-path")
 FILE_KEYS = ("tokenizer-model", "vocab-file", "merge-file")
 
 
-def check(recipe: Recipe) -> None:
-    """Raise LionError for the first thing that cannot work; needs no GPU, no Megatron and none of the files."""
+def check(recipe: Recipe, extra: Sequence[str] = ()) -> None:
+    """Raise LionError for the first thing that cannot work; needs no GPU, no Megatron and none of the files.
+
+    ``extra`` are the words after ``--``, which Megatron reads last: a recipe's key among them would win unchecked.
+    """
+    for word in extra:
+        key = word.partition("=")[0].removeprefix("--").replace("_", "-")
+        if word.startswith("--") and key in MEGATRON_KEYS:
+            raise LionError(
+                f"{word} after -- is a recipe's key: set it as {key}=..., so that it is checked and recorded"
+            )
     missing = [key for key in REQUIRED if key not in recipe.settings]
     if missing:
         raise LionError(

@@ -142,6 +142,15 @@ def test_a_time_limit_that_leaves_no_time_is_refused(text: str, message: str) ->
         recipe_checks.check(recipes.resolve("tiny_gpt", "lion", "cpu", [f"slurm-time={text}"]))
 
 
+@pytest.mark.parametrize("word", ["--lr", "--lr=1", "--train_iters", "--bf16"])
+def test_a_key_after_the_dashes_is_refused(word: str) -> None:
+    """Megatron would take it, and the recipe, its checks and its record would say another value."""
+    found = recipes.resolve("tiny_gpt", "lion", "cpu", [])
+    recipe_checks.check(found, ["--log-params-norm", "lr", "--lrx", "1"])
+    with pytest.raises(LionError, match=rf"^{word} after -- is a recipe's key: set it as [a-z0-9-]+=\.\.\."):
+        recipe_checks.check(found, ["--log-params-norm", word, "1"])
+
+
 # ---- paths ----
 
 
@@ -194,7 +203,7 @@ def test_a_job_reads_and_writes_where_it_was_submitted(tmp_path: Path, how: str)
         for suffix in ("bin", "idx"):
             (text / f"{name}.{suffix}").touch()
     (text / "tokenizer.model").touch()
-    words = ["tiny_gpt", "lion", "cpu", how, "data=text", "run=runs/a", "--", "--data-cache-path", "cache"]
+    words = ["tiny_gpt", "lion", "cpu", how, "data=text", "run=runs/a", "--", "--wandb-save-dir", "wandb"]
     done = subprocess.run([sys.executable, str(LAUNCH), *words], capture_output=True, text=True, cwd=tmp_path)
     script = done.stdout if how == "--print" else (tmp_path / "runs" / "a" / "job.sh").read_text()
     for path in ("text/train_text_document", "runs/a/checkpoints"):
