@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_lion.integration.compat.patching import temporarily, wrap
 from megatron_lion.integration.compat.versions import installed_traits
 
@@ -23,13 +21,15 @@ def _compile_helpers(stock: Callable[[], None]) -> None:
         stock()
 
 
-# How Megatron's settings describe state in fp32.
-_FP32_STATE = dict.fromkeys(
-    ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), torch.float32
-)
-
-
 WHEEL_WITHOUT_MAKEFILE = wrap("megatron.core.datasets.utils:compile_helpers", _compile_helpers)
+
+
+def _fp32_state() -> dict[str, Any]:
+    """How Megatron's settings describe state in fp32."""
+    import torch  # here: `megatron-lion doctor` reports a missing torch
+
+    names = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+    return dict.fromkeys(names, torch.float32)
 
 
 def without_step() -> contextlib.AbstractContextManager[None]:
@@ -74,7 +74,7 @@ def as_sgd(settings: Any) -> contextlib.AbstractContextManager[None]:
 
 def without_precision_aware_settings(settings: Any) -> contextlib.AbstractContextManager[None]:
     """Hide Megatron's precision-aware settings, which it accepts only for Adam (0.19.2: optimizer_config 430)."""
-    return temporarily(settings, use_precision_aware_optimizer=False, **_FP32_STATE)
+    return temporarily(settings, use_precision_aware_optimizer=False, **_fp32_state())
 
 
 def set_precision_aware(config: Any, needed: bool) -> None:
@@ -86,7 +86,7 @@ def set_precision_aware(config: Any, needed: bool) -> None:
     """
     config.use_precision_aware_optimizer = needed
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = needed
-    for name, dtype in _FP32_STATE.items():  # the dtypes of what checkpoints hold
+    for name, dtype in _fp32_state().items():  # the dtypes of what checkpoints hold
         setattr(config, name, dtype)
 
 
