@@ -17,8 +17,8 @@ RATES = ("lr", "min_lr", "weight_decay", "decoupled_lr", "decoupled_min_lr")
 
 NO_SUCH_GROUP = (
     "no parameter group in the checkpoint has this run's learning rates and multipliers: resume with the --lr, "
-    "--min-lr and --decoupled-lr that it was saved with, take the command line's (--override-opt_param-scheduler), or "
-    "load the weights alone (--no-load-optim)"
+    "--min-lr and --decoupled-lr that it was saved with, use the command line's (--override-opt_param-scheduler), or "
+    "load only the weights (--no-load-optim)"
 )
 
 
