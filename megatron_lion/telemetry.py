@@ -1,4 +1,4 @@
-"""What a step of Lion did to its elements: sums that the pass over them makes when asked, and the ratios of those."""
+"""Per-step statistics of the Lion update, accumulated inside the kernel when enabled."""
 
 import math
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass
 class Telemetry:
-    """Sums over the elements of one or more steps; the kernels add to it. ``merge`` adds another rank's or group's.
+    """Sums over the elements of one or more steps. Kernels add to it; ``merge`` adds those of another rank or group.
 
-    In float64, counts exact. g is the gradient after ``grad_scale``, c the direction, m the momentum before the step,
-    theta the parameter after it. A sum with a NaN is NaN; ``linf_param`` is inf then, as a maximum over ranks may drop
-    a NaN. Each kernel adds in an order of its own: the fused one gives the same bits on any number of threads, and the
-    others the same numbers up to the rounding of float64. Issues no collective.
+    Sums are float64, counts are exact. g is the gradient after ``grad_scale``, c the direction, m the momentum before
+    the step, theta the parameter after it. A sum that includes a NaN is NaN; ``linf_param`` is inf instead, because a
+    maximum over ranks may drop a NaN. The fused kernel gives the same bits for any number of threads. Kernels sum in
+    different orders, so their results agree only up to the rounding of float64. Issues no collective.
     """
 
     elements: int = 0
@@ -25,9 +25,9 @@ class Telemetry:
     inner: float = 0.0
     """sum sign(c) g"""
     zeros: int = 0
-    """elements with sign(c) = 0, which weight decay alone moved; a NaN has no sign either"""
+    """elements with sign(c) = 0, NaN included; only weight decay moved them"""
     flipped: int = 0
-    """elements with sign(c) = -sign(m), neither of them 0: this gradient turned the momentum's direction round"""
+    """elements with sign(c) = -sign(m), neither 0: this gradient reversed the direction of the momentum"""
     linf_param: float = 0.0
     """max |theta|"""
 
@@ -38,7 +38,7 @@ class Telemetry:
 
     @property
     def agreement(self) -> float:
-        """sum sign(c) g / sum |g|, in [-1, 1]: 1 where every update goes down its gradient; NaN without a gradient."""
+        """sum sign(c) g / sum |g|, in [-1, 1]. 1 if all elements move against their gradients; NaN without gradient."""
         return self.inner / self.l1 if self.l1 else math.nan
 
     @property
@@ -48,7 +48,7 @@ class Telemetry:
 
     @property
     def flipped_share(self) -> float:
-        """The share of elements whose direction is not the momentum's; NaN without elements."""
+        """The share of elements with a direction opposite to the momentum; NaN without elements."""
         return self.flipped / self.elements if self.elements else math.nan
 
     def merge(self, other: "Telemetry") -> None:
@@ -62,7 +62,7 @@ class Telemetry:
         self.linf_param = max(self.linf_param, math.inf if math.isnan(other.linf_param) else other.linf_param)
 
     def add_direction(self, sign: Tensor, grad: Tensor, exp_avg: Tensor) -> None:
-        """Add one tensor: sign(c), the scaled gradient and the momentum before the step. They are not modified."""
+        """Add one parameter's sign(c), scaled gradient and momentum before the step. They are not modified."""
         g, signs = grad.double(), sign.double()
         self.merge(
             Telemetry(
@@ -76,6 +76,6 @@ class Telemetry:
         )
 
     def add_param(self, param: Tensor) -> None:
-        """Take one tensor's new parameters into the maximum."""
+        """Include one parameter's new values in the maximum."""
         if param.numel():
             self.merge(Telemetry(linf_param=float(param.abs().max())))

@@ -16,11 +16,12 @@ from megatron_lion import Lion
 from megatron_lion.kernels import choose, compiler, describe, fused
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import lion_update_fused_
-from megatron_lion.update import lion_update_
+from megatron_lion.step import StepKind, StepScalars, StepTensors
+from tests.kernel_calls import reference, run
 from tests.test_kernels import LANGUAGE, assert_same_bits, compare, problem, with_special_values
-from tests.test_packed_kernels import packed
 
 FP32, BF16 = torch.float32, torch.bfloat16
+PLAIN = StepKind(torch.device("cpu"), FP32, FP32, FP32)
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product([FP32, BF16], repeat=3)))
@@ -37,7 +38,7 @@ def test_every_bf16_rounding_case_has_the_bits_of_torchs_cast():
     params = [patterns.to(torch.int32).view(FP32).clone()]
     copies = [torch.zeros(len(patterns), dtype=BF16)]
     lists = params, [torch.zeros_like(params[0])], [torch.zeros_like(params[0])]
-    lion_update_fused_(*lists, copies=copies, **{**LANGUAGE, "lr": 0.0, "weight_decay": 0.0})
+    run(lion_update_fused_, *lists, model_copies=copies, **{**LANGUAGE, "lr": 0.0, "weight_decay": 0.0})
     assert_same_bits(copies, [params[0].to(BF16)])
 
 
@@ -54,34 +55,27 @@ def test_ten_million_elements_on_any_number_of_threads_have_the_bits_of_the_refe
 def test_a_transposed_copy_is_written_in_its_own_order():
     params, grads, exp_avgs = ([t.view(20, 30) for t in ts] for ts in problem([600], FP32))
     copies = [torch.zeros(30, 20, dtype=BF16).t()]
-    lion_update_fused_(params, grads, exp_avgs, copies=copies, **LANGUAGE)
+    run(lion_update_fused_, params, grads, exp_avgs, model_copies=copies, **LANGUAGE)
     assert_same_bits(copies, [params[0].to(BF16)])
 
 
-def test_tensors_of_another_size_are_refused_before_anything_is_written():
-    params, grads, exp_avgs = problem([4, 6], FP32)
-    before = [param.clone() for param in params]
-    with pytest.raises(ValueError, match="differ in size"):
-        lion_update_fused_(params, grads, exp_avgs[::-1], **LANGUAGE)
-    assert_same_bits(params, before)
-
-
-@pytest.mark.parametrize("role", ["params", "grads", "exp_avgs", "copies", "remainders", "scales"])
-def test_a_tensor_on_a_device_is_refused_before_anything_is_written(role):
-    """Its address would crash the process. The second of two, after one that is not contiguous."""
-    call = packed([[torch.ones(6, 7).t(), torch.ones(7)] for _ in range(3)], "remainder", FP32, torch.int8, copies=True)
-    call[role][1] = call[role][1].to("meta")
-    before = {name: [t.clone() for t in tensors] for name, tensors in call.items() if name != "places"}
-    with pytest.raises(ValueError, match="takes tensors on the CPU, not on cpu, meta"):
-        lion_update_fused_(**call, **LANGUAGE)
-    for name, tensors in before.items():
-        assert torch.equal(call[name][0], tensors[0])
+@pytest.mark.parametrize(
+    ("device", "dtype", "copy"), [("meta", FP32, None), ("cpu", torch.float64, None), ("cpu", FP32, torch.float16)]
+)
+def test_unsupported_tensors_are_refused_before_anything_is_written(device, dtype, copy):
+    """An address on a device would crash the process."""
+    tensors = StepTensors(*([torch.ones(3, dtype=dtype, device=device)] for _ in range(3)))
+    if copy is not None:
+        tensors = StepTensors(tensors.masters, tensors.grads, tensors.exp_avgs, [torch.ones(3, dtype=copy)])
+    with pytest.raises(ValueError, match="CPU kernel does not support"):
+        lion_update_fused_(tensors, StepScalars(**LANGUAGE))
+    assert device == "meta" or torch.equal(tensors.masters[0], torch.ones(3, dtype=dtype))
 
 
 def test_the_kernel_is_called_with_the_types_of_its_source():
     code = compiler.SOURCE.read_text()
     returned, parameters = re.search(r'extern "C" (\w+) lion_cpu_update\(([^)]*)\)', code).groups()
-    names = {"int64_t": ctypes.c_int64, "int": ctypes.c_int}
+    names = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "void": None}
     types = [ctypes.c_void_p if "*" in entry else names[entry.split()[0]] for entry in parameters.split(",")]
     for macros in ((), ("TELEMETRY",)):
         function = fused._kernel(*macros)
@@ -93,7 +87,7 @@ def test_autograd_still_sees_that_a_parameter_was_changed():
     """The kernel writes through an address; a backward pass that saved the old value must fail, not use the new one."""
     param = torch.ones(3, requires_grad=True)
     loss = (param * param).sum()
-    lion_update_fused_([param], [torch.ones(3)], [torch.zeros(3)], **LANGUAGE)
+    run(lion_update_fused_, [param], [torch.ones(3)], [torch.zeros(3)], **LANGUAGE)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -149,7 +143,7 @@ def test_a_compiler_that_fails_is_asked_once(cache, tmp_path, monkeypatch):
             param.grad = torch.ones(3)
         optimizer.step()
     assert len(log.read_text().splitlines()) == 2, "its version, and one attempt"
-    assert describe("auto", params) == f"foreach ({script} failed: no message)"
+    assert describe("auto", [PLAIN]) == f"foreach ({script} failed: no message)"
 
 
 def test_a_source_that_does_not_compile_leaves_nothing_behind(cache, tmp_path):
@@ -222,9 +216,8 @@ def test_a_library_that_another_user_could_have_written_is_replaced(cache, quick
 def test_no_home_and_no_temporary_folder_leaves_the_kernel_that_needs_no_compiler(cache, monkeypatch):
     of_a_user_without_a_home(cache, monkeypatch)
     monkeypatch.setattr(tempfile, "tempdir", str(cache / "missing"))
-    tensors = [torch.ones(3)]
-    assert choose("auto", tensors, tensors, tensors) is lion_update_foreach_
-    assert describe("auto", tensors).startswith("foreach (")
+    assert choose("auto", PLAIN) is lion_update_foreach_
+    assert describe("auto", [PLAIN]).startswith("foreach (")
 
 
 def test_another_compiler_flag_or_cpu_is_another_library(monkeypatch):
@@ -242,6 +235,6 @@ def test_products_are_not_contracted_on_a_machine_that_could():
     m = torch.randn(10_001, generator=generator)
     lists = [[torch.zeros_like(m)], [-9 * m], [m]]
     expected = [[tensor.clone() for tensor in tensors] for tensors in lists]
-    lion_update_fused_(*lists, **LANGUAGE)
-    lion_update_(*expected, **LANGUAGE)
+    run(lion_update_fused_, *lists, **LANGUAGE)
+    reference(*expected, **LANGUAGE)
     assert_same_bits(lists[0], expected[0])

@@ -1,7 +1,6 @@
-"""``choose`` takes the kernel that it says, and a named kernel that cannot be had is an error, not another kernel."""
+"""``choose`` selects the documented kernel. A kernel requested by name that cannot run is an error, never replaced."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +9,18 @@ from megatron_lion.config import LionError
 from megatron_lion.kernels import choose, compiler, describe, fused
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import lion_update_fused_
+from megatron_lion.step import StepKind
 from megatron_lion.update import lion_update_
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
-def lists(*dtypes):
-    return [[torch.ones(3, dtype=dtype), torch.ones(4, dtype=dtype)] for dtype in dtypes]
+def kind(*dtypes, device="cpu", **packed):
+    return StepKind(torch.device(device), *dtypes, **packed)
+
+
+PACKED = [{"remainders": torch.int16}, {"scales": BF16}]
+PLAIN = kind(FP32, FP32, FP32)
 
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def no_compiler(monkeypatch):
 @pytest.mark.parametrize("kernel", ["auto", "fused"])
 @pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), (FP32, BF16, FP32), (FP32, FP32, BF16), (BF16, BF16, BF16)])
 def test_fused_is_chosen_on_a_cpu_for_fp32_and_bf16(kernel, dtypes):
-    assert choose(kernel, *lists(*dtypes)) is lion_update_fused_
+    assert choose(kernel, kind(*dtypes)) is lion_update_fused_
 
 
 @pytest.mark.parametrize(
@@ -35,66 +39,76 @@ def test_fused_is_chosen_on_a_cpu_for_fp32_and_bf16(kernel, dtypes):
     [("auto", (FP64, FP64, FP64)), ("foreach", (FP64, FP64, FP64)), ("foreach", (FP32, FP32, FP32))],
 )
 def test_foreach_is_chosen_for_uniform_tensors(kernel, dtypes):
-    assert choose(kernel, *lists(*dtypes)) is lion_update_foreach_
+    assert choose(kernel, kind(*dtypes)) is lion_update_foreach_
 
 
 @pytest.mark.parametrize("dtypes", [(FP16, FP16, FP16), (FP32, FP32, FP64), (FP32, FP16, FP32)])
 def test_other_dtypes_go_to_the_reference_and_are_refused_by_fused(dtypes):
-    assert choose("auto", *lists(*dtypes)) is lion_update_
-    with pytest.raises(LionError, match="fp32 and bf16 on the CPU"):
-        choose("fused", *lists(*dtypes))
+    assert choose("auto", kind(*dtypes)) is lion_update_
+    with pytest.raises(LionError, match="fused kernel cannot be used: it supports fp32 and bf16"):
+        choose("fused", kind(*dtypes))
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (BF16, FP32, FP32), (FP32, BF16, FP32)])
 def test_foreach_leaves_low_and_mixed_precision_to_the_reference(dtypes):
     """In bf16 foreach would compute in bf16: the learning rate and every product would be rounded to 8 bits."""
-    assert choose("foreach", *lists(*dtypes)) is lion_update_
+    assert choose("foreach", kind(*dtypes)) is lion_update_
 
 
 @pytest.mark.parametrize(
     ("kernel", "taken"), [("auto", lion_update_fused_), ("foreach", lion_update_), ("reference", lion_update_)]
 )
 def test_packed_state_goes_to_fused_or_the_reference(kernel, taken):
-    assert choose(kernel, *lists(BF16, FP32, FP32), packed=True) is taken
-    assert choose(kernel, *lists(FP32, FP32, FP32), packed=True) is taken
+    for packed in PACKED:
+        assert choose(kernel, kind(BF16, FP32, FP32, **packed)) is taken
+        assert choose(kernel, kind(FP32, FP32, FP32, **packed)) is taken
 
 
 def test_momentum_in_8_bits_is_fused():
-    exp_avgs = [tensor.to(torch.int8) for tensor in lists(FP32)[0]]
-    assert choose("auto", *lists(FP32, FP32), exp_avgs, packed=True) is lion_update_fused_
+    assert choose("auto", kind(FP32, FP32, torch.int8, scales=BF16)) is lion_update_fused_
+
+
+@pytest.mark.parametrize(("copy", "taken"), [(BF16, lion_update_fused_), (FP16, lion_update_foreach_)])
+def test_only_bf16_model_copies_are_fused(copy, taken):
+    assert choose("auto", kind(FP32, FP32, FP32, model_copies=copy)) is taken
 
 
 def test_packed_state_without_a_compiler_goes_to_the_reference(no_compiler):
-    assert choose("auto", *lists(FP32, FP32, FP32), packed=True) is lion_update_
-
-
-def test_one_parameter_of_another_dtype_sends_the_list_to_the_reference():
-    mixed = [[first, second.double()] for first, second in lists(FP32, FP32, FP32)]
-    assert choose("auto", *mixed) is lion_update_
+    for packed in PACKED:
+        assert choose("auto", kind(FP32, FP32, FP32, **packed)) is lion_update_
 
 
 def test_the_reference_is_chosen_when_asked_for():
-    assert choose("reference", *lists(FP32, FP32, FP32)) is lion_update_
+    assert choose("reference", PLAIN) is lion_update_
 
 
 def test_without_a_compiler_auto_falls_back_and_says_so_and_fused_is_refused(no_compiler):
-    assert choose("auto", *lists(FP32, FP32, FP32)) is lion_update_foreach_
-    assert describe("auto", lists(FP32)[0]) == "foreach (no C++ compiler on PATH)"
-    assert describe("foreach", lists(FP32)[0]) == "foreach"
+    assert choose("auto", PLAIN) is lion_update_foreach_
+    assert describe("auto", [PLAIN]) == "foreach (no C++ compiler on PATH)"
+    assert describe("foreach", [PLAIN]) == "foreach"
     with pytest.raises(LionError, match="no C\\+\\+ compiler"):
-        choose("fused", *lists(FP32, FP32, FP32))
+        choose("fused", PLAIN)
 
 
 def test_fused_on_a_gpu_without_triton_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "megatron_lion.kernels.triton_lion", raising=False)
-    on_gpu = [SimpleNamespace(is_cuda=True)]
     with pytest.raises(LionError, match=r"fused kernel cannot be used on a GPU: it needs Triton \(.*Install triton"):
-        choose("fused", on_gpu, on_gpu, on_gpu)
+        choose("fused", kind(FP32, FP32, FP32, device="cuda"))
+
+
+def test_fused_on_a_gpu_refuses_other_dtypes():
+    with pytest.raises(LionError, match=r"it supports fp32 and bf16.*got masters torch.float64.*on cuda"):
+        choose("fused", kind(FP64, FP64, FP64, device="cuda"))
+
+
+def test_each_kernel_that_runs_is_described_once():
+    assert describe("auto", [PLAIN, kind(FP64, FP64, FP64), PLAIN]) == "fused, foreach"
+    assert describe("auto", []) == "none"
 
 
 def test_what_runs_is_described():
-    assert [describe(name, lists(FP32)[0]) for name in ("auto", "foreach", "reference")] == [
+    assert [describe(name, [PLAIN]) for name in ("auto", "foreach", "reference")] == [
         "fused",
         "foreach",
         "reference",
@@ -105,5 +119,5 @@ def test_what_runs_is_described():
 def test_a_kernel_that_is_compiled_in_each_process_is_described_so(monkeypatch):
     monkeypatch.setattr(compiler, "cache_problem", lambda: "/cache is owned or writable by another user")
     said = "fused (compiled for this run only: /cache is owned or writable by another user)"
-    assert describe("auto", lists(FP32)[0]) == said
-    assert describe("foreach", lists(FP32)[0]) == "foreach"
+    assert describe("auto", [PLAIN]) == said
+    assert describe("foreach", [PLAIN]) == "foreach"

@@ -1,10 +1,10 @@
-"""``Lion.skip``: a skipped step leaves parameters and state as they were, also the first."""
+"""``ShardedLion.skip``: a skipped step leaves parameters and state as they were, also the first."""
 
 import pytest
 import torch
 
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.kernels import KERNELS
-from megatron_lion.lion import Lion
 from tests.test_lion import HYPER, assert_same, make_params, run, snapshot
 
 
@@ -23,7 +23,7 @@ def skipping(optimizer, params, bad=float("nan")):
 def test_a_skipped_first_step_is_a_step_never_made(kernel, momentum_init, momentum_dtype):
     skipped, straight = make_params(), make_params()
     stored = {"momentum_init": momentum_init, "momentum_dtype": momentum_dtype, "kernel": kernel}
-    one, other = Lion(skipped, **HYPER, **stored), Lion(straight, **HYPER, **stored)
+    one, other = ShardedLion(skipped, **HYPER, **stored), ShardedLion(straight, **HYPER, **stored)
     skipping(one, skipped)
     run(one, skipped, steps=2)
     run(other, straight, steps=2)
@@ -32,7 +32,7 @@ def test_a_skipped_first_step_is_a_step_never_made(kernel, momentum_init, moment
 
 def test_a_skipped_step_does_not_round_momentum_that_waits_for_int8():
     params = make_params()
-    optimizer = Lion(params, **HYPER, momentum_dtype="int8")
+    optimizer = ShardedLion(params, **HYPER, momentum_dtype="int8")
     optimizer.init_state()
     for param in params:
         optimizer.set_scaled_state(param, "exp_avg", param.detach() / 3)

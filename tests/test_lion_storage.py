@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from megatron_lion import Lion
 from megatron_lion.config import LionError
-from megatron_lion.precision import Place, dequantise, join_master, quantise, split_master
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
+from megatron_lion.precision import BlockLayout, dequantize, join_master, quantize, split_master
 from megatron_lion.update import lion_step
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -20,7 +20,7 @@ def parameters(dtype: torch.dtype = torch.bfloat16) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
 
 
-def train(optimizer: Lion, params: list[torch.nn.Parameter], steps: int, seed: int = 1) -> None:
+def train(optimizer: ShardedLion, params: list[torch.nn.Parameter], steps: int, seed: int = 1) -> None:
     """Steps along gradients that depend on the parameters, so that every bit of them matters."""
     torch.manual_seed(seed)
     for _ in range(steps):
@@ -29,7 +29,7 @@ def train(optimizer: Lion, params: list[torch.nn.Parameter], steps: int, seed: i
         optimizer.step()
 
 
-def values(optimizer: Lion, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+def values(optimizer: ShardedLion, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     return [optimizer.get_unscaled_state(p, name).clone() for p in params for name in ("exp_avg", "master_param")]
 
 
@@ -41,7 +41,7 @@ def assert_equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize(("momentum", "master"), STORAGES)
 def test_each_storage_follows_the_rule_with_its_own_rounding(momentum: str | None, master: str | None) -> None:
     params = parameters()
-    optimizer = Lion(params, **HYPER, momentum_dtype=momentum, master_weights=master)
+    optimizer = ShardedLion(params, **HYPER, momentum_dtype=momentum, master_weights=master)
     thetas = [param.detach().float() for param in params]
     momenta = [torch.zeros_like(theta) for theta in thetas]
     torch.manual_seed(1)
@@ -51,9 +51,9 @@ def test_each_storage_follows_the_rule_with_its_own_rounding(momentum: str | Non
             theta, m = lion_step(
                 thetas[index], param.grad, momenta[index], lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1
             )
-            place = Place.of_whole(m)
+            layout = BlockLayout.of_whole(m)
             thetas[index] = theta.bfloat16().float() if master is None else theta
-            rounded = {"fp32": m, "int8": dequantise(*quantise(m, place), place)}
+            rounded = {"fp32": m, "int8": dequantize(*quantize(m, layout), layout)}
             momenta[index] = rounded.get(momentum or "bf16", m.bfloat16().float())
         optimizer.step()
         for param, theta, m in zip(params, thetas, momenta, strict=True):
@@ -66,7 +66,7 @@ def test_each_storage_follows_the_rule_with_its_own_rounding(momentum: str | Non
 @pytest.mark.parametrize(("momentum", "master"), STORAGES)
 def test_state_takes_the_stated_bytes(momentum: str | None, master: str | None) -> None:
     param = torch.nn.Parameter(torch.zeros(128, 64, dtype=torch.bfloat16))
-    optimizer = Lion([param], momentum_dtype=momentum, master_weights=master)
+    optimizer = ShardedLion([param], momentum_dtype=momentum, master_weights=master)
     optimizer.init_state()
     stored = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.state[param].values())
     per_element = {None: 2, "fp32": 4, "bf16": 2, "int8": 1 + 2 / 32}[momentum]
@@ -75,13 +75,13 @@ def test_state_takes_the_stated_bytes(momentum: str | None, master: str | None) 
 
 
 @pytest.mark.parametrize(("momentum", "master"), STORAGES)
-def test_a_loaded_optimizer_goes_on_bit_for_bit(momentum: str | None, master: str | None) -> None:
+def test_a_loaded_optimizer_continues_bit_for_bit(momentum: str | None, master: str | None) -> None:
     params = parameters()
-    optimizer = Lion(params, **HYPER, momentum_dtype=momentum, master_weights=master)
+    optimizer = ShardedLion(params, **HYPER, momentum_dtype=momentum, master_weights=master)
     train(optimizer, params, 5)
     saved = copy.deepcopy(optimizer.state_dict())
     loaded_params = [torch.nn.Parameter(param.detach().clone()) for param in params]
-    loaded = Lion(loaded_params, **HYPER, momentum_dtype=momentum, master_weights=master)
+    loaded = ShardedLion(loaded_params, **HYPER, momentum_dtype=momentum, master_weights=master)
     loaded.load_state_dict(saved)
     train(optimizer, params, 5, seed=2)
     train(loaded, loaded_params, 5, seed=2)
@@ -94,10 +94,10 @@ def test_a_loaded_optimizer_goes_on_bit_for_bit(momentum: str | None, master: st
 @pytest.mark.parametrize("wanted", [("fp32", "fp32"), ("bf16", "remainder"), ("int8", "remainder"), ("bf16", "fp32")])
 def test_another_storage_takes_over_the_values(saved: tuple[str, str], wanted: tuple[str, str]) -> None:
     params = parameters()
-    optimizer = Lion(params, **HYPER, momentum_dtype=saved[0], master_weights=saved[1])
+    optimizer = ShardedLion(params, **HYPER, momentum_dtype=saved[0], master_weights=saved[1])
     train(optimizer, params, 5)
     loaded_params = [torch.nn.Parameter(param.detach().clone()) for param in params]
-    loaded = Lion(loaded_params, **HYPER, momentum_dtype=wanted[0], master_weights=wanted[1])
+    loaded = ShardedLion(loaded_params, **HYPER, momentum_dtype=wanted[0], master_weights=wanted[1])
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for param, before in zip(loaded_params, params, strict=True):
         assert torch.equal(
@@ -117,10 +117,10 @@ def test_another_storage_takes_over_the_values(saved: tuple[str, str], wanted: t
 
 def test_a_momentum_cut_into_other_blocks_is_exact_until_its_first_step() -> None:
     param = torch.nn.Parameter(torch.zeros(96))
-    optimizer = Lion([param], **HYPER, momentum_dtype="int8")
+    optimizer = ShardedLion([param], **HYPER, momentum_dtype="int8")
     optimizer.init_state()
     torch.manual_seed(4)
-    shifted = dequantise(*quantise(torch.randn(112), Place(0, 112)), Place(0, 112))[16:]
+    shifted = dequantize(*quantize(torch.randn(112), BlockLayout(0, 112)), BlockLayout(0, 112))[16:]
     optimizer.set_scaled_state(param, "exp_avg", shifted)
     assert torch.equal(optimizer.get_unscaled_state(param, "exp_avg"), shifted)
     param.grad = torch.randn(96)
@@ -128,7 +128,7 @@ def test_a_momentum_cut_into_other_blocks_is_exact_until_its_first_step() -> Non
     optimizer.step()
     assert torch.equal(param, theta)
     assert torch.equal(
-        optimizer.get_unscaled_state(param, "exp_avg"), dequantise(*quantise(m, Place(0, 96)), Place(0, 96))
+        optimizer.get_unscaled_state(param, "exp_avg"), dequantize(*quantize(m, BlockLayout(0, 96)), BlockLayout(0, 96))
     )
     assert optimizer.state[param]["exp_avg"].dtype == torch.int8
 
@@ -139,8 +139,8 @@ def test_blocks_of_a_shard_are_those_of_its_parameter() -> None:
     runs = []
     for pieces in ([(0, 400)], [(0, 264), (264, 400)]):  # 264 = 2 * 100 + 64
         params = [torch.nn.Parameter(whole.flatten()[start:stop].clone()) for start, stop in pieces]
-        optimizer = Lion(params, **HYPER, momentum_dtype="int8")
-        optimizer.places = {param: Place(start, 100) for param, (start, _) in zip(params, pieces, strict=True)}
+        optimizer = ShardedLion(params, **HYPER, momentum_dtype="int8")
+        optimizer.blocks = {param: BlockLayout(start, 100) for param, (start, _) in zip(params, pieces, strict=True)}
         for _ in range(3):
             for param, (start, stop) in zip(params, pieces, strict=True):
                 param.grad = grad.flatten()[start:stop] * (1 + param.detach())
@@ -151,7 +151,7 @@ def test_blocks_of_a_shard_are_those_of_its_parameter() -> None:
 
 def test_decoupled_gradients_may_have_another_dtype() -> None:
     params = parameters()
-    one = Lion(params, **HYPER, momentum_dtype="bf16", master_weights="remainder")
+    one = ShardedLion(params, **HYPER, momentum_dtype="bf16", master_weights="remainder")
     one.use_decoupled_grad = True
     torch.manual_seed(1)
     for param in params:
@@ -173,18 +173,18 @@ def test_decoupled_gradients_may_have_another_dtype() -> None:
 
 def test_momentum_that_begins_with_the_gradient_is_stored_as_asked() -> None:
     param = torch.nn.Parameter(torch.zeros(64))
-    optimizer = Lion([param], **HYPER, momentum_init="gradient", momentum_dtype="int8")
+    optimizer = ShardedLion([param], **HYPER, momentum_init="gradient", momentum_dtype="int8")
     param.grad = torch.randn(64)
     optimizer.step()
-    place = Place(0, 64)
-    start = dequantise(*quantise(param.grad, place), place)
+    layout = BlockLayout(0, 64)
+    start = dequantize(*quantize(param.grad, layout), layout)
     _, m = lion_step(torch.zeros(64), param.grad, start, lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.1)
-    assert torch.equal(optimizer.get_unscaled_state(param, "exp_avg"), dequantise(*quantise(m, place), place))
+    assert torch.equal(optimizer.get_unscaled_state(param, "exp_avg"), dequantize(*quantize(m, layout), layout))
 
 
 def test_fp32_parameters_are_their_own_masters() -> None:
     params = parameters(torch.float32)
-    optimizer = Lion(params, **HYPER, master_weights="remainder")
+    optimizer = ShardedLion(params, **HYPER, master_weights="remainder")
     train(optimizer, params, 1)
     assert all("master_param" not in state for state in optimizer.state.values())
     optimizer.set_scaled_state(params[0], "master_param", torch.ones(3, 70))
@@ -194,14 +194,14 @@ def test_fp32_parameters_are_their_own_masters() -> None:
 def test_what_cannot_be_stored_is_refused() -> None:
     half = [torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))]
     with pytest.raises(LionError, match=r"float16.*shape \(3,\).*master_weights='fp32'"):
-        Lion(half, master_weights="remainder")
+        ShardedLion(half, master_weights="remainder")
     with pytest.raises(LionError, match="momentum_dtype 'in8' is unknown: did you mean 'int8'"):
-        Lion(parameters(), momentum_dtype="in8")
+        ShardedLion(parameters(), momentum_dtype="in8")
     params = parameters()
-    optimizer = Lion(params, master_weights="remainder")
+    optimizer = ShardedLion(params, master_weights="remainder")
     optimizer.init_state()
     with pytest.raises(LionError, match="has master weights, which would be lost"):
-        Lion(params).load_state_dict(optimizer.state_dict())
+        ShardedLion(params).load_state_dict(optimizer.state_dict())
     with pytest.raises(LionError, match="state 'exp_avg_sq' is unknown"):
         optimizer.get_unscaled_state(params[0], "exp_avg_sq")
 
@@ -228,10 +228,10 @@ def a_foreign_state(saved: dict) -> dict:
 def test_a_refused_load_changes_nothing(spoil, momentum: str | None, master: str | None) -> None:
     """Of a state in another storage: with remainders the bf16 parameter is a half of what is loaded."""
     theirs = [torch.nn.Parameter(-param.detach()) for param in parameters()]
-    saving = Lion(theirs, **HYPER, momentum_dtype="fp32", master_weights=master and "fp32")
+    saving = ShardedLion(theirs, **HYPER, momentum_dtype="fp32", master_weights=master and "fp32")
     train(saving, theirs, 3)
     params = parameters()
-    optimizer = Lion(params, **HYPER, momentum_dtype=momentum, master_weights=master)
+    optimizer = ShardedLion(params, **HYPER, momentum_dtype=momentum, master_weights=master)
     train(optimizer, params, 1)
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     before = [param.detach().clone() for param in params] + values(optimizer, params)

@@ -11,6 +11,7 @@ from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
+from tests.kernel_calls import run
 from tests.test_kernels import LANGUAGE, problem
 from tests.test_packed_kernels import BF16, FP32, INT8, compare_packed, packed
 
@@ -23,7 +24,7 @@ def test_the_sums_are_those_of_their_definition(kernel):
     g = torch.tensor([0.5, -4.0, 4.0, 2.0, 0.0, -1.0, -3.0])  # c = (m + g) / 2: + - + + 0 0 -
     params = [torch.tensor([1.0, -7.0, 2.0, 0.0, 0.0, 3.0, 1.0])]
     telemetry = Telemetry()
-    kernel(params, [g / 2], [m], **{**LANGUAGE, "beta1": 0.5}, grad_scale=2.0, telemetry=telemetry)
+    run(kernel, params, [g / 2], [m], **{**LANGUAGE, "beta1": 0.5}, grad_scale=2.0, telemetry=telemetry)
     assert telemetry == Telemetry(7, 14.5, 46.25, 13.5, 2, 2, float(params[0].abs().max()))
     assert telemetry.l2 == math.sqrt(46.25)
     assert (telemetry.agreement, telemetry.zero_share, telemetry.flipped_share) == (13.5 / 14.5, 2 / 7, 2 / 7)
@@ -33,7 +34,7 @@ def sums(kernel, call, **hyper):
     """The call's telemetry, from copies of its tensors."""
     copies = {name: [t.clone() if torch.is_tensor(t) else t for t in role] for name, role in call.items()}
     telemetry = Telemetry()
-    kernel(**copies, **{**LANGUAGE, **hyper}, telemetry=telemetry)
+    run(kernel, **copies, **{**LANGUAGE, **hyper}, telemetry=telemetry)
     return telemetry
 
 
@@ -65,8 +66,8 @@ def test_asking_for_the_sums_changes_no_bit_of_the_step(mix):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_shows(kernel, bad):
-    call = {"params": [torch.ones(40)], "grads": [torch.ones(40)], "exp_avgs": [torch.ones(40)]}
-    call["params"][0][3] = call["grads"][0][5] = bad
+    call = {"masters": [torch.ones(40)], "grads": [torch.ones(40)], "exp_avgs": [torch.ones(40)]}
+    call["masters"][0][3] = call["grads"][0][5] = bad
     telemetry = sums(kernel, call)
     assert telemetry.linf_param == math.inf
     assert telemetry.zeros == (1 if math.isnan(bad) else 0)
@@ -98,5 +99,5 @@ def test_without_the_sums_the_library_is_the_one_without_them(monkeypatch):
     loaded, load = [], compiler.load
     monkeypatch.setattr(compiler, "load", lambda *asked: loaded.append(asked) or load(*asked))
     for telemetry in (None, Telemetry()):
-        lion_update_fused_([torch.ones(3)], [torch.ones(3)], [torch.ones(3)], **LANGUAGE, telemetry=telemetry)
+        run(lion_update_fused_, [torch.ones(3)], [torch.ones(3)], [torch.ones(3)], **LANGUAGE, telemetry=telemetry)
     assert loaded == [(compiler.SOURCE,), (compiler.SOURCE, "TELEMETRY")]

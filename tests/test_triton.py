@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lion import Lion, kernels
-from megatron_lion.precision import Place
+from megatron_lion import kernels
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
+from megatron_lion.precision import BlockLayout
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
+from tests.kernel_calls import reference, run
 from tests.test_kernels import DYADIC, LANGUAGE, assert_same_bits, compare, problem, with_special_values
 from tests.test_packed_kernels import MIXES, compare_packed, packed
 from tests.test_telemetry import sums
@@ -60,7 +62,7 @@ def test_unaligned_slices_leave_the_elements_between_them():
 def test_the_copy_is_the_new_parameter_rounded_to_bf16():
     params, grads, exp_avgs = with_special_values(problem([4099, 31], FP32, DEVICE))
     copies = [torch.ones(param.shape, dtype=BF16, device=DEVICE) for param in params]
-    update(params, grads, exp_avgs, copies=copies, **LANGUAGE)
+    run(update, params, grads, exp_avgs, model_copies=copies, **LANGUAGE)
     assert_same_bits(copies, [param.to(BF16) for param in params])
 
 
@@ -69,15 +71,15 @@ def test_hyperparameters_on_the_device_give_the_bits_of_numbers():
     expected = [[tensor.clone() for tensor in tensors] for tensors in lists]
     numbers = {"lr": 1e-3, "weight_decay": 0.1, "grad_scale": 0.37}
     on_device = {name: torch.tensor(value, device=DEVICE) for name, value in numbers.items()}
-    update(*lists, beta1=0.9, beta2=0.95, **on_device)
-    update(*expected, beta1=0.9, beta2=0.95, **numbers)
+    run(update, *lists, beta1=0.9, beta2=0.95, **on_device)
+    run(update, *expected, beta1=0.9, beta2=0.95, **numbers)
     for actual, right in zip(lists, expected, strict=True):
         assert_same_bits(actual, right)
 
 
 @pytest.mark.parametrize("on_device", [True, False])
 def test_lion_follows_what_is_written_to_its_tensors(on_device, monkeypatch):
-    """By the Triton kernel without a word to the host, by the others as the host reads them."""
+    """The Triton kernel reads them on the device, the others on the host."""
     chosen = update if on_device else lion_update_
     monkeypatch.setattr(kernels, "choose", lambda *args, **kwargs: chosen)
     params, grads, _ = problem([1027, 3], FP32, DEVICE)
@@ -86,7 +88,7 @@ def test_lion_follows_what_is_written_to_its_tensors(on_device, monkeypatch):
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     lr, weight_decay, scale = (torch.tensor(value, device=DEVICE) for value in (1e-3, 0.1, 1.0))
-    lion = Lion(params, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    lion = ShardedLion(params, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
     lion.grad_scale, lion.skip = scale, torch.zeros(1, dtype=torch.int32, device=DEVICE)
     for rate, decay, factor, skip in ((1e-3, 0.1, 1.0, 0), (5e-4, 0.2, 0.5, 1), (2e-4, 0.3, 0.25, 0)):
         for tensor, value in ((lr, rate), (weight_decay, decay), (scale, factor), (lion.skip, skip)):
@@ -94,7 +96,7 @@ def test_lion_follows_what_is_written_to_its_tensors(on_device, monkeypatch):
         rounded = {"lr": lr.item(), "weight_decay": weight_decay.item(), "grad_scale": factor}
         lion.step()
         if not skip:
-            lion_update_(expected, grads, momenta, beta1=0.9, beta2=0.95, **rounded)
+            reference(expected, grads, momenta, beta1=0.9, beta2=0.95, **rounded)
         assert_same_bits(params, expected)
 
 
@@ -102,7 +104,7 @@ def test_lion_follows_what_is_written_to_its_tensors(on_device, monkeypatch):
 def test_the_skip_flag_leaves_everything_as_it_was(skip):
     lists = problem([2000, 3], FP32, DEVICE)
     before = [[tensor.clone() for tensor in tensors] for tensors in lists]
-    update(*lists, skip=torch.tensor([skip], dtype=torch.int32, device=DEVICE), **LANGUAGE)
+    run(update, *lists, skip=torch.tensor([skip], dtype=torch.int32, device=DEVICE), **LANGUAGE)
     unchanged = all(torch.equal(a, b) for i in (0, 2) for a, b in zip(lists[i], before[i], strict=True))
     assert unchanged == bool(skip)
 
@@ -120,8 +122,8 @@ def test_the_sums_of_a_step_are_the_references_and_change_no_bit(mix):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_shows_in_the_sums(bad):
-    call = {name: [torch.ones(40, device=DEVICE)] for name in ("params", "grads", "exp_avgs")}
-    call["params"][0][3] = call["grads"][0][5] = bad
+    call = {name: [torch.ones(40, device=DEVICE)] for name in ("masters", "grads", "exp_avgs")}
+    call["masters"][0][3] = call["grads"][0][5] = bad
     telemetry = sums(update, call)
     assert telemetry.linf_param == float("inf")
     assert telemetry.l1 != telemetry.l1 or telemetry.l1 == float("inf")
@@ -133,7 +135,7 @@ def test_a_skipped_first_step_leaves_no_state_of_its_gradient(monkeypatch):
     monkeypatch.setattr(kernels, "choose", lambda *args, **kwargs: update)
     (param,), (grad,), _ = problem([100], FP32, DEVICE)
     other = param.clone()
-    lion, never_skipped = (Lion([p], lr=1e-3, momentum_init="gradient") for p in (param, other))
+    lion, never_skipped = (ShardedLion([p], lr=1e-3, momentum_init="gradient") for p in (param, other))
     lion.skip = torch.ones(1, dtype=torch.int32, device=DEVICE)
     param.grad = torch.full_like(param, float("nan"))
     lion.step()
@@ -147,7 +149,7 @@ def test_a_skipped_first_step_leaves_no_state_of_its_gradient(monkeypatch):
 def test_a_skipped_step_sums_nothing():
     telemetry = Telemetry()
     skip = torch.ones(1, dtype=torch.int32, device=DEVICE)
-    update(*problem([2000], FP32, DEVICE), skip=skip, telemetry=telemetry, **LANGUAGE)
+    run(update, *problem([2000], FP32, DEVICE), skip=skip, telemetry=telemetry, **LANGUAGE)
     assert telemetry == Telemetry()
 
 
@@ -173,7 +175,7 @@ def test_a_second_call_copies_no_table_to_the_device():
     for tensors in (lists, lists, [[t[:1] for t in ts] for ts in lists], lists):
         before = triton_lion._tables.cache_info().misses
         with TensorsFromHost() as made:
-            update(*tensors, lr=lr, beta1=0.9, beta2=0.95, weight_decay=0.1)
+            run(update, *tensors, lr=lr, beta1=0.9, beta2=0.95, weight_decay=0.1)
         counts.append((triton_lion._tables.cache_info().misses - before, made.count > 0))
     assert counts == [(1, True), (0, False), (1, True), (0, False)]
 
@@ -204,7 +206,7 @@ def test_no_program_loads_an_address_that_it_has_stored_to(mix, telemetry, monke
     """On a GPU another thread may do the load, and nothing makes it wait for the store."""
     call = packed(problem([1, 0, 1055], FP32), *mix, copies=True)
     programs = Programs(monkeypatch)
-    update(**call, **LANGUAGE, telemetry=Telemetry() if telemetry else None)
+    run(update, **call, **LANGUAGE, telemetry=Telemetry() if telemetry else None)
     assert len(programs.stored) == 3
     written = set().union(*programs.stored.values())
     assert len(written & programs.loaded) >= 2 * 1056, "parameters and momenta are loaded and stored"
@@ -239,32 +241,21 @@ class Programs:
 
 @pytest.mark.parametrize("row", [1, 33, 96, 1000])
 def test_pieces_that_begin_and_end_anywhere_have_the_bits_of_the_reference(row):
-    places = [Place(start, row) for start in (0, row - row % 32, 7, 3 * row + 40)]
-    compare_packed(update, packed(problem([900, 300, 200, 0], FP32, DEVICE), "remainder", BF16, torch.int8, places))
+    blocks = [BlockLayout(start, row) for start in (0, row - row % 32, 7, 3 * row + 40)]
+    compare_packed(update, packed(problem([900, 300, 200, 0], FP32, DEVICE), "remainder", BF16, torch.int8, blocks))
 
 
-def test_momentum_of_every_magnitude_is_quantised_as_the_reference_does():
+def test_momentum_of_every_magnitude_is_quantized_as_the_reference_does():
     grads = torch.randn(277, 32, generator=torch.Generator().manual_seed(3)) * 2.0 ** torch.arange(-149, 128)[:, None]
     lists = [[tensor.to(DEVICE)] for tensor in (torch.zeros_like(grads), grads, torch.zeros_like(grads))]
     compare_packed(update, packed(lists, FP32, FP32, torch.int8), steps=1, beta2=0.0)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"scales": [torch.zeros(2, dtype=BF16, device=DEVICE)]}, "7 elements at Place.* 1 scales, not 2"),
-        ({"scales": None}, "exp_avgs must be .*int8"),
-        ({"params": [torch.zeros(7, device=DEVICE)]}, "params must be .*float32"),
-        ({"remainders": [torch.zeros(8, dtype=torch.int16, device=DEVICE)]}, "of one size"),
-    ],
-)
-def test_what_does_not_fit_is_refused(change, said):
-    call = packed(problem([7], FP32, DEVICE), "remainder", FP32, torch.int8)
-    with pytest.raises(ValueError, match=said):
-        update(**{**call, **change}, **LANGUAGE)
+def test_unsupported_tensors_are_refused():
+    for tensor, said in ((torch.ones(3, 4).t(), "only contiguous"), (torch.ones(3).double(), "does not support")):
+        with pytest.raises(ValueError, match=said):
+            run(update, *([tensor.to(DEVICE).clone()] for _ in range(3)), **LANGUAGE)
 
 
-def test_nothing_to_update_is_no_error_and_sizes_must_agree():
-    update([], [], [], **LANGUAGE)
-    with pytest.raises(ValueError, match="of one size"):
-        update([torch.ones(3)], [torch.ones(2)], [torch.ones(3)], **LANGUAGE)
+def test_empty_lists_are_accepted():
+    run(update, [], [], [], **LANGUAGE)

@@ -31,7 +31,7 @@ from corpus.progress import Progress
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 
-FORMAT = 1  # raise it when the same request would give other files
+FORMAT = 2  # raise it when the same request would give other files
 
 
 def output_name(prefix: Path, part: str, encoding: shards.Encoding) -> Path:
@@ -42,7 +42,11 @@ def output_name(prefix: Path, part: str, encoding: shards.Encoding) -> Path:
 
 
 def request_of(found: list[sources.Source], encoding: shards.Encoding, args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the files' bytes, for a run that goes on to compare. Sources count by name and size."""
+    """What decides the files' bytes, for a run that goes on to compare. Sources count by name and size.
+
+    Their text is compared apart: by each shard's digest in a corpus that was begun, by :func:`is_unchanged` in a
+    complete one.
+    """
     tokenizer = encoding.tokenizer
     settings = {name: value for name, value in asdict(encoding).items() if name != "tokenizer"}
     settings["split"] = list(encoding.split) if encoding.split else None
@@ -52,23 +56,43 @@ def request_of(found: list[sources.Source], encoding: shards.Encoding, args: arg
         "tokenizer_sha256": tokenizer.sha256(),
         "shard_megabytes": args.shard_megabytes,
         "text_documents": args.text_documents,
+        "dataset_split": args.dataset_split,
         **settings,
     }
 
 
-def begin(prefix: Path, request: dict[str, Any], outputs: list[Path]) -> Path | None:
+def is_unchanged(content: dict[str, Any], found: list[sources.Source], shard_bytes: int) -> bool:
+    """Whether the sources hold the text that the corpus with this manifest was made of.
+
+    Files that were changed since are read again, since a copy of them is newer too.
+    """
+    if content["changed"] == [source.changed for source in found]:
+        return True
+    return bool(content["text"] == shards.text_digest(shard.digest() for shard in shards.cut(found, shard_bytes)))
+
+
+def begin(
+    prefix: Path, request: dict[str, Any], outputs: list[Path], found: list[sources.Source], shard_bytes: int
+) -> Path | None:
     """Return the folder of shards to begin or continue in, or None where the corpus is complete.
 
-    Raises LionError, with nothing touched, where files of another corpus are in the way.
+    Raises LionError, with nothing touched, where files of another corpus are in the way, and where a complete corpus
+    was made of another text than the sources hold now.
     """
     folder = prefix.with_name(f"{prefix.name}.shards")
     if manifest.manifest_path(prefix).exists():
-        if manifest.read_manifest(prefix)["request"] == request:
-            shutil.rmtree(folder, ignore_errors=True)  # there still, if the run was killed right at its end
-            return None
-        raise LionError(
-            f"{manifest.manifest_path(prefix)} belongs to a corpus made otherwise: give another --output-prefix"
-        )
+        content = manifest.read_manifest(prefix)
+        if content["request"] != request:
+            raise LionError(
+                f"{manifest.manifest_path(prefix)} belongs to a corpus made otherwise: give another --output-prefix"
+            )
+        if not is_unchanged(content, found, shard_bytes):
+            raise LionError(
+                f"the text was changed after {manifest.manifest_path(prefix)} was written: give another "
+                "--output-prefix, or remove the corpus"
+            )
+        shutil.rmtree(folder, ignore_errors=True)  # there still, if the run was killed right at its end
+        return None
     begun = folder / "request.json"
     if begun.exists():
         old = json.loads(begun.read_text(encoding="utf-8"))
@@ -91,6 +115,7 @@ def finish(
     prefix: Path,
     folder: Path,
     request: dict[str, Any],
+    changed: list[int],
     encoding: shards.Encoding,
     tokenizer: Any,
     made: dict[int, dict[str, Any]],
@@ -122,6 +147,8 @@ def finish(
     chosen = encoding.tokenizer
     content = {
         "request": request,
+        "changed": changed,
+        "text": shards.text_digest(record["digest"] for record in in_order),
         "tokenizer": {
             "type": chosen.tokenizer_type,
             "files": [path.name for path in chosen.files()],
@@ -156,14 +183,16 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     )
     request = request_of(found, encoding, args)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    folder = begin(prefix, request, [output_name(prefix, part, encoding) for part in encoding.parts()])
+    shard_bytes = int(args.shard_megabytes * 1e6)
+    outputs = [output_name(prefix, part, encoding) for part in encoding.parts()]
+    folder = begin(prefix, request, outputs, found, shard_bytes)
     if folder is None:
         print(f"complete already: {manifest.manifest_path(prefix)}")
         return manifest.read_manifest(prefix)
     tokenizer = workers.build_tokenizer(encoding)
     progress = Progress(sum(source.total for source in found))
     made: dict[int, dict[str, Any]] = {}
-    stream = shards.cut(found, int(args.shard_megabytes * 1e6))
+    stream = shards.cut(found, shard_bytes)
     for shard, record, made_now in workers.records(stream, folder, encoding, workers=args.workers, strict=args.strict):
         progress.add(shard, record, made_now)
         made[shard.index] = record
@@ -171,7 +200,8 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         raise LionError(f"--input {' '.join(args.input)} holds no text")
     for where in [line for index in sorted(made) for line in made[index]["first_bad"]][: shards.FIRST_BAD]:
         print(f"  skipped {where}")
-    content = finish(prefix, folder, request, encoding, tokenizer, made)
+    changed = [source.changed for source in found]
+    content = finish(prefix, folder, request, changed, encoding, tokenizer, made)
     kept = f"; {progress.kept} finished shards kept" if progress.kept else ""
     print(f"{progress.line()}{kept}")
     report(content)

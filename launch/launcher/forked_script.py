@@ -1,5 +1,6 @@
 """Become a script in a process that was forked from a server with its imports done, as torchrun would start it."""
 
+import multiprocessing
 import os
 import runpy
 import sys
@@ -15,6 +16,8 @@ def become(script: str, arguments: list[str], output: str, environment: Mapping[
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(environment)
+    # A process of the fork server starts its own processes from it too. A script has the platform's default.
+    multiprocessing.set_start_method(None, force=True)
     # As Python does for a script: its folder comes first, so that the modules beside it are found.
     sys.path.insert(0, str(Path(script).resolve().parent))
     sys.argv = [script, *arguments]

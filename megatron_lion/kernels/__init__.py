@@ -1,66 +1,59 @@
-"""Faster versions of :func:`megatron_lion.update.lion_update_`, equal to it bit for bit, and the choice among them."""
+"""Faster versions of :func:`megatron_lion.update.lion_update_`, equal bit for bit, and the choice among them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from torch import Tensor
+import torch
 
 from megatron_lion.config import KERNELS, LionError
 from megatron_lion.kernels import compiler
 from megatron_lion.kernels.foreach import foreach_supports, lion_update_foreach_
-from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_update_fused_
-from megatron_lion.update import LionUpdate, lion_update_
+from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_update_fused_, supports_dtypes
+from megatron_lion.step import LionUpdate, StepKind
+from megatron_lion.update import lion_update_
 
-__all__ = ["KERNELS", "choose", "describe", "reads_on_device"]
+__all__ = ["KERNELS", "choose", "describe"]
 
 
-def choose(
-    kernel: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    *,
-    packed: bool = False,
-) -> LionUpdate:
-    """The update function to call on these tensors; ``packed`` says that remainders or scales go with them.
+def choose(kernel: str, kind: StepKind) -> LionUpdate:
+    """Return the update function for tensors of ``kind``.
 
-    ``"auto"`` takes the fused kernel where :func:`fused_supports` the tensors and a compiler was found, else foreach
-    where :func:`foreach_supports` them, else the reference. ``"foreach"`` falls back to the reference for packed state
-    and tensors of mixed dtypes or devices; ``"reference"`` is taken as asked. On a GPU ``"fused"`` is the Triton
-    kernel, which has been run in Triton's interpreter only and is therefore never taken by ``"auto"``.
+    - ``"auto"``: the fused CPU kernel if :func:`fused_supports` the kind and a C++ compiler works, else foreach if
+      :func:`foreach_supports` the kind, else the reference.
+    - ``"foreach"``: the reference for what foreach does not support: packed state and mixed dtypes.
+    - ``"fused"``: on a GPU the Triton kernel. It has run only in Triton's interpreter, so ``"auto"`` never uses it.
+    - ``"reference"``: always the reference.
 
     Raises:
-        LionError: ``"fused"`` was asked for by name and cannot be had; the message has the reason.
+        LionError: ``"fused"`` cannot be used; the message has the reason.
     """
-    if kernel == "fused" and params and all(t.is_cuda for tensors in (params, grads, exp_avgs) for t in tensors):
+    if kernel == "fused" and kind.device.type == "cuda" and supports_dtypes(kind):
         return _triton_update()
     if kernel in ("auto", "fused"):
-        problem = None if fused_supports(params, grads, exp_avgs) else _describe(params, grads, exp_avgs)
-        problem = problem or fused_problem()
+        problem = fused_problem() if fused_supports(kind) else _unsupported(kind)
         if problem is None:
             return lion_update_fused_
         if kernel == "fused":
-            raise LionError(f"the fused kernel cannot be used: {problem}. Ask for auto, foreach or reference")
-    if kernel != "reference" and not packed and foreach_supports(params, grads, exp_avgs):
+            raise LionError(f"the fused kernel cannot be used: {problem}. Use auto, foreach or reference")
+    if kernel != "reference" and foreach_supports(kind):
         return lion_update_foreach_
     return lion_update_
 
 
-def reads_on_device(update: LionUpdate) -> bool:
-    """Whether ``update`` takes ``skip``, and hyperparameters in tensors without reading them on the host."""
-    return getattr(update, "__name__", "") == "lion_update_triton_"  # by name, as Triton takes a second to import
+def describe(kernel: str, kinds: Iterable[StepKind]) -> str:
+    """Names of the kernels that ``kernel`` selects for ``kinds``, for the start-up line.
 
-
-def describe(kernel: str, tensors: Sequence[Tensor], *, packed: bool = False) -> str:
-    """What ``kernel`` comes to for parameters like ``tensors``, with or without packed state, for the start-up line.
-
-    ``"fused"``, or with the reason why not: ``"foreach (no C++ compiler on PATH ...)"``.
+    ``"fused"``, or with the reason for a fallback: ``"foreach (no C++ compiler on PATH ...)"``.
     """
-    names = {lion_update_foreach_: "foreach", lion_update_: "reference"}
-    name = names.get(choose(kernel, tensors, tensors, tensors, packed=packed), "fused")
-    on_cpu = fused_supports(tensors, tensors, tensors)
-    reason = fused_problem() if kernel == "auto" and name != "fused" and on_cpu else None
-    if name == "fused" and on_cpu and (problem := compiler.cache_problem()):
+    return ", ".join(dict.fromkeys(_describe(kernel, kind) for kind in kinds)) or "none"
+
+
+def _describe(kernel: str, kind: StepKind) -> str:
+    name = {lion_update_foreach_: "foreach", lion_update_: "reference"}.get(choose(kernel, kind), "fused")
+    reason = None
+    if name == "fused" and kind.device.type == "cpu" and (problem := compiler.cache_problem()):
         reason = f"compiled for this run only: {problem}"
+    elif kernel == "auto" and name != "fused" and fused_supports(kind):
+        reason = fused_problem()
     return f"{name} ({reason})" if reason else name
 
 
@@ -75,6 +68,9 @@ def _triton_update() -> LionUpdate:
     return lion_update_triton_
 
 
-def _describe(*roles: Sequence[Tensor]) -> str:
-    kinds = sorted({f"{tensor.dtype} on {tensor.device.type}" for tensors in roles for tensor in tensors})
-    return f"it takes fp32 and bf16 on the CPU, and momentum in int8, each role of one dtype, not {', '.join(kinds)}"
+def _unsupported(kind: StepKind) -> str:
+    dtypes = ", ".join(f"{name} {dtype}" for name, dtype in kind._asdict().items() if isinstance(dtype, torch.dtype))
+    return (
+        "it supports fp32 and bf16, momenta also in int8, model copies only in bf16, on CPU and CUDA; "
+        f"got {dtypes} on {kind.device.type}"
+    )

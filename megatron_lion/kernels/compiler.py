@@ -1,4 +1,4 @@
-"""Compile the CPU kernel once with the system's C++ compiler, and keep it for the runs that follow."""
+"""Compile C++ sources once with the system's compiler, and cache the libraries for later runs."""
 
 import ctypes
 import functools
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCE = Path(__file__).with_name("lion_cpu.cpp")
-# No contraction: a fused multiply-add rounds once where update.py rounds twice. The two -fno flags give up
-# floating-point exceptions and errno, which nobody reads, so that comparisons can be vectorised; no value changes.
+# No contraction: a fused multiply-add rounds once where update.py rounds twice. The two -fno flags drop floating-point
+# exceptions and errno, which nobody reads, so that comparisons can be vectorized; no value changes.
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-shared", "-fPIC",
@@ -24,26 +24,26 @@ SECONDS = 120
 
 
 class CompilerUnavailable(RuntimeError):
-    """There is no library, for the reason in the message."""
+    """The library could not be made; the message has the reason."""
 
 
 class _Outcome(NamedTuple):
     library: ctypes.CDLL | None
     problem: str
-    """why there is no library, or why it is not kept for later runs; else empty"""
+    """why there is no library, or why it is not cached; else empty"""
 
 
 def load(source: Path = SOURCE, *macros: str) -> ctypes.CDLL:
-    """The library compiled from ``source`` with ``macros`` defined, from the cache if it is there.
+    """Return the library compiled from ``source`` with ``macros`` defined, from the cache if possible.
 
     The cache is ``$XDG_CACHE_HOME/megatron_lion`` (``~/.cache/megatron_lion``). The file's name is a hash of the source
     and the headers next to it, the compiler, the flags and the CPU. Several processes may call this at once: each
-    compiles to its own file and renames it, so that no process sees half a library. A cache that cannot be written, or
-    that another user could have written, is not used: the library is compiled in a temporary folder, for this process
-    only (:func:`cache_problem` says why). A compiler that fails is asked once per process. Issues no collective.
+    compiles to a separate file and renames it, so that no process sees a partial library. If the cache cannot be
+    written, or another user could have written it, the library is compiled in a temporary folder, for this process only
+    (:func:`cache_problem` says why). A compiler that fails runs once per process. Issues no collective.
 
     Raises:
-        CompilerUnavailable: no compiler, or one that fails; the message says which, and what it said.
+        CompilerUnavailable: no compiler, or one that fails; the message names it and has its error.
     """
     outcome = _load_once(source, *macros)
     if outcome.library is None:
@@ -52,14 +52,14 @@ def load(source: Path = SOURCE, *macros: str) -> ctypes.CDLL:
 
 
 def cache_problem(source: Path = SOURCE, *macros: str) -> str | None:
-    """Why the library of :func:`load` is compiled again in each process, or None. Arguments and errors as there."""
+    """Why the library of :func:`load` is compiled again in each process, or None. Raises as :func:`load` does."""
     load(source, *macros)
     return _load_once(source, *macros).problem or None
 
 
 @functools.cache
 def _load_once(source: Path, *macros: str) -> _Outcome:
-    """What came of compiling and loading ``source``, failures included: ``functools.cache`` keeps no exception."""
+    """Compile and load ``source``. A failure is a value, because ``functools.cache`` keeps no exception."""
     try:
         return _load(source, (*FLAGS, *(f"-D{macro}" for macro in macros)))
     except (CompilerUnavailable, OSError) as error:
@@ -77,7 +77,7 @@ def _load(source: Path, flags: Sequence[str]) -> _Outcome:
         return _Outcome(ctypes.CDLL(str(library)), "")
     except OSError as error:
         problem = str(error)
-    with tempfile.TemporaryDirectory(prefix="megatron_lion-") as folder:  # a loaded library needs its file no longer
+    with tempfile.TemporaryDirectory(prefix="megatron_lion-") as folder:  # a loaded library no longer needs its file
         library = Path(folder) / name
         _compile(command, library)
         return _Outcome(ctypes.CDLL(str(library)), problem)
@@ -103,7 +103,7 @@ def _key(source: Path, compiler: str, *flags: str) -> str:
 
 
 def _cpu() -> str:
-    """What ``-march=native`` depends on: a home folder may be shared by machines with different CPUs."""
+    """The CPU that ``-march=native`` depends on. Machines with different CPUs may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
@@ -113,7 +113,7 @@ def _cpu() -> str:
 
 
 def _cache_folder() -> Path:
-    """The folder that keeps libraries, made if it is missing. Raises OSError if it cannot be made or trusted."""
+    """The cache folder, created if it is missing. Raises OSError if it cannot be created or trusted."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:  # no HOME, and a user id without an entry in passwd
@@ -140,7 +140,7 @@ def _compile(command: Sequence[str], library: Path) -> None:
         done = subprocess.run([*command, "-o", name], capture_output=True, text=True, timeout=SECONDS)
         if done.returncode != 0:
             raise CompilerUnavailable(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
-        partial.chmod(0o700)  # a linker makes it writable by the group where the umask allows that
+        partial.chmod(0o700)  # linkers make it group-writable if the umask allows that
         partial.replace(library)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompilerUnavailable(f"{command[0]} failed: {error}") from error

@@ -1,55 +1,41 @@
 """Lion on lists of tensors with torch's ``_foreach`` operations: few launches on a GPU, few Python calls on a CPU."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from megatron_lion.precision import Place
+from megatron_lion.step import StepKind, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
 
-# Elements in one call of a foreach operation. On a GPU long lists make few launches, and the limit is there because
-# temporaries for all parameters would double the peak memory of a step. On a CPU the temporaries must stay in the cache
-# and be memory that malloc keeps: 2^26 elements came from the system page by page in every step, 5 times slower.
+# Maximum elements per foreach call. On a GPU long lists mean few launches; the limit is there because temporaries for
+# all parameters would double the peak memory of a step. On a CPU the temporaries must stay in the cache and in memory
+# that malloc keeps: with 2^26 elements the system mapped them page by page in every step, which took 5 times as long.
 MAX_NUMEL_PER_CALL = 1 << 26
 MAX_NUMEL_PER_CALL_CPU = 1 << 18
 
-Row = tuple[Tensor, ...]
 
-
-def foreach_supports(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor]) -> bool:
-    """Whether all tensors share one device and one dtype that is also the dtype of the arithmetic (fp32 or fp64)."""
-    kinds = {(t.device, t.dtype) for tensors in (params, grads, exp_avgs) for t in tensors}
-    return len(kinds) == 1 and kinds.pop()[1] in (torch.float32, torch.float64)
+def foreach_supports(kind: StepKind) -> bool:
+    """Whether masters, gradients and momenta have one dtype that is also that of the arithmetic (fp32 or fp64)."""
+    dtypes = {kind.masters, kind.grads, kind.exp_avgs}
+    return not kind.is_packed and len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
 
 
 @torch.no_grad()
-def lion_update_foreach_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    grad_scale: float = 1.0,
-    copies: Sequence[Tensor] | None = None,
-    remainders: Sequence[Tensor] | None = None,
-    scales: Sequence[Tensor] | None = None,
-    places: Sequence[Place] | None = None,
-    telemetry: Telemetry | None = None,
-) -> None:
+def lion_update_foreach_(tensors: StepTensors, scalars: StepScalars, telemetry: Telemetry | None = None) -> None:
     """:func:`megatron_lion.update.lion_update_` for tensors that :func:`foreach_supports`; the same bits, in place.
 
-    Needs two temporaries, three where ``grad_scale`` is not 1, of at most ``MAX_NUMEL_PER_CALL`` elements, on a CPU
-    ``MAX_NUMEL_PER_CALL_CPU``; more where a larger tensor is not contiguous.
+    Needs two temporaries, three if ``grad_scale`` is not 1, of at most ``MAX_NUMEL_PER_CALL`` elements, on a CPU
+    ``MAX_NUMEL_PER_CALL_CPU``; more for larger tensors that are not contiguous. Issues no collective. Raises ValueError
+    for unsupported tensors.
     """
-    if remainders is not None or scales is not None:
-        raise ValueError("this kernel takes no packed state: use the reference")
-    roles = [params, grads, exp_avgs] if copies is None else [params, grads, exp_avgs, copies]
-    for p, g, m, *targets in _chunks(list(zip(*roles, strict=True))):
+    if tensors.kind is None or scalars.skips():
+        return
+    if not foreach_supports(tensors.kind):
+        raise ValueError(f"the foreach kernel does not support {tensors.kind}; use kernels.choose")
+    lr, beta1, beta2, weight_decay, grad_scale = scalars.on_host()
+    for p, g, m, *copies in _chunks(list(zip(*tensors.roles().values(), strict=True))):
         if grad_scale != 1.0:
             g = torch._foreach_mul(g, grad_scale)
         step = torch._foreach_mul(m, beta1)
@@ -71,30 +57,30 @@ def lion_update_foreach_(
         term = torch._foreach_mul(g, 1.0 - beta2)
         torch._foreach_mul_(m, beta2)
         torch._foreach_add_(m, term)
-        for target in targets:
-            torch._foreach_copy_(target, p)
+        for model_copies in copies:
+            torch._foreach_copy_(model_copies, p)
 
 
-def _chunks(rows: list[Row]) -> Iterator[list[Row]]:
-    """Consecutive ``rows``, role by role, to work on at once: at most the limit's elements, or one row."""
-    chunk: list[Row] = []
+def _chunks(entries: list[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Split ``entries`` (one per parameter) into lists per role, of at most the limit's elements or one entry."""
+    chunk: list[tuple[Tensor, ...]] = []
     numel = 0
-    for row in itertools.chain.from_iterable(map(_pieces, rows)):
-        if chunk and numel + row[0].numel() > _limit(row[0]):
+    for entry in itertools.chain.from_iterable(map(_pieces, entries)):
+        if chunk and numel + entry[0].numel() > _limit(entry[0]):
             yield list(zip(*chunk, strict=True))
             chunk, numel = [], 0
-        chunk.append(row)
-        numel += row[0].numel()
+        chunk.append(entry)
+        numel += entry[0].numel()
     if chunk:
         yield list(zip(*chunk, strict=True))
 
 
-def _pieces(row: Row) -> Iterable[Row]:
-    """``row`` cut into flat pieces of at most the limit's elements, where its tensors can be."""
-    limit = _limit(row[0])
-    if row[0].numel() <= limit or not all(tensor.is_contiguous() for tensor in row):
-        return [row]
-    return zip(*(torch.split(tensor.view(-1), limit) for tensor in row), strict=True)
+def _pieces(entry: tuple[Tensor, ...]) -> Iterable[tuple[Tensor, ...]]:
+    """``entry`` split into flat pieces of at most the limit's elements, if its tensors are contiguous."""
+    limit = _limit(entry[0])
+    if entry[0].numel() <= limit or not all(tensor.is_contiguous() for tensor in entry):
+        return [entry]
+    return zip(*(torch.split(tensor.view(-1), limit) for tensor in entry), strict=True)
 
 
 def _limit(tensor: Tensor) -> int:

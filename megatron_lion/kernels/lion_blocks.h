@@ -1,4 +1,4 @@
-// Momentum in 8 bits: blocks of 32 codes with a bf16 scale each, as megatron_lion/precision.py defines them.
+// 8-bit momentum: blocks of 32 int8 codes with one bf16 scale each, as defined in megatron_lion/precision.py.
 
 #pragma once
 
@@ -12,35 +12,37 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32;        // elements of momentum that share a scale
+constexpr int64_t BLOCK = 32;        // elements that share a scale
 constexpr float LEVELS = 127 * 127;  // codes hold the square root of a magnitude
 constexpr float SMALLEST_SCALE = 0x1p-100f;
-// A number near it has its units in the last place: adding it rounds to nearest even, and the sum's bits end in the code.
+// Near this number the last place has value 1: adding it rounds to nearest even, and the low bits of the sum are the code.
 constexpr float ROUNDS = 0x1.8p23f;
 
-struct Place { // where in its parameter a tensor begins, and how long the parameter's rows are
-    int64_t start, row;
-    int64_t block_of(int64_t i) const { return block_at(start + i) - block_at(start); } // its number in the tensor
-    int64_t blocks(int64_t count) const { return count ? block_of(count - 1) + 1 : 0; }
-    // The beginning of the block of element i.
-    int64_t cut(int64_t i) const { return std::max<int64_t>(i - (start + i) % row % BLOCK, 0); }
+struct BlockLayout { // position of a tensor in its parameter: first element, and length of the parameter's rows
+    int64_t start, row_length;
+    // Index of the block of element i in the tensor.
+    int64_t block_of(int64_t i) const { return block_at(start + i) - block_at(start); }
+    // First element of the block of element i.
+    int64_t begin_of_block(int64_t i) const { return std::max<int64_t>(i - (start + i) % row_length % BLOCK, 0); }
 
   private:
-    int64_t block_at(int64_t i) const { return i / row * ((row + BLOCK - 1) / BLOCK) + i % row / BLOCK; }
+    int64_t block_at(int64_t i) const {
+        return i / row_length * ((row_length + BLOCK - 1) / BLOCK) + i % row_length / BLOCK;
+    }
 };
 
-struct Codes { // int8 codes and a bf16 scale a block
+struct Codes { // int8 codes and one bf16 scale per block
     int8_t *codes;
     uint16_t *scales;
-    Place place;
-    void fetch_piece(int64_t i) const { fetch(codes + i); } // its scales are next to nothing
+    BlockLayout layout;
+    void fetch_piece(int64_t i) const { fetch(codes + i); } // the scales are too small to matter
 };
 
-// A block that may be cut, element by element.
+// One block, possibly incomplete, element by element.
 
 inline float widen(uint16_t scale) { return from_bits(static_cast<uint32_t>(scale) << 16); }
 
-template <class Size> inline void dequantise(const int8_t *codes, uint16_t scale, float *values, Size count) {
+template <class Size> inline void dequantize(const int8_t *codes, uint16_t scale, float *values, Size count) {
     const float unit = widen(scale) * (1.0f / LEVELS);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
@@ -50,7 +52,7 @@ template <class Size> inline void dequantise(const int8_t *codes, uint16_t scale
 }
 
 template <class Size> inline uint16_t scale_of(const float *values, Size count) {
-    int32_t largest = 0; // of magnitudes as integers, among which a NaN is the largest
+    int32_t largest = 0; // magnitude as an integer, where a NaN is the largest
 #pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < count; ++j) {
         const int32_t magnitude = static_cast<int32_t>(to_bits(values[j]) & MAGNITUDE);
@@ -60,7 +62,7 @@ template <class Size> inline uint16_t scale_of(const float *values, Size count) 
     return peak < SMALLEST_SCALE ? 0 : nearest_even(peak) >> 16;
 }
 
-template <class Size> inline void quantise(const float *values, uint16_t scale, int8_t *codes, Size count) {
+template <class Size> inline void quantize(const float *values, uint16_t scale, int8_t *codes, Size count) {
     const float inverse = scale == 0 ? 0.0f : LEVELS / widen(scale);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
@@ -71,7 +73,7 @@ template <class Size> inline void quantise(const float *values, uint16_t scale, 
     if (!(widen(scale) < std::numeric_limits<float>::infinity())) std::memset(codes, 0, static_cast<size_t>(count));
 }
 
-// Eight whole blocks in vectors: what is done once a block is done for the eight at once, one in each lane.
+// Eight whole blocks in vectors. Work per block is done for all eight at once, one block per lane.
 
 constexpr int64_t GROUP = LANES * BLOCK;
 
@@ -81,7 +83,7 @@ typedef uint16_t Scales __attribute__((vector_size(2 * LANES)));
 inline Floats widen(Scales scales) { return from_bits(__builtin_convertvector(scales, Words) << 16); }
 
 // 16 codes of one block.
-inline Pair dequantise(const int8_t *codes, float unit) {
+inline Pair dequantize(const int8_t *codes, float unit) {
 #ifdef __AVX2__
     const Shorts code = reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(read<__m128i>(codes)));
 #else
@@ -114,7 +116,7 @@ inline Floats square_root(Floats values) {
 
 // Writes 32 codes.
 inline void write_codes(int8_t *codes, Shorts first, Shorts second) {
-#ifdef __AVX2__ // packs quarters of the two in turn
+#ifdef __AVX2__ // interleaves quarters of the two
     const __m256i packed = _mm256_packs_epi16(reinterpret_cast<__m256i>(first), reinterpret_cast<__m256i>(second));
     write(codes, _mm256_permute4x64_epi64(packed, 0b11011000));
 #else
@@ -123,17 +125,17 @@ inline void write_codes(int8_t *codes, Shorts first, Shorts second) {
 #endif
 }
 
-// What each of eight blocks' squared codes are multiplied with.
+// The factors of the squared codes of eight blocks.
 struct Units {
     alignas(4 * LANES) float of[LANES];
     explicit Units(const uint16_t *scales) { write(of, widen(read<Scales>(scales)) * (1.0f / LEVELS)); }
 };
 
-// New values of eight blocks, and what turns them into codes once the largest of each block is known.
+// New values of eight blocks, and the factors that turn them into codes once the largest value of each block is known.
 struct Group {
     Pair values[LANES][2];
     Ints peaks[LANES];
-    alignas(4 * LANES) float inverses[LANES], tops[LANES]; // a top of 0 where the whole block becomes NaN
+    alignas(4 * LANES) float inverses[LANES], tops[LANES]; // a top of 0 makes the whole block NaN
 
     void set(int64_t block, Pair first, Pair second) {
         values[block][0] = first, values[block][1] = second;
@@ -149,7 +151,7 @@ struct Group {
     }
 };
 
-// The magnitudes that a block's codes are rounded from. encode() is apart, because square roots take their time.
+// The magnitudes that become a block's codes. encode() is separate because square roots have a long latency.
 struct Roots {
     Pair pairs[2];
 
@@ -165,7 +167,7 @@ struct Roots {
             pairs[half] = {root(value.even), root(value.odd)};
         }
     }
-    // Writes the block's codes, of which `codes` is the group's first.
+    // Writes the block's codes; `codes` points to the group's first code.
     void encode(const Group &group, int64_t block, int8_t *codes) const {
         const auto code = [](Floats value, Floats root) { // in the lower halves of words
             return to_bits(from_bits(to_bits(root) | (to_bits(value) & SIGN)) + ROUNDS);

@@ -1,9 +1,9 @@
-// One pass of Lion over memory on a CPU: reads gradient, parameter and momentum, writes parameter, momentum and, where it
-// is asked for, a 16-bit copy of the parameter. Compiled at first use by megatron_lion/kernels/compiler.py, called through
+// One pass of Lion over memory on a CPU: reads gradient, parameter and momentum, writes parameter, momentum and, if
+// requested, a 16-bit copy of the parameter. Compiled at first use by megatron_lion/kernels/compiler.py and called through
 // ctypes by megatron_lion/kernels/fused.py.
 //
-// The bits are those of megatron_lion/update.py and precision.py: every product and every sum is rounded on its own
-// (-ffp-contract=off), sign(0) and sign(NaN) are 0, arithmetic is fp32 whatever the storage, rounded to storage once.
+// Bit-identical to megatron_lion/update.py and precision.py: every product and every sum is rounded separately
+// (-ffp-contract=off), sign(0) and sign(NaN) are 0, arithmetic is fp32 for every storage format, rounded to storage once.
 
 #include "lion_blocks.h"
 #include "lion_storage.h"
@@ -15,7 +15,7 @@
 #include <type_traits>
 #include <vector>
 
-#ifndef TELEMETRY // compiled a second time with -DTELEMETRY where sums are asked for: without them they cost nothing
+#ifndef TELEMETRY // a second library is compiled with -DTELEMETRY, so that the sums cost nothing when they are off
 #define TELEMETRY 0
 #endif
 
@@ -23,11 +23,11 @@ namespace {
 
 struct Hyper { float lr, beta1, rest1, beta2, rest2, weight_decay, grad_scale; };
 
-// What telemetry.py's Telemetry sums, over a range of elements.
+// The sums of Telemetry in telemetry.py, over a range of elements.
 struct Sums {
     double l1 = 0, squares = 0, inner = 0;
     int64_t zeros = 0, flipped = 0;
-    int32_t largest = 0; // magnitude of a parameter as an integer, among which a NaN is the largest
+    int32_t largest = 0; // magnitude of a parameter as an integer, where a NaN is the largest
 
     void add(const Sums &other) {
         l1 += other.l1, squares += other.squares, inner += other.inner;
@@ -36,27 +36,27 @@ struct Sums {
     }
 };
 
-struct Exact { // lanes in double
+struct WidenedToDouble {
     Doubles low, high;
-    explicit Exact(Floats values) {
-        Quarter parts[2];
+    explicit WidenedToDouble(Floats values) {
+        HalfFloats parts[2];
         std::memcpy(parts, &values, sizeof parts);
         low = __builtin_convertvector(parts[0], Doubles), high = __builtin_convertvector(parts[1], Doubles);
     }
 };
 
-// The same in each lane; without TELEMETRY it stays zero and costs nothing.
+// The same sums per lane; without TELEMETRY they stay zero and cost nothing.
 struct LaneSums {
     Doubles l1{}, squares{}, inner{};
     Ints zeros{}, flipped{}, largest{};
 
     void add(Floats theta, Floats m, Floats g, Floats sign) {
         if (!TELEMETRY) return;
-        const Exact exact(g), signed_g(sign * g);
+        const WidenedToDouble exact(g), signed_g(sign * g);
         l1 += absolute(exact.low) + absolute(exact.high);
         squares += exact.low * exact.low + exact.high * exact.high;
         inner += signed_g.low + signed_g.high;
-        zeros -= sign == 0.0f; // what is true is -1
+        zeros -= sign == 0.0f; // true is -1
         flipped -= sign * m < 0.0f;
         largest = larger(largest, magnitude(theta));
     }
@@ -68,22 +68,22 @@ struct LaneSums {
     }
 };
 
-template <class Float> struct Moved { Float theta, momentum, sign; };
+template <class Float> struct StepResult { Float theta, momentum, sign; };
 
-// The step, for one element or lanes of them.
-template <class Float> inline Moved<Float> moved(Float theta, Float m, Float g, const Hyper &h) {
+// The Lion step for one element or lanes of them.
+template <class Float> inline StepResult<Float> lion_step(Float theta, Float m, Float g, const Hyper &h) {
     const Float c = m * h.beta1 + g * h.rest1;
     const Float sign = sign_of(c);
     return {theta - (sign + theta * h.weight_decay) * h.lr, m * h.beta2 + g * h.rest2, sign};
 }
 
-// 16 elements from number i on, whose momentum is `m`. Returns their new momentum.
+// Updates 16 elements from index i on, with momentum `m`. Returns their new momentum.
 template <class P, class G, class C>
 inline Pair update_pair(const P param, const G grad, const C copy, int64_t i, const Pair m, const Hyper &h,
                         LaneSums &sums) {
     const Pair theta = param.load_pair(i), unscaled = grad.load_pair(i);
     const Pair g = {unscaled.even * h.grad_scale, unscaled.odd * h.grad_scale};
-    const auto even = moved(theta.even, m.even, g.even, h), odd = moved(theta.odd, m.odd, g.odd, h);
+    const auto even = lion_step(theta.even, m.even, g.even, h), odd = lion_step(theta.odd, m.odd, g.odd, h);
     const Pair new_theta = {even.theta, odd.theta};
     param.store_pair(i, new_theta);
     copy.store_pair(i, new_theta);
@@ -92,7 +92,7 @@ inline Pair update_pair(const P param, const G grad, const C copy, int64_t i, co
     return {even.momentum, odd.momentum};
 }
 
-// Begin to fetch the piece that comes AHEAD elements after number i, where it ends before `last`.
+// Starts to fetch the piece AHEAD elements after index i, if it ends before `last`.
 template <class P, class G, class M, class C>
 inline void fetch_ahead(const P param, const G grad, const M momentum, int64_t shift, const C copy, int64_t i,
                         int64_t last) {
@@ -101,7 +101,7 @@ inline void fetch_ahead(const P param, const G grad, const M momentum, int64_t s
     momentum.fetch_piece(i + AHEAD - shift);
 }
 
-// Elements `first` to `last`; element i of the momentum is stored at i - `shift`.
+// Updates elements `first` to `last`; element i of the momentum is stored at i - `shift`.
 template <class P, class G, class M, class C>
 Sums update(const P param, const G grad, const M momentum, int64_t shift, const C copy, int64_t first, int64_t last,
             const Hyper h) {
@@ -116,11 +116,11 @@ Sums update(const P param, const G grad, const M momentum, int64_t shift, const 
                 const Pair m = momentum.load_pair(first - shift);
                 momentum.store_pair(first - shift, update_pair(param, grad, copy, first, m, h, lanes));
             }
-        // What is left; and all of fp32, which a compiler's own vectors keep in its order.
+        // The rest; and all elements in pure fp32, which the compiler vectorizes in memory order.
 #pragma omp simd reduction(+ : l1, squares, inner, zeros, flipped) reduction(max : largest)
         for (int64_t i = first; i < end; ++i) {
             const float before = param.load(i), m = momentum.load(i - shift), g = grad.load(i) * h.grad_scale;
-            const auto [theta, new_m, sign] = moved(before, m, g, h);
+            const auto [theta, new_m, sign] = lion_step(before, m, g, h);
             param.store(i, theta);
             momentum.store(i - shift, new_m);
             copy.store(i, theta);
@@ -148,14 +148,14 @@ Sums update_chunk(const P param, const G grad, const M momentum, const C copy, i
     return update(param, grad, momentum, 0, copy, first, last, h);
 }
 
-// Whole blocks from `first` on, as many groups as end before `last`; `first` becomes where they end.
+// Updates whole groups of blocks from `first` on that end before `last`, and sets `first` to their end.
 template <class P, class G, class C>
 Sums update_groups(const P param, const G grad, const Codes momentum, const C copy, int64_t &first, int64_t last,
                    const Hyper h) {
     LaneSums sums;
     Group groups[2] = {};
-    int8_t nowhere[GROUP], *before = nowhere; // the codes of the group before this one, which has still to be encoded
-    uint16_t *scales = momentum.scales + momentum.place.block_of(first);
+    int8_t nowhere[GROUP], *before = nowhere; // codes of the previous group, which is encoded in this iteration
+    uint16_t *scales = momentum.scales + momentum.layout.block_of(first);
     int64_t number = 0;
     for (; first + GROUP <= last; first += GROUP, scales += LANES, ++number) {
         Group &group = groups[number % 2];
@@ -165,9 +165,9 @@ Sums update_groups(const P param, const G grad, const Codes momentum, const C co
             const int64_t i = first + block * BLOCK;
             if (block * BLOCK % PIECE == 0) fetch_ahead(param, grad, momentum, 0, copy, i, last);
             const auto new_momentum = [&](int64_t i) {
-                return update_pair(param, grad, copy, i, dequantise(momentum.codes + i, units.of[block]), h, sums);
+                return update_pair(param, grad, copy, i, dequantize(momentum.codes + i, units.of[block]), h, sums);
             };
-            const Roots roots(done, block); // the update fills the time that they take
+            const Roots roots(done, block); // the update hides their latency
             group.set(block, new_momentum(i), new_momentum(i + PAIR));
             roots.encode(done, block, before);
         }
@@ -181,7 +181,7 @@ Sums update_groups(const P param, const G grad, const Codes momentum, const C co
     return sums.total();
 }
 
-// Calls `work` with the size of a block, as a constant where the block is a whole one.
+// Calls `work` with the size of a block, as a compile-time constant for a whole block.
 template <class Work> inline void for_block(int64_t size, Work work) {
     if (size == BLOCK)
         work(std::integral_constant<int64_t, BLOCK>{});
@@ -189,25 +189,25 @@ template <class Work> inline void for_block(int64_t size, Work work) {
         work(size);
 }
 
-// Quantised momentum that is not whole groups goes through a strip in fp32 that stays in the cache; `first` is where a
-// block begins.
+// Quantized momentum: whole groups in vectors, the rest through an fp32 strip that stays in the cache. `first` is the
+// beginning of a block.
 template <class P, class G, class C>
 Sums update_chunk(const P param, const G grad, const Codes momentum, const C copy, int64_t first, int64_t last,
                   const Hyper &h) {
     constexpr int64_t STRIP = 1024;
     alignas(64) float strip[STRIP];
     Sums sums;
-    const Place place = momentum.place;
-    if (place.row % BLOCK == 0 && (place.start + first) % BLOCK == 0)
+    const BlockLayout layout = momentum.layout;
+    if (layout.row_length % BLOCK == 0 && (layout.start + first) % BLOCK == 0)
         sums.add(update_groups(param, grad, momentum, copy, first, last, h));
     while (first < last) {
-        uint16_t *const scales = momentum.scales + place.block_of(first);
+        uint16_t *const scales = momentum.scales + layout.block_of(first);
         int8_t *const codes = momentum.codes + first;
-        int64_t ends[STRIP], blocks = 0, length = 0, in_row = (place.start + first) % place.row;
+        int64_t ends[STRIP], blocks = 0, length = 0, in_row = (layout.start + first) % layout.row_length;
         while (first + length < last && length + BLOCK <= STRIP) {
-            const int64_t size = std::min({BLOCK - in_row % BLOCK, place.row - in_row, last - first - length});
-            in_row = in_row + size == place.row ? 0 : in_row + size;
-            for_block(size, [&](auto count) { dequantise(codes + length, scales[blocks], strip + length, count); });
+            const int64_t size = std::min({BLOCK - in_row % BLOCK, layout.row_length - in_row, last - first - length});
+            in_row = in_row + size == layout.row_length ? 0 : in_row + size;
+            for_block(size, [&](auto count) { dequantize(codes + length, scales[blocks], strip + length, count); });
             ends[blocks++] = length += size;
         }
         sums.add(update(param, grad, Fp32{strip}, first, copy, first, first + length, h));
@@ -215,7 +215,7 @@ Sums update_chunk(const P param, const G grad, const Codes momentum, const C cop
             for_block(ends[block] - begin, [&](auto size) { scales[block] = scale_of(strip + begin, size); });
         for (int64_t block = 0, begin = 0; block < blocks; begin = ends[block++])
             for_block(ends[block] - begin,
-                      [&](auto size) { quantise(strip + begin, scales[block], codes + begin, size); });
+                      [&](auto size) { quantize(strip + begin, scales[block], codes + begin, size); });
         first += length;
     }
     return sums;
@@ -224,10 +224,10 @@ Sums update_chunk(const P param, const G grad, const Codes momentum, const C cop
 enum Kind { FP32, BF16, PACKED };
 enum Role { PARAM, GRAD, MOMENTUM, COPY, REMAINDER, SCALES, ROLES };
 
-// Elements `first` to `last` of one tensor: picks the storage of each role in turn, and then updates them.
+// Elements `first` to `last` of one tensor. run() selects the storage format of each role, then updates the elements.
 struct Chunk {
-    void *roles[ROLES]; // nullptr where a role is absent
-    Place place;
+    void *roles[ROLES]; // nullptr if a role is absent
+    BlockLayout layout;
     int64_t first, last;
     const Hyper &hyper;
 
@@ -248,33 +248,30 @@ struct Chunk {
     template <class P, class G> Sums with_grad(P param, G grad, Kind momentum, bool copy) const {
         if (momentum == FP32) return with_momentum(param, grad, Fp32{at<float>(MOMENTUM)}, copy);
         if (momentum == BF16) return with_momentum(param, grad, Bf16{at<uint16_t>(MOMENTUM)}, copy);
-        return with_momentum(param, grad, Codes{at<int8_t>(MOMENTUM), at<uint16_t>(SCALES), place}, copy);
+        return with_momentum(param, grad, Codes{at<int8_t>(MOMENTUM), at<uint16_t>(SCALES), layout}, copy);
     }
     template <class P, class G, class M> Sums with_momentum(P param, G grad, M momentum, bool copy) const {
         if (copy) return update_chunk(param, grad, momentum, Bf16{at<uint16_t>(COPY)}, first, last, hyper);
-        return update_chunk(param, grad, momentum, Nothing{}, first, last, hyper);
+        return update_chunk(param, grad, momentum, NoCopy{}, first, last, hyper);
     }
 };
 
-// Elements that a thread takes at a time: long enough for the memory's prefetchers, short enough to share the work when
-// a core is slower than another.
+// Elements per chunk, the unit of work of a thread: long enough for hardware prefetchers, short enough to balance the load
+// between fast and slow cores.
 constexpr int64_t CHUNK = 262144;
 
 } // namespace
 
-// Update `tensors` tensors of `counts` elements. `addresses` holds those of all parameters, then of the next role.
-// `places` and `scale_counts` are read where momentum is packed. `hyper`: lr, beta1, beta2, weight decay, gradient scale.
-// `telemetry` receives Sums' six where they are compiled in.
-// Returns 0, or the number (from 1) of the first tensor with too few or too many scales; then nothing was written.
-extern "C" int64_t lion_cpu_update(int64_t tensors, void *const *addresses, const int64_t *counts, const Place *places,
-                                   const int64_t *scale_counts, const double *hyper, int param, int grad, int momentum,
-                                   int copy, int threads, double *telemetry) {
-    const bool packed = momentum == PACKED;
+// Updates `tensors` tensors of `counts` elements. `addresses` has those of all masters, then those of the next role.
+// `blocks` is read if momentum is packed; the caller checks the numbers of scales. `hyper`: lr, beta1, beta2, weight
+// decay, gradient scale. `telemetry` receives the six values of Sums if they are compiled in.
+extern "C" void lion_cpu_update(int64_t tensors, void *const *addresses, const int64_t *counts, const BlockLayout *blocks,
+                                const double *hyper, int param, int grad, int momentum, int copy, int threads,
+                                double *telemetry) {
     const Hyper h = {float(hyper[0]),       float(hyper[1]), float(1.0 - hyper[1]), float(hyper[2]),
                      float(1.0 - hyper[2]), float(hyper[3]), float(hyper[4])};
     int64_t total = 0, chunks = 0, next = 0;
     for (int64_t t = 0; t < tensors; ++t) {
-        if (packed && places[t].blocks(counts[t]) != scale_counts[t]) return t + 1;
         total += counts[t];
         chunks += (counts[t] + CHUNK - 1) / CHUNK;
     }
@@ -282,7 +279,7 @@ extern "C" int64_t lion_cpu_update(int64_t tensors, void *const *addresses, cons
     std::vector<Sums> sums(TELEMETRY ? chunks : 0);
 #pragma omp parallel num_threads(threads)
     {
-        // Chunk numbers grow for each thread, so each walks the list of tensors once.
+        // A thread's chunk numbers increase, so it walks the list of tensors once.
         int64_t tensor = 0, before = 0;
         for (;;) {
             int64_t mine;
@@ -293,21 +290,21 @@ extern "C" int64_t lion_cpu_update(int64_t tensors, void *const *addresses, cons
                 before += (counts[tensor] + CHUNK - 1) / CHUNK;
                 ++tensor;
             }
-            const Place place = packed ? places[tensor] : Place{0, BLOCK};
+            const BlockLayout layout = momentum == PACKED ? blocks[tensor] : BlockLayout{0, BLOCK};
             const int64_t start = (mine - before) * CHUNK, stop = start + CHUNK;
-            Chunk chunk = {{}, place, place.cut(start), stop < counts[tensor] ? place.cut(stop) : counts[tensor], h};
+            const int64_t end = stop < counts[tensor] ? layout.begin_of_block(stop) : counts[tensor];
+            Chunk chunk = {{}, layout, layout.begin_of_block(start), end, h};
             for (int64_t role = 0; role < ROLES; ++role) chunk.roles[role] = addresses[role * tensors + tensor];
             const Sums of_chunk =
                 chunk.run(static_cast<Kind>(param), static_cast<Kind>(grad), static_cast<Kind>(momentum), copy != 0);
             if (TELEMETRY) sums[mine] = of_chunk;
         }
     }
-    if (TELEMETRY) { // in the chunks' order, whichever thread took which
+    if (TELEMETRY) { // in the order of chunks, so that the result does not depend on threads
         Sums all;
         for (const Sums &of_chunk : sums) all.add(of_chunk);
         const double largest = from_bits(static_cast<uint32_t>(all.largest));
         const double values[] = {all.l1, all.squares, all.inner, double(all.zeros), double(all.flipped), largest};
         std::memcpy(telemetry, values, sizeof values);
     }
-    return 0;
 }

@@ -1,7 +1,7 @@
-// What a role of a step is stored in, read and written as fp32: one element, or 16 at a time in two vectors of lanes.
+// Storage formats, read and written as fp32: one element, or 16 at a time in two vectors of lanes.
 //
-// Sixteen elements go as the eight of even number and the eight of odd number. Two 16-bit elements are the halves of one
-// 32-bit word, so that order takes a shift and a mask to reach, where the elements' own order takes shuffles.
+// 16 elements are loaded as the eight with even index and the eight with odd index. Two 16-bit elements are the halves of
+// one 32-bit word, so this order needs only a shift and a mask, where memory order would need shuffles.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 #include <cstring>
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the even element of two is the low half of a word on little-endian machines alone"
+#error "only little-endian machines have the even element of two in the low half of a word"
 #endif
 
 namespace {
@@ -19,15 +19,15 @@ namespace {
 constexpr int64_t LANES = 8, PAIR = 2 * LANES;
 constexpr uint32_t MAGNITUDE = 0x7fffffffu, SIGN = 0x80000000u;
 
-// GCC's and Clang's vectors: any CPU has them, in pieces where its own are shorter.
+// Vector types of GCC and Clang. They work on any CPU; the compiler splits them if its vectors are shorter.
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef int16_t Shorts __attribute__((vector_size(2 * PAIR)));
-typedef float Quarter __attribute__((vector_size(2 * LANES))); // of 16 elements
+typedef float HalfFloats __attribute__((vector_size(2 * LANES)));
 typedef double Doubles __attribute__((vector_size(4 * LANES)));
 
-// Lanes of two vectors, by number.
+// Pick lanes of two vectors by index.
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -58,7 +58,7 @@ inline Doubles absolute(Doubles values) { return values < 0.0 ? -values : values
 inline float sign_of(float value) { return static_cast<float>((value > 0.0f) - (value < 0.0f)); }
 inline Floats sign_of(Floats value) { return value > 0.0f ? Floats{} + 1.0f : (value < 0.0f ? Floats{} - 1.0f : Floats{}); }
 
-// Magnitudes as integers, among which a NaN is the largest.
+// Magnitudes as integers, where a NaN is the largest.
 inline Ints magnitude(Floats values) { return reinterpret_cast<Ints>(to_bits(values) & MAGNITUDE); }
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 
@@ -71,30 +71,30 @@ template <class Vector> inline void write(void *address, Vector vector) {
     std::memcpy(address, &vector, sizeof vector);
 }
 
-// Elements are fetched into the cache a piece at a time, this many before they are used. A CPU's own prefetchers keep too
-// few lines under way to fill its memory's bandwidth (tools/benchmark_step.py), the more so as a step has many streams.
+// Elements are fetched into the cache in pieces of PIECE, AHEAD elements before they are used. Hardware prefetchers keep
+// too few lines in flight to use the full memory bandwidth (tools/benchmark/step.py), because a step has many streams.
 constexpr int64_t PIECE = 64, AHEAD = 512, LINE_BYTES = 64;
 
 template <class Value> inline void fetch(const Value *piece) {
-    asm volatile(""); // else GCC takes a function that only fetches for one without effect, and drops calls of it
+    asm volatile(""); // otherwise GCC sees a function without effect and drops calls of it
     const char *const bytes = reinterpret_cast<const char *>(piece);
     for (int64_t i = 0; i < PIECE * int64_t{sizeof(Value)}; i += LINE_BYTES) __builtin_prefetch(bytes + i);
 }
 
-// The functions below take one fp32 or its bits, or lanes of them.
+// The functions below work on one fp32 or its bits, or on lanes of them.
 
 // A NaN is not equal to itself.
 template <class Float, class Bits> inline Bits unless_nan(Float value, Bits bits, uint32_t otherwise) {
     return value == value ? bits : Bits{} + otherwise;
 }
 
-// The bf16 of a number, rounded to nearest even, in the upper half of 32 bits whose lower half is of no meaning.
+// The bf16 of a number, rounded to nearest even, in the upper half of 32 bits; ignore the lower half.
 template <class Float> inline auto nearest_even(Float value) {
     const auto bits = to_bits(value);
     return unless_nan(value, bits + 0x7fffu + ((bits >> 16) & 1u), 0x7fc00000u);
 }
 
-// 16 elements of 16 bits from those of even number, in lower halves, and those of odd number, in upper halves.
+// 16 elements of 16 bits: even ones from lower halves, odd ones from upper halves.
 inline Words halves(Words even, Words odd) {
     return reinterpret_cast<Words>(SHUFFLE(reinterpret_cast<Shorts>(even), reinterpret_cast<Shorts>(odd), //
                                            0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31));
@@ -137,7 +137,7 @@ struct Bf16 {
     }
 };
 
-struct Remainder { // a bf16 and the 16 bits that it lacks: it is rounded half away from zero
+struct Remainder { // fp32 as a bf16, rounded half away from zero, and a 16-bit remainder
     static constexpr bool NARROW = true;
     uint16_t *high;
     int16_t *low;
@@ -153,7 +153,7 @@ struct Remainder { // a bf16 and the 16 bits that it lacks: it is rounded half a
 
     Pair load_pair(int64_t i) const {
         const Words highs = read<Words>(high + i), lows = read<Words>(low + i);
-        // The lower halves with their signs: a shift to the right of a signed number repeats its sign.
+        // Sign-extended lower halves: shifting a signed number to the right repeats its sign.
         const Words even = reinterpret_cast<Words>(reinterpret_cast<Ints>(lows << 16) >> 16);
         const Words odd = reinterpret_cast<Words>(reinterpret_cast<Ints>(lows) >> 16);
         return {from_bits((highs << 16) + even), from_bits((highs & 0xffff0000u) + odd)};
@@ -166,7 +166,7 @@ struct Remainder { // a bf16 and the 16 bits that it lacks: it is rounded half a
     }
 };
 
-struct Nothing {
+struct NoCopy { // in place of a model copy
     static constexpr bool NARROW = false;
     void fetch_piece(int64_t) const {}
     void store(int64_t, float) const {}

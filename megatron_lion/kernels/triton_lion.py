@@ -1,11 +1,11 @@
-"""Lion in one pass over a GPU's memory with Triton: one launch for all tensors, a program for each block of them.
+"""Lion in one pass over a GPU's memory with Triton: one launch for all tensors of an update.
 
-Written for CUDA and tested in Triton's interpreter alone (``TRITON_INTERPRET=1``); it has not been run on a GPU, so
-``"auto"`` does not choose it.
+Written for CUDA but tested only in Triton's interpreter (``TRITON_INTERPRET=1``). It has not run on a GPU, so
+``"auto"`` does not select it.
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
 
 import torch
 import triton
@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lion import precision
-from megatron_lion.precision import Place
+from megatron_lion.kernels.fused import supports_dtypes
+from megatron_lion.precision import BlockLayout
+from megatron_lion.step import ROLES, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
 
 SIZE = 1024  # elements of a program
@@ -25,13 +27,13 @@ SMALLEST_SCALE = tl.constexpr(precision.SMALLEST_SCALE)
 
 @triton.jit
 def _widen(bits):
-    """The fp32 of a bf16 given as a 16-bit integer."""
+    """Convert bf16, as a 16-bit integer, to fp32."""
     return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _narrow(value):
-    """The bf16 of an fp32, rounded to nearest even, as a 16-bit integer."""
+    """Round fp32 to the nearest bf16, ties to even, as a 16-bit integer."""
     bits = value.to(tl.uint32, bitcast=True)
     nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(value == value, nearest_even, 0x7FC0).to(tl.uint16)
@@ -39,7 +41,7 @@ def _narrow(value):
 
 @triton.jit
 def _load(pointers, inside):
-    """fp32 from memory that holds fp32 or, as 16-bit integers, bf16."""
+    """Load fp32 from fp32 or, as 16-bit integers, bf16."""
     if pointers.dtype.element_ty == tl.uint16:
         value = _widen(tl.load(pointers, mask=inside, other=0))
     else:
@@ -49,7 +51,7 @@ def _load(pointers, inside):
 
 @triton.jit
 def _store(pointers, value, inside):
-    """fp32 to memory that holds fp32 or, rounded to nearest even, bf16."""
+    """Store fp32 as fp32 or, rounded to nearest even, bf16."""
     if pointers.dtype.element_ty == tl.uint16:
         tl.store(pointers, _narrow(value), mask=inside)
     else:
@@ -58,7 +60,7 @@ def _store(pointers, value, inside):
 
 @triton.jit
 def _join(highs, lows, inside):
-    """The fp32 masters of bf16 parameters, as 16-bit integers, and their int16 remainders."""
+    """Load fp32 masters from bf16 parameters, as 16-bit integers, and their int16 remainders."""
     low = tl.load(lows, mask=inside, other=0).to(tl.int32)
     high = tl.load(highs, mask=inside, other=0).to(tl.int32)
     return ((high << 16) + low).to(tl.float32, bitcast=True)
@@ -73,26 +75,26 @@ def _split(highs, lows, value, inside):
 
 
 @triton.jit
-def _dequantise(codes, scales, inside):
-    """The fp32 momentum of int8 codes, a row for each scale."""
+def _dequantize(codes, scales, inside):
+    """Load fp32 momentum from int8 codes, one row per scale."""
     code = tl.load(codes, mask=inside, other=0).to(tl.int32)
     return (code * tl.abs(code)).to(tl.float32) * (scales * UNIT)[:, None]
 
 
 @triton.jit
-def _quantise(codes, scale_pointers, value, inside, known):
-    """Store fp32 momentum as int8 codes and a scale for each row; elements outside are zero."""
+def _quantize(codes, scale_pointers, value, inside, known):
+    """Store fp32 momentum as int8 codes and one scale per row; elements outside are zero."""
     magnitudes = (tl.where(inside, value, 0.0)).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    # As integers, among which a NaN is the largest. tl.max itself is not interpreted where Triton was imported before.
+    # Compared as integers, where a NaN is the largest. tl.max is not interpreted if Triton was imported before.
     largest = tl.reduce(magnitudes, 1, tl.standard._elementwise_max).to(tl.float32, bitcast=True)
     bits = _narrow(tl.where(largest < SMALLEST_SCALE, 0.0, largest))
     tl.store(scale_pointers, bits, mask=known)
-    scale = _widen(bits)  # not read back: another thread of the program may not see yet what was stored
+    scale = _widen(bits)  # not read back: another thread of the program may not see the store yet
     finite = (scale > 0.0) & (scale < float("inf"))
     inverse = tl.where(finite, tl.div_rn(tl.full(scale.shape, LEVELS, tl.float32), tl.where(finite, scale, 1.0)), 0.0)
     root = tl.sqrt_rn(tl.abs(value) * inverse[:, None])
     root = tl.where(root < 127.0, root, 127.0)
-    # A number near 2^23 has its units in the last place: the sum rounds to nearest even, and ends in the code.
+    # Near 2^23 the last place has value 1: adding rounds to nearest even, and the low bits of the sum are the code.
     code = (tl.where(value < 0.0, -root, root) + 12582912.0).to(tl.int32, bitcast=True)
     tl.store(codes, tl.where(finite[:, None], code, 0).to(tl.int8), mask=inside)
 
@@ -104,7 +106,7 @@ def _add(x, y):
 
 @triton.jit
 def _store_sums(sums, sign, g, m, theta, inside):
-    """Store what :class:`Telemetry` sums, over the elements inside, as six numbers; the last as the bits of an fp32."""
+    """Store the six sums of :class:`Telemetry` over the elements inside, the last as the bits of an fp32."""
     gradient = tl.where(inside, g, 0.0).to(tl.float64)
     signs = tl.where(inside, sign, 0.0)
     zeros = tl.where(inside & (sign == 0.0), 1, 0)
@@ -121,12 +123,12 @@ def _store_sums(sums, sign, g, m, theta, inside):
 
 @triton.jit
 def _lion_kernel(
-    table,  # int64 [tensors, 9]: addresses of parameter, gradient, momentum, copy, remainder, scales (0 where there is
-    # none), then the number of elements, and where in its parameter the tensor begins and how long the rows there are
-    block_tensor,  # int32 [programs]: the tensor that a program works on
-    block_number,  # int64 [programs]: which of that tensor's blocks
+    table,  # int64 [tensors, 9]: addresses of master, gradient, momentum, model copy, remainder, scales (0 if absent),
+    # then the number of elements, and the block layout (start, row length)
+    block_tensor,  # int32 [programs]: the tensor of each program
+    block_number,  # int64 [programs]: its block of SIZE elements in that tensor
     hyper,  # fp32 [7]: lr, beta1, 1 - beta1, beta2, 1 - beta2, weight decay, gradient scale
-    skip,  # int32 [1]: not 0 where nothing must change
+    skip,  # int32 [1]: if it is not 0, nothing changes
     sums,  # fp64 [programs, 6] with TELEMETRY
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
@@ -142,7 +144,7 @@ def _lion_kernel(
         tensor = table + 9 * tl.load(block_tensor + program).to(tl.int64)
         number = tl.load(block_number + program)
         count = tl.load(tensor + 6)
-        if PACKED:  # a row of the program for each block of momentum, which may be shorter than the row
+        if PACKED:  # one row per block of momentum, which may be shorter than the row
             start = tl.load(tensor + 7)
             row = tl.load(tensor + 8)
             blocks_a_row = (row + BLOCK - 1) // BLOCK
@@ -162,7 +164,7 @@ def _lion_kernel(
         momenta = tl.load(tensor + 2).to(tl.pointer_type(MOMENTUM)) + index
         remainders = tl.load(tensor + 4).to(tl.pointer_type(tl.int16)) + index
         theta = _join(params, remainders, inside) if REMAINDER else _load(params, inside)
-        m = _dequantise(momenta, _load(scale_pointers, known), inside) if PACKED else _load(momenta, inside)
+        m = _dequantize(momenta, _load(scale_pointers, known), inside) if PACKED else _load(momenta, inside)
         g = _load(grads, inside) * tl.load(hyper + 6)
         c = m * tl.load(hyper + 1) + g * tl.load(hyper + 2)
         sign = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, 0.0))
@@ -175,121 +177,80 @@ def _lion_kernel(
         else:
             _store(params, theta, inside)
         if PACKED:
-            _quantise(momenta, scale_pointers, m, inside, known)
+            _quantize(momenta, scale_pointers, m, inside, known)
         else:
             _store(momenta, m, inside)
         if COPY:
             _store(tl.load(tensor + 3).to(tl.pointer_type(tl.uint16)) + index, theta, inside)
 
 
-# bf16 is read and written as integers: Triton's interpreter flushes its denormals and rounds its casts otherwise.
+# bf16 is read and written as integers: Triton's interpreter flushes bf16 denormals and rounds its casts differently.
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.uint16, torch.int8: tl.int8}
 
 
 @torch.no_grad()
-def lion_update_triton_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    weight_decay: float | Tensor,
-    grad_scale: float | Tensor = 1.0,
-    copies: Sequence[Tensor] | None = None,
-    remainders: Sequence[Tensor] | None = None,
-    scales: Sequence[Tensor] | None = None,
-    places: Sequence[Place] | None = None,
-    telemetry: Telemetry | None = None,
-    skip: Tensor | None = None,
-) -> None:
-    """:func:`megatron_lion.update.lion_update_` in one launch, however many tensors there are; the same bits, in place.
+def lion_update_triton_(tensors: StepTensors, scalars: StepScalars, telemetry: Telemetry | None = None) -> None:
+    """:func:`megatron_lion.update.lion_update_` in one launch for any number of tensors; the same bits, in place.
 
-    Tensors are contiguous, on one device, and each role is fp32 or bf16, momentum also int8 with ``scales``; ``copies``
-    are bf16. ``lr``, ``weight_decay`` and ``grad_scale`` may be one-element tensors on that device, which the kernel
-    reads there, so that a captured graph follows what is later written to them. ``skip``, an int32 tensor of one
-    element, leaves everything as it was where it is not 0. The first call on a set of tensors copies their addresses to
-    the device, later calls copy nothing from the host: make one before a capture. ``telemetry`` is summed in the same
-    launch, and read back at its end: it cannot be captured. Raises ValueError, and writes nothing, where sizes or
-    dtypes do not fit.
+    Tensors must be contiguous and of dtypes that :func:`~megatron_lion.kernels.fused.supports_dtypes`. Scalars in
+    tensors, and ``skip``, must be on the tensors' device. The kernel reads them there, so that a captured graph follows
+    what is written to them later. The first call on a set of tensors copies their addresses to the device. Later calls
+    copy nothing from the host, so make one call before a capture. ``telemetry`` is summed in the same launch and read
+    back on the host, so it cannot be captured. Issues no collective.
+
+    Raises:
+        ValueError: unsupported tensors; nothing was written.
     """
-    given = [role for role in (copies, remainders, scales) if role is not None]
-    if scales is not None and places is None:
-        places = [Place.of_whole(param) for param in params]
-    rows = list(zip(params, grads, exp_avgs, *given, strict=True))
-    if not any(row[0].numel() for row in rows):
+    kind = tensors.kind
+    if kind is None or not any(tensors.numels):
         return
-    _check(params, grads, exp_avgs, copies, remainders, scales, places)
-    absent = [0] * len(rows)
-    addresses = (
-        absent if role is None else [tensor.data_ptr() for tensor in role]
-        for role in (params, grads, exp_avgs, copies, remainders, scales)
-    )
-    where = [(0, SIZE)] * len(rows) if scales is None or places is None else places
-    entries = zip(*addresses, [param.numel() for param in params], *zip(*where, strict=True), strict=True)
-    device = params[0].device
-    table, block_tensor, block_number = _tables(device, tuple(entries), scales is not None)
+    if not supports_dtypes(kind):
+        raise ValueError(f"the Triton kernel does not support {kind}; use kernels.choose")
+    if not all(tensors.are_contiguous()):
+        raise ValueError("the Triton kernel supports only contiguous tensors; use the reference")
+    table, block_tensor, block_number = _tables(kind.device, _entries(tensors), kind.scales is not None)
     programs = len(block_number)
-    sums = torch.zeros(0 if telemetry is None else programs, 6, dtype=torch.float64, device=device)
+    sums = torch.zeros(0 if telemetry is None else programs, 6, dtype=torch.float64, device=kind.device)
+    skip = scalars.skip
     _lion_kernel[(programs,)](
         table,
         block_tensor,
         block_number,
-        _hyper(device, lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, weight_decay, grad_scale),
-        torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip,
+        _scalars_on(kind.device, scalars),
+        torch.zeros(1, dtype=torch.int32, device=kind.device) if skip is None else skip,
         sums,
-        PARAM=TYPES[params[0].dtype],
-        GRAD=TYPES[grads[0].dtype],
-        MOMENTUM=TYPES[exp_avgs[0].dtype],
-        COPY=copies is not None,
-        REMAINDER=remainders is not None,
-        PACKED=scales is not None,
+        PARAM=TYPES[kind.masters],
+        GRAD=TYPES[kind.grads],
+        MOMENTUM=TYPES[kind.exp_avgs],
+        COPY=kind.model_copies is not None,
+        REMAINDER=kind.remainders is not None,
+        PACKED=kind.scales is not None,
         TELEMETRY=telemetry is not None,
         SIZE=SIZE,
         enable_fp_fusion=False,
     )
-    if telemetry is not None and not (skip is not None and bool(skip)):
+    if telemetry is not None and not scalars.skips():
         l1, l2_squared, inner, zeros, flipped, linf_param = [*sums[:, :5].sum(0).tolist(), float(sums[:, 5].max())]
-        elements = sum(param.numel() for param in params)
+        elements = sum(tensors.numels)
         telemetry.merge(Telemetry(elements, l1, l2_squared, inner, int(zeros), int(flipped), linf_param))
 
 
-def _check(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    copies: Sequence[Tensor] | None,
-    remainders: Sequence[Tensor] | None,
-    scales: Sequence[Tensor] | None,
-    places: Sequence[Place] | None,
-) -> None:
-    plain = {torch.float32, torch.bfloat16}
-    for name, role, dtypes in (
-        ("params", params, plain if remainders is None else {torch.bfloat16}),
-        ("grads", grads, plain),
-        ("exp_avgs", exp_avgs, plain if scales is None else {torch.int8}),
-        ("copies", copies, {torch.bfloat16}),
-        ("remainders", remainders, {torch.int16}),
-        ("scales", scales, {torch.bfloat16}),
-    ):
-        for tensor, param in zip(role or (), params, strict=False):
-            if tensor.dtype not in dtypes or tensor.dtype != role[0].dtype:  # type: ignore[index]
-                raise ValueError(f"{name} must be of one dtype, one of {dtypes}, not {tensor.dtype}")
-            if not tensor.is_contiguous() or (name != "scales" and tensor.numel() != param.numel()):
-                raise ValueError(f"{name} must be contiguous and of one size with the parameters")
-    for param, scale, place in zip(params, scales or (), places or (), strict=False):
-        if place.blocks(param.numel()) != scale.numel():
-            wanted = place.blocks(param.numel())
-            raise ValueError(f"{param.numel()} elements at {place} have {wanted} scales, not {scale.numel()}")
+def _entries(tensors: StepTensors) -> tuple[tuple[int, ...], ...]:
+    """Rows of the kernel's table."""
+    roles, count = tensors.roles(), len(tensors.masters)
+    addresses = (map(Tensor.data_ptr, roles[name]) if name in roles else itertools.repeat(0, count) for name in ROLES)
+    blocks = tensors.blocks if "scales" in roles and tensors.blocks else itertools.repeat((0, SIZE), count)
+    return tuple(zip(*addresses, tensors.numels, *zip(*blocks, strict=True), strict=True))
 
 
 @functools.lru_cache(maxsize=64)
 def _tables(device: torch.device, entries: tuple[tuple[int, ...], ...], packed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's table, and for each program its tensor and block; kept, as a graph cannot capture copies from the
-    host, and they take longer than a step."""
+    """Return the kernel's table and, for each program, its tensor and block.
+
+    Cached, because a graph cannot capture copies from the host, and because they take longer than a step.
+    """
     table = torch.tensor(entries, dtype=torch.int64)
-    sizes = [Place(*entry[7:]).blocks(entry[6]) * precision.BLOCK if packed else entry[6] for entry in entries]
+    sizes = [BlockLayout(*entry[7:]).count(entry[6]) * precision.BLOCK if packed else entry[6] for entry in entries]
     blocks = (torch.tensor(sizes, dtype=torch.int64) + SIZE - 1) // SIZE
     block_tensor = torch.repeat_interleave(torch.arange(len(entries), dtype=torch.int32), blocks)
     first = torch.repeat_interleave(torch.cumsum(blocks, 0) - blocks, blocks)
@@ -297,8 +258,10 @@ def _tables(device: torch.device, entries: tuple[tuple[int, ...], ...], packed: 
     return table.to(device), block_tensor.to(device), block_number.to(device)
 
 
-def _hyper(device: torch.device, *values: float | Tensor) -> Tensor:
-    """The values as one fp32 tensor on ``device``: the host does not read those that are tensors, nor copy numbers."""
+def _scalars_on(device: torch.device, scalars: StepScalars) -> Tensor:
+    """The kernel's numbers as one fp32 tensor, without reading a tensor on the host or copying a number from it."""
+    beta1, beta2 = scalars.beta1, scalars.beta2
+    values = (scalars.lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, scalars.weight_decay, scalars.grad_scale)
     parts = [
         value.reshape(1).to(device, torch.float32)
         if isinstance(value, Tensor)

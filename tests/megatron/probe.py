@@ -20,7 +20,7 @@ import torch
 import megatron_lion
 from launch import pretrain_gpt
 from megatron_lion.integration import compat
-from megatron_lion.lion import Lion
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from tools.compare_stock import owners, state_bytes, stock_on_cpu
 
 
@@ -67,7 +67,7 @@ def sharded_step(model: list[Any], optimizer: Any, steps: int = 5) -> dict[str, 
     groups = [{"params": [copies[name]], "weight_decay": weight_decay[name]} for name in copies]
     group = optimizer.param_groups[0]
     stored = {"momentum_dtype": args.lion_momentum_dtype, "master_weights": args.lion_master_weights}
-    plain = Lion(groups, lr=group["lr"], betas=group["betas"], kernel="reference", **stored)
+    plain = ShardedLion(groups, lr=group["lr"], betas=group["betas"], kernel="reference", **stored)
     plain.use_decoupled_grad = True
     for seed in range(steps):
         gradients = set_gradients(model, seed)

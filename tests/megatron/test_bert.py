@@ -212,6 +212,7 @@ def test_data_that_its_manifest_disowns_is_refused(sentences: Path, tmp_path: Pa
     prefix = tmp_path / "help_train_text_sentence"
     args = Namespace(
         data_path=["1.0", str(prefix)], train_data_path=None, valid_data_path=None, test_data_path=None,
+        data_args_path=None, per_split_data_args_path=None,
         tokenizer_type="BertWordPieceLowerCase", vocab_file=str(sentences / "vocab.txt"),
     )  # fmt: skip
     check_data_manifests(args)
@@ -221,8 +222,28 @@ def test_data_that_its_manifest_disowns_is_refused(sentences: Path, tmp_path: Pa
         check_data_manifests(args)
     Path(f"{prefix}.bin").write_bytes(whole)
     args.vocab_file = str(other)
-    with pytest.raises(LionError, match=r"was made with BertWordPieceLowerCase vocab\.txt"):
-        check_data_manifests(args)
+    (tmp_path / "args.txt").write_text(f"0.3 {prefix}\n0.7 {prefix}\n")
+    splits = {"train": str(prefix), "valid": ["1", str(prefix)], "test": None}
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    (tmp_path / "only_test.json").write_text(json.dumps(splits | {"train": None, "valid": None, "test": [str(prefix)]}))
+    linked = tmp_path / "elsewhere" / "linked"
+    linked.parent.mkdir()
+    for suffix in (".bin", ".idx"):
+        Path(f"{linked}{suffix}").symlink_to(f"{prefix}{suffix}")
+    for way in (
+        {"data_path": ["1.0", str(prefix)]},
+        {"data_path": [str(prefix)]},
+        {"data_path": [str(linked)]},
+        {"train_data_path": [str(prefix)]},
+        {"test_data_path": ["0.5", str(prefix), "0.5", str(prefix)]},
+        {"data_args_path": str(tmp_path / "args.txt")},
+        {"per_split_data_args_path": str(tmp_path / "splits.json")},
+        {"per_split_data_args_path": str(tmp_path / "only_test.json")},
+    ):
+        with pytest.raises(LionError, match=r"was made with BertWordPieceLowerCase vocab\.txt"):
+            check_data_manifests(Namespace(**{**vars(args), "data_path": None, **way}))
+    with pytest.raises(LionError, match=r"--data-args-path .*none\.txt .* cannot be read: FileNotFoundError"):
+        check_data_manifests(Namespace(**{**vars(args), "data_path": None, "data_args_path": f"{tmp_path}/none.txt"}))
 
 
 @pytest.mark.slow

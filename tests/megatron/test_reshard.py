@@ -90,7 +90,7 @@ def test_every_layout_loads_what_every_layout_saves(
 
 
 @pytest.mark.parametrize(
-    ("saved_as", "other", "size", "is_requantised"),
+    ("saved_as", "other", "size", "is_requantized"),
     [
         ("int8 momentum", "TP 2", "--hidden-size 48", True),  # rows of 48, cut at 24
         ("int8 momentum", "TP 2", "--hidden-size 64", False),
@@ -98,7 +98,7 @@ def test_every_layout_loads_what_every_layout_saves(
     ],
 )
 def test_int8_momentum_of_other_blocks_is_loaded_exactly_and_it_is_said(
-    text: Path, tmp_path: Path, saved_as: str, other: str, size: str, is_requantised: bool
+    text: Path, tmp_path: Path, saved_as: str, other: str, size: str, is_requantized: bool
 ) -> None:
     # --hidden-size comes twice on these command lines; argparse takes the later one.
     flags = (size, "--ddp-pad-buckets-for-high-nccl-busbw")
@@ -106,7 +106,7 @@ def test_int8_momentum_of_other_blocks_is_loaded_exactly_and_it_is_said(
     cell = reshard.load(text, kept, tmp_path / "loaded", other, "int8 momentum", *flags, "--exit-interval 4")
     assert cell.different == []
     said = [line for line in cell.run.ours() if "were not saved in these blocks of 32" in line]
-    assert len(said) == is_requantised, cell.run.ours()
+    assert len(said) == is_requantized, cell.run.ours()
 
 
 @pytest.mark.refuses("another TP or PP in a format that cannot follow")

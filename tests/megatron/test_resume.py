@@ -1,14 +1,19 @@
 """A run that was killed and resumed equals one that never stopped, bit for bit, with dropout on."""
 
+import contextlib
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_lion.config import LionError
+from megatron_lion.integration.checkpoint.group_settings import refuse_other_rates
 from megatron_lion.integration.compat import installed_traits
 from tests.harness import HORIZON, WORKERS, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
 
-# Parameter by parameter, instead of in buckets whose padding is never initialised.
+# Parameter by parameter, instead of in buckets whose padding is never initialized.
 CANONICAL = "--dist-ckpt-optim-fully-reshardable"
 DISTRIBUTED = "--use-distributed-optimizer"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -113,13 +118,50 @@ def test_another_learning_rate_on_resume_is_taken_if_asked_for(text: Path, tmp_p
 def test_the_checkpoints_schedule_is_taken_if_asked_for(text: Path, tmp_path: Path) -> None:
     run = f"--optimizer lion {DISTRIBUTED} {HORIZON} --lr-decay-style constant --train-iters 4"
     pretrain(text, run, f"--save {tmp_path} --save-interval 2 --exit-interval 2")
-    more = f"--load {tmp_path} --use-checkpoint-opt_param-scheduler --lr 5e-5"
-    resumed = pretrain(text, run, more, kill_at=4)
+    taken = f"--load {tmp_path} --use-checkpoint-opt_param-scheduler"
+    other_decay = pretrain(text, run, taken, "--weight-decay 5", kill_at=3)
+    assert other_decay.returncode not in (0, -9)
+    assert "this run changes --weight-decay 0.1 to 5.0, which Megatron would use for its first" in other_decay.output
+    resumed = pretrain(text, run, taken, "--lr 5e-5", kill_at=4)
     if installed_traits().groups_are_found_by_rates:
         assert resumed.returncode not in (0, -9)
         assert "resume with the --lr, --min-lr" in resumed.output
     else:
         assert "learning rate: 1.000000E-04" in resumed.output
+
+
+CONSTANT = {
+    "lr": 1e-4, "min_lr": 0.0, "weight_decay": 0.1, "weight_decay_incr_style": "constant", "start_weight_decay": 0.1,
+    "end_weight_decay": 0.1, "train_iters": 8, "override_opt_param_scheduler": False,
+}  # fmt: skip
+LINEAR = {**CONSTANT, "weight_decay_incr_style": "linear", "end_weight_decay": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("saved", "change", "expected"),
+    [
+        (CONSTANT, {}, None),
+        (CONSTANT, {"train_iters": 16}, None),
+        (
+            CONSTANT,
+            {"weight_decay": 5.0, "start_weight_decay": 5.0, "end_weight_decay": 5.0},
+            "weight-decay 0.1 to 5.0",
+        ),
+        (CONSTANT, {"weight_decay_incr_style": "cosine"}, "--weight-decay-incr-style constant to cosine"),
+        (LINEAR, {"weight_decay": 5.0}, None),  # not used
+        (LINEAR, {"end_weight_decay": 5.0}, "--end-weight-decay 0.2 to 5.0"),
+        (LINEAR, {"train_iters": 16}, "--train-iters 8 to 16"),
+    ],
+)
+@pytest.mark.parametrize("takes_checkpoints", [True, False])
+def test_another_weight_decay_is_refused_unless_asked_for(
+    saved: dict[str, Any], change: dict[str, Any], expected: str | None, takes_checkpoints: bool
+) -> None:
+    args = Namespace(**{**saved, **change, "use_checkpoint_opt_param_scheduler": takes_checkpoints})
+    with pytest.raises(LionError, match=expected) if expected else contextlib.nullcontext():
+        refuse_other_rates(Namespace(**saved), args)
+    args.override_opt_param_scheduler = True
+    refuse_other_rates(Namespace(**saved), args)
 
 
 @pytest.mark.supports("another optimizer's checkpoint", "refused by name before it is read")

@@ -1,8 +1,10 @@
 """tools/prepare_text.py on Python's own help: tokens, bytes, splits, kills, bad input, and Megatron's own builder."""
 
+import codecs
 import gzip
 import json
 import multiprocessing
+import os
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -279,6 +281,86 @@ def test_plain_text_falls_into_documents_by_the_rule_asked_for() -> None:
     assert cut["wikitext"] == [b"".join(text[:5]).rstrip(b"\n"), b"".join(text[5:]).rstrip(b"\n")]
 
 
+BOM = codecs.BOM_UTF8
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".GZ", ".Zst"])
+def test_byte_order_marks_and_packings_in_capitals_leave_the_same_documents(
+    packing: str, gpt2: list[str], tmp_path: Path
+) -> None:
+    """A mark begins each file, and a line where files were put together; one in a text is dropped at its beginning."""
+    import zstandard
+
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[packing.lower()]
+    texts = [f"Document {n}.\nIts second line." for n in range(6)]
+    plain = [text.encode() for text in texts]
+    lines = [json.dumps({"text": text.decode()}).encode() for text in plain]
+    marked = [json.dumps({"text": f"\ufeff{text.decode()}"}).encode() for text in plain]
+    given = {
+        "plain.jsonl": b"\n".join(lines),
+        "marked.jsonl": BOM + lines[0] + b"\r\n" + BOM + b"\n".join(lines[1:]),
+        "inside.JSONL": b"\n".join(marked),
+        "plain.txt": b"\n\n".join(plain),
+        "marked.txt": BOM + b"\n\n".join(plain[:2]) + b"\n\n" + BOM + b"\n\n".join(plain[2:]),
+        "empty_first.TXT": BOM + b"\n" + b"\n\n".join(plain),
+    }
+    expected = None
+    for name, content in given.items():
+        (tmp_path / f"{name}{packing}").write_bytes(pack(content))
+        prefix = tmp_path / name.replace(".", "_")
+        assert run(tmp_path / f"{name}{packing}", prefix, "--strict", *gpt2) == 0
+        made = Path(f"{prefix}_text_document.bin").read_bytes()
+        expected = expected or made
+        assert made == expected, name
+        assert manifest.read_manifest(prefix)["counts"]["all"]["documents"] == len(texts)
+
+
+def test_a_tokenizer_that_ends_each_text_itself_ends_a_document_once(tmp_path: Path) -> None:
+    """And what it adds to a blank text is no document."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+
+    ids = {"<unk>": 0, "<s>": 1, "</s>": 2, "hello": 3, "there": 4, ".": 5, "Hello": 6}
+    made = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("hello there", "", " ", "hello. Hello.")))
+    flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder), "--append-eod")
+    assert run(path, tmp_path / "x", *flags) == 0
+    assert sequences(tmp_path / "x_text_document") == [[1, 3, 4, 2], [1, 3, 5, 6, 5, 2]]
+    assert manifest.read_manifest(tmp_path / "x")["skipped"] == {"empty": 2}
+    assert run(path, tmp_path / "y", *flags, "--split-sentences") == 0
+    assert sequences(tmp_path / "y_text_sentence") == [[1, 3, 4, 2], [1, 3, 5, 2], [1, 6, 5, 2]]
+
+
+def test_utf_16_is_named(gpt2: list[str], tmp_path: Path) -> None:
+    for encoding in ("utf-16", "utf-16-be"):
+        path = tmp_path / f"{encoding}.jsonl"
+        path.write_bytes((codecs.BOM_UTF16_BE if encoding.endswith("be") else b"") + '{"text": "a"}\n'.encode(encoding))
+        with pytest.raises(LionError, match=rf"{encoding}.jsonl is UTF-16, not UTF-8: convert it"):
+            run(path, tmp_path / "x", *gpt2)
+        prepare_text.shutil.rmtree(tmp_path / "x.shards")
+
+
+def test_a_vocabulary_with_a_byte_order_mark_is_the_same_tokenizer(
+    tokenizers: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    for kind in ("GPT2BPETokenizer", "BertWordPieceLowerCase"):
+        plain = tokenizers[kind]
+        marked = dict(plain)
+        for flag in ("--vocab-file", "--merge-file"):
+            if flag in plain:
+                marked[flag] = str(tmp_path / f"{kind}{flag}")
+                Path(marked[flag]).write_bytes(BOM + Path(plain[flag]).read_bytes())
+        text = vocabularies.help_documents(40)[0]
+        assert megatron_tokenizer(marked).tokenize(text) == megatron_tokenizer(plain).tokenize(text)
+
+
 def test_sentences_end_where_a_reader_ends_them() -> None:
     text = 'Dr. Smith left at 5 p.m. on Monday. "Why?" he asked. J. R. R. Tolkien wrote it (see Fig. 3). Yes\nit is so!'
     assert split_sentences(text + "\n\nNo full stop") == [
@@ -299,12 +381,43 @@ def test_a_complete_corpus_is_kept_and_another_is_not_overwritten(
     good = contents(tmp_path)
     assert run(source, tmp_path / "x", *gpt2) == 0
     assert "complete already" in capsys.readouterr().out
-    with pytest.raises(LionError, match="belongs to a corpus made otherwise"):
-        run(source, tmp_path / "x", "--append-eod", *gpt2)
+    for more in (["--append-eod"], ["--dataset-split", "test"], ["--text-documents", "line"]):
+        with pytest.raises(LionError, match="belongs to a corpus made otherwise"):
+            run(source, tmp_path / "x", *more, *gpt2)
     (tmp_path / "x_manifest.json").unlink()
     with pytest.raises(LionError, match=r"x_text_document\.bin exists and is not this tool's"):
         run(source, tmp_path / "x", *gpt2)
     assert contents(tmp_path) == {name: content for name, content in good.items() if "manifest" not in name}
+
+
+def test_a_text_that_was_edited_is_noticed_and_a_copy_is_not(
+    gpt2: list[str], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(source.read_bytes())
+    assert run(path, tmp_path / "x", *SMALL, *gpt2) == 0
+    os.utime(path, ns=(1, 1))  # as a copy or a checkout leaves it
+    assert run(path, tmp_path / "x", *SMALL, *gpt2) == 0
+    assert "complete already" in capsys.readouterr().out
+    text = path.read_bytes()
+    at = text.index(b"the")
+    path.write_bytes(text[:at] + b"THE" + text[at + 3 :])  # the same size
+    good = contents(tmp_path)
+    with pytest.raises(LionError, match=r"the text was changed after .*x_manifest\.json was written: give another"):
+        run(path, tmp_path / "x", *SMALL, *gpt2)
+    assert contents(tmp_path) == good
+
+
+def test_a_saved_data_set_that_was_made_again_is_noticed(gpt2: list[str], tmp_path: Path) -> None:
+    import datasets
+
+    folder = tmp_path / "saved"
+    for texts in (["one two"], ["two one"]):
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(folder))
+        if texts == ["one two"]:
+            assert run(folder, tmp_path / "x", *gpt2) == 0
+    with pytest.raises(LionError, match="the text was changed after"):
+        run(folder, tmp_path / "x", *gpt2)
 
 
 def test_verify_finds_truncation_another_content_and_the_wrong_tokenizer(

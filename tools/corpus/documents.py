@@ -53,7 +53,7 @@ def python_documents(folder: Path) -> list[str]:
 def read_text(path: Path) -> str:
     """Return what the file holds; raises LionError if it cannot be read or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise LionError(f"--text {path}: {error}; give a readable UTF-8 text file") from error
 

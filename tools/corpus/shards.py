@@ -8,7 +8,7 @@ the joined files do not depend on how many workers made the parts, or in which o
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,11 @@ class Shard:
             state.update(len(unit).to_bytes(8, "little"))
             state.update(unit)
         return state.hexdigest()
+
+
+def text_digest(digests: Iterable[str]) -> str:
+    """A hash of a corpus's text: of its shards' digests, in order."""
+    return hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +93,13 @@ class BadUnit(Exception):
 
 
 def document_text(unit: bytes, kind: str, key: str) -> str:
-    """Return the document in a unit. Raises BadUnit where there is none."""
+    """Return the document in a unit, without a byte order mark at its beginning. Raises BadUnit where there is none."""
     try:
         text = unit.decode("utf-8")
     except UnicodeDecodeError:
         raise BadUnit("not UTF-8") from None
     if kind == "text":
-        return text
+        return text.removeprefix("\ufeff")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
@@ -107,7 +112,7 @@ def document_text(unit: bytes, kind: str, key: str) -> str:
         record[key].encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no encoding can hold
         raise BadUnit("not Unicode") from None
-    return record[key]
+    return record[key].removeprefix("\ufeff")
 
 
 def record_path(folder: Path, index: int) -> Path:
@@ -185,16 +190,20 @@ def _documents(shard: Shard, key: str, strict: bool) -> tuple[list[str], dict[st
 
 
 def _encode(documents: list[str], encoding: Encoding, tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield each document's ids and the lengths of its sequences, the end-of-document token counted to the last."""
+    """Yield each document's ids and the lengths of its sequences, the end-of-document token counted to the last.
+
+    A tokenizer that ends every text with that token has ended the document.
+    """
     if encoding.split_sentences:
         sentences = [split_sentences(text, encoding.keep_newlines) for text in documents]
     else:
         sentences = [[text] for text in documents]
     encoded = tokenize_all(tokenizer, (sentence for group in sentences for sentence in group))
+    (nothing,) = tokenize_all(tokenizer, [""])  # what some tokenizers add to every text
     for group in sentences:
-        parts = [ids for ids in (next(encoded) for _ in group) if ids]
+        parts = [ids for ids in (next(encoded) for _ in group) if ids != nothing]
         ids, lengths = [token for part in parts for token in part], [len(part) for part in parts]
-        if ids and encoding.append_eod:
+        if ids and encoding.append_eod and not (nothing and ids[-1] == nothing[-1] == tokenizer.eod):
             ids.append(tokenizer.eod)
             lengths[-1] += 1
         yield ids, lengths

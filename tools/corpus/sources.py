@@ -5,6 +5,7 @@ a document. The order is fixed by the sources alone, which is what makes everyth
 """
 
 import argparse
+import codecs
 import gzip
 import io
 import json
@@ -21,7 +22,7 @@ PACKED = (".gz", ".zst")
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 PLAIN_TEXT = (".txt", ".text", ".tokens", ".md")
 DOCUMENT_RULES = ("blank-line", "line", "wikitext")
-_WIKITEXT_TITLE = re.compile(rb"^ ?= [^=].* =\s*$")  # detokenised or not
+_WIKITEXT_TITLE = re.compile(rb"^ ?= [^=].* =\s*$")  # detokenized or not
 
 
 @dataclass
@@ -30,12 +31,14 @@ class Source:
 
     ``kind`` is "json" (units are lines to be parsed) or "text" (units are documents in UTF-8). ``total`` is the size
     that progress is measured against, 0 where it is not known, and ``consumed`` how much of it has been read.
+    ``changed`` is the time of the last change in nanoseconds, 0 for a data set of the hub.
     """
 
     name: str
     kind: str
     units: Callable[["Source"], Iterator[bytes]]
     total: int = 0
+    changed: int = 0
     consumed: int = field(default=0, compare=False)
 
 
@@ -56,7 +59,9 @@ def find_sources(inputs: Sequence[str], *, key: str, documents: str, dataset_spl
         elif path.is_file():
             sources.append(file_source(path, key, documents))
         elif path.is_dir() or re.fullmatch(r"[\w-]+/[\w.-]+", name):
-            sources.append(Source(name, "text", lambda source: dataset_texts(source.name, dataset_split, key)))
+            changed = max((part.stat().st_mtime_ns for part in path.rglob("*")), default=0)
+            texts = lambda source: dataset_texts(source.name, dataset_split, key)  # noqa: E731
+            sources.append(Source(name, "text", texts, changed=changed))
         else:
             raise LionError(f"--input {name}: no such file or folder, nor a data set's name such as owner/name")
     return sources
@@ -82,13 +87,14 @@ def suffix_of(path: Path) -> str | None:
 def file_source(path: Path, key: str, documents: str) -> Source:
     """The source that the file is, by its suffix. Raises LionError for an unknown one."""
     suffix = suffix_of(path)
-    size = path.stat().st_size
+    found = path.stat()
+    about = {"total": found.st_size, "changed": found.st_mtime_ns}
     if suffix == ".parquet":
-        return Source(str(path), "text", lambda source: parquet_texts(source, key), size)
+        return Source(str(path), "text", lambda source: parquet_texts(source, key), **about)
     if suffix in JSON_LINES:
-        return Source(str(path), "json", lines, size)
+        return Source(str(path), "json", lines, **about)
     if suffix in PLAIN_TEXT:
-        return Source(str(path), "text", lambda source: plain_documents(lines(source), documents), size)
+        return Source(str(path), "text", lambda source: plain_documents(lines(source), documents), **about)
     kinds = ", ".join((*JSON_LINES, *PLAIN_TEXT, ".parquet"))
     raise LionError(
         f"--input {path}: unknown kind of file; known are {kinds}, packed with {' or '.join(PACKED)} or not"
@@ -96,12 +102,17 @@ def file_source(path: Path, key: str, documents: str) -> Source:
 
 
 def lines(source: Source) -> Iterator[bytes]:
-    """Yield the file's lines, unpacked; ``source.consumed`` follows the packed file. Raises LionError for damage."""
+    """Yield the file's lines, unpacked, without byte order marks; ``source.consumed`` follows the packed file.
+
+    A mark begins a file, and a line where files were put together. Raises LionError for damage, and for UTF-16.
+    """
     with open(source.name, "rb") as raw, unpacked(raw, source.name) as stream:
         try:
             for line in stream:
+                if source.consumed == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise LionError(f"{source.name} is UTF-16, not UTF-8: convert it, for example with iconv")
                 source.consumed = raw.tell()
-                yield line
+                yield line.removeprefix(codecs.BOM_UTF8)
         except (EOFError, zlib.error, OSError) as error:
             raise LionError(f"{source.name} is damaged or cut short: {error}. Fetch it again") from error
         except Exception as error:
@@ -112,9 +123,9 @@ def lines(source: Source) -> Iterator[bytes]:
 
 def unpacked(raw: BinaryIO, name: str) -> BinaryIO:
     """The file's content, whatever it is packed with. Raises LionError where the package for it is missing."""
-    if name.endswith(".gz"):
+    if name.lower().endswith(".gz"):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[return-value]
-    if name.endswith(".zst"):
+    if name.lower().endswith(".zst"):
         try:
             import zstandard
         except ImportError as error:

@@ -13,7 +13,7 @@ FORMULAS = {
     "bits_per_byte": "nll / (ln 2 * bytes)",
     "nll": "sum over the tokens but the first of -ln p(token | up to a window of tokens before it)",
     "tokens": "tokens of the whole text as the model reads it",
-    "words": "parts of the original text between single blanks, before detokenising",
+    "words": "parts of the original text between single blanks, before detokenizing",
     "bytes": "UTF-8 bytes of the text as the model reads it",
 }
 
@@ -31,8 +31,8 @@ def wikitext_detokenizer(text: str) -> str:
     for mark in ":;.!?,":
         text = text.replace(f" {mark} ", f"{mark} ")
     for opening, closing in ("()", "[]", "{}", '""', "''"):
-        inside = rf"{re.escape(opening)}\s*([^{re.escape(closing)}]*?)\s*{re.escape(closing)}"
-        text = re.sub(inside, lambda match, a=opening, b=closing: f"{a}{match[1]}{b}", text)
+        inside = rf"{re.escape(opening)}([^{re.escape(closing)}]*+){re.escape(closing)}"
+        text = re.sub(inside, lambda match, a=opening, b=closing: f"{a}{match[1].strip()}{b}", text)
     for mark, joined in (
         ("= = = =", "===="),
         ("= = =", "==="),

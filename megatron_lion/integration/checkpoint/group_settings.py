@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_lion.config import LionError
-from megatron_lion.lion import LION_GROUP_KEYS
+from megatron_lion.storage import LION_GROUP_KEYS
 
-RATES = ("lr", "min_lr", "weight_decay", "decoupled_lr", "decoupled_min_lr")
+RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
+# Of a weight decay that changes while a run trains, over --train-iters.
+SCHEDULED_DECAY = ("start_weight_decay", "end_weight_decay", "train_iters")
+WEIGHT_DECAY = ("weight_decay", "weight_decay_incr_style", *SCHEDULED_DECAY)
 
 NO_SUCH_GROUP = (
     "no parameter group in the checkpoint has this run's learning rates and multipliers: resume with the --lr, "
@@ -23,19 +26,36 @@ NO_SUCH_GROUP = (
 
 
 def refuse_other_rates(saved_args: Any, args: Any) -> None:
-    """Raise LionError if the rates of this run and of its checkpoint differ and no flag says which to use."""
-    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+    """Raise LionError where a run has other rates than its checkpoint and says of neither that they are to be taken.
+
+    Also where it takes the checkpoint's, but with another weight decay: Megatron makes the first step with the command
+    line's (OptimizerParamScheduler.load_state_dict sets the groups before it reads the decay).
+    """
+    if args.override_opt_param_scheduler:
         return
-    both = ", ".join(
-        f"--{name.replace('_', '-')} {getattr(saved_args, name)} to {getattr(args, name)}"
-        for name in RATES
-        if hasattr(saved_args, name) and getattr(saved_args, name) != getattr(args, name)
-    )
-    if both:
+    if args.use_checkpoint_opt_param_scheduler:
+        if changes := _changes(saved_args, args, WEIGHT_DECAY):
+            raise LionError(
+                f"--use-checkpoint-opt_param-scheduler, and this run changes {changes}, which Megatron would use for "
+                "its first step: give those of the checkpoint, or take the command line's values for all "
+                "(--override-opt_param-scheduler)"
+            )
+    elif changes := _changes(saved_args, args, (*RATES, *WEIGHT_DECAY)):
         raise LionError(
-            f"the schedule continues from the checkpoint's step, and this run changes {both}: add "
+            f"the schedule continues from the checkpoint's step, and this run changes {changes}: add "
             "--override-opt_param-scheduler to use the command line's values, or use the checkpoint's"
         )
+
+
+def _changes(saved_args: Any, args: Any, names: tuple[str, ...]) -> str:
+    """Which of the arguments differ, in words."""
+    styles = {saved_args.weight_decay_incr_style, args.weight_decay_incr_style}
+    unused = SCHEDULED_DECAY if styles == {"constant"} else ("weight_decay",) if "constant" not in styles else ()
+    return ", ".join(
+        f"--{name.replace('_', '-')} {getattr(saved_args, name)} to {getattr(args, name)}"
+        for name in names
+        if name not in unused and hasattr(saved_args, name) and getattr(saved_args, name) != getattr(args, name)
+    )
 
 
 class GroupSettings:

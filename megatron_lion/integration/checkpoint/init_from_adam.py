@@ -7,7 +7,7 @@ import torch
 from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.optimizer.repaired import RepairedDistributedOptimizer
-from megatron_lion.lion import LION_GROUP_KEYS
+from megatron_lion.storage import LION_GROUP_KEYS
 
 # What Lion's momentum starts from.
 MOMENTUM = {"adam": "Adam's exp_avg, bit for bit", "fresh": "zero"}

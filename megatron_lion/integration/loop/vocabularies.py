@@ -1,9 +1,9 @@
 """Megatron's GPT-2 and BERT tokenizers from the user's own vocabulary files, without asking the Hugging Face hub."""
 
+import codecs
 import functools
 import hashlib
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -73,17 +73,31 @@ def tokenizer_sha256(args: Any) -> str:
 def check_data_manifests(args: Any) -> None:
     """Raise LionError where a manifest of tools/prepare_text.py says that the data is not what it should be.
 
-    Looks beside every prefix on the command line for another tokenizer's tokens and for files of another size, as one
-    cut short has. Data without a manifest passes; a tokenizer that is not a local file is not compared.
+    Looks beside every prefix that Megatron will read, links followed, for another tokenizer's tokens and for files of
+    another size, as one cut short has. Data without a manifest passes; a tokenizer that is not a local file is not
+    compared.
     """
-    given = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
-    prefixes = [Path(word) for words in given for word in words or ()]
+    prefixes = [Path(f"{prefix}.bin").resolve().with_suffix("") for prefix in _data_prefixes(args)]
     for folder in dict.fromkeys(prefix.parent for prefix in prefixes):
         names = {f"{prefix.name}.bin" for prefix in prefixes if prefix.parent == folder}
         for path in sorted(folder.glob("*_manifest.json")):
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if concerned := sorted(names & manifest["files"].keys()):
                 _check_manifest(args, path, manifest, concerned)
+
+
+def _data_prefixes(args: Any) -> list[str]:
+    """All data that the command line names, as Megatron reads it: in flags or in files, with or without weights."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    try:
+        whole, splits = get_blend_and_blend_per_split(args)
+    except (OSError, ValueError, LookupError) as error:
+        raise LionError(
+            f"--data-args-path {args.data_args_path} or --per-split-data-args-path {args.per_split_data_args_path} "
+            f"cannot be read: {error!r}"
+        ) from error
+    return [prefix for blend in (whole, *(splits or ())) if blend is not None for prefix in blend[0]]
 
 
 def _check_manifest(args: Any, path: Path, manifest: dict[str, Any], names: list[str]) -> None:
@@ -133,7 +147,7 @@ def use_local_vocabularies() -> None:
             for name, (flag, path) in zip(names, given.items(), strict=False):
                 if not path or not Path(path).is_file():
                     raise LionError(f"{flag} {path} is not a file: {tokenizer_path} needs {' and '.join(names)}")
-                shutil.copyfile(path, Path(folder) / name)
+                (Path(folder) / name).write_bytes(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8))
             (Path(folder) / "tokenizer_config.json").write_text(json.dumps(description), encoding="utf-8")
             HuggingFaceTokenizer.__init__(self, folder, **kwargs)
 

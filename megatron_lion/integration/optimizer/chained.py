@@ -13,7 +13,7 @@ from megatron_lion.integration import compat, console
 from megatron_lion.integration.checkpoint import group_settings
 from megatron_lion.integration.checkpoint.formats import EXPERTS_APART
 from megatron_lion.integration.optimizer.offload import LIONS
-from megatron_lion.lion import Lion
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.precision import BLOCK
 
 
@@ -85,23 +85,23 @@ class LionChainedOptimizer(ChainedOptimizer):
         grads = (compat.gradient_of(sub_optimizer, param) for sub_optimizer, param in self._outside_the_norm)
         unseen = [grad for grad in grads if grad is not None]
         size = float(self._grad_norm) + sum(float(norm) for norm in (torch._foreach_norm(unseen) if unseen else ()))
-        waiting = self._unquantised() if self._is_loaded else 0
+        waiting = self._unquantized() if self._is_loaded else 0
         sums = torch.tensor([not math.isfinite(size), waiting], dtype=torch.float64, device=torch.cuda.current_device())
         torch.distributed.all_reduce(sums)
         bad, waiting = (int(number) for number in sums.tolist())
         if waiting and not bad:
             console.say(
                 f"int8 momentum: {waiting} elements over all ranks were not saved in these blocks of {BLOCK}; their "
-                "loaded fp32 values are used in this step, which quantizes them at its end"
+                "loaded fp32 values are used in this step, which quantizes them"
             )
         self._is_loaded = self._is_loaded and bool(bad)
         return not bad
 
-    def _unquantised(self) -> int:
+    def _unquantized(self) -> int:
         return sum(
-            sub_optimizer.optimizer.unquantised()
+            sub_optimizer.optimizer.unquantized()
             for sub_optimizer in self.chained_optimizers
-            if isinstance(sub_optimizer.optimizer, Lion)
+            if isinstance(sub_optimizer.optimizer, ShardedLion)
         )
 
     @functools.cached_property

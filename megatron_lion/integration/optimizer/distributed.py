@@ -13,8 +13,8 @@ from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint.init_from_adam import InitFromAdam
 from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
 from megatron_lion.integration.optimizer.repaired import StatelessStepDistributedOptimizer
-from megatron_lion.lion import Lion
-from megatron_lion.precision import BLOCK, Place
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
+from megatron_lion.precision import BLOCK, BlockLayout
 
 
 def init_lion_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
@@ -36,10 +36,10 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
     @compat.overrides
     def __init__(self, optimizer: torch.optim.Optimizer | None, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(optimizer, config, *args, **kwargs)
-        if isinstance(optimizer, Lion) and compat.is_precision_aware(config):
+        if isinstance(optimizer, ShardedLion) and compat.is_precision_aware(config):
             optimizer.use_decoupled_grad = True
-            optimizer.places = {
-                inner: Place(compat.shard_range(self, param)[0], Place.of_whole(param).row)
+            optimizer.blocks = {
+                inner: BlockLayout(compat.shard_range(self, param)[0], BlockLayout.of_whole(param).row_length)
                 for param, inner, _ in compat.updated_params(self)
             }
             if any(group["momentum_dtype"] == "int8" for group in optimizer.param_groups):
@@ -59,8 +59,8 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
                 for param in bucket.params:
                     start = buffer.param_index_map[param][0] - bucket.offset
                     cuts = range(-(-start // numel) * numel, start + param.numel(), numel)
-                    place = Place.of_whole(param)
-                    if any(place.cuts_a_block(cut - start) for cut in cuts):
+                    layout = BlockLayout.of_whole(param)
+                    if any(layout.splits_a_block(cut - start) for cut in cuts):
                         raise LionError(
                             f"--lion-momentum-dtype int8: with DP={ranks} a shard boundary cuts a block of {BLOCK} "
                             f"elements in a parameter of shape {tuple(param.shape)}. Add "
@@ -123,7 +123,7 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
         buckets = [bucket for buffer in self.buffers for bucket in buffer.buckets]
         addresses = tuple(0 if bucket.param_data is None else bucket.param_data.data_ptr() for bucket in buckets)
         if addresses != self._addresses:  # buffers may be freed and allocated again
-            self.optimizer.copies = {
+            self.optimizer.model_copies = {
                 shard: self._slice(param)
                 for shards, params in zip(self.shard_fp32_from_float16_groups, self.model_float16_groups, strict=True)
                 for shard, param in zip(shards, params, strict=True)
@@ -131,10 +131,10 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
             }
             self._addresses = addresses
         shards = sum(len(group) for group in self.shard_fp32_from_float16_groups)
-        return len(self.optimizer.copies) == shards
+        return len(self.optimizer.model_copies) == shards
 
     def _slice(self, param: torch.nn.Parameter) -> torch.Tensor:
-        place = self._get_model_param_range_map(param)["gbuf_world_in_bucket"]
+        span = self._get_model_param_range_map(param)["gbuf_world_in_bucket"]
         buffer, _, bucket = self.model_param_gbuf_map[param]
         data = self.buffers[buffer].buckets[bucket].param_data
-        return data.view(-1)[place.start : place.end].detach()
+        return data.view(-1)[span.start : span.end].detach()

@@ -22,7 +22,7 @@ from megatron_lion.integration.optimizer.sgd_and_adam import (
     TorchAdamDistributedOptimizer,
     init_sgd_state,
 )
-from megatron_lion.lion import Lion
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 
 
 def get_megatron_optimizer(
@@ -143,8 +143,8 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: Ca
 
 def _lion_in_place_of_sgd(
     options: LionOptions, stored: dict[str, str], param_groups: Any, lr: float, weight_decay: float, momentum: float
-) -> Lion:
-    return Lion(
+) -> ShardedLion:
+    return ShardedLion(
         param_groups,
         lr=lr,
         betas=options.betas,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_lion.config import LionOptions
 from megatron_lion.integration import compat
-from megatron_lion.lion import Lion
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 
 # Group settings that come from the run's command line and not from a checkpoint.
 OF_THIS_RUN = (
@@ -25,16 +25,18 @@ OF_THIS_RUN = (
 OF_PLAIN_LION = ("momentum_dtype", "master_weights")
 
 
-class HalfOfLion(Lion):
+class HalfOfLion(ShardedLion):
     """Lion on the parameters of one side. HybridDeviceOptimizer hands over groups and nothing else."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params)
 
-    def _row(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Any:
+    def _step_group(self, group: dict[str, Any]) -> None:
         # The parameter is an fp32 master, which HybridDeviceOptimizer also puts into the state after every step.
-        self.state[param].pop("master_param", None)
-        return super()._row(param, grad, group)
+        for param in group["params"]:
+            if self._gradient(param) is not None:
+                self.state[param].pop("master_param", None)
+        super()._step_group(group)
 
 
 class HostLion(HalfOfLion):
@@ -46,7 +48,7 @@ class DeviceLion(HalfOfLion):
 
 
 class OffloadingLion(HybridDeviceOptimizer):
-    """HybridDeviceOptimizer around two Lions, with what :class:`Lion` offers to the distributed optimizer."""
+    """HybridDeviceOptimizer around two Lions, with what :class:`ShardedLion` offers to the distributed optimizer."""
 
     @property
     def grad_scale(self) -> float:
@@ -97,7 +99,7 @@ class OffloadingLion(HybridDeviceOptimizer):
 
 
 # Lion as the distributed optimizer may hold it.
-LIONS = (Lion, OffloadingLion)
+LIONS = (ShardedLion, OffloadingLion)
 
 
 def build(

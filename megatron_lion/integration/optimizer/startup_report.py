@@ -11,6 +11,7 @@ from megatron_lion.integration.console import say, warn
 from megatron_lion.integration.cpu import torch_cuda
 from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
 from megatron_lion.integration.reporting import gradient_shards
+from megatron_lion.step import StepKind
 
 
 def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer: Any) -> None:
@@ -26,7 +27,7 @@ def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer
         *([param for _, param in pairs] for pairs in (trainable, missed))
     )
     sharding, state = _state_bytes(options, config, optimizer)
-    kernel = kernels.describe(options.kernel, _updated_tensors(optimizer), packed=options.is_packed)
+    kernel = kernels.describe(options.kernel, _updated_kinds(options, optimizer))
     say(
         f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
         f"betas ({options.betas[0]:g}, {options.betas[1]:g}), weight decay {config.weight_decay:g}, "
@@ -58,14 +59,20 @@ def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:
     return covered
 
 
-def _updated_tensors(optimizer: Any) -> list[torch.Tensor]:
-    """This rank's masters, from which the kernel is chosen. If some are offloaded, those on the CPU."""
+def _updated_kinds(options: LionOptions, optimizer: Any) -> list[StepKind]:
+    """Devices and dtypes of this rank's updates, by which the kernel is chosen. If some are offloaded, only those."""
     sub_optimizers = compat.sub_optimizers_of(optimizer)
-    return _offloaded(sub_optimizers) or [
+    masters = _offloaded(sub_optimizers) or [
         param
         for sub_optimizer in sub_optimizers
         if sub_optimizer.optimizer is not None
         for param in sub_optimizer.get_parameters()
+    ]
+    remainders = torch.int16 if options.master_weights == "remainder" else None
+    scales = torch.bfloat16 if options.momentum_dtype == "int8" else None
+    return [
+        StepKind(device, dtype, dtype, dtype, remainders=remainders, scales=scales)
+        for device, dtype in dict.fromkeys((master.device, master.dtype) for master in masters)
     ]
 
 

@@ -15,8 +15,8 @@ import torch
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.loop_callbacks import Step
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.integration.reporting import gradient_shards, metrics
-from megatron_lion.lion import Lion
 from megatron_lion.telemetry import Telemetry
 
 SUMS = ("elements", "l1", "l2_squared", "inner", "zeros", "flipped")
@@ -62,7 +62,7 @@ def after_step(optimizer: Any, iteration: int) -> None:
 def begin(optimizer: Any) -> None:
     """Tell each Lion which of its parameters this rank counts."""
     for sub_optimizer in compat.sub_optimizers_of(optimizer):
-        if isinstance(sub_optimizer.optimizer, Lion):
+        if isinstance(sub_optimizer.optimizer, ShardedLion):
             sub_optimizer.optimizer.counted = {
                 inner
                 for param, inner, _ in compat.updated_params(sub_optimizer)
@@ -76,15 +76,15 @@ def measure_next_step(optimizer: Any, wanted: bool) -> None:
         lion.telemetry = Telemetry() if wanted else None
 
 
-def _lions(optimizer: Any) -> list[Lion]:
+def _lions(optimizer: Any) -> list[ShardedLion]:
     return [
         sub_optimizer.optimizer
         for sub_optimizer in compat.sub_optimizers_of(optimizer)
-        if isinstance(sub_optimizer.optimizer, Lion)
+        if isinstance(sub_optimizer.optimizer, ShardedLion)
     ]
 
 
-def over_ranks(lions: list[Lion]) -> Telemetry:
+def over_ranks(lions: list[ShardedLion]) -> Telemetry:
     """The sums of the last step over all ranks. Issues two small all-reduces over all ranks."""
     here = Telemetry()
     for lion in lions:

@@ -1,0 +1,122 @@
+"""Lion with the inputs and queries that Megatron's optimizers need."""
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lion.config import check_choice
+from megatron_lion.lion import Lion
+from megatron_lion.precision import BlockLayout
+from megatron_lion.step import StepScalars
+from megatron_lion.storage import State, master_values, momentum_values, storage_of
+from megatron_lion.telemetry import Telemetry
+
+
+class ShardedLion(Lion):
+    """:class:`Lion` on one rank's shards of the parameters, stepped by Megatron's distributed optimizer.
+
+    The attributes below are set by that optimizer and act from the next step on. They are class attributes because an
+    unpickled optimizer has only its groups and state. Issues no collective.
+    """
+
+    grad_scale: float | Tensor = 1.0
+    """Multiplies every gradient, such as a clip factor."""
+    skip: Tensor | None = None
+    """One int32 element. If it is not 0, a step changes nothing. Kernels on a GPU read it there, unless the step sets
+    momentum outside of the kernel: to the first gradient, or from fp32 to int8."""
+    model_copies: Mapping[Tensor, Tensor] = MappingProxyType({})
+    """For each parameter: a 16-bit copy that the step writes as well."""
+    blocks: Mapping[Tensor, BlockLayout] = MappingProxyType({})
+    """Position of each shard in its parameter. The default is a whole parameter."""
+    use_decoupled_grad: bool = False
+    """Read gradients from ``decoupled_grad``, which may have another dtype than the parameter, instead of ``grad``."""
+    counted: Collection[Tensor] | None = None
+    """The parameters that ``telemetry`` includes; None for all."""
+
+    def init_state(self) -> None:
+        """Create zero momentum for each parameter without state. Megatron needs it before it loads a checkpoint."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if not self.state[param]:
+                    self._create_state(param, group)
+
+    def state_bytes(self) -> tuple[int, int]:
+        """Bytes of momentum and of master weights, including state that is not yet allocated."""
+        sizes = [
+            storage_of(group).sizes(param, self._block_layout(param))
+            for group in self.param_groups
+            for param in group["params"]
+        ]
+        return sum(momentum for momentum, _ in sizes), sum(master for _, master in sizes)
+
+    def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
+        """Return ``exp_avg`` or ``master_param`` of ``param`` in fp32, whatever its storage.
+
+        Together with :meth:`set_scaled_state` this is the interface between Megatron's precision-aware optimizer and
+        Transformer Engine's FusedAdam. The result is a new tensor only if it is stored in another form.
+        """
+        if name == "exp_avg":
+            return momentum_values(self.state[param], self._block_layout(param))
+        check_choice("state", name, ("exp_avg", "master_param"))
+        return master_values(self.state[param], param)
+
+    @torch.no_grad()
+    def set_scaled_state(self, param: Tensor, name: str, value: Tensor) -> None:
+        """Store fp32 ``value`` as ``exp_avg`` or ``master_param`` of ``param``, which must have state.
+
+        Momentum that int8 would change stays in fp32 until the first step. With remainders, setting ``master_param``
+        also writes the bf16 parameter.
+        """
+        group = next(group for group in self.param_groups if any(param is other for other in group["params"]))
+        if name == "exp_avg":
+            storage_of(group).set_momentum(self.state[param], param, value, self._block_layout(param), exact=True)
+        else:
+            check_choice("state", name, ("exp_avg", "master_param"))
+            storage_of(group).set_master(self.state[param], param, value)
+
+    def unquantized(self) -> int:
+        """Number of elements with loaded momentum that is still fp32 and becomes int8 in the next step."""
+        return sum(
+            param.numel()
+            for group in self.param_groups
+            for param in (group["params"] if group["momentum_dtype"] == "int8" else ())
+            if param in self.state and "exp_avg_scale" not in self.state[param]
+        )
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        if self.skip is None or not (self._sets_momentum_on_host(group) and bool(self.skip)):
+            super()._step_group(group)
+
+    def _sets_momentum_on_host(self, group: dict[str, Any]) -> bool:
+        """Whether this step sets momentum outside of the kernel: to the first gradient, or from fp32 to int8."""
+        states = [self.state.get(param) for param in group["params"] if self._gradient(param) is not None]
+        begins = group["momentum_init"] == "gradient" and not all(states)
+        is_int8 = group.get("momentum_dtype") == "int8"
+        return begins or (is_int8 and any(state and "exp_avg_scale" not in state for state in states))
+
+    def _scalars(self, group: dict[str, Any]) -> StepScalars:
+        return super()._scalars(group)._replace(grad_scale=self.grad_scale, skip=self.skip)
+
+    def _gradient(self, param: Tensor) -> Tensor | None:
+        return getattr(param, "decoupled_grad", None) if self.use_decoupled_grad else param.grad
+
+    def _block_layout(self, param: Tensor) -> BlockLayout:
+        layout = self.blocks.get(param)
+        return BlockLayout.of_whole(param) if layout is None else layout
+
+    def _model_copies(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        return [self.model_copies[param] for param in params] if params[0] in self.model_copies else None
+
+    def _telemetry_of(self, param: Tensor) -> Telemetry | None:
+        return self.telemetry if self.counted is None or param in self.counted else None
+
+    def _kind(self, param: Tensor, grad: Tensor, state: State) -> Hashable:
+        kind = super()._kind(param, grad, state)
+        if self.telemetry is None and not self.model_copies:
+            return kind
+        model_copy = self.model_copies.get(param)
+        copied = None if model_copy is None else model_copy.dtype
+        return kind, copied, self._telemetry_of(param) is not None
