@@ -46,7 +46,7 @@ def without_step() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def folding_the_clip_factor(fold: Callable[[list[Any], float], bool]) -> Iterator[None]:
-    """Offer each clip factor that Megatron is about to multiply into gradients to ``fold``, which may take it over.
+    """Offer each clip factor that Megatron is about to multiply into gradients to ``fold``, which may apply it instead.
 
     ``ChainedOptimizer.step`` (0.19.2: optimizer 1875) scales all gradients in place, one more read and write of each.
     """
@@ -128,8 +128,8 @@ def sub_optimizers_of(optimizer: Any) -> list[Any]:
 def updated_params(sub_optimizer: Any) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
     """Each model parameter that ``sub_optimizer`` updates, the inner optimizer's tensor for it, and its group.
 
-    The distributed optimizer and the one with fp32 copies of 16-bit parameters hold the model's parameters beside the
-    inner optimizer's; the fp32 one hands them over as they are.
+    The distributed optimizer and the one with fp32 copies of 16-bit parameters hold the model's parameters and
+    the inner optimizer's; the fp32 one passes them on as they are.
     """
     groups = sub_optimizer.optimizer.param_groups
     if hasattr(sub_optimizer, "model_param_group_index_map"):
@@ -148,9 +148,9 @@ def updated_params(sub_optimizer: Any) -> Iterator[tuple[Any, Any, dict[str, Any
 
 
 def params_outside_the_norm(sub_optimizer: Any) -> list[Any]:
-    """The parameters of an optimizer of Megatron's chain whose gradients it leaves out of the norm that it clips by.
+    """The parameters of an optimizer in Megatron's chain that its gradient norm leaves out.
 
-    To be asked when there are gradients. Which they are is decided by marks on the parameters, so it stays so.
+    Call it when there are gradients. Marks on the parameters decide, so the answer does not change.
     """
     if sub_optimizer.optimizer is None:
         return []

@@ -28,7 +28,7 @@ from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 def get_megatron_optimizer(
     stock: Callable[..., Any], config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Build Lion where it is asked for; repair SGD and Adam where stock cannot save or load them."""
+    """Build Lion if asked for; repair SGD and Adam where stock cannot save or load them."""
     import megatron.core.optimizer as optimizers
 
     build = functools.partial(stock, config, model_chunks, *args, **kwargs)
@@ -44,11 +44,11 @@ def get_megatron_optimizer(
 
 
 def build_unless_lion(stock: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around the function in which stock would come to build its own Lion: close the way that would miss ours."""
+    """Around the function that would build stock's Lion: raise an error if ours was not built before."""
     if config.optimizer == "lion":
         raise LionError(
-            "get_megatron_optimizer was imported before megatron_lion.register() in a way that it cannot see; "
-            "stock Megatron would now build its own Lion, or none. Register first"
+            "get_megatron_optimizer was imported before megatron_lion.register() and cannot be replaced there; stock "
+            "Megatron would now build its own Lion, or none. Call megatron_lion.register() first"
         )
     return stock(config, *args, **kwargs)
 
@@ -161,7 +161,7 @@ def _log_the_real_name(
 
 
 def _with_init_state(optimizer: Any, init_state: Any) -> Any:
-    """Give the wrappers that stock left without an ``init_state_fn``, and so unable to load a checkpoint, theirs."""
+    """Set the ``init_state_fn`` of wrappers that stock leaves without one, so that they can load a checkpoint."""
     for sub_optimizer in compat.sub_optimizers_of(optimizer):
         if sub_optimizer.init_state_fn is None:
             sub_optimizer.init_state_fn = init_state
