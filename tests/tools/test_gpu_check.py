@@ -13,7 +13,7 @@ import pytest
 
 from tests.harness import ROOT
 from tools.gpu_check import __main__ as check
-from tools.gpu_check import environment, records, runner, same_losses, summary
+from tools.gpu_check import environment, pretrain, records, runner, same_losses, summary
 from tools.gpu_check.parts import Part, all_parts
 
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
@@ -193,6 +193,21 @@ def recorded(*losses: float, name: str = "one", weights: str = "same") -> dict[s
 def test_two_runs_are_compared_to_the_last_bit(other: dict[str, object], equal: bool, said: str) -> None:
     assert same_losses.compare(recorded(5.25, 4.1), other)[0] is equal
     assert said in same_losses.compare(recorded(5.25, 4.1), other)[1]
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ((5.0, 4.0), None),
+        ((5.0, 5.0), "from 5.0 to 5.0"),
+        ((5.0, float("nan"), 4.0), "must be finite"),
+        ((), "no loss"),
+    ],
+)
+def test_a_run_passes_if_its_losses_are_finite_and_fall(losses: tuple[float, ...], said: str | None) -> None:
+    first, last = (losses[0], losses[-1]) if losses else (None, None)
+    problem = pretrain.loss_problem({**recorded(*losses), "first_loss": first, "last_loss": last})
+    assert problem is None if said is None else said in str(problem)
 
 
 def test_a_run_that_recorded_nothing_is_not_equal(tmp_path: Path, monkeypatch, capsys) -> None:
