@@ -97,7 +97,7 @@ def test_ours_moves_the_bytes_that_its_state_has() -> None:
     optimizer.step()
     assert sum(stream.bytes for stream in traffic.streams_of(optimizer)) == 20 * 1000
     assert read_and_written(traffic.streams_of(optimizer)) == (12 * 1000, 8 * 1000)
-    optimizer.copies = {params[0]: params[0].detach().bfloat16()}
+    optimizer.model_copies = {params[0]: params[0].detach().bfloat16()}
     assert sum(stream.bytes for stream in traffic.streams_of(optimizer)) == 22 * 1000
     assert read_and_written(traffic.streams_of(optimizer)) == (12 * 1000, 10 * 1000), "and Megatron's norm reads 4"
 

@@ -70,7 +70,7 @@ def main() -> int:
         work = Path(folder)
         parts = chosen(all_parts(on_gpu, work, rows, args.wheels), args.parts)
         seconds = SECONDS * (1 if on_gpu else REHEARSAL_SECONDS)
-        print(f"{len(parts)} parts, at most {seconds / 60:.0f} minutes in all")
+        print(f"{len(parts)} parts, at most {seconds / 60:.0f} minutes in all", flush=True)
         for outcome in run_all(parts, work, environment(on_gpu, work), seconds):
             outcomes.append(outcome)
             records.append(rows, part=outcome.part.name, result=outcome.result, seconds=round(outcome.seconds, 1))
