@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from megatron_lion import Lion
 from megatron_lion.config import LionError
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from tools.benchmark import measure, peers, queued, queued_rows, shapes, step, traffic
 from tools.benchmark.measure import Candidate
 from tools.benchmark.traffic import READ, UPDATE, WRITE, Stream
@@ -93,7 +93,7 @@ def test_a_fused_step_of_torchs_is_counted_alike_by_its_streams_and_by_its_opera
 
 def test_ours_moves_the_bytes_that_its_state_has() -> None:
     params = shapes.parameters([(1000,)])
-    optimizer = Lion(params, kernel="reference")
+    optimizer = ShardedLion(params, kernel="reference")
     optimizer.step()
     assert sum(stream.bytes for stream in traffic.streams_of(optimizer)) == 20 * 1000
     assert read_and_written(traffic.streams_of(optimizer)) == (12 * 1000, 8 * 1000)

@@ -179,15 +179,15 @@ def write_json(path: Path, **record: object) -> None:
 
 
 def plot(table: Sequence[Row], path: Path, title: str) -> None:
-    """A bar for each row, SVG or PNG by the name's ending: ours in another colour, with a mark where its limit is."""
+    """A bar for each row, SVG or PNG by the name's ending: ours in another color, with a mark where its limit is."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = ["tab:orange" if row.name.startswith(OURS) else "tab:blue" for row in table]
+    colors = ["tab:orange" if row.name.startswith(OURS) else "tab:blue" for row in table]
     figure, axes = plt.subplots(figsize=(9, 0.3 * len(table) + 1.2), layout="constrained")
-    bars = axes.barh([row.name for row in table], [row.milliseconds for row in table], color=colours, log=True)
+    bars = axes.barh([row.name for row in table], [row.milliseconds for row in table], color=colors, log=True)
     axes.bar_label(bars, [f"{row.milliseconds:.1f}" for row in table], padding=3, fontsize=8)
     limits_shown = {y: row.limit_milliseconds for y, row in enumerate(table) if row.limit_milliseconds}
     edges = [y - 0.4 for y in limits_shown], [y + 0.4 for y in limits_shown]

@@ -42,8 +42,8 @@ def refuse_other_rates(saved_args: Any, args: Any) -> None:
             )
     elif changes := _changes(saved_args, args, (*RATES, *WEIGHT_DECAY)):
         raise LionError(
-            f"the schedule goes on from the checkpoint's step, and this run changes {changes}: add "
-            "--override-opt_param-scheduler, which takes the command line's values, or give those of the checkpoint"
+            f"the schedule continues from the checkpoint's step, and this run changes {changes}: add "
+            "--override-opt_param-scheduler to use the command line's values, or use the checkpoint's"
         )
 
 
