@@ -166,6 +166,14 @@ def test_a_check_that_is_ended_ends_its_part_and_leaves_its_rows(tmp_path: Path)
     assert "**1 of 2 parts passed.**" in (tmp_path / "summary.md").read_text()
 
 
+def test_parts_on_a_gpu_inherit_no_setting_of_a_cpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MEGATRON_LION_DEVICE", "GPU_CHECK_DEVICE", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "1")
+    made = check.environment(True, tmp_path)
+    assert not {"MEGATRON_LION_DEVICE", "GPU_CHECK_DEVICE", "TRITON_INTERPRET"} & made.keys()
+    assert check.environment(False, tmp_path)["GPU_CHECK_DEVICE"] == "cpu"
+
+
 def test_only_the_named_parts_run_after_the_environment_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
     parts = all_parts(True, tmp_path, tmp_path / "rows", tmp_path)
     names = [part.name for part in parts]

@@ -37,8 +37,10 @@ def environment(on_gpu: bool, work: Path) -> dict[str, str]:
     }
     made.pop("MEGATRON_LION_DEVICE", None)
     made.pop("TRITON_INTERPRET", None)
+    made.pop("GPU_CHECK_DEVICE", None)
     if not on_gpu:
         made |= {"MEGATRON_LION_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        made["GPU_CHECK_DEVICE"] = "cpu"  # for tests/test_gpu.py
     return made
 
 
@@ -76,7 +78,7 @@ def main() -> int:
             records.append(rows, part=outcome.part.name, result=outcome.result, seconds=round(outcome.seconds, 1))
             summary.write(out, outcomes, len(parts), rehearsal=not on_gpu, root=ROOT)
             print(f"== {outcome.part.name}: {outcome.result} ({outcome.seconds:.0f} s)", flush=True)
-            for line in summary.tail(outcome.log).splitlines()[-SHOWN_LINES:]:
+            for line in summary.tail(outcome).splitlines()[-SHOWN_LINES:]:
                 print(f"   {line[:200]}", flush=True)
     passed = sum(outcome.passed for outcome in outcomes)
     if len(outcomes) < len(parts):
