@@ -46,6 +46,7 @@ def test_without_a_usable_gpu_it_says_why_in_torchs_words_and_runs_nothing(
     (folder / "__init__.py").write_text(f"__version__ = '9.9'\n{torch}\n")
     done = run("--out", str(tmp_path / "out"), PYTHONPATH=str(folder.parent), PATH="/usr/bin:/bin")
     assert (done.returncode, "nothing can be checked here" in done.stderr) == (1, True)
+    assert f"missing: {said}" in done.stdout
     text = (tmp_path / "out" / "summary.md").read_text()
     assert f"- **missing**: {said}" in text
     assert "megatron.core, needed by the Megatron runs, cannot be imported" in text

@@ -78,8 +78,10 @@ def main() -> int:
             records.append(rows, part=outcome.part.name, result=outcome.result, seconds=round(outcome.seconds, 1))
             summary.write(out, outcomes, len(parts), rehearsal=not on_gpu, root=ROOT)
             print(f"== {outcome.part.name}: {outcome.result} ({outcome.seconds:.0f} s)", flush=True)
-            for line in summary.tail(outcome).splitlines()[-SHOWN_LINES:]:
-                print(f"   {line[:200]}", flush=True)
+            printed = summary.tail(outcome).splitlines()
+            missing = [line for line in printed if line.startswith("missing:")]
+            for line in missing or printed[-SHOWN_LINES:]:
+                print(f"   {line}" if missing else f"   {line[:200]}", flush=True)
     passed = sum(outcome.passed for outcome in outcomes)
     if len(outcomes) < len(parts):
         print("nothing can be checked here", file=sys.stderr)
