@@ -13,7 +13,7 @@ import pytest
 
 from tests.harness import ROOT
 from tools.gpu_check import __main__ as check
-from tools.gpu_check import environment, records, runner, same_losses, summary
+from tools.gpu_check import environment, pretrain, records, runner, same_losses, summary
 from tools.gpu_check.parts import Part, all_parts
 
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
@@ -46,6 +46,7 @@ def test_without_a_usable_gpu_it_says_why_in_torchs_words_and_runs_nothing(
     (folder / "__init__.py").write_text(f"__version__ = '9.9'\n{torch}\n")
     done = run("--out", str(tmp_path / "out"), PYTHONPATH=str(folder.parent), PATH="/usr/bin:/bin")
     assert (done.returncode, "nothing can be checked here" in done.stderr) == (1, True)
+    assert f"missing: {said}" in done.stdout
     text = (tmp_path / "out" / "summary.md").read_text()
     assert f"- **missing**: {said}" in text
     assert "megatron.core, needed by the Megatron runs, cannot be imported" in text
@@ -166,6 +167,14 @@ def test_a_check_that_is_ended_ends_its_part_and_leaves_its_rows(tmp_path: Path)
     assert "**1 of 2 parts passed.**" in (tmp_path / "summary.md").read_text()
 
 
+def test_parts_on_a_gpu_inherit_no_setting_of_a_cpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MEGATRON_LION_DEVICE", "GPU_CHECK_DEVICE", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "1")
+    made = check.environment(True, tmp_path)
+    assert not {"MEGATRON_LION_DEVICE", "GPU_CHECK_DEVICE", "TRITON_INTERPRET"} & made.keys()
+    assert check.environment(False, tmp_path)["GPU_CHECK_DEVICE"] == "cpu"
+
+
 def test_only_the_named_parts_run_after_the_environment_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
     parts = all_parts(True, tmp_path, tmp_path / "rows", tmp_path)
     names = [part.name for part in parts]
@@ -193,6 +202,21 @@ def recorded(*losses: float, name: str = "one", weights: str = "same") -> dict[s
 def test_two_runs_are_compared_to_the_last_bit(other: dict[str, object], equal: bool, said: str) -> None:
     assert same_losses.compare(recorded(5.25, 4.1), other)[0] is equal
     assert said in same_losses.compare(recorded(5.25, 4.1), other)[1]
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ((5.0, 4.0), None),
+        ((5.0, 5.0), "from 5.0 to 5.0"),
+        ((5.0, float("nan"), 4.0), "must be finite"),
+        ((), "no loss"),
+    ],
+)
+def test_a_run_passes_if_its_losses_are_finite_and_fall(losses: tuple[float, ...], said: str | None) -> None:
+    first, last = (losses[0], losses[-1]) if losses else (None, None)
+    problem = pretrain.loss_problem({**recorded(*losses), "first_loss": first, "last_loss": last})
+    assert problem is None if said is None else said in str(problem)
 
 
 def test_a_run_that_recorded_nothing_is_not_equal(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -37,8 +37,10 @@ def environment(on_gpu: bool, work: Path) -> dict[str, str]:
     }
     made.pop("MEGATRON_LION_DEVICE", None)
     made.pop("TRITON_INTERPRET", None)
+    made.pop("GPU_CHECK_DEVICE", None)
     if not on_gpu:
         made |= {"MEGATRON_LION_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        made["GPU_CHECK_DEVICE"] = "cpu"  # for tests/test_gpu.py
     return made
 
 
@@ -70,14 +72,16 @@ def main() -> int:
         work = Path(folder)
         parts = chosen(all_parts(on_gpu, work, rows, args.wheels), args.parts)
         seconds = SECONDS * (1 if on_gpu else REHEARSAL_SECONDS)
-        print(f"{len(parts)} parts, at most {seconds / 60:.0f} minutes in all")
+        print(f"{len(parts)} parts, at most {seconds / 60:.0f} minutes in all", flush=True)
         for outcome in run_all(parts, work, environment(on_gpu, work), seconds):
             outcomes.append(outcome)
             records.append(rows, part=outcome.part.name, result=outcome.result, seconds=round(outcome.seconds, 1))
             summary.write(out, outcomes, len(parts), rehearsal=not on_gpu, root=ROOT)
             print(f"== {outcome.part.name}: {outcome.result} ({outcome.seconds:.0f} s)", flush=True)
-            for line in summary.tail(outcome.log).splitlines()[-SHOWN_LINES:]:
-                print(f"   {line[:200]}", flush=True)
+            printed = summary.tail(outcome).splitlines()
+            missing = [line for line in printed if line.startswith("missing:")]
+            for line in missing or printed[-SHOWN_LINES:]:
+                print(f"   {line}" if missing else f"   {line[:200]}", flush=True)
     passed = sum(outcome.passed for outcome in outcomes)
     if len(outcomes) < len(parts):
         print("nothing can be checked here", file=sys.stderr)

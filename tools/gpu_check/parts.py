@@ -26,6 +26,7 @@ TESTS = (
     "tests/test_gpu.py tests/test_triton.py tests/test_kernels.py tests/test_packed_kernels.py "
     "tests/exchange/test_digits.py tests/exchange/test_messages.py tests/exchange/test_trits.py"
 )
+ON_GPU = "test_gpu or triton or cuda"
 # Every flag that would compile something with torch.compile, which takes longer than the run, is off.
 MEGATRON = (
     "--optimizer lion --lr 3e-4 --weight-decay 0.1 --bf16 --use-distributed-optimizer --transformer-impl local "
@@ -67,7 +68,7 @@ def all_parts(on_gpu: bool, work: Path, rows: Path, wheels: Path | None = None) 
     device, folder, log = "cuda" if on_gpu else "cpu", shlex.quote(str(work)), f"--rows {shlex.quote(str(rows))}"
     small_tests, small_step, small_model = ("", "", "") if on_gpu else (SMALL_TESTS, SMALL_STEP, SMALL_MODEL)
     many = 3000 if on_gpu else 30
-    tests = f"-m pytest -q -p no:cacheprovider --durations=5 --tb=short {TESTS} -k 'test_gpu or triton or cuda'"
+    tests = f"-m pytest -q -p no:cacheprovider --durations=5 --tb=short --maxfail=25 {TESTS} -k '{ON_GPU}'"
     step = f"-m tools.benchmark.step {log} --peers {shlex.join(PEERS)} --device cuda"
     pretrain = f"-m tools.gpu_check.pretrain --work {folder} {log} {MEGATRON}"
     same = f"-m tools.gpu_check.same_losses {log} --work {folder}"
@@ -76,8 +77,8 @@ def all_parts(on_gpu: bool, work: Path, rows: Path, wheels: Path | None = None) 
     parts = [
         *([Part("wheels", 60, install)] if wheels else []),
         Part(ENVIRONMENT, 60, f"-m tools.gpu_check.environment --device {device} {log}"),
-        Part("tests", 130, f"{tests} {small_tests}"),
-        Part("benchmark", 90, f"{step} --shapes gpt2-large {small_step}"),
+        Part("tests", 170, f"{tests} {small_tests}"),
+        Part("benchmark", 110, f"{step} --shapes gpt2-large {small_step}"),
         Part("host-times", 30, f"{step} {small_step} --numel 4096 --tensors {many} --only 'AdamW fused' 'lion fused'"),
         Part("megatron-fused", 60, f"{pretrain} --name fused {kernel} fused"),
         Part("megatron-reference", 60, f"{pretrain} --name reference {kernel} reference"),

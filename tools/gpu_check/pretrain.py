@@ -47,16 +47,27 @@ def main() -> int:
     run = Recorded(prefix)
     try:
         run.main()
-    finally:  # Megatron may end the process itself
+    except SystemExit as ended:  # as Megatron ends a run when its time is over
+        if ended.code:
+            raise
+    finally:
         record = {"name": args.name, **run.results()}
         (args.work / f"{args.name}.json").write_text(json.dumps(record))
         brief = {key: value for key, value in record.items() if key != "losses"}
         records.append(args.rows, megatron=args.name, **brief)
+    problem = loss_problem(record)
+    if problem:
+        print(problem)
+    return int(bool(problem))
+
+
+def loss_problem(record: dict[str, Any]) -> str | None:
+    """Why the recorded losses are not those of a run that learns."""
+    if not record["losses"]:
+        return "no loss was recorded"
+    finite = all(math.isfinite(float.fromhex(value)) for value in record["losses"])
     first, last = record["first_loss"], record["last_loss"]
-    if not all(math.isfinite(float.fromhex(value)) for value in record["losses"]) or not last < first:
-        print(f"the loss must be finite and fall; it went from {first} to {last}")
-        return 1
-    return 0
+    return None if finite and last < first else f"the loss must be finite and fall; it went from {first} to {last}"
 
 
 def without_strict_determinism() -> None:
@@ -120,8 +131,8 @@ class Recorded:
             numel += param.numel()
         return {
             "losses": [total.item().hex() for total in self.sums],
-            "first_loss": means[0] if means else math.nan,
-            "last_loss": means[-1] if means else math.nan,
+            "first_loss": means[0] if means else None,
+            "last_loss": means[-1] if means else None,
             "micro_batches": len(means),
             "milliseconds": 1e3 * (later[-1] - later[0]) / (len(later) - 1) if len(later) > 1 else None,
             "parameters": numel,

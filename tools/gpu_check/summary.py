@@ -9,7 +9,7 @@ from tools.benchmark.queued_rows import QueuedRow, markdown
 from tools.gpu_check import records
 from tools.gpu_check.runner import Outcome
 
-LOG_BYTES = 20_000  # of each part, from its end
+LOG_BYTES = {True: 4_000, False: 40_000}  # of a part that passed, of one that did not; from its end
 SHOWN_LINES = 30  # of a failed part, in the summary
 
 
@@ -33,13 +33,13 @@ def write(out: Path, outcomes: Sequence[Outcome], total: int, *, rehearsal: bool
     """Write both files."""
     text = "\n".join(lines(out / "rows.jsonl", outcomes, total, rehearsal=rehearsal, commit_name=commit(root)))
     (out / "summary.md").write_text(text + "\n", encoding="utf-8")
-    logs = [f"===== {one.part.name}: {one.result}\n{tail(one.log)}" for one in outcomes]
+    logs = [f"===== {one.part.name}: {one.result}\n{tail(one)}" for one in outcomes]
     (out / "log.txt").write_text("\n".join(logs), encoding="utf-8")
 
 
-def tail(log: Path) -> str:
-    """The end of a part's output."""
-    return log.read_bytes()[-LOG_BYTES:].decode("utf-8", "replace")
+def tail(one: Outcome) -> str:
+    """The end of a part's output, longer where it did not pass."""
+    return one.log.read_bytes()[-LOG_BYTES[one.passed] :].decode("utf-8", "replace")
 
 
 def lines(rows: Path, outcomes: Sequence[Outcome], total: int, *, rehearsal: bool, commit_name: str) -> list[str]:
@@ -59,7 +59,7 @@ def lines(rows: Path, outcomes: Sequence[Outcome], total: int, *, rehearsal: boo
     made += benchmarks(rows) + megatron(rows)
     for one in outcomes:
         if not one.passed:
-            shown = tail(one.log).splitlines()[-SHOWN_LINES:]
+            shown = tail(one).splitlines()[-SHOWN_LINES:]
             made += ["", f"## {one.part.name}: {one.result}", "", *(f"    {line}" for line in shown)]
     return made
 
