@@ -1,6 +1,6 @@
 """Every supported release of megatron-core: Lion everywhere, exact steps, one curve, resume bit for bit, norm ratios.
 
-With MEGATRON_LION_VERSIONS_PAGE=docs/versions.md the table on that page is written from what these tests find.
+With MEGATRON_LION_VERSIONS_PAGE=docs/results/versions.md the table on that page is written from what these tests find.
 """
 
 import json

@@ -96,7 +96,7 @@ TRAITS = {
         loop_builds_gpt=False,
     ),
     "0.19": MegatronTraits(tested="0.19.2", stock_lion=_IGNORED_BETAS),
-    # docs/megatron-lm.md records the runs.
+    # docs/results/megatron-lm.md records the runs.
     "0.20": MegatronTraits(
         tested="d98e8a64dd", released=False, stock_lion=_IGNORED_BETAS, shifts_reshardable_state=False
     ),
