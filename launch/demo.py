@@ -27,7 +27,7 @@ MODEL = "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 1
 LAYOUT = "--tensor-model-parallel-size 2 --use-distributed-optimizer"
 ROUNDS = "--norm-ratio-interval 60 --norm-ratio-batches 20 --norm-ratio-at-start"
 BATCH = "--micro-batch-size 4 --global-batch-size 16 --lr-decay-style cosine --lr-warmup-iters 20 --num-workers 0"
-# Each the best of a small sweep at this size (docs/demo.md); a tiny model takes larger steps than a real one.
+# Each the best of a small sweep at this size (docs/results/demo.md); a tiny model takes larger steps than a real one.
 OPTIMIZERS = {
     "lion": "--optimizer lion --lr 1e-3 --min-lr 1e-4 --weight-decay 0.1",
     "sgd": "--optimizer sgd --lr 0.1 --min-lr 0.01 --weight-decay 1e-4",

@@ -3,7 +3,7 @@
 
     ./tests/full.sh                                                # does both of these
     python -m pytest --junitxml=full.xml -o junit_suite_name=$(git rev-parse --short HEAD)
-    python tests/outcome_table.py full.xml docs/tests.md              # between the two marker lines
+    python tests/outcome_table.py full.xml docs/results/tests.md              # between the two marker lines
 
 Of several runs, as of a suite run in parts, the latest outcome and time of a case count. The page names the date and
 commit of each run, and the reason of each case that was skipped.

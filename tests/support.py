@@ -5,8 +5,9 @@
     python -m pytest ... --support-file=support.json
 
 writes, or adds to, a JSON object: for every row of the table, how it is tested and the outcome of each of its tests,
-``passed``, ``refused``, ``skipped`` or ``failed``. ``tests/support_table.py`` makes the README's table from it, and
-from one of each Megatron the table of versions. A run of some tests renews the outcomes of those alone.
+``passed``, ``refused``, ``skipped`` or ``failed``. ``tests/support_table.py`` makes the table of
+docs/results/support.md from it, and that of docs/results/versions.md from one for each Megatron. A run of some tests
+updates the outcomes of only those.
 """
 
 import json

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Write the table of what is supported into the README, from the outcomes of the tests that say so.
+"""Write the table of what is supported into a page of docs/results/, from the outcomes of the tests.
 
     OMP_NUM_THREADS=1 python -m pytest --support-file=support.json    # every test, the slow ones too
-    python tests/support_table.py support.json README.md              # between the two marker lines; --check: only look
-    python tests/support_table.py 0.18.2.json 0.19.2=support.json docs/versions.md    # a column for each Megatron
+    python tests/support_table.py support.json docs/results/support.md    # between the marker lines; --check: only look
+    python tests/support_table.py 0.18.2.json 0.19.2=support.json docs/results/versions.md    # one column per Megatron
 
 A row is there if all of its tests that ran have passed: with their number, or as refused where that is what they prove.
 One with a failure ends this with an error, one whose tests were all skipped is left out and named. Rows come in the
@@ -25,7 +25,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def table(rows: Rows) -> str:
-    """The README's Markdown table. Raises ValueError naming the rows that a failed test speaks against."""
+    """The Markdown table. Raises ValueError naming the rows that a failed test speaks against."""
     refuse_failed(rows)
     lines = ["| what | how it is tested | cases |", "|---|---|---|"]
     for row, entry in ordered(rows):
@@ -72,24 +72,24 @@ def cell(entry: dict[str, Any]) -> str:
     return str(passed) if passed else "refused" if "refused" in outcomes else ""
 
 
-def with_table(readme: str, made: str) -> str:
-    """``readme`` with ``made`` between the marker lines. Raises ValueError where they are not there."""
-    before, begin, rest = readme.partition(BEGIN)
+def with_table(page: str, made: str) -> str:
+    """``page`` with ``made`` between the marker lines. Raises ValueError where they are not there."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"no marker lines: put {BEGIN} and {END}, each on a line, where the table shall stand")
     return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
 
 
-def rows_in(readme: str) -> list[str]:
+def rows_in(page: str) -> list[str]:
     """The first column of the table between the markers; empty where there are none."""
-    inside = readme.partition(BEGIN)[2].partition(END)[0]
+    inside = page.partition(BEGIN)[2].partition(END)[0]
     lines = [line for line in inside.splitlines() if line.startswith("| ")]
     return [line.split(" | ")[0].removeprefix("| ") for line in lines[1:]]
 
 
 def read(outcomes: list[str]) -> str:
-    """The README's table of one file of outcomes, or a column for each of several."""
+    """The table of one file of outcomes, or a column for each of several."""
     loaded = {}
     for item in outcomes:
         version, _, file = item.rpartition("=")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run every test of real Megatron on other releases than the environment's, or on Megatron-LM checkouts, slow ones too, and
-# leave the outcomes in runs/tests/versions/VERSION.json and .xml; tests/support_table.py makes docs/versions.md's table of them.
+# leave the outcomes in runs/tests/versions/VERSION.json and .xml; tests/support_table.py makes the table of
+# docs/results/versions.md from them.
 #     ./tests/versions.sh                            # every release that has Megatron's own loop
 #     ./tests/versions.sh 0.18.2 -- -m "not slow"    # one; what follows -- goes to pytest
 #     ./tests/versions.sh /path/to/Megatron-LM       # a checkout, with its dataset helpers compiled (make)

@@ -69,7 +69,7 @@ def judge(cell: reshard.Cell, is_same_layout: bool, storage: str) -> None:
 def test_every_layout_loads_what_every_layout_saves(
     text: Path, tmp_path: Path, storage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Prints the table of docs/checkpoints.md: rows save, columns load.
+    """Prints the table of docs/results/resharding.md: rows save, columns load.
 
     In bf16 another layout rounds otherwise: the losses say nothing there, and these runs end early.
     """

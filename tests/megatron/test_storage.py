@@ -77,7 +77,7 @@ def test_remainders_train_as_fp32_masters_do(text: Path, tmp_path: Path) -> None
     for master in ("fp32", "remainder"):
         flags = f"{common} --lion-master-weights {master} --save {tmp_path}/{master} --save-interval 3"
         runs[master] = pretrain(text, flags, ranks=2)
-        line = "16 bits beside each bf16 parameter" if master == "remainder" else "fp32 master"
+        line = "16 bits for each bf16 parameter" if master == "remainder" else "fp32 master"
         assert any(line in said for said in runs[master].ours())
     assert relative_difference(runs["fp32"].log, runs["remainder"].log) < 1e-4
     (tmp_path / "fp32/latest_checkpointed_iteration.txt").write_text("3")

@@ -1,6 +1,6 @@
 """Every supported release of megatron-core: Lion everywhere, exact steps, one curve, resume bit for bit, norm ratios.
 
-With MEGATRON_LION_VERSIONS_PAGE=docs/versions.md the table on that page is written from what these tests find.
+With MEGATRON_LION_VERSIONS_PAGE=docs/results/versions.md the table on that page is written from what these tests find.
 """
 
 import json
@@ -61,7 +61,7 @@ def table() -> Iterator[Table]:
 def assert_all_on_lion(answers: list[dict[str, Any]], parameters: int) -> None:
     found = {name: owner for answer in answers for name, owner in answer["owners"].items()}
     assert len(found) == parameters
-    assert {(owner["optimizer"], *owner["betas"]) for owner in found.values()} == {("Lion", 0.8, 0.97)}
+    assert {(owner["optimizer"], *owner["betas"]) for owner in found.values()} == {("ShardedLion", 0.8, 0.97)}
     assert {owner["weight_decay"] for owner in found.values()} == {0.0, 0.1}
 
 

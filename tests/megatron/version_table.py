@@ -1,4 +1,4 @@
-"""The table of docs/versions.md: what each release of Megatron was found to do."""
+"""The table of docs/results/versions.md: what each release of Megatron was found to do."""
 
 import datetime
 import re

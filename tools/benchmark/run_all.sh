@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table of docs/benchmarks.md in one command, on a machine that does nothing else. Usage: tools/benchmark/run_all.sh [OUT]
+# Every table of docs/results/benchmarks.md in one command, on a machine that does nothing else. Usage: tools/benchmark/run_all.sh [OUT]
 # PYTHON names the interpreter; THREADS the threads of a step (default 2). Peers: see python -m tools.benchmark.step --help.
 set -euo pipefail
 

@@ -25,7 +25,7 @@ CPU = f"{run_flags.FLAGS} --num-workers 0"
 ENVIRONMENT = {**run_flags.ENVIRONMENT, "PYTHONWARNINGS": "ignore"}
 
 
-# A tiny model takes larger steps than a real one; the first two are the demo's (docs/demo.md), Adam's was not tuned.
+# Larger than a real model's. The first two are the demo's (docs/results/demo.md); Adam's is not tuned.
 LEARNING_RATES = {"lion": 1e-3, "sgd": 0.1, "adam": 2e-3}
 WEIGHT_DECAYS = {"lion": 0.1, "sgd": 1e-4, "adam": 0.1}
 
