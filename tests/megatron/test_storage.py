@@ -95,5 +95,5 @@ def test_megatrons_own_flags_mean_the_same(text: Path) -> None:
     theirs = pretrain(text, f"{common} --use-precision-aware-optimizer --exp-avg-dtype bf16", ranks=2)
     ours = pretrain(text, f"{common} --lion-momentum-dtype bf16 {REMAINDER}", ranks=2)
     assert theirs.ours() == ours.ours()
-    assert any("bf16 momentum" in line and "16 bits beside" in line for line in ours.ours())
+    assert any("bf16 momentum" in line and "16 bits for each" in line for line in ours.ours())
     assert relative_difference(theirs.log, ours.log) == 0.0
