@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/demo.sh and tests/run.sh: find a Python, make .venv in the repository's root, install into it.
 # Leaves $PYTHON set to the environment's interpreter. Run again, it reuses what is complete.
 
@@ -23,7 +24,7 @@ find_python() {
             fi
         done
     done
-    echo "No Python $(echo $SUPPORTED_PYTHONS | sed 's/ / or /') with venv was found on PATH, in pyenv or in uv. Get one with one of:" >&2
+    echo "No Python ${SUPPORTED_PYTHONS// / or } with venv was found on PATH, in pyenv or in uv. Get one with one of:" >&2
     echo "    uv python install 3.12      |  pyenv install 3.12  |  apt-get install python3.12-venv" >&2
     return 1
 }
@@ -43,6 +44,6 @@ make_environment() {
     rm -rf "$root/.venv"
     "$python" -m venv "$root/.venv"
     "$PYTHON" -m pip install --quiet --progress-bar off --constraint "$root/launch/constraints.txt" \
-        --editable "$root[train,tools,test,paper]" emerging-optimizers
+        --editable "${root}[train,tools,test,paper]" emerging-optimizers
     echo "$stamp" >"$root/.venv/.complete"
 }

@@ -1,6 +1,6 @@
 """What is supported, as the tests say it: ``@pytest.mark.supports(row, how)`` on a test, and one file of outcomes.
 
-``@pytest.mark.refuses(row)`` is on a test which proves that a thing is refused by name where it does not work.
+``@pytest.mark.refuses(row)`` is on a test that proves that something is refused with a message.
 
     python -m pytest ... --support-file=support.json
 
@@ -19,7 +19,7 @@ import pytest
 OPTION = "--support-file"
 MARKS = (
     "supports(row, how): a row of the table of what is supported, which this test proves, and how it does",
-    "refuses(row): a row of that table, of which this test proves that it is refused by name",
+    "refuses(row): a row of that table, of which this test proves that it is refused with a message",
 )
 
 
@@ -54,7 +54,7 @@ class Recorder:
         # A test that is skipped, or whose fixtures fail, ends before its call.
         if report.when == "call" or (report.when == "setup" and not report.passed):
             for row, how, found in rows_of(item, report.outcome):
-                entry = self.rows.setdefault(row, {"tests": {}, "how": "refused by name"})
+                entry = self.rows.setdefault(row, {"tests": {}, "how": "refused with a message"})
                 entry["how"] = how or entry["how"]
                 entry["tests"][item.nodeid] = found
         return report

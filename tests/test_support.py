@@ -59,7 +59,7 @@ def outcomes(folder: Path, more: str) -> Path:
 def test_the_table_is_made_from_outcomes(tmp_path: Path) -> None:
     rows = json.loads(outcomes(tmp_path, "pass").read_text())
     made = support_table.table(rows)
-    nonsense = "| nonsense | refused by name | refused |"
+    nonsense = "| nonsense | refused with a message | refused |"
     assert made.splitlines()[2:] == ["| more | looked at | 1 |", nonsense, "| rows | counted | 2 |"]
     readme = f"before\n{support_table.BEGIN}\nold\n{support_table.END}\nafter\n"
     written = support_table.with_table(readme, made)

@@ -53,7 +53,7 @@ def unfinished(folder: Path) -> int | None:
 
 @pytest.mark.supports(
     "SIGKILL of one rank or of all at a random moment, also inside a save",
-    "resumed, the final checkpoint equals an undisturbed run's bit for bit",
+    "resumed, the final checkpoint equals an uninterrupted run's bit for bit",
 )
 # One rank is killed at the even moments, both at the odd ones; every third run saves in the background.
 @pytest.mark.parametrize("moment", [pytest.param(i, marks=[pytest.mark.slow] * (i > 1)) for i in range(40)])
@@ -81,7 +81,7 @@ def test_a_run_killed_at_a_random_moment_and_resumed_ends_as_if_nothing_had_happ
 
 @pytest.mark.supports(
     "`torchrun --max-restarts`",
-    "one rank killed: the final checkpoint equals an undisturbed run's bit for bit",
+    "one rank killed: the final checkpoint equals an uninterrupted run's bit for bit",
 )
 @pytest.mark.slow
 def test_torchruns_own_restart_brings_a_run_back(

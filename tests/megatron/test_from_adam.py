@@ -24,7 +24,7 @@ CASES = [
 
 
 SUPPORTED = pytest.mark.supports(
-    "`--lion-init-from`: an Adam run goes on with Lion", "masters and, as asked, momentum are Adam's bit for bit"
+    "`--lion-init-from`: Lion continues an Adam run", "masters and, if requested, momentum are Adam's bit for bit"
 )
 
 

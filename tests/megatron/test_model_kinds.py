@@ -104,7 +104,9 @@ ROWS = {
     "context": pytest.mark.supports(
         "context parallel", f"{HOW}, with an attention of the tests that gathers keys: Megatron's own needs a GPU"
     ),
-    "frozen": pytest.mark.supports("frozen parameters", f"{HOW}; resumed bit for bit; they keep every bit"),
+    "frozen": pytest.mark.supports(
+        "frozen parameters", f"{HOW}; resumed bit for bit; frozen weights stay bit-identical"
+    ),
     "fp16,": pytest.mark.supports("fp16 with the dynamic loss scale", f"{HOW}; an overflow halves it, all else stays"),
     "per-token": pytest.mark.supports("`--calculate-per-token-loss`", HOW),
     "two": pytest.mark.supports("several distributed-optimizer instances", HOW),
@@ -196,7 +198,9 @@ def moved_by(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], rate: d
         assert signs.round().abs().max() == 1, key
 
 
-@pytest.mark.supports("learning rate and weight decay by parameter group", "each weight's way, from the rule alone")
+@pytest.mark.supports(
+    "learning rate and weight decay by parameter group", "every weight checked against the update rule"
+)
 @pytest.mark.parametrize(
     ("script", "flags", "rate"),
     [

@@ -107,7 +107,7 @@ def one_process(text: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.supports(
     "each parameter counted once",
-    "known integers in the buffers: sums exact on every layout, known defects noticed",
+    "known integers in the buffers: sums exact on every layout, known errors found",
 )
 @pytest.mark.parametrize(("model", "ranks", "layout", "defects"), COUNTS.values(), ids=COUNTS)
 def test_each_parameter_is_counted_once_and_each_known_defect_is_noticed(

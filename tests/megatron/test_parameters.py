@@ -37,8 +37,8 @@ def off_lion(answers: list[dict[str, Any]], betas: list[float]) -> list[str]:
 
 
 @pytest.mark.supports(
-    "every parameter on Lion, `--lion-beta1/2` honoured, weight decay by group",
-    "listed parameter by parameter; the same check fails on stock Megatron",
+    "every parameter on Lion, `--lion-beta1/2` used, weight decay by group",
+    "listed for each parameter; the same check fails on stock Megatron",
 )
 @pytest.mark.parametrize(
     ("ranks", "flags"),
@@ -109,8 +109,8 @@ SLOW = ("bf16, not sharded", "fp32, sharded, not clipped", "fp16, sharded", "TP 
 
 
 @pytest.mark.supports(
-    "a NaN or Inf gradient on one rank alone",
-    "every rank skips the update; weights, masters and momentum keep every bit",
+    "a NaN or Inf gradient on one rank",
+    "every rank skips the update; weights, masters and momentum stay bit-identical",
 )
 @pytest.mark.parametrize(
     ("where", "flags"),

@@ -28,7 +28,7 @@ PAIRS = [
 
 SUPPORTED = pytest.mark.supports(
     "checkpoints in another layout: DP, TP, PP, sequence parallel; every format and storage",
-    "masters and momentum bit for bit, put together without checkpoint code; the next ten losses",
+    "masters and momentum bit for bit, reassembled without checkpoint code; the next ten losses",
 )
 
 

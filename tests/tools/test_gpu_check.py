@@ -261,4 +261,5 @@ def test_the_whole_check_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     assert "**REHEARSAL on a CPU.**" in text
     assert "fused and reference: 16 losses and the trained weights are equal to the last bit" in text
     assert "compact and compact-reference: 16 losses and the trained weights are equal to the last bit" in text
+    assert "- megatron-reference: megatron-lion: " in text
     assert {path.name for path in tmp_path.iterdir()} == {"summary.md", "rows.jsonl", "log.txt"}

@@ -56,7 +56,7 @@ def lines(rows: Path, outcomes: Sequence[Outcome], total: int, *, rehearsal: boo
     made += ["", "| part | result | seconds | limit |", "|---|---|---|---|"]
     made += [f"| {one.part.name} | {one.result} | {one.seconds:.0f} | {one.part.seconds:.0f} |" for one in outcomes]
     made += [f"\n{total - len(outcomes)} parts were not run."] if len(outcomes) < total else []
-    made += benchmarks(rows) + megatron(rows)
+    made += benchmarks(rows) + megatron(rows, outcomes)
     for one in outcomes:
         if not one.passed:
             shown = tail(one).splitlines()[-SHOWN_LINES:]
@@ -75,8 +75,8 @@ def benchmarks(rows: Path) -> list[str]:
     return made
 
 
-def megatron(rows: Path) -> list[str]:
-    """Comparisons, and a table of the runs."""
+def megatron(rows: Path, outcomes: Sequence[Outcome]) -> list[str]:
+    """Comparisons, a table of the runs, and which kernel each says that it uses."""
     runs = records.read(rows, "megatron")
     if not runs:
         return []
@@ -87,4 +87,10 @@ def megatron(rows: Path) -> list[str]:
         numbers = (run["first_loss"], run["last_loss"], run["milliseconds"], run["peak_gigabytes"])
         cells = " | ".join("-" if value is None else f"{value:.4g}" for value in numbers)
         made.append(f"| {run['megatron']} | {run['parameters']:,} | {run['micro_batches']} | {cells} |")
-    return made
+    return [*made, "", *(f"- {one.part.name}: {line}" for one in outcomes for line in startup_lines(one.log))]
+
+
+def startup_lines(log: Path) -> list[str]:
+    """The lines in which this package says which kernel and storage a run has."""
+    printed = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for line in printed if line.startswith("megatron-lion:") and "kernel" in line]
