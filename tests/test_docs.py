@@ -1,4 +1,4 @@
-"""Links and named files of README, CONTRIBUTING and docs/ exist, and the site's navigation has every page."""
+"""Links and named files of the Markdown pages exist, and the site's navigation has every page."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+PAGES = sorted([*(ROOT / name for name in TOP), *DOCS.rglob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A path from the repository's root, or the module that `python -m` runs.
 PATH = re.compile(r"(?<![\w./-])(?:docs|megatron_lion|launch|configs|tools|tests)/[\w./*-]*\w")
