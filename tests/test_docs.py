@@ -79,6 +79,16 @@ def test_every_page_is_in_the_navigation_and_the_index() -> None:
     assert pages - {"README.md"} <= set(LINK.findall((DOCS / "README.md").read_text(encoding="utf-8")))
 
 
+def test_pages_that_the_code_names_exist() -> None:
+    named = set()
+    for folder in ("megatron_lion", "launch", "configs", "tools", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".sh", ".yaml", ".cpp", ".h"):
+                named.update(re.findall(r"\bdocs/[\w./-]+\.md\b", path.read_text(encoding="utf-8")))
+    assert named
+    assert [page for page in sorted(named) if not (ROOT / page).is_file()] == []
+
+
 def test_a_broken_link_and_a_missing_file_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One heading\n[a](page.md#one-heading) [b](page.md#other) [c](gone.md) [d](https://example.org)")
