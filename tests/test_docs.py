@@ -1,4 +1,4 @@
-"""Links and named files of README, CONTRIBUTING and docs/ exist, and the site's navigation has every page."""
+"""Links and named files of the Markdown pages exist, and the site's navigation has every page."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+PAGES = sorted([*(ROOT / name for name in TOP), *DOCS.rglob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A path from the repository's root, or the module that `python -m` runs.
 PATH = re.compile(r"(?<![\w./-])(?:docs|megatron_lion|launch|configs|tools|tests)/[\w./*-]*\w")
@@ -76,6 +77,16 @@ def test_every_page_is_in_the_navigation_and_the_index() -> None:
     navigation = re.findall(r"^ +- .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(navigation) == sorted(pages)
     assert pages - {"README.md"} <= set(LINK.findall((DOCS / "README.md").read_text(encoding="utf-8")))
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    named = set()
+    for folder in ("megatron_lion", "launch", "configs", "tools", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".sh", ".yaml", ".cpp", ".h"):
+                named.update(re.findall(r"\bdocs/[\w./-]+\.md\b", path.read_text(encoding="utf-8")))
+    assert named
+    assert [page for page in sorted(named) if not (ROOT / page).is_file()] == []
 
 
 def test_a_broken_link_and_a_missing_file_are_found(tmp_path: Path) -> None:
