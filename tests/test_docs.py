@@ -62,7 +62,10 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_named_files_of_the_repository_exist(page: Path) -> None:
-    assert missing_files(page.read_text(encoding="utf-8")) == []
+    text = page.read_text(encoding="utf-8")
+    if page.name == "CHANGELOG.md":
+        text = text.partition("### Moved")[0]  # the tables below it name the old paths
+    assert missing_files(text) == []
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
