@@ -142,13 +142,13 @@ class Lion(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         scalars = self._scalars(group)
-        uniform: defaultdict[Hashable, list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
+        by_kind: defaultdict[Hashable, list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
         for param in group["params"]:
             if (grad := self._gradient(param)) is not None:
                 grad = -grad if group["maximize"] else grad
                 state = self.state[param] or self._begin(param, grad, group, scalars)
-                uniform[self._kind(param, grad, state)].append((param, grad, state))
-        for entries in uniform.values():
+                by_kind[self._kind(param, grad, state)].append((param, grad, state))
+        for entries in by_kind.values():
             self._update(group, scalars, *zip(*entries, strict=True))
 
     def _update(

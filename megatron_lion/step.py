@@ -3,7 +3,7 @@
 import itertools
 import operator
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -82,6 +82,8 @@ class StepTensors:
         if self.masters:
             self.kind = _kind_of(roles)
             self._check_sizes(roles)
+            if self.scales is not None and self.blocks is not None:
+                self._check_scales(self.scales, self.blocks)
 
     def roles(self) -> dict[str, list[Tensor]]:
         """The lists of tensors that are present, by name, in the order of :data:`ROLES`."""
@@ -106,21 +108,23 @@ class StepTensors:
         return list(map(all, zip(*contiguous, strict=True)))
 
     def _check_sizes(self, roles: dict[str, list[Tensor]]) -> None:
-        for name, tensors in roles.items():
-            if name not in ("masters", "scales") and array("q", map(Tensor.numel, tensors)) != self.numels:
-                sizes = zip(map(Tensor.numel, tensors), self.numels, strict=True)
-                wrong = next((index, *pair) for index, pair in enumerate(sizes) if pair[0] != pair[1])
-                raise ValueError("{}[{}] has {} elements, but masters[{}] has {}".format(name, *wrong[:2], *wrong[::2]))
-        if self.scales is not None and self.blocks is not None:
-            found = array("q", map(Tensor.numel, self.scales))
-            layouts = _int64(array("q", itertools.chain.from_iterable(self.blocks))).view(-1, 2)
-            expected = block_counts(layouts[:, 0], layouts[:, 1], _int64(self.numels))
-            if not torch.equal(expected, _int64(found)):
-                index = int((expected != _int64(found)).nonzero()[0])
+        for name in roles.keys() - {"masters", "scales"}:
+            if (numels := array("q", map(Tensor.numel, roles[name]))) != self.numels:
+                index = next(i for i, (one, two) in enumerate(zip(numels, self.numels, strict=True)) if one != two)
                 raise ValueError(
-                    f"scales[{index}] has {found[index]} entries, but {self.numels[index]} elements with "
-                    f"{self.blocks[index]} have {int(expected[index])} blocks"
+                    f"{name}[{index}] has {numels[index]} elements, but masters[{index}] has {self.numels[index]}"
                 )
+
+    def _check_scales(self, scales: list[Tensor], blocks: list[BlockLayout]) -> None:
+        found = _int64(map(Tensor.numel, scales))
+        starts, row_lengths = _int64(itertools.chain.from_iterable(blocks)).view(-1, 2).unbind(1)
+        expected = block_counts(starts, row_lengths, _int64(self.numels))
+        if not torch.equal(expected, found):
+            index = int((expected != found).nonzero()[0])
+            raise ValueError(
+                f"scales[{index}] has {found[index]} entries, but {self.numels[index]} elements with {blocks[index]} "
+                f"have {expected[index]} blocks"
+            )
 
 
 class StepScalars(NamedTuple):
@@ -188,6 +192,6 @@ def _names(values: set[Any]) -> str:
     return ", ".join(sorted(map(str, values)))
 
 
-def _int64(values: "array[int]") -> Tensor:
-    """A tensor that shares the memory of ``values``."""
-    return torch.frombuffer(values, dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
+def _int64(values: Iterable[int]) -> Tensor:
+    """An int64 tensor of ``values``, which are at least one; much faster than torch.tensor of a list."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64)

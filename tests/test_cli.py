@@ -123,7 +123,7 @@ def test_doctor_with_a_misspelt_device_exits_1_with_the_valid_ones(tmp_path: Pat
 def typed(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit status, output and errors of ``megatron-lion`` with ``arguments``."""
     with pytest.raises(SystemExit) as ended:
-        main.main([*arguments])
+        main([*arguments])
     captured = capsys.readouterr()
     return int(ended.value.code or 0), captured.out, captured.err
 
@@ -161,5 +161,5 @@ def test_an_environment_that_may_not_be_written_is_named_without_a_traceback(
 ) -> None:
     missing = tmp_path / "no" / "such" / "site-packages"
     monkeypatch.setattr("megatron_lion.hook.pth_path", lambda: missing / "hook.pth")
-    assert main.main(["enable"]) == 2
+    assert main(["enable"]) == 2
     assert f"cannot write {missing / 'hook.pth'}: No such file or directory" in capsys.readouterr().err

@@ -91,7 +91,7 @@ MAY_IMPORT = {
 }
 
 
-def room(name):
+def layer(name):
     """megatron_lion.kernels.foreach -> kernels, torch.nn -> torch, and megatron_lion -> itself."""
     package, _, inner = name.partition(".")
     return inner.split(".")[0] if package == "megatron_lion" and inner else package
@@ -122,8 +122,8 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 @pytest.mark.parametrize("file", FILES)
 def test_imports_point_one_way(file):
     """maths <- kernels <- optimizer <- integration <- commands; only integration/ imports Megatron."""
-    here = room("megatron_lion." + file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    here = layer("megatron_lion." + file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
     here = "megatron_lion" if here == "__init__" else here
     assert here in MAY_IMPORT, f"{file} is new: say in MAY_IMPORT what it may import"
-    wrong = sorted({name for name in imports(PACKAGE / file) if room(name) not in MAY_IMPORT[here]})
+    wrong = sorted({name for name in imports(PACKAGE / file) if layer(name) not in MAY_IMPORT[here]})
     assert not wrong, f"{file} may import {sorted(MAY_IMPORT[here])}, but imports {wrong}"

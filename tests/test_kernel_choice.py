@@ -1,4 +1,4 @@
-"""``choose`` takes the kernel that it says, and a named kernel that cannot be had is an error, not another kernel."""
+"""``choose`` selects the documented kernel. A kernel requested by name that cannot run is an error, never replaced."""
 
 import sys
 

@@ -418,7 +418,7 @@ def test_a_number_in_quotes_works_or_is_refused_at_once(quoted):
 
 
 @pytest.mark.parametrize("value", [None, "fast"])
-def test_what_is_no_number_is_named(value):
+def test_a_learning_rate_that_is_not_a_number_is_named(value):
     with pytest.raises((TypeError, ValueError)) as caught:
         Lion(make_params(), lr=value)
     assert isinstance(caught.value, LionError)

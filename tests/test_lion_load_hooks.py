@@ -6,7 +6,7 @@ import torch
 from megatron_lion.lion import Lion
 from tests.test_lion import HYPER, make_params, run, same_bits
 
-# Each makes an optimizer that has stepped twice; Lion with state that is stored otherwise than torch would cast it.
+# Each makes an optimizer that has stepped twice; one Lion stores its state in a dtype that torch would cast.
 HOOKED = {
     "lion": lambda params: Lion(params, **HYPER),
     "lion-int8": lambda params: Lion(params, **HYPER, momentum_dtype="int8"),

@@ -75,7 +75,7 @@ def test_state_takes_the_stated_bytes(momentum: str | None, master: str | None) 
 
 
 @pytest.mark.parametrize(("momentum", "master"), STORAGES)
-def test_a_loaded_optimizer_goes_on_bit_for_bit(momentum: str | None, master: str | None) -> None:
+def test_a_loaded_optimizer_continues_bit_for_bit(momentum: str | None, master: str | None) -> None:
     params = parameters()
     optimizer = ShardedLion(params, **HYPER, momentum_dtype=momentum, master_weights=master)
     train(optimizer, params, 5)

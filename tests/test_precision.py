@@ -46,7 +46,7 @@ def test_a_parameter_rounds_to_nearest_and_half_away_from_zero() -> None:
     assert ties.any()
     differs = param != masters.to(BF16)
     assert differs.any()
-    assert not (differs & ~ties).any(), "it differs from torch's cast at ties alone"
+    assert not (differs & ~ties).any(), "it differs from torch's cast only at ties"
 
 
 def test_no_two_masters_share_both_halves() -> None:

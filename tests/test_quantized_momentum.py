@@ -61,7 +61,7 @@ def test_quantizing_again_changes_nothing(row: int) -> None:
 
 
 def test_every_code_and_many_scales_survive_a_second_quantization() -> None:
-    """Each of the 255 codes beside a 127, at every bf16 scale that is stored."""
+    """Each of the 255 codes in a block with a 127, at every bf16 scale that is stored."""
     bits = torch.arange(0x7F80, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     stored = bits[bits.float() >= 2.0**-100]
     codes = torch.arange(-127, 128)

@@ -72,11 +72,11 @@ def test_selected_tensors_keep_their_lists_and_layouts():
 
 
 def test_entries_are_tuples_of_one_parameter():
-    lists = call(remainders=None, masters=zeros(7, 40))
+    lists = call(remainders=None, masters=zeros(7, 40), model_copies=None)
     for index, entry in enumerate(StepTensors(**lists).entries()):
-        assert entry[4] is None
-        names = ("masters", "grads", "exp_avgs", "model_copies", "scales", "blocks")
-        assert all(value is lists[name][index] for name, value in zip(names, entry[:4] + entry[5:], strict=True))
+        assert entry[3:5] == (None, None)
+        names = ("masters", "grads", "exp_avgs", "scales", "blocks")
+        assert all(value is lists[name][index] for name, value in zip(names, entry[:3] + entry[5:], strict=True))
 
 
 @pytest.mark.parametrize("row_length", [1, 31, 32, 33, 100])

@@ -257,5 +257,5 @@ def test_unsupported_tensors_are_refused():
             run(update, *([tensor.to(DEVICE).clone()] for _ in range(3)), **LANGUAGE)
 
 
-def test_nothing_to_update_is_no_error():
+def test_empty_lists_are_accepted():
     run(update, [], [], [], **LANGUAGE)

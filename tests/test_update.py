@@ -49,8 +49,8 @@ def gradients(rng, count, dtype):
 def reference_step(theta, g, m, e_theta, e_m, *, u, lr, beta1, beta2, weight_decay):
     """Algorithm 1 in fp64, with bounds of what arithmetic of unit roundoff ``u`` can have made of it (running errors).
 
-    ``e_theta`` and ``e_m`` bound the errors that theta and m bring along. A product whose factor is itself rounded is
-    off by 2u, a sum by u: 3u in all, 4u with the second order. ``tie`` marks the elements whose c may have the other
+    ``e_theta`` and ``e_m`` bound the errors that theta and m bring along. A product with a rounded factor is
+    off by 2u, a sum by u: 3u in all, 4u with the second order. ``tie`` marks the elements where c may have the other
     sign, or none. Where c is zero because all of it is zero nothing is rounded, and nothing is uncertain.
     """
     c = beta1 * m + (1 - beta1) * g
@@ -95,7 +95,7 @@ def test_a_thousand_steps_follow_algorithm_1(dtype, betas):
 def test_each_of_a_thousand_low_precision_steps_is_rounded_once(param_dtype, grad_dtype, momentum_dtype):
     """With bf16 parameters two right trajectories part within a few steps, because storage rounding (2^-8) outweighs
     the update. So every step of the reference starts from the stored state of the tested one. Tolerance: the fp32
-    arithmetic lies within the bound e of the reference x, and rounding to storage is monotone, so what is stored lies
+    arithmetic lies within the bound e of the reference x, and rounding to storage is monotone, so what is stored is
     between the rounded x - e and x + e. They are the same number but at midpoints: this asks for exact equality there
     too. Each step leaves out the elements with c within rounding of zero."""
     hyper = {**HYPER, "lr": 3e-3}
@@ -121,7 +121,7 @@ def test_each_of_a_thousand_low_precision_steps_is_rounded_once(param_dtype, gra
 
 
 def documented_step(theta, g, m, *, real, lr, beta1, beta2, weight_decay):
-    """The documented order in numpy, where every operation is rounded on its own. ``1 - beta`` is a Python float
+    """The documented order in numpy, where every operation is rounded separately. ``1 - beta`` is a Python float
     (fp64) and is rounded only where it meets the tensor."""
     c = m * real(beta1) + g * real(1.0 - beta1)
     step = np.sign(c) + theta * real(weight_decay)
@@ -317,7 +317,7 @@ def test_equal_betas_give_signsgd_with_momentum(beta):
 def test_what_non_finite_gradients_do_to_their_own_element_alone(dtype):
     """The rule has no guard: whoever must skip a bad step does so before it. +-inf moves its element by lr and leaves
     the momentum infinite. torch.sign(NaN) is 0, so NaN leaves its element to weight decay and makes the momentum NaN,
-    for ever. No other element is touched."""
+    forever. No other element is touched."""
     inf, nan = float("inf"), float("nan")
     param, exp_avg = torch.full((4,), 1.5, dtype=dtype), torch.zeros(4, dtype=dtype)
     reference([param], [torch.tensor([inf, -inf, nan, 1.0], dtype=dtype)], [exp_avg], **DYADIC)
@@ -337,5 +337,5 @@ def test_lists_of_different_length_are_refused(short):
         reference(**lists, **HYPER)
 
 
-def test_nothing_to_update_is_no_error():
+def test_empty_lists_are_accepted():
     reference([], [], [], **HYPER)

@@ -41,7 +41,7 @@ def figure_path(value: str) -> Path:
 
 
 def draw(runs: dict[str, TrainingLog], path: Path) -> None:
-    """Training loss as lines and validation loss as points, one colour for each run; the format follows the suffix."""
+    """Training loss as lines and validation loss as points, one color for each run; the format follows the suffix."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,7 +57,7 @@ def draw(runs: dict[str, TrainingLog], path: Path) -> None:
 
 
 def plot_losses(axes: Any, runs: dict[str, TrainingLog]) -> None:
-    """Each run's training loss as a line of matplotlib's next colour, and its validation loss as points of it."""
+    """Each run's training loss as a line of matplotlib's next color, and its validation loss as points of it."""
     for name, log in runs.items():
         iterations = sorted(log.loss)
         (line,) = axes.plot(iterations, [log.loss[i] for i in iterations], label=f"{name}, training", linewidth=1.2)

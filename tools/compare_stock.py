@@ -167,14 +167,17 @@ def answers(side: str, line: str, ranks: int) -> list[dict[str, Any]] | str:
         return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
+LIONS = {"Lion", "ShardedLion"}  # class names of stock's and ours
+
+
 def row(line: str, ranks: int, side: str, found: list[dict[str, Any]] | str) -> str:
     """One row of the table."""
     if isinstance(found, str):
         return f"| `{line}` | {ranks} | {side} | refused: {found} | - | - | - |"
     owned = {name: owner for answer in found for name, owner in answer["owners"].items()}
-    lion = {name: owner for name, owner in owned.items() if owner["optimizer"] == "Lion"}
+    lion = {name: owner for name, owner in owned.items() if owner["optimizer"] in LIONS}
     betas = sorted({tuple(owner["betas"]) for owner in lion.values()})
-    others = sorted({owner["optimizer"] for owner in owned.values()} - {"Lion"})
+    others = sorted({owner["optimizer"] for owner in owned.values()} - LIONS)
     off = sum(owner["elements"] for name, owner in owned.items() if name not in lion)
     share = off / sum(owner["elements"] for owner in owned.values())
     rest = f"{len(owned) - len(lion)} on {', '.join(others)} ({share:.0%} of the elements)" if others else "none"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_lion.config import LionError
 
-from .recipes import MEGATRON_KEYS, ROOT, SLURM_PORTS, Recipe
+from .recipes import MEGATRON_KEYS, ROOT, SLURM_PORTS, SLURM_WARNING, Recipe
 
 SLURM_TEMPLATE = ROOT / "launch" / "slurm.sh.template"
 JOIN_TIMEOUT = 600  # torchrun's own, in seconds
@@ -116,6 +116,7 @@ def slurm_script(recipe: Recipe, extra: list[str], python: str) -> str:
     return string.Template(SLURM_TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=_for_sbatch("the recipe's name", "-".join(recipe.names)),
         nodes=recipe["nodes"],
+        warning=SLURM_WARNING,
         cpus=recipe.get("slurm-cpus", recipe["gpus-per-node"] * (1 + recipe.get("num-workers", 2))),
         options="\n".join(f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None),
         # In the name of a log, sbatch replaces %j and the like, and %% by %.

@@ -177,7 +177,7 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--slurm", action="store_true", help="write the batch script and submit it")
     options = parser.parse_intermixed_args(own)
     recipe = recipes.resolve(options.model, options.optimizer, options.cluster, options.override)
-    recipe_checks.check(recipe)
+    recipe_checks.check(recipe, extra)
     if options.dry_run:
         print(report(recipe, extra))
         return 0

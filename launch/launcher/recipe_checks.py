@@ -1,12 +1,14 @@
 """What must hold before anything starts: each check names the key, its value and the fix."""
 
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lion.config import LionError, LionOptions, betas_or_default, check_choice, check_non_negative
 
 from . import estimates
-from .recipes import ROOT, SLURM_PORTS, Recipe
+from .recipes import MEGATRON_KEYS, ROOT, SLURM_PORTS, SLURM_WARNING, Recipe
 
 POSITIVE = (
     "num-layers", "hidden-size", "num-attention-heads", "seq-length", "max-position-embeddings", "global-batch-size",
@@ -37,8 +39,17 @@ DATA_KEYS = ("train-data-path", "valid-data-path", "test-data-path")
 FILE_KEYS = ("tokenizer-model", "vocab-file", "merge-file")
 
 
-def check(recipe: Recipe) -> None:
-    """Raise LionError for the first thing that cannot work; needs no GPU, no Megatron and none of the files."""
+def check(recipe: Recipe, extra: Sequence[str] = ()) -> None:
+    """Raise LionError for the first thing that cannot work; needs no GPU, no Megatron and none of the files.
+
+    ``extra`` are the words after ``--``, which Megatron reads last: a recipe's key among them would win unchecked.
+    """
+    for word in extra:
+        key = word.partition("=")[0].removeprefix("--").replace("_", "-")
+        if word.startswith("--") and key in MEGATRON_KEYS:
+            raise LionError(
+                f"{word} after -- is a recipe's key: set it as {key}=..., so that it is checked and recorded"
+            )
     missing = [key for key in REQUIRED if key not in recipe.settings]
     if missing:
         raise LionError(
@@ -65,10 +76,32 @@ def _check_values(recipe: Recipe) -> None:
     last_port = 65536 - SLURM_PORTS
     if not 1 <= recipe.get("master-port", 1) <= last_port:
         raise LionError(f"master-port must lie in [1, {last_port}], got {recipe['master-port']}")
+    if "slurm-time" in recipe.settings and slurm_seconds(recipe["slurm-time"]) <= SLURM_WARNING:
+        raise LionError(
+            f"slurm-time {recipe['slurm-time']} is not longer than the {SLURM_WARNING} seconds before its end at which "
+            "a job is told to save and end: each one would end at its first step. Give more"
+        )
     for key in ("lr", "min-lr", "weight-decay", "clip-grad"):
         check_non_negative(key, recipe.get(key, 0.0))
     if recipe["optimizer"] == "lion":
         LionOptions(betas=betas_or_default(recipe.get("lion-beta1"), recipe.get("lion-beta2")))
+
+
+def slurm_seconds(text: str) -> float:
+    """A time limit of sbatch in seconds.
+
+    It is minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds;
+    0 and UNLIMITED are no limit. Raises LionError for anything else.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
+    if text.upper() in ("INFINITE", "UNLIMITED"):
+        return math.inf
+    if not found:
+        raise LionError(f"slurm-time {text!r} is not a time limit of Slurm: give one like 2-00:00:00 or 12:30:00")
+    numbers = [int(number) for number in found.groups()[1:] if number is not None]
+    units = (60, 1) if found[1] is None and len(numbers) < 3 else (3600, 60, 1)
+    seconds = 86400 * int(found[1] or 0) + sum(n * unit for n, unit in zip(numbers, units, strict=False))
+    return seconds or math.inf
 
 
 def _check_model(recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ from megatron_lion.config import LionError, did_you_mean
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 KINDS = ("models", "optimizers", "clusters")
+SLURM_WARNING = 600  # seconds before its time limit at which a Slurm job is told to save and end
 SLURM_PORTS = 1000  # a Slurm job's nodes meet at one of so many ports from master-port on, by the job's number
 
 # What launch.py itself reads. Everything else is a flag of Megatron's, without its dashes.

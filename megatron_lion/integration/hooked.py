@@ -1,4 +1,4 @@
-"""What the import hook runs around Megatron's imports: registration, or a warning where it is not possible.
+"""Run by the import hook around Megatron's imports: registration, or a warning if it is not possible.
 
 The hook sees every program of the environment. So a Megatron that this package does not support is left as it is, with
 one warning, and only ``--optimizer lion`` is refused there: on the command line, and where an optimizer is built.

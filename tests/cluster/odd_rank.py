@@ -32,4 +32,4 @@ def make_odd(what: str) -> None:
 if __name__ == "__main__":
     if os.environ["RANK"] == sys.argv[1]:
         make_odd(sys.argv[2].replace("-", " "))
-    sys.exit(main.main(["doctor", "--cluster", *sys.argv[3:]]))
+    sys.exit(main(["doctor", "--cluster", *sys.argv[3:]]))

@@ -155,7 +155,7 @@ def test_a_slow_rank_is_told_from_a_slow_link() -> None:
 )
 def test_what_makes_no_sense_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main.main(words)
+        main(words)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """Recipe files: values are the text as written, tables and keys are checked, paths hold from any folder."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,43 @@ def test_a_file_may_begin_with_a_byte_order_mark_and_merge_tables(tmp_path: Path
     assert (found["lr"], found["min-lr"]) == (2e-3, 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400), ("90:30", 5430), ("12:30:00", 45000), ("1-12", 129600), ("1-12:30", 131400),
+        ("2-00:00:01", 172801), ("0", math.inf), ("UNLIMITED", math.inf), ("infinite", math.inf),
+    ],
+)  # fmt: skip
+def test_a_time_limit_is_read_as_sbatch_reads_it(text: str, seconds: float) -> None:
+    assert recipe_checks.slurm_seconds(text) == seconds
+    recipe_checks.check(recipes.resolve("tiny_gpt", "lion", "cpu", [f"slurm-time={text}"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("5", "slurm-time 5 is not longer than the 600 seconds before its end"),  # SIGTERM would come at once
+        ("10:00", "slurm-time 10:00 is not longer"),
+        ("0-00:10", "slurm-time 0-00:10 is not longer"),
+        ("1h", "'1h' is not a time limit of Slurm: give one like"),
+        ("1:2:3:4", "is not a time limit"),
+        ("", "is not a time limit"),
+    ],
+)
+def test_a_time_limit_that_leaves_no_time_is_refused(text: str, message: str) -> None:
+    with pytest.raises(LionError, match=message):
+        recipe_checks.check(recipes.resolve("tiny_gpt", "lion", "cpu", [f"slurm-time={text}"]))
+
+
+@pytest.mark.parametrize("word", ["--lr", "--lr=1", "--train_iters", "--bf16"])
+def test_a_key_after_the_dashes_is_refused(word: str) -> None:
+    """Megatron would take it, and the recipe, its checks and its record would say another value."""
+    found = recipes.resolve("tiny_gpt", "lion", "cpu", [])
+    recipe_checks.check(found, ["--log-params-norm", "lr", "--lrx", "1"])
+    with pytest.raises(LionError, match=rf"^{word} after -- is a recipe's key: set it as [a-z0-9-]+=\.\.\."):
+        recipe_checks.check(found, ["--log-params-norm", word, "1"])
+
+
 # ---- paths ----
 
 
@@ -165,7 +203,7 @@ def test_a_job_reads_and_writes_where_it_was_submitted(tmp_path: Path, how: str)
         for suffix in ("bin", "idx"):
             (text / f"{name}.{suffix}").touch()
     (text / "tokenizer.model").touch()
-    words = ["tiny_gpt", "lion", "cpu", how, "data=text", "run=runs/a", "--", "--data-cache-path", "cache"]
+    words = ["tiny_gpt", "lion", "cpu", how, "data=text", "run=runs/a", "--", "--wandb-save-dir", "wandb"]
     done = subprocess.run([sys.executable, str(LAUNCH), *words], capture_output=True, text=True, cwd=tmp_path)
     script = done.stdout if how == "--print" else (tmp_path / "runs" / "a" / "job.sh").read_text()
     for path in ("text/train_text_document", "runs/a/checkpoints"):

@@ -38,8 +38,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The wrapped model and its optimizer."""
+def build(args: argparse.Namespace, *, sharded: bool = True, **options: Any) -> tuple[Any, Any]:
+    """The wrapped model and its optimizer, which ``options`` of Megatron's configuration may change."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -70,7 +70,7 @@ def build(args: argparse.Namespace) -> tuple[Any, Any]:
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not args.bf16_gradients,
         fp8_param_gather=args.fp8_weights,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=sharded,
         overlap_grad_reduce=args.overlap,
         overlap_param_gather=args.overlap,
         bucket_size=20_000 if args.overlap else None,
@@ -80,16 +80,16 @@ def build(args: argparse.Namespace) -> tuple[Any, Any]:
     if args.overlap:
         config.no_sync_func, config.grad_sync_func = wrapped.no_sync, wrapped.start_grad_sync
         config.param_sync_func = wrapped.start_param_sync
+    settings = {"optimizer": "lion", "lion_beta1": 0.8, "lion_beta2": 0.97} | options
     optimizer_config = OptimizerConfig(
-        optimizer="lion",
         lr=1e-4,
         min_lr=1e-4,
         weight_decay=0.1,
         bf16=args.bf16,
         params_dtype=config.params_dtype,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=sharded,
+        **settings,
     )
-    optimizer_config.lion_beta1, optimizer_config.lion_beta2 = 0.8, 0.97  # no fields of it before 0.17
     optimizer = get_megatron_optimizer(optimizer_config, [wrapped])
     constant = OptimizerParamScheduler(
         optimizer,

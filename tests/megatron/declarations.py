@@ -15,6 +15,7 @@ import os
 import pkgutil
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from types import CodeType
 from typing import Any
@@ -130,6 +131,13 @@ def _plain(value: Any) -> Any:
     return value.__func__ if isinstance(value, staticmethod | classmethod) else value
 
 
+def wrapped_twice() -> list[str]:
+    """Functions of Megatron that two of our wrappers are around: their order would be an accident."""
+    patches = register._core_patches() + (register._training_patches() if compat.has_training() else [])
+    names = Counter(f"{patch.seam.module}:{patch.seam.name}" for patch in patches)
+    return [name for name, number in names.items() if number > 1]
+
+
 # ---- what registration says where a name is gone ----
 
 
@@ -229,6 +237,7 @@ def report() -> dict[str, Any]:
     return {
         "classes": sorted(cls.__name__ for cls in classes),
         "replaced but not declared": replaced,
+        "wrapped twice": wrapped_twice(),
         "overriding but not marked": {cls.__name__: names for cls in classes if (names := unmarked(cls))},
         "read but not checked": {cls.__name__: names for cls in classes if (names := unchecked(cls))},
         "set by Megatron too": {cls.__name__: names for cls in classes if (names := list(clashing(cls)))},

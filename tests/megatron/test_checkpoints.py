@@ -13,11 +13,11 @@ pytest.importorskip("megatron.core", reason="compat names Megatron's modules")
 
 def arguments(optimizer: str, **others: Any) -> SimpleNamespace:
     """The arguments that the check reads."""
-    same = {"lr": 1e-4, "min_lr": 1e-5, "weight_decay": 0.1, "lion_init_from": None}
+    same = {"lr": 1e-4, "min_lr": 1e-5, "weight_decay": 0.1, "weight_decay_incr_style": "constant"}
     flags = dict.fromkeys(
         ("finetune", "no_load_optim", "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"), False
     )
-    return SimpleNamespace(**{"optimizer": optimizer, **same, **flags, **others})
+    return SimpleNamespace(**{"optimizer": optimizer, "lion_init_from": None, **same, **flags, **others})
 
 
 def ours() -> SimpleNamespace:

@@ -18,8 +18,11 @@ import torch
 import megatron_lion
 
 megatron_lion.register()
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from megatron_lion.config import LionOptions
 
 BF16 = dict(bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True)
@@ -55,6 +58,29 @@ class Deferred(OptimizerConfig):  # as Megatron-Bridge has it
     def finalize(self):
         super().__post_init__()
         return self
+
+
+def chunk(weight=None, **ddp_settings):
+    model = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+    if weight is not None:
+        model.weight = torch.nn.Parameter(weight)
+    model.ddp_config = DistributedDataParallelConfig(**ddp_settings)
+    return model
+
+
+def dtensor():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)))
+
+
+def mimo():
+    from megatron.core.models.mimo.model.base import MimoModel
+
+    return MimoModel.__new__(MimoModel)
+
+
+def build(config, *chunks):
+    return get_megatron_optimizer(config, list(chunks) or [chunk()])
 
 
 def outcome(expression):
@@ -114,6 +140,30 @@ EXPECTED: dict[str, Any] = {
 }
 
 
+# A configuration that was made before the registration.
+OLDER = """
+from megatron.core.optimizer import OptimizerConfig
+made = OptimizerConfig(optimizer="lion", lr=1e-4)
+older = lambda: made
+"""
+NOT_SUPPORTED = "is not supported with --optimizer lion: "
+# What is refused where the optimizer is built, with the beginning of the message.
+REFUSED = {
+    "build(lion(optimizer_cuda_graph=True))": f"--optimizer-cuda-graph {NOT_SUPPORTED}a captured step would reuse",
+    "build(lion(), chunk(use_megatron_fsdp=True))": f"--use-megatron-fsdp {NOT_SUPPORTED}Megatron-FSDP has its own",
+    "build(lion(), chunk(dtensor()))": f"--use-torch-fsdp2 {NOT_SUPPORTED}torch FSDP2 is not supported",
+    "build(lion(), mimo())": f"MimoModel {NOT_SUPPORTED}Megatron builds an optimizer for each of its modules",
+    "build(lion(lion_momentum_dtype='bf16', **BF16), chunk(fp8_param_gather=True))": "fp8_param_gather=True is not "
+    "supported where Lion writes the 16-bit parameters itself",
+    "build(lion(**BF16, **AWARE), chunk(fp4_param_gather=True))": "fp4_param_gather=True is not supported where Lion",
+    "build(lion(decoupled_weight_decay=False))": "--optimizer lion needs decoupled_weight_decay=True",
+    "build(dataclasses.replace(lion(), lr=None))": "--optimizer lion needs --lr",
+    "build(lion(min_lr=1e-3))": "--min-lr 0.001 is greater than --lr 0.0001",
+    "build(lion(lion_kernel='fusd'))": "--lion-kernel 'fusd' is unknown: did you mean 'fused'",
+    "build(older())": "this OptimizerConfig was made before megatron_lion.register()",
+}
+
+
 def probe(lines: list[str], before: str = "") -> subprocess.CompletedProcess[str]:
     """Evaluate ``lines`` in a process that runs ``before`` ahead of the registration."""
     return subprocess.run(
@@ -129,7 +179,7 @@ def probe(lines: list[str], before: str = "") -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
-    result = probe(list(EXPECTED))
+    result = probe([*EXPECTED, *REFUSED], before=OLDER)
     assert result.returncode == 0, result.stderr[-3000:]
     found: dict[str, Any] = json.loads(result.stdout.split("OUTCOMES ")[-1])
     return found
@@ -138,6 +188,11 @@ def outcomes() -> dict[str, Any]:
 @pytest.mark.parametrize("line", EXPECTED)
 def test_the_options_are_fields_of_megatrons_configuration(outcomes: dict[str, Any], line: str) -> None:
     assert outcomes[line] == EXPECTED[line]
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_lion_does_not_support_is_refused_where_it_is_built(outcomes: dict[str, Any], line: str) -> None:
+    assert outcomes[line].startswith(f"LionError: {REFUSED[line]}"), outcomes[line]
 
 
 def test_a_subclass_that_is_older_than_the_fields_is_named() -> None:

@@ -280,7 +280,7 @@ for function in (megatron.core.optimizer.get_megatron_optimizer, megatron.traini
 @pytest.mark.parametrize(
     ("seams", "module", "name", "needs", "problem"),
     [
-        ("CORE", "megatron.core.optimizer", "get_megatron_optimizer", "('colour',)", "has changed: no parameter"),
+        ("CORE", "megatron.core.optimizer", "get_megatron_optimizer", "('color',)", "has changed: no parameter"),
         ("CORE", "megatron.core.optimizer", "ChainedOptimizer.step", "(), ('paint',)", "has changed: it no longer"),
         ("TRAINING", "megatron.training.arguments", "validate_everything", "('args',)", "is gone"),
     ],

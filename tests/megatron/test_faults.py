@@ -29,7 +29,7 @@ from tests.harness import (
     torchrun,
 )
 
-# Parameter by parameter, instead of in buckets whose padding is never initialised.
+# Parameter by parameter, instead of in buckets whose padding is never initialized.
 RUN = f"--optimizer lion --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --bf16 {HORIZON}"
 LAST = 8
 TRACKER = "latest_checkpointed_iteration.txt"

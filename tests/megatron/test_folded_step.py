@@ -17,7 +17,7 @@ from tests.harness import (
 )
 
 SCRIPT = Path(__file__).with_name("unfolded.py")
-# Parameter by parameter, instead of in buckets whose padding is never initialised.
+# Parameter by parameter, instead of in buckets whose padding is never initialized.
 DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 
 

@@ -35,7 +35,7 @@ for function in (
     code = getattr(getattr(function, "wrapper", function), "__code__", None)
     print("/".join(pathlib.Path(code.co_filename).parts[-2:]) if code else function)
 """
-OURS = ["integration/factory.py", "integration/factory.py", "integration/arguments.py"]
+OURS = ["optimizer/factory.py", "optimizer/factory.py", "flags/arguments.py"]
 STOCK = ["optimizer/__init__.py", "optimizer/__init__.py", "<class 'str'>"]
 
 
@@ -119,10 +119,8 @@ def test_an_enabled_hook_trains_every_parameter_with_lion_under_a_script_that_re
 ) -> None:
     environment.megatron_lion("enable")
     script = environment.folder / "pretrain_gpt.py"
-    script.write_text(PRETRAIN_GPT.read_text())
-    beside = PRETRAIN_GPT.with_name("pretraining.py").read_text()
-    assert beside.count("    megatron_lion.register()\n") == 1
-    script.with_name("pretraining.py").write_text(beside.replace("    megatron_lion.register()\n", ""))
+    nothing = "import megatron_lion\nmegatron_lion.register = lambda: None  # only the hook registers\n"
+    script.write_text(nothing + PRETRAIN_GPT.read_text())
     flags = f"{MODEL} {BATCH} {RATE} {CPU} {text_flags(text)} --optimizer lion --train-iters 2".split()
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
     result = environment.python(*torchrun, str(script), *flags)

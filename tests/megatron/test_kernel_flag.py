@@ -6,7 +6,7 @@ import pytest
 
 from tests.harness import HORIZON, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
 
-# Parameter by parameter, instead of in buckets whose padding is never initialised.
+# Parameter by parameter, instead of in buckets whose padding is never initialized.
 CANONICAL = "--dist-ckpt-optim-fully-reshardable"
 
 

@@ -32,7 +32,7 @@ def off_lion(answers: list[dict[str, Any]], betas: list[float]) -> list[str]:
         name
         for answer in answers
         for name, owner in answer["owners"].items()
-        if owner["optimizer"] != "Lion" or owner["betas"] != betas
+        if owner["optimizer"] != "ShardedLion" or owner["betas"] != betas
     )
 
 

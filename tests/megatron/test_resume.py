@@ -13,7 +13,7 @@ from megatron_lion.integration.checkpoint.group_settings import refuse_other_rat
 from megatron_lion.integration.compat import installed_traits
 from tests.harness import HORIZON, WORKERS, assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
 
-# Parameter by parameter, instead of in buckets whose padding is never initialised.
+# Parameter by parameter, instead of in buckets whose padding is never initialized.
 CANONICAL = "--dist-ckpt-optim-fully-reshardable"
 DISTRIBUTED = "--use-distributed-optimizer"
 LATEST = "latest_checkpointed_iteration.txt"

@@ -66,4 +66,4 @@ def test_training_is_the_same_and_the_norms_are_those_of_the_log(text: Path, tmp
 def test_without_lion_it_is_refused(text: Path) -> None:
     run = pretrain(text, "--optimizer sgd --lion-telemetry --train-iters 2", kill_at=2)
     assert run.returncode not in (0, -9)
-    assert "--lion-telemetry is Lion's, and this run's optimizer is sgd" in run.output
+    assert "--lion-telemetry needs --optimizer lion, and this run has sgd" in run.output

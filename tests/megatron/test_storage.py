@@ -77,7 +77,7 @@ def test_remainders_train_as_fp32_masters_do(text: Path, tmp_path: Path) -> None
     for master in ("fp32", "remainder"):
         flags = f"{common} --lion-master-weights {master} --save {tmp_path}/{master} --save-interval 3"
         runs[master] = pretrain(text, flags, ranks=2)
-        line = "16 bits beside each bf16 parameter" if master == "remainder" else "fp32 master"
+        line = "16 bits for each bf16 parameter" if master == "remainder" else "fp32 master"
         assert any(line in said for said in runs[master].ours())
     assert relative_difference(runs["fp32"].log, runs["remainder"].log) < 1e-4
     (tmp_path / "fp32/latest_checkpointed_iteration.txt").write_text("3")
@@ -95,5 +95,5 @@ def test_megatrons_own_flags_mean_the_same(text: Path) -> None:
     theirs = pretrain(text, f"{common} --use-precision-aware-optimizer --exp-avg-dtype bf16", ranks=2)
     ours = pretrain(text, f"{common} --lion-momentum-dtype bf16 {REMAINDER}", ranks=2)
     assert theirs.ours() == ours.ours()
-    assert any("bf16 momentum" in line and "16 bits beside" in line for line in ours.ours())
+    assert any("bf16 momentum" in line and "16 bits for each" in line for line in ours.ours())
     assert relative_difference(theirs.log, ours.log) == 0.0

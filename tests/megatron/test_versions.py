@@ -61,7 +61,7 @@ def table() -> Iterator[Table]:
 def assert_all_on_lion(answers: list[dict[str, Any]], parameters: int) -> None:
     found = {name: owner for answer in answers for name, owner in answer["owners"].items()}
     assert len(found) == parameters
-    assert {(owner["optimizer"], *owner["betas"]) for owner in found.values()} == {("Lion", 0.8, 0.97)}
+    assert {(owner["optimizer"], *owner["betas"]) for owner in found.values()} == {("ShardedLion", 0.8, 0.97)}
     assert {owner["weight_decay"] for owner in found.values()} == {0.0, 0.1}
 
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from megatron_lion import Lion
 from megatron_lion.config import LionError
-from tools.benchmark import measure, peers, shapes, step, traffic
+from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
+from tools.benchmark import measure, peers, queued, queued_rows, shapes, step, traffic
 from tools.benchmark.measure import Candidate
 from tools.benchmark.traffic import READ, UPDATE, WRITE, Stream
 
@@ -93,11 +93,11 @@ def test_a_fused_step_of_torchs_is_counted_alike_by_its_streams_and_by_its_opera
 
 def test_ours_moves_the_bytes_that_its_state_has() -> None:
     params = shapes.parameters([(1000,)])
-    optimizer = Lion(params, kernel="reference")
+    optimizer = ShardedLion(params, kernel="reference")
     optimizer.step()
     assert sum(stream.bytes for stream in traffic.streams_of(optimizer)) == 20 * 1000
     assert read_and_written(traffic.streams_of(optimizer)) == (12 * 1000, 8 * 1000)
-    optimizer.copies = {params[0]: params[0].detach().bfloat16()}
+    optimizer.model_copies = {params[0]: params[0].detach().bfloat16()}
     assert sum(stream.bytes for stream in traffic.streams_of(optimizer)) == 22 * 1000
     assert read_and_written(traffic.streams_of(optimizer)) == (12 * 1000, 10 * 1000), "and Megatron's norm reads 4"
 
@@ -141,3 +141,85 @@ def test_an_unknown_peer_is_refused_with_the_nearest(monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark_step", "--peers", "timm Lion"])
     with pytest.raises(LionError, match="did you mean 'timm Lion foreach'"):
         step.main()
+
+
+def test_each_queued_row_is_on_disk_before_the_next_candidate_is_built(tmp_path, capsys) -> None:
+    rows = tmp_path / "rows.jsonl"
+    names = []
+
+    def build(name: str) -> Candidate:
+        names.append([json.loads(line)["name"] for line in rows.read_text().splitlines()] if rows.exists() else [])
+        if name == "broken":
+            raise RuntimeError("CUDA error: an illegal memory access\nand more")
+        return Candidate(name, "fp32 momentum", lambda: None, 2000)
+
+    chosen = {name: (lambda name=name: build(name)) for name in ("one", "broken", "two")}
+    table = queued.run("a title", chosen, 100, queued.Device("cpu"), rows)
+    assert names == [[], ["one"], ["one", "broken"]]
+    assert [row.error for row in table] == [None, "RuntimeError: CUDA error: an illegal memory access", None]
+    record = json.loads(rows.read_text().splitlines()[0])
+    assert (record["benchmark"], record["bytes_per_parameter"]) == ("a title", 20.0)
+    assert record["share_of_copy"] == pytest.approx(
+        record["gigabytes_per_second"] / record["copy_gigabytes_per_second"]
+    )
+
+
+def test_on_a_gpu_several_queued_steps_are_timed_between_two_events(monkeypatch) -> None:
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("record")
+
+        def synchronize(self) -> None:
+            said.append("wait")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert queued.Device("cuda").milliseconds(lambda: said.append("step"), 3) == 2.0
+    assert said == ["record", "step", "step", "step", "record", "wait"]
+
+
+def test_ratios_of_queued_rows_are_taken_within_one_run() -> None:
+    table = [
+        queued_rows.QueuedRow("torch AdamW fused", "two fp32 moments", 6.0),
+        queued_rows.QueuedRow("megatron-lion fused", "fp32 momentum", 2.0, 0.5, 1.0, 20.0, 1000.0, 2000.0, 0.5),
+        queued_rows.QueuedRow("their Lion", "fp32 momentum", 3.0),
+        queued_rows.QueuedRow("gone", error="not installed"),
+    ]
+    lines = queued_rows.markdown(table).splitlines()
+    assert lines[2] == "| megatron-lion fused | fp32 momentum | 2.00 | 0.50 | 20.0 | 1000 | 0.50 | 3.00 | 1.50 |"
+    assert lines[3].endswith("| 2.00 | - |")
+    assert lines[-1] == "- not measured: gone: not installed"
+
+
+def test_a_rehearsed_queued_run_leaves_rows_and_fails_where_ours_fails(tmp_path, monkeypatch, capsys) -> None:
+    rows = tmp_path / "rows.jsonl"
+    asked = ["--queued", "--numel", "500", "--tensors", "2", "--rows", str(rows), "--only", "lion foreach", "SGD"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_step", *asked, "--peers", "torch SGD with momentum, fused"])
+    step.main()
+    names = [json.loads(line)["name"] for line in rows.read_text().splitlines()]
+    assert names[:2] == ["torch SGD with momentum, fused", "megatron-lion foreach"]
+    assert "2 tensors, 1,000 elements" in capsys.readouterr().out
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("tools.benchmark.ours.in_fp32", fail)
+    with pytest.raises(SystemExit, match="not measured: megatron-lion foreach"):
+        step.main()
+
+
+def test_state_inside_an_object_is_counted() -> None:
+    """FlashLion keeps its int8 momentum in an object with two tensors."""
+    params = shapes.parameters([(320,)])
+    optimizer = torch.optim.SGD(params)
+    holder = type("Quantized", (), {})()
+    holder.quantized, holder.scales = torch.zeros(320, dtype=torch.int8), torch.zeros(10, dtype=torch.float16)
+    optimizer.state[params[0]]["exp_avg"] = holder
+    assert sum(stream.bytes for stream in traffic.streams_of(optimizer)) == 320 * 12 + 2 * (320 + 20)

@@ -89,8 +89,8 @@ def test_the_figure_draws_each_runs_training_and_validation_losses(
         "Lion, validation": ([3, 6], [6.1, 5.3]),
         "SGD, training": ([1, 2, 3], [7.0, 7.0, 7.0]),
     }
-    colours = {line.get_label(): line.get_color() for line in axes.get_lines()}
-    assert colours["Lion, training"] == colours["Lion, validation"] != colours["SGD, training"]
+    colors = {line.get_label(): line.get_color() for line in axes.get_lines()}
+    assert colors["Lion, training"] == colors["Lion, validation"] != colors["SGD, training"]
     assert "nats" in axes.get_ylabel()
 
 

@@ -11,7 +11,7 @@ def owner(optimizer: str, betas: list[float], elements: int) -> dict[str, object
 def test_a_row_says_what_is_on_lion_what_is_not_and_the_state_of_each_rank() -> None:
     ranks = [
         {"owners": {"a": owner("Lion", [0.9, 0.999], 60), "b": owner("AdamW", [0.9, 0.95], 40)}, "state_bytes": 1200},
-        {"owners": {"a": owner("Lion", [0.9, 0.999], 60)}, "state_bytes": 300},
+        {"owners": {"a": owner("ShardedLion", [0.9, 0.999], 60)}, "state_bytes": 300},
     ]
     made = compare_stock.row("--bf16", 2, "stock", ranks)
     assert (

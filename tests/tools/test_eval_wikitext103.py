@@ -217,6 +217,37 @@ def test_what_gpt2_cannot_express_is_refused_by_name(saved: Path) -> None:
         export_hf.require_gpt2(Namespace(**{**vars(args), "group_query_attention": True, "num_query_groups": 2}))
 
 
+def _file_of(checkpoint: Path, key: str) -> tuple[Path, int]:
+    """The file that holds a tensor, and a byte in its middle."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    found = FileSystemReader(str(checkpoint)).read_metadata().storage_data
+    place = next(place for index, place in found.items() if index.fqn == key)
+    return checkpoint / place.relative_path, place.offset + place.length // 2
+
+
+def test_a_damaged_checkpoint_is_neither_exported_nor_evaluated(saved: Path, sample: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "damaged")
+    checkpoint = checkpoints.iteration_folder(tmp_path / "damaged", 12)
+    path, at = _file_of(checkpoint, "embedding.word_embeddings.weight")
+    whole = bytearray(path.read_bytes())
+    whole[at] ^= 16  # one bit of one weight
+    for content in (bytes(whole), bytes(whole[:at]), None):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(LionError, match=rf"iter_0000012 cannot be read: .*{path.name}"):
+            export(tmp_path / "damaged", tmp_path / "exported")
+        assert not (tmp_path / "exported").exists()
+        if content == bytes(whole):
+            run = start(tmp_path / "damaged", sample, tmp_path / "out.json", "--steps 12")
+            assert run.returncode != 0 and path.name in run.output
+            assert not (tmp_path / "out.json").exists()
+    (checkpoint / ".metadata").write_bytes(b"cut")
+    with pytest.raises(LionError, match=r"iter_0000012/\.metadata cannot be read"):
+        export(tmp_path / "damaged", tmp_path / "exported")
+
+
 def test_wrong_input_is_named_and_nothing_is_overwritten(saved: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for more, message in (

@@ -315,6 +315,29 @@ def test_byte_order_marks_and_packings_in_capitals_leave_the_same_documents(
         assert manifest.read_manifest(prefix)["counts"]["all"]["documents"] == len(texts)
 
 
+def test_a_tokenizer_that_ends_each_text_itself_ends_a_document_once(tmp_path: Path) -> None:
+    """And what it adds to a blank text is no document."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+
+    ids = {"<unk>": 0, "<s>": 1, "</s>": 2, "hello": 3, "there": 4, ".": 5, "Hello": 6}
+    made = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("hello there", "", " ", "hello. Hello.")))
+    flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder), "--append-eod")
+    assert run(path, tmp_path / "x", *flags) == 0
+    assert sequences(tmp_path / "x_text_document") == [[1, 3, 4, 2], [1, 3, 5, 6, 5, 2]]
+    assert manifest.read_manifest(tmp_path / "x")["skipped"] == {"empty": 2}
+    assert run(path, tmp_path / "y", *flags, "--split-sentences") == 0
+    assert sequences(tmp_path / "y_text_sentence") == [[1, 3, 4, 2], [1, 3, 5, 2], [1, 6, 5, 2]]
+
+
 def test_utf_16_is_named(gpt2: list[str], tmp_path: Path) -> None:
     for encoding in ("utf-16", "utf-16-be"):
         path = tmp_path / f"{encoding}.jsonl"

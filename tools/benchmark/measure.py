@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from tools.benchmark.queued_rows import OURS
 from tools.benchmark.traffic import Stream, streaming_pass
 
-OURS = "megatron-lion"
 # The passes of which the faster is a candidate's limit, by how many elements ahead they fetch: what a CPU fetches on
 # its own may fall short of its memory.
 PASSES = {"the limit of ": 0, "the limit, fetched ahead, of ": 512}
@@ -167,6 +167,11 @@ def not_measured(missing: dict[str, str]) -> str:
     return "".join(f"\nNot measured, {reason}: {'; '.join(names)}\n" for reason, names in reasons.items())
 
 
+def first_line(error: Exception) -> str:
+    """The error's class and the first line of its message."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def write_json(path: Path, **record: object) -> None:
     """The record as JSON, for :mod:`tools` that compare machines."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,15 +179,15 @@ def write_json(path: Path, **record: object) -> None:
 
 
 def plot(table: Sequence[Row], path: Path, title: str) -> None:
-    """A bar for each row, SVG or PNG by the name's ending: ours in another colour, with a mark where its limit is."""
+    """A bar for each row, SVG or PNG by the name's ending: ours in another color, with a mark where its limit is."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = ["tab:orange" if row.name.startswith(OURS) else "tab:blue" for row in table]
+    colors = ["tab:orange" if row.name.startswith(OURS) else "tab:blue" for row in table]
     figure, axes = plt.subplots(figsize=(9, 0.3 * len(table) + 1.2), layout="constrained")
-    bars = axes.barh([row.name for row in table], [row.milliseconds for row in table], color=colours, log=True)
+    bars = axes.barh([row.name for row in table], [row.milliseconds for row in table], color=colors, log=True)
     axes.bar_label(bars, [f"{row.milliseconds:.1f}" for row in table], padding=3, fontsize=8)
     limits_shown = {y: row.limit_milliseconds for y, row in enumerate(table) if row.limit_milliseconds}
     edges = [y - 0.4 for y in limits_shown], [y + 0.4 for y in limits_shown]

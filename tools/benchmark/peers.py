@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_lion.config import LionError, did_you_mean
-from tools.benchmark.measure import Candidate
-from tools.benchmark.shapes import gradient
+from tools.benchmark.measure import Candidate, first_line
+from tools.benchmark.shapes import bf16_twins, gradient
 from tools.benchmark.traffic import counted, streams_of
 
 HYPER = {"lr": 1e-6, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -38,9 +38,15 @@ class Peer:
     compiles_for_minutes: bool = False
     device: str | None = None
     untouched: tuple[str, ...] = ()
+    bf16: bool = False
 
     def build(self, params: Params) -> torch.optim.Optimizer:
-        """The optimizer on ``params``."""
+        """The optimizer on ``params``, or on bf16 parameters and gradients of the same values."""
+        if self.bf16:
+            twins = bf16_twins(params)
+            for twin, param in zip(twins, params, strict=True):
+                twin.grad = gradient(param).bfloat16()
+            params = twins
         hyper = {key: value for key, value in HYPER.items() if key not in self.without} | dict(self.options)
         return getattr(importlib.import_module(self.module), self.name)(params, **hyper)
 
@@ -91,7 +97,19 @@ PEERS = {
     # On a CPU bitsandbytes has no kernel for Lion: it makes it of torch operations inside one operation of its own.
     "bitsandbytes Lion": Peer("bitsandbytes.optim", "Lion32bit", passes=UNKNOWN),
     "bitsandbytes Lion8bit": Peer("bitsandbytes.optim", "Lion8bit", "int8 momentum", ONE_PASS, device="cuda"),
-    "flashoptim FlashLion": Peer("flashoptim", "FlashLion", "int8 momentum", ONE_PASS, device="cuda"),
+    "flashoptim FlashLion": Peer(
+        "flashoptim", "FlashLion", "int8 momentum", ONE_PASS, (("master_weight_bits", None),), device="cuda"
+    ),
+    # 16 bits of error correction next to bf16 parameters: as many bits as our remainders.
+    "flashoptim FlashLion, bf16": Peer(
+        "flashoptim",
+        "FlashLion",
+        "remainder, int8 momentum",
+        ONE_PASS,
+        (("master_weight_bits", 32),),
+        device="cuda",
+        bf16=True,
+    ),
     "Transformer Engine FusedAdam": Peer(
         "transformer_engine.pytorch.optimizers", "FusedAdam", TWO_MOMENTS, ONE_PASS, device="cuda"
     ),
@@ -126,15 +144,16 @@ def build(params: Params, names: Sequence[str], device: str) -> tuple[list[Candi
         problem = reason_missing(PEERS[name], device)
         if problem is None:
             try:
-                made.append(_candidate(name, params))
+                made.append(candidate(name, params))
             except Exception as error:  # whatever a peer raises where it does not fit: that is the finding
-                problem = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                problem = first_line(error)
         if problem is not None:
             missing[name] = problem
     return made, missing | asked_for
 
 
-def _candidate(name: str, params: Params) -> Candidate:
+def candidate(name: str, params: Params) -> Candidate:
+    """The peer ``name``, built on ``params`` and stepped once."""
     peer = PEERS[name]
     optimizer = peer.build(params)
     optimizer.step()  # makes its state

@@ -34,6 +34,11 @@ def gradient(param: torch.nn.Parameter) -> Tensor:
     return param.grad
 
 
+def bf16_twins(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """bf16 parameters of the same values, without gradients."""
+    return [torch.nn.Parameter(param.detach().bfloat16()) for param in params]
+
+
 def machine(device: str = "cpu") -> str:
     """The CPU or the GPU, and the versions that matter."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import tempfile
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ def streams_of(optimizer: torch.optim.Optimizer, untouched: Sequence[str] = ()) 
     name = "decoupled_grad" if getattr(optimizer, "use_decoupled_grad", False) else "grad"
     state: dict[str, list[Tensor]] = {}
     for param in params:
-        for key, value in optimizer.state[param].items():
-            if torch.is_tensor(value) and value.dim() and key not in untouched:
+        for key, value in _tensors_of(optimizer.state[param]):
+            if value.dim() and key not in untouched:
                 state.setdefault(key, []).append(value)
     has_masters = any(tensor.dtype == torch.float32 for tensor in state.get("master_param", ()))
     made = [
@@ -64,6 +64,16 @@ def streams_of(optimizer: torch.optim.Optimizer, untouched: Sequence[str] = ()) 
     ]
     copies = list(getattr(optimizer, "model_copies", {}).values())
     return [*made, Stream(copies, WRITE)] if copies else made
+
+
+def _tensors_of(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one parameter's state, including those inside an object (FlashLion's int8 momentum)."""
+    for key, value in state.items():
+        if torch.is_tensor(value):
+            yield key, value
+        else:
+            inner = getattr(value, "__dict__", {})
+            yield from ((f"{key}.{name}", tensor) for name, tensor in inner.items() if torch.is_tensor(tensor))
 
 
 class Counted(TorchDispatchMode):

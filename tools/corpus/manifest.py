@@ -30,7 +30,7 @@ def read_manifest(output_prefix: Path) -> dict[str, Any]:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """Return the size and SHA-256 by which a file's content is recognised."""
+    """Return the size and SHA-256 by which a file's content is recognized."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

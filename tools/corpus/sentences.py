@@ -50,7 +50,7 @@ def _can_begin(first: str) -> bool:
 
     Georgian has capitals, but does not use them in sentences: its letters count as small ones.
     """
-    return not first.islower() or "\u10d0" <= first <= "\u10ff"
+    return first.isalnum() and (not first.islower() or "\u10d0" <= first <= "\u10ff")
 
 
 def _is_abbreviation(before: str) -> bool:

@@ -190,16 +190,20 @@ def _documents(shard: Shard, key: str, strict: bool) -> tuple[list[str], dict[st
 
 
 def _encode(documents: list[str], encoding: Encoding, tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield each document's ids and the lengths of its sequences, the end-of-document token counted to the last."""
+    """Yield each document's ids and the lengths of its sequences, the end-of-document token counted to the last.
+
+    A tokenizer that ends every text with that token has ended the document.
+    """
     if encoding.split_sentences:
         sentences = [split_sentences(text, encoding.keep_newlines) for text in documents]
     else:
         sentences = [[text] for text in documents]
     encoded = tokenize_all(tokenizer, (sentence for group in sentences for sentence in group))
+    (nothing,) = tokenize_all(tokenizer, [""])  # what some tokenizers add to every text
     for group in sentences:
-        parts = [ids for ids in (next(encoded) for _ in group) if ids]
+        parts = [ids for ids in (next(encoded) for _ in group) if ids != nothing]
         ids, lengths = [token for part in parts for token in part], [len(part) for part in parts]
-        if ids and encoding.append_eod:
+        if ids and encoding.append_eod and not (nothing and ids[-1] == nothing[-1] == tokenizer.eod):
             ids.append(tokenizer.eod)
             lengths[-1] += 1
         yield ids, lengths

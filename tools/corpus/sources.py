@@ -22,7 +22,7 @@ PACKED = (".gz", ".zst")
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 PLAIN_TEXT = (".txt", ".text", ".tokens", ".md")
 DOCUMENT_RULES = ("blank-line", "line", "wikitext")
-_WIKITEXT_TITLE = re.compile(rb"^ ?= [^=].* =\s*$")  # detokenised or not
+_WIKITEXT_TITLE = re.compile(rb"^ ?= [^=].* =\s*$")  # detokenized or not
 
 
 @dataclass

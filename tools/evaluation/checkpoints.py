@@ -1,7 +1,9 @@
 """Read what Megatron's ``torch_dist`` checkpoints say of themselves, without building a model."""
 
+import contextlib
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +55,38 @@ def read_args(checkpoint: Path) -> Any:
     """Return the command line of the run that wrote the checkpoint, as Megatron saved it. Reads no weights."""
     from megatron.core.dist_checkpointing import load_common_state_dict
 
-    try:
+    with _readable(checkpoint):
         common = load_common_state_dict(str(checkpoint))
-    except Exception as error:  # damage shows itself as almost anything here
-        raise LionError(f"{checkpoint} cannot be read as a torch_dist checkpoint: {error}") from error
     if "args" not in common:
         raise LionError(f"{checkpoint} does not say how its model is built (no arguments in it)")
     return common["args"]
 
 
+@contextlib.contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Raise LionError naming the cause where a checkpoint cannot be read; damage shows itself as almost anything."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_lion.integration.checkpoint.integrity import READ_ERRORS, causes
+
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        cause = next((each for each in causes(error) if isinstance(each, READ_ERRORS)), error)
+        raise LionError(f"{checkpoint} cannot be read: {cause}. Take another step, or copy it again") from error
+
+
 def tensor_sizes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Return the size of every tensor in the checkpoint, optimizer state included, by its key."""
+    return {key: tuple(entry.size) for key, entry in _metadata(checkpoint).items() if hasattr(entry, "size")}
+
+
+def _metadata(checkpoint: Path) -> dict[str, Any]:
+    """What the checkpoint says of each of its tensors, by key. Raises LionError where that cannot be read."""
     from torch.distributed.checkpoint import FileSystemReader
 
-    metadata = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
-    return {key: tuple(entry.size) for key, entry in metadata.items() if hasattr(entry, "size")}
+    with _readable(checkpoint / ".metadata"):
+        return dict(FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata)
 
 
 def require_gpt(checkpoint: Path) -> None:
@@ -81,14 +100,17 @@ def require_gpt(checkpoint: Path) -> None:
 def read_tensors(checkpoint: Path, keys: list[str]) -> dict[str, Any]:
     """Return whole tensors of a checkpoint by key, whatever layout wrote them; needs no ranks.
 
-    Raises LionError naming a key that is not there.
+    Raises LionError naming a key that is not there, and a file that is missing or damaged.
     """
     import torch
     from torch.distributed.checkpoint import FileSystemReader, load
 
-    metadata = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    from megatron_lion.integration.checkpoint.integrity import with_checks
+
+    metadata = _metadata(checkpoint)
     if missing := [key for key in keys if key not in metadata]:
         raise LionError(f"{checkpoint} has no {missing[0]}: is it a GPT of Megatron-Core?")
     state = {key: torch.empty(metadata[key].size, dtype=metadata[key].properties.dtype) for key in keys}
-    load(state, storage_reader=FileSystemReader(str(checkpoint)), no_dist=True)
+    with _readable(checkpoint):
+        load(state, storage_reader=with_checks(FileSystemReader(str(checkpoint))), no_dist=True)
     return state

@@ -13,7 +13,7 @@ FORMULAS = {
     "bits_per_byte": "nll / (ln 2 * bytes)",
     "nll": "sum over the tokens but the first of -ln p(token | up to a window of tokens before it)",
     "tokens": "tokens of the whole text as the model reads it",
-    "words": "parts of the original text between single blanks, before detokenising",
+    "words": "parts of the original text between single blanks, before detokenizing",
     "bytes": "UTF-8 bytes of the text as the model reads it",
 }
 

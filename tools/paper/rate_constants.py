@@ -88,7 +88,7 @@ def draw(found: dict[str, Any], folder: Path) -> Path:
     figure, panels = plt.subplots(1, len(found), figsize=(4.6 * len(found), 3.7), squeeze=False)
     for axes, (name, entry) in zip(panels[0], found.items(), strict=True):
         norm, bound = (r"\ell_1", r"\sqrt{d}\,") if name == "lion" else (r"\ell_2", "")
-        axes.loglog(entry["steps"], entry["left"], "o-", color=figures.COLOURS[name], label=f"mean ${norm}$ norm")
+        axes.loglog(entry["steps"], entry["left"], "o-", color=figures.COLORS[name], label=f"mean ${norm}$ norm")
         label = rf"${entry['constant']:.3f}\,{bound}K^{{-1/4}}$"
         axes.loglog(entry["steps"], entry["right"], "--", color="black", label=label)
         axes.set(xlabel="K, steps", title=f"{figures.NAMES[name]}, mean of {entry['repeats']} runs")

@@ -74,7 +74,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
         fit = [fit for fit in result["fits"] if fit["optimizer"] == name][-1]
         chosen = [p for p in points if p["optimizer"] == name and p["iteration"] == fit["iteration"] and p["converged"]]
         label = f"{figures.NAMES.get(name, name)}, step {fit['iteration']}: {_interval(fit)}"
-        axes.loglog(*_columns(chosen, "d"), "o-", color=figures.COLOURS.get(name), label=label)
+        axes.loglog(*_columns(chosen, "d"), "o-", color=figures.COLORS.get(name), label=label)
     axes.set(xlabel="d, number of parameters", ylabel=r"$r = \|g\|_1 / \|g\|_2$", title="exponent of r against d")
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
     axes.legend(fontsize=8)

@@ -10,28 +10,28 @@ import torch
 from megatron_lion.config import LionError, LionOptions
 
 SAVE_WITH = "--dist-ckpt-optim-fully-reshardable"
-# What dp_reshardable, whose tensors are Megatron's own buckets, cannot change. Megatron itself compares the first two.
+# Sizes that cannot change in dp_reshardable, which saves Megatron's buckets. Megatron itself compares the first two.
 FIXED = {
     "tensor_model_parallel_size": "TP",
     "pipeline_model_parallel_size": "PP",
     "virtual_pipeline_model_parallel_size": "virtual PP",
 }
 FIXED_FOR_EXPERTS = {"expert_model_parallel_size": "EP", "expert_tensor_parallel_size": "expert TP"}
-# Megatron keeps experts in an optimizer of their own where expert parallel is above 1, and there alone.
+# Megatron has a separate optimizer for experts only if expert parallel is above 1.
 EXPERTS_APART = (
-    "the checkpoint's optimizer state is divided otherwise between dense and expert parameters than this run's, and "
-    "Megatron cannot convert it: resume with the --expert-model-parallel-size that it was saved with, or load the "
-    "weights alone (--no-load-optim)"
+    "the checkpoint's optimizer state is divided differently between dense and expert parameters than this run's, and "
+    "Megatron cannot convert it: resume with the --expert-model-parallel-size that it was saved with, or load only "
+    "the weights (--no-load-optim)"
 )
 # Formats that belong to other ways of sharding than Lion's.
 FOREIGN_FORMATS = {"fsdp_dtensor": "Megatron-FSDP", "torch_dcp": "torch FSDP2"}
-# The state of one parameter, or of one bucket of them, in a torch_dist checkpoint.
+# The state of one parameter, or of one bucket of parameters, in a torch_dist checkpoint.
 STATE_KEY = re.compile(r"\boptimizer\.state\.(\w+)\.|\boptimizer\.distributed\..*\.(\w+)$")
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
 
 
 def moments(state: dict[str, Any], path: str) -> frozenset[str]:
-    """Which kinds of momentum the checkpoint at ``path``, which begins with ``state``, holds; empty if unknown.
+    """The kinds of momentum in the checkpoint at ``path``, which begins with ``state``; empty if unknown.
 
     For a ``torch_dist`` checkpoint from the names of its tensors, for the legacy format from its parameter groups.
     """
@@ -49,7 +49,7 @@ def moments(state: dict[str, Any], path: str) -> frozenset[str]:
 
 
 def refuse_foreign_format(args: Any) -> None:
-    """Raise LionError for a ``--ckpt-format`` that only a way of sharding has that Lion does not support."""
+    """Raise LionError for the ``--ckpt-format`` of a sharding that Lion does not support."""
     if args.ckpt_format in FOREIGN_FORMATS:
         raise LionError(
             f"--ckpt-format {args.ckpt_format} is the format of {FOREIGN_FORMATS[args.ckpt_format]}, which Lion does "
@@ -90,7 +90,7 @@ def refuse_layers_frozen_apart(options: LionOptions, model_chunks: list[Any]) ->
 
 
 def refuse_another_layout(load_dir: str, state: dict[str, Any], saved_args: Any, args: Any) -> None:
-    """Raise LionError where the optimizer state in ``load_dir`` cannot be loaded into this run's layout.
+    """Raise LionError if the optimizer state in ``load_dir`` cannot be loaded into this run's layout.
 
     Megatron 0.19.2 names a flag that does not help there (checkpointing 2255), or fails later, in a list of keys.
     """
@@ -103,7 +103,7 @@ def refuse_another_layout(load_dir: str, state: dict[str, Any], saved_args: Any,
         one, other = ("with", "without") if saved_sharded else ("without", "with")
         raise LionError(
             f"the optimizer state in {load_dir} was saved {one} --use-distributed-optimizer and this run is {other} "
-            "it: Megatron's two formats differ. Resume as it was saved, or load the weights alone (--no-load-optim)"
+            "it: Megatron's two formats differ. Resume as it was saved, or load only the weights (--no-load-optim)"
         )
     if getattr(args, "num_experts", None) and _has_experts_apart(saved_args) != _has_experts_apart(args):
         raise LionError(EXPERTS_APART)
@@ -114,8 +114,8 @@ def refuse_another_layout(load_dir: str, state: dict[str, Any], saved_args: Any,
     if changed and sharding == "dp_reshardable":
         raise LionError(
             f"{', '.join(changed)}: the optimizer state in {load_dir} is in Megatron's default format, dp_reshardable, "
-            f"which can change data-parallel size alone. Resume once in the old layout with {SAVE_WITH}: what it "
-            "saves then loads in any layout. Or load the weights alone (--no-load-optim)"
+            f"which can change only the data-parallel size. Resume once in the old layout with {SAVE_WITH}: what it "
+            "saves then loads in any layout. Or load only the weights (--no-load-optim)"
         )
 
 
@@ -124,7 +124,7 @@ def _has_experts_apart(args: Any) -> bool:
 
 
 def refuse_other_shards(args: Any) -> None:
-    """Raise LionError where a legacy checkpoint has other model-parallel shards than this run's ranks would open.
+    """Raise LionError if a legacy checkpoint has other model-parallel shards than this run's ranks would open.
 
     Megatron 0.19.2 exits with status 0 on a rank that finds no file (checkpointing 1731).
     """

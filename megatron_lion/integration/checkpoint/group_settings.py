@@ -20,8 +20,8 @@ WEIGHT_DECAY = ("weight_decay", "weight_decay_incr_style", *SCHEDULED_DECAY)
 
 NO_SUCH_GROUP = (
     "no parameter group in the checkpoint has this run's learning rates and multipliers: resume with the --lr, "
-    "--min-lr and --decoupled-lr that it was saved with, take the command line's (--override-opt_param-scheduler), or "
-    "load the weights alone (--no-load-optim)"
+    "--min-lr and --decoupled-lr that it was saved with, use the command line's (--override-opt_param-scheduler), or "
+    "load only the weights (--no-load-optim)"
 )
 
 
@@ -42,8 +42,8 @@ def refuse_other_rates(saved_args: Any, args: Any) -> None:
             )
     elif changes := _changes(saved_args, args, (*RATES, *WEIGHT_DECAY)):
         raise LionError(
-            f"the schedule goes on from the checkpoint's step, and this run changes {changes}: add "
-            "--override-opt_param-scheduler, which takes the command line's values, or give those of the checkpoint"
+            f"the schedule continues from the checkpoint's step, and this run changes {changes}: add "
+            "--override-opt_param-scheduler to use the command line's values, or use the checkpoint's"
         )
 
 

@@ -34,10 +34,10 @@ def check(args: Any, options: LionOptions) -> None:
 class InitFromAdam(RepairedDistributedOptimizer):
     """A distributed optimizer around Lion that can load Adam's checkpoint, in any of Megatron's formats.
 
-    Of that state it takes the fp32 master weights and, with ``--lion-init-from adam``, ``exp_avg``: both are averages
-    of past gradients, Adam's with (1 - beta1) and Lion's with (1 - beta2), so it is taken as it is; ``exp_avg_sq`` is
-    not read. Learning rates, betas and weight decay are those of this run, whose parameter groups stay. What is saved
-    from then on is Lion's, and loads as such whatever ``--lion-init-from`` says.
+    From that state it takes the fp32 master weights and, with ``--lion-init-from adam``, ``exp_avg``: both are averages
+    of past gradients, Adam's with (1 - beta1) and Lion's with (1 - beta2), so it is used unchanged; ``exp_avg_sq`` is
+    not read. Parameter groups, with learning rates, betas and weight decay, stay those of this run. Later checkpoints
+    are Lion's and load as such with any ``--lion-init-from``.
     """
 
     options: LionOptions  # set when the optimizer has been built

@@ -35,7 +35,11 @@ class DamagedRecord(OSError):
 
 def get_filesystem_reader(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Let the reader of a ``torch_dist`` checkpoint check each record that it reads."""
-    reader = stock(*args, **kwargs)
+    return with_checks(stock(*args, **kwargs))
+
+
+def with_checks(reader: Any) -> Any:
+    """Let torch's ``FileSystemReader`` check each record that it reads; returns it."""
     if hasattr(reader, "_slice_file"):  # not the multi-storage client's
         slice_file = reader._slice_file
         reader._slice_file = lambda file, place: verify_crc(slice_file(file, place), file.name, place.offset)

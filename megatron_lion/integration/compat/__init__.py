@@ -33,7 +33,7 @@ from megatron_lion.integration.compat.internals import (
 )
 from megatron_lion.integration.compat.overriding import overrides
 from megatron_lion.integration.compat.patching import Patch, replace_everywhere, temporarily, wrap
-from megatron_lion.integration.compat.seams import Seam, require, seams_of
+from megatron_lion.integration.compat.seams import GENERATED, Seam, require, seams_of
 from megatron_lion.integration.compat.versions import (
     has_training,
     installed_traits,
@@ -43,6 +43,7 @@ from megatron_lion.integration.compat.versions import (
 )
 
 __all__ = [
+    "GENERATED",
     "WHEEL_WITHOUT_MAKEFILE",
     "Patch",
     "Seam",

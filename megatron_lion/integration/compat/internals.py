@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_lion.integration.compat.patching import temporarily, wrap
 from megatron_lion.integration.compat.versions import installed_traits
 
@@ -23,13 +21,15 @@ def _compile_helpers(stock: Callable[[], None]) -> None:
         stock()
 
 
-# How Megatron's settings describe state in fp32.
-_FP32_STATE = dict.fromkeys(
-    ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), torch.float32
-)
-
-
 WHEEL_WITHOUT_MAKEFILE = wrap("megatron.core.datasets.utils:compile_helpers", _compile_helpers)
+
+
+def _fp32_state() -> dict[str, Any]:
+    """How Megatron's settings describe state in fp32."""
+    import torch  # here: `megatron-lion doctor` reports a missing torch
+
+    names = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+    return dict.fromkeys(names, torch.float32)
 
 
 def without_step() -> contextlib.AbstractContextManager[None]:
@@ -46,7 +46,7 @@ def without_step() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def folding_the_clip_factor(fold: Callable[[list[Any], float], bool]) -> Iterator[None]:
-    """Offer each clip factor that Megatron is about to multiply into gradients to ``fold``, which may take it over.
+    """Offer each clip factor that Megatron is about to multiply into gradients to ``fold``, which may apply it instead.
 
     ``ChainedOptimizer.step`` (0.19.2: optimizer 1875) scales all gradients in place, one more read and write of each.
     """
@@ -74,7 +74,7 @@ def as_sgd(settings: Any) -> contextlib.AbstractContextManager[None]:
 
 def without_precision_aware_settings(settings: Any) -> contextlib.AbstractContextManager[None]:
     """Hide Megatron's precision-aware settings, which it accepts only for Adam (0.19.2: optimizer_config 430)."""
-    return temporarily(settings, use_precision_aware_optimizer=False, **_FP32_STATE)
+    return temporarily(settings, use_precision_aware_optimizer=False, **_fp32_state())
 
 
 def set_precision_aware(config: Any, needed: bool) -> None:
@@ -86,7 +86,7 @@ def set_precision_aware(config: Any, needed: bool) -> None:
     """
     config.use_precision_aware_optimizer = needed
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = needed
-    for name, dtype in _FP32_STATE.items():  # the dtypes of what checkpoints hold
+    for name, dtype in _fp32_state().items():  # the dtypes of what checkpoints hold
         setattr(config, name, dtype)
 
 
@@ -128,8 +128,8 @@ def sub_optimizers_of(optimizer: Any) -> list[Any]:
 def updated_params(sub_optimizer: Any) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
     """Each model parameter that ``sub_optimizer`` updates, the inner optimizer's tensor for it, and its group.
 
-    The distributed optimizer and the one with fp32 copies of 16-bit parameters hold the model's parameters beside the
-    inner optimizer's; the fp32 one hands them over as they are.
+    The distributed optimizer and the one with fp32 copies of 16-bit parameters hold the model's parameters and
+    the inner optimizer's; the fp32 one passes them on as they are.
     """
     groups = sub_optimizer.optimizer.param_groups
     if hasattr(sub_optimizer, "model_param_group_index_map"):
@@ -148,9 +148,9 @@ def updated_params(sub_optimizer: Any) -> Iterator[tuple[Any, Any, dict[str, Any
 
 
 def params_outside_the_norm(sub_optimizer: Any) -> list[Any]:
-    """The parameters of an optimizer of Megatron's chain whose gradients it leaves out of the norm that it clips by.
+    """The parameters of an optimizer in Megatron's chain that its gradient norm leaves out.
 
-    To be asked when there are gradients. Which they are is decided by marks on the parameters, so it stays so.
+    Call it when there are gradients. Marks on the parameters decide, so the answer does not change.
     """
     if sub_optimizer.optimizer is None:
         return []

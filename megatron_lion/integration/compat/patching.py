@@ -1,4 +1,4 @@
-"""How a name in Megatron is replaced: for good, or during one call."""
+"""Replaces names in Megatron, permanently or during one call."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from megatron_lion.integration.compat.versions import TRAITS
 
 @dataclass(frozen=True)
 class Patch:
-    """A function or method of Megatron that ``wrapper`` takes the place of, and how it must look."""
+    """A function or method of Megatron that ``wrapper`` replaces, and how it must look."""
 
     seam: Seam
     wrapper: Callable[..., Any]
@@ -28,7 +28,7 @@ class Patch:
         def patched(*args: Any, **kwargs: Any) -> Any:
             return wrapper(stock, *args, **kwargs)
 
-        patched.wrapper = wrapper  # type: ignore[attr-defined]  # says whose it is
+        patched.wrapper = wrapper  # type: ignore[attr-defined]  # so that a test can tell ours
         if isinstance(holder, ModuleType):
             replace_everywhere(holder, name, patched)
         else:
@@ -44,7 +44,7 @@ def wrap(
     since: str = min(TRAITS),
     until: str = max(TRAITS),
 ) -> Patch:
-    """Declare that ``wrapper`` takes the place of ``target``, such as ``"megatron.training.training:train_step"``.
+    """Declare that ``wrapper`` replaces ``target``, such as ``"megatron.training.training:train_step"``.
 
     Nothing is replaced until registration has checked every declaration. For ``parameters``, ``uses``, ``since`` and
     ``until`` see :class:`Seam`.
@@ -63,9 +63,9 @@ def replace_everywhere(module: ModuleType, name: str, replacement: Callable[...,
 
 @contextlib.contextmanager
 def temporarily(holder: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of ``holder`` during a call into Megatron, and put the old ones back whatever happens.
+    """Set attributes of ``holder`` during a call into Megatron, and restore them afterwards.
 
-    Raises AttributeError for an attribute that ``holder`` does not have: nobody would read it.
+    Raises AttributeError for an attribute that ``holder`` does not have.
     """
     old = {name: vars(holder)[name] for name in values if name in vars(holder)}
     for name, value in values.items():

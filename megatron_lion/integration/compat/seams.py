@@ -1,7 +1,7 @@
-"""Names in Megatron that this package calls or relies on, and how each must look.
+"""Compatibility checks: names in Megatron that this package calls or relies on, and how each must look.
 
-Two kinds of names declare their own check and are not in this table: what is replaced (``patching.wrap``) and what our
-classes override (``overriding.overrides``).
+Two kinds of names declare their own check and are not in this table: functions that are replaced (``patching.wrap``)
+and methods that our classes override (``overriding.overrides``).
 """
 
 import importlib
@@ -36,12 +36,12 @@ class Seam:
 
     @property
     def is_needed(self) -> bool:
-        """Whether this package needs it in the installed Megatron; an unknown one is taken for the newest."""
+        """Whether this package needs it in the installed Megatron; an unknown version counts as the newest."""
         minor = minor_version() if minor_version() in TRAITS else max(TRAITS)
         return self.since <= minor <= self.until
 
     def holder(self) -> tuple[Any, str]:
-        """The module or class that has it, and its name there. Raises AttributeError where the class is gone."""
+        """The module or class that has it, and its name there. Raises AttributeError if the class is gone."""
         holder: Any = importlib.import_module(self.module)
         *classes, name = self.name.split(".")
         for part in classes:
@@ -77,7 +77,11 @@ def _looked_up(code: CodeType) -> Iterator[Any]:
             yield constant
 
 
+# What the dataclass decorator writes into a class, except its constructor, and all that it reads or writes there.
+GENERATED = ("__repr__", "__eq__", "__match_args__")
+_OF_A_DATACLASS = (*GENERATED, "__annotations__", "__dataclass_fields__", "__dataclass_params__")
 _OPTIMIZER = "megatron.core.optimizer"
+_CONFIG = "megatron.core.optimizer.optimizer_config"
 _SHARDED = "megatron.core.optimizer.distrib_optimizer"
 _BUFFERS = "megatron.core.distributed.param_and_grad_buffer"
 _CHECKPOINT = "megatron.core.dist_checkpointing"
@@ -91,6 +95,34 @@ CORE: tuple[Seam, ...] = (
     ),
     Seam(_OPTIMIZER, "SGD", ("params", "lr", "momentum", "weight_decay")),
     Seam(_OPTIMIZER, "USING_PYTORCH_OPTIMIZER"),
+    # The dataclass to which Lion's options are added (optimizer/config_fields.py), and the settings that Lion reads.
+    Seam(
+        _CONFIG,
+        "OptimizerConfig.__init__",
+        (
+            "optimizer",
+            "lr",
+            "min_lr",
+            "weight_decay",
+            "decoupled_weight_decay",
+            "bf16",
+            "fp16",
+            "use_distributed_optimizer",
+            "use_precision_aware_optimizer",
+            "main_grads_dtype",
+            "main_params_dtype",
+            "exp_avg_dtype",
+            "exp_avg_sq_dtype",
+            "optimizer_cpu_offload",
+        ),
+    ),
+    *(Seam(_CONFIG, f"OptimizerConfig.{name}") for name in _OF_A_DATACLASS),
+    *(Seam(_CONFIG, f"OptimizerConfig.lion_beta{number}", since="0.17") for number in (1, 2)),
+    *(
+        Seam(_CONFIG, f"{name}OptimizerConfig.{generated}", until="0.17")
+        for name in ("Adam", "SGD")
+        for generated in ("__init__", *_OF_A_DATACLASS)
+    ),
     # The chain, and the optimizers in it.
     Seam(_OPTIMIZER, "ChainedOptimizer.__init__", ("chained_optimizers",), uses=("chained_optimizers",)),
     Seam(_OPTIMIZER, "ChainedOptimizer.step", ("self",), uses=("clip_grad_by_total_norm_fp32", "get_grad_norm")),
@@ -242,7 +274,7 @@ def require(seams: Iterable[Seam]) -> None:
 
 
 def incompatible(problem: str) -> LionError:
-    """The error for a Megatron that has changed where this package relies on it."""
+    """The error for a Megatron that has changed in a place that this package relies on."""
     return LionError(
         f"megatron-core {megatron_version()} is incompatible with this megatron-lion: {problem}. "
         f"Nothing was changed. Supported: {SUPPORTED}; {INSTALL_HINT}"

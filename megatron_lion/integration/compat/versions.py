@@ -19,10 +19,10 @@ class MegatronTraits:
     """the release that the tests run; of one that is not released, the commit that was run by hand"""
     released: bool = True
     stock_lion: str
-    """what it does with ``--optimizer lion`` by itself"""
+    """what it does with ``--optimizer lion`` without this package"""
     asks_for_state_keys: bool = True
     """its distributed optimizer asks which tensors a state has, and takes any optimizer that can make them; before
-    0.19 it takes Adam alone, whose two tensors are written into its methods"""
+    0.19 it accepts only Adam, and its methods name Adam's two tensors"""
     has_fp4_parameters: bool = True
     """its optimizers know 4-bit parameters; from 0.17"""
     groups_quantized_parameters: bool = True
@@ -148,9 +148,9 @@ def installed_traits() -> MegatronTraits:
 
 
 def has_training() -> bool:
-    """Whether ``megatron.training``, Megatron's own loop, is there beside ``megatron.core``.
+    """Whether the installed ``megatron.core`` comes with ``megatron.training``, Megatron's own loop.
 
-    ``megatron`` is a namespace, in which another Megatron's loop may be found behind a core that has none.
+    ``megatron`` is a namespace, which may have another Megatron's loop behind a core without one.
     """
     core, training = megatron_path(), _spec_origin("megatron.training")
     return core is not None and training is not None and training.parent.parent == core.parent

@@ -10,15 +10,8 @@ from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint import formats, init_from_adam, ownership
 from megatron_lion.integration.flags import norm_ratio_arguments as norm_ratio
 from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import config_fields
+from megatron_lion.integration.optimizer import config_fields, refusals
 from megatron_lion.integration.reporting import step_telemetry
-
-# Flags not supported with Lion, and the alternative to suggest.
-REFUSED = {
-    "use_megatron_fsdp": "Megatron-FSDP has its own optimizer state layout. Use --use-distributed-optimizer",
-    "use_torch_fsdp2": "torch FSDP2 is not supported with Lion. Use --use-distributed-optimizer",
-    "optimizer_cuda_graph": "a captured step would reuse the learning rate of its first capture. Remove the flag",
-}
 
 
 def add_megatron_arguments(stock: Callable[..., Any], parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -65,9 +58,7 @@ def _validate_lion(stock: Callable[..., Any], args: Any, defaults: dict[str, Any
 
 def _settle(args: Any) -> None:
     """Check the command line, turn it into options and write these back, for Megatron's configuration to copy."""
-    for dest, instead in REFUSED.items():
-        if getattr(args, dest, None):
-            raise LionError(f"--{dest.replace('_', '-')} is not supported with --optimizer lion: {instead}")
+    refusals.refuse_flags(args)
     formats.refuse_foreign_format(args)
     check_rates(args.lr, args.weight_decay, args.min_lr)
     options = LionOptions.from_config(args)

@@ -1,4 +1,4 @@
-"""Megatron's own loop, asked for as each version wants to be asked: what the scripts in launch/ call."""
+"""Version-specific entry points to Megatron's training loop, for the scripts in launch/."""
 
 import contextlib
 import functools
@@ -106,8 +106,8 @@ def _older_gpt(args: Any) -> Callable[..., torch.nn.Module]:
     for name in OLDER_GPT_LEAVES_OUT:
         if getattr(args, name, None):
             raise LionError(
-                f"--{name.replace('_', '-')} cannot be honoured with megatron-core {megatron_version()}, whose wheel "
-                "builds no model by itself: run Megatron-LM's own script with torchrun -m megatron_lion.run"
+                f"--{name.replace('_', '-')} is not supported with megatron-core {megatron_version()}: its wheel "
+                "builds no model. Run Megatron-LM's own script with torchrun -m megatron_lion.run"
             )
 
     def gpt(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **given: Any) -> Any:

@@ -77,9 +77,9 @@ class LionChainedOptimizer(ChainedOptimizer):
         return bool(super().step_with_ready_grads())
 
     def _every_gradient_is_finite(self) -> bool:
-        """Whether no rank holds a NaN or an infinity. Issues one all-reduce, of two numbers.
+        """Whether no rank has a NaN or an infinity. Issues one all-reduce of two numbers.
 
-        The norm does not see all that Lion updates: not the gradients of parameters that every tensor-parallel rank
+        The norm does not include all gradients that Lion uses: not those of parameters that every tensor-parallel rank
         holds whole, on any rank but the first, nor those of a tied copy, nor those of multi-token prediction.
         """
         grads = (compat.gradient_of(sub_optimizer, param) for sub_optimizer, param in self._outside_the_norm)

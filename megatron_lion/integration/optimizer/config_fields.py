@@ -27,8 +27,6 @@ FIELDS: dict[str, tuple[Any, Any]] = {
 BETAS = ("lion_beta1", "lion_beta2")
 # Megatron's own default betas, for other optimizers that read them. It has the fields since 0.17.
 _stock_betas: dict[str, float] = {}
-# What the dataclass decorator wrote into the class, and writes again.
-GENERATED = ("__init__", "__repr__", "__eq__", "__match_args__")
 
 
 def install() -> None:
@@ -124,7 +122,7 @@ def _make_again(cls: Any) -> None:
     """Make the dataclass ``cls`` again, with the fields that its annotations and its bases have now."""
     for name in inspect.get_annotations(cls):
         setattr(cls, name, cls.__dataclass_fields__[name])  # also where the default is a factory
-    for name in GENERATED:
+    for name in ("__init__", *compat.GENERATED):  # the decorator writes them again
         if name in cls.__dict__:
             delattr(cls, name)
     dataclasses.dataclass(cls)

@@ -79,15 +79,15 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
     @compat.overrides
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if isinstance(self.optimizer, LIONS):
-            self.optimizer.init_state()  # Megatron would allocate tensors of its own notion
+            self.optimizer.init_state()  # Megatron would allocate other tensors
         super().load_state_dict(state_dict)
 
     @compat.overrides
     def load_parameter_state_from_dp_reshardable(self, state_dict: Any) -> None:
         super().load_parameter_state_from_dp_reshardable(state_dict)
         if isinstance(self.optimizer, OffloadingLion):
-            # Stock forgets it for this format, its default one (2062), and goes on from zero momentum and the masters
-            # that the 16-bit parameters give.
+            # Stock forgets this for its default format (2062), and continues with zero momentum and with masters made
+            # from the 16-bit parameters.
             self.optimizer._sync_hdo_state_to_sub_optimizers()
 
     @compat.overrides
@@ -109,7 +109,7 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
 
     @compat.overrides
     def step_with_ready_grads(self) -> bool:
-        """Step, in which Lion writes the bf16 parameters itself: Megatron's copy after it has nothing left to do."""
+        """Step. Lion writes the bf16 parameters itself, so Megatron's copy after it is skipped."""
         if self.is_stub_optimizer or compat.is_precision_aware(self.config) or not self._let_lion_copy():
             return bool(super().step_with_ready_grads())
         with compat.temporarily(self, _copy_main_params_to_model_params=lambda: None):
@@ -122,7 +122,7 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
         """
         buckets = [bucket for buffer in self.buffers for bucket in buffer.buckets]
         addresses = tuple(0 if bucket.param_data is None else bucket.param_data.data_ptr() for bucket in buckets)
-        if addresses != self._addresses:  # buffers may be freed and allocated anew
+        if addresses != self._addresses:  # buffers may be freed and allocated again
             self.optimizer.model_copies = {
                 shard: self._slice(param)
                 for shards, params in zip(self.shard_fp32_from_float16_groups, self.model_float16_groups, strict=True)

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from megatron_lion.config import LionError, LionOptions, check_rates
+from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
-from megatron_lion.integration.checkpoint import formats
 from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import config_fields, offload, startup_report
+from megatron_lion.integration.optimizer import config_fields, offload, refusals, startup_report
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer, init_lion_state
 from megatron_lion.integration.optimizer.sgd_and_adam import (
@@ -29,7 +28,7 @@ from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 def get_megatron_optimizer(
     stock: Callable[..., Any], config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Build Lion where it is asked for; repair SGD and Adam where stock cannot save or load them."""
+    """Build Lion if asked for; repair SGD and Adam where stock cannot save or load them."""
     import megatron.core.optimizer as optimizers
 
     build = functools.partial(stock, config, model_chunks, *args, **kwargs)
@@ -45,13 +44,24 @@ def get_megatron_optimizer(
 
 
 def build_unless_lion(stock: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around the function in which stock would come to build its own Lion: close the way that would miss ours."""
+    """Around the function that would build stock's Lion: raise an error if ours was not built before."""
     if config.optimizer == "lion":
         raise LionError(
-            "get_megatron_optimizer was imported before megatron_lion.register() in a way that it cannot see; "
-            "stock Megatron would now build its own Lion, or none. Register first"
+            "get_megatron_optimizer was imported before megatron_lion.register() and cannot be replaced there; stock "
+            "Megatron would now build its own Lion, or none. Call megatron_lion.register() first"
         )
     return stock(config, *args, **kwargs)
+
+
+def with_state(stock: Callable[..., Any], chain: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around a save: make the state of Lion and SGD, which does not exist before the first step.
+
+    Megatron would fail, or save a checkpoint that it cannot load. The state begins as the first step would begin it.
+    """
+    for sub_optimizer in chain.chained_optimizers:
+        if sub_optimizer.optimizer is not None and sub_optimizer.init_state_fn in (init_lion_state, init_sgd_state):
+            sub_optimizer.init_state_fn(sub_optimizer.optimizer, sub_optimizer.config)
+    return stock(chain, *args, **kwargs)
 
 
 def get_megatron_optimizer_config(stock: Callable[..., Any], args: Any) -> Any:
@@ -87,6 +97,8 @@ CORE = (
         parameters=("config", "model_chunks"),
         since="0.18",
     ),
+    compat.wrap("megatron.core.optimizer:ChainedOptimizer.sharded_state_dict", with_state, parameters=("is_loading",)),
+    compat.wrap("megatron.core.optimizer:ChainedOptimizer.save_parameter_state", with_state, parameters=("filename",)),
 )
 TRAINING = (
     compat.wrap(
@@ -102,7 +114,7 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: Ca
     """Build Lion with ``build``, which is Megatron's function for the model, in the place of SGD."""
     config_fields.refuse_earlier_instance(config)
     options = LionOptions.from_config(config)
-    _refuse(config, options, model_chunks)
+    refusals.refuse_where_built(config, options, model_chunks)
     options.write_to(config)
     stored = {"momentum_dtype": options.momentum_dtype, "master_weights": options.master_weights}
     if not state_precision.use_precision_aware_path(config, options, model_chunks):
@@ -129,15 +141,6 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: Ca
     return optimizer
 
 
-def _refuse(config: Any, options: LionOptions, model_chunks: list[Any]) -> None:
-    """Raise LionError, on every rank, for what Lion is not supported with."""
-    check_rates(config.lr, config.weight_decay, config.min_lr)
-    if not config.decoupled_weight_decay:
-        raise LionError("--optimizer lion needs decoupled_weight_decay=True: Lion's weight decay is decoupled")
-    state_precision.refuse_offload_before_0_19(config)
-    formats.refuse_layers_frozen_apart(options, model_chunks)
-
-
 def _lion_in_place_of_sgd(
     options: LionOptions, stored: dict[str, str], param_groups: Any, lr: float, weight_decay: float, momentum: float
 ) -> ShardedLion:
@@ -158,7 +161,7 @@ def _log_the_real_name(
 
 
 def _with_init_state(optimizer: Any, init_state: Any) -> Any:
-    """Give the wrappers that stock left without an ``init_state_fn``, and so unable to load a checkpoint, theirs."""
+    """Set the ``init_state_fn`` of wrappers that stock leaves without one, so that they can load a checkpoint."""
     for sub_optimizer in compat.sub_optimizers_of(optimizer):
         if sub_optimizer.init_state_fn is None:
             sub_optimizer.init_state_fn = init_state

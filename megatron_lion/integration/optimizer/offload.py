@@ -14,14 +14,14 @@ from megatron_lion.config import LionOptions
 from megatron_lion.integration import compat
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 
-# Groups' settings that a run's command line says anew, and a checkpoint does not.
+# Group settings that come from the run's command line and not from a checkpoint.
 OF_THIS_RUN = (
     "offload_fraction", "cpu_optimizer_cls", "gpu_optimizer_cls", "param_update_in_fp32", "pin_cpu_grads",
     "pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d", "kernel",
 )  # fmt: skip
 
 
-# How a run without the flag stored its state; here it is fp32.
+# How a run without the flag stores its state; here it is fp32.
 OF_PLAIN_LION = ("momentum_dtype", "master_weights")
 
 
@@ -81,7 +81,7 @@ class OffloadingLion(HybridDeviceOptimizer):
 
     @compat.overrides
     def state_dict(self) -> dict[str, Any]:
-        """As HybridDeviceOptimizer, without what is this run's own, so that any run can read it."""
+        """As HybridDeviceOptimizer, without the settings of this run, so that any run can read it."""
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             for key in OF_THIS_RUN:

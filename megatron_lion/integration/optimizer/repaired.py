@@ -14,7 +14,7 @@ from megatron_lion.integration.compat.sharding import DistributedOptimizer
 
 
 class RepairedDistributedOptimizer(DistributedOptimizer):
-    """DistributedOptimizer whose checkpoints hold what was trained, whatever its buckets.
+    """DistributedOptimizer with correct checkpoints for any buckets.
 
     ``fully_reshardable``: up to 0.19.2 the state gathered for such a checkpoint has the padding between buckets taken
     out, and is then cut at offsets that count it, so every parameter behind the first bucket is saved shifted: with
@@ -130,7 +130,7 @@ class StatelessStepDistributedOptimizer(RepairedDistributedOptimizer):
 def _buckets(state: dict[Any, Any]) -> Iterator[list[dict[str, Any]]]:
     """The pieces of each bucket in what ``get_parameter_state_dp_reshardable`` returns: by buffer, dtype and bucket."""
     for buffer, by_dtype in state.items():
-        if isinstance(buffer, int):  # beside them: per_bucket_numel and per_bucket_numel_unpadded
+        if isinstance(buffer, int):  # other keys: per_bucket_numel and per_bucket_numel_unpadded
             for buckets in by_dtype.values():
                 yield from buckets
 

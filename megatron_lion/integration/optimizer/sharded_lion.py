@@ -104,7 +104,8 @@ class ShardedLion(Lion):
         return getattr(param, "decoupled_grad", None) if self.use_decoupled_grad else param.grad
 
     def _block_layout(self, param: Tensor) -> BlockLayout:
-        return self.blocks.get(param) or super()._block_layout(param)
+        layout = self.blocks.get(param)
+        return BlockLayout.of_whole(param) if layout is None else layout
 
     def _model_copies(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
         return [self.model_copies[param] for param in params] if params[0] in self.model_copies else None
@@ -113,6 +114,9 @@ class ShardedLion(Lion):
         return self.telemetry if self.counted is None or param in self.counted else None
 
     def _kind(self, param: Tensor, grad: Tensor, state: State) -> Hashable:
-        model_copy = self.model_copies.get(param) if self.model_copies else None
+        kind = super()._kind(param, grad, state)
+        if self.telemetry is None and not self.model_copies:
+            return kind
+        model_copy = self.model_copies.get(param)
         copied = None if model_copy is None else model_copy.dtype
-        return super()._kind(param, grad, state), copied, self._telemetry_of(param) is not None
+        return kind, copied, self._telemetry_of(param) is not None

@@ -41,13 +41,13 @@ def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer
     if len(model_chunks) > 1 and not compat.installed_traits().waits_before_it_frees and not torch_cuda.wanted():
         warn(
             f"interleaved pipelines of megatron-core {compat.megatron_version()} free activations that are still being "
-            "sent, which has been seen to end in NaN (Megatron pull request 4047): take 0.18 or later, or a pipeline "
+            "sent, which has been seen to end in NaN (Megatron pull request 4047): use 0.18 or later, or a pipeline "
             "that is not interleaved"
         )
 
 
 def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:
-    """The model's parameters (not the optimizer's shards of them) whose update Lion makes."""
+    """The model's parameters (not the optimizer's shards of them) that Lion updates."""
     covered: set[torch.nn.Parameter] = set()
     for sub_optimizer in compat.sub_optimizers_of(optimizer):
         if not isinstance(sub_optimizer.optimizer, LIONS):
@@ -125,7 +125,7 @@ def _state_bytes(options: LionOptions, config: Any, optimizer: Any) -> tuple[str
     largest = torch.tensor([momentum, master, on_host, dp], dtype=torch.int64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     momentum, master, on_host, dp = largest.tolist()
-    kept = {"fp32": "fp32 master", "remainder": "16 bits beside each bf16 parameter"}[options.master_weights]
+    kept = {"fp32": "fp32 master", "remainder": "16 bits for each bf16 parameter"}[options.master_weights]
     state = f"{options.momentum_dtype} momentum {_megabytes(momentum)}" + (
         f" + {kept} {_megabytes(master)}" if master else " (fp32 parameters are their own master)"
     )

@@ -1,15 +1,14 @@
-"""Each parameter's gradient, shard by shard, and whether this rank is the one that counts it.
+"""Gradients by shard, and which rank counts each of them.
 
-After a backward pass every gradient lies in Megatron's buffers, reduced over data-parallel ranks: whole on each of
-them, or, with the distributed optimizer, right in this rank's shard alone. Over a model of any layout each element is
-counted by exactly one rank:
+After a backward pass every gradient is in Megatron's buffers, reduced over data-parallel ranks: whole on each of them,
+or, with the distributed optimizer, valid only in this rank's shard. In any layout exactly one rank counts each element:
 
 - data parallel: a rank counts its shard; without the distributed optimizer it counts an even slice, which makes no
   difference to a sum and spreads memory and work. Expert parameters have a data-parallel group of their own.
 - several distributed-optimizer instances hold the same shards: the first one counts.
 - tensor parallel: a parameter that is split counts everywhere, one that every rank holds (norms, biases of row-parallel
-  layers, the router) on the first rank of its group. For experts that is the expert-tensor-parallel group, whose ranks
-  are others than the dense one's where the two sizes differ (Megatron issue 5916).
+  layers, the router) on the first rank of its group. For experts that is the expert-tensor-parallel group, which has
+  other ranks than the dense one if the two sizes differ (Megatron issue 5916).
 - pipeline: the copy of a tied embedding on the last stage does not count (issue 7228); the first stage's holds the
   whole gradient.
 - frozen parameters have no gradient and are left out.
@@ -25,7 +24,7 @@ import torch
 from megatron_lion.integration import compat
 from megatron_lion.stats import Counted
 
-# Which kind a parameter is of: the first whose pattern is found in its name. Norms first: Transformer Engine keeps a
+# The kind of a parameter is the first one with a pattern that its name has. Norms first: Transformer Engine keeps a
 # norm's weight inside the linear layer behind it.
 KINDS = {
     "norm": r"norm",
@@ -42,7 +41,7 @@ LAYER = re.compile(r"^(.*\blayers\.\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """The elements ``start`` to ``stop`` of one flattened parameter, whose reduced gradient this rank holds."""
+    """The elements ``start`` to ``stop`` of one flattened parameter; this rank has their reduced gradient."""
 
     name: str
     param: Any  # a torch.nn.Parameter, to which Megatron gives a main_grad
@@ -58,7 +57,7 @@ class Shard:
 
     @property
     def gradient(self) -> torch.Tensor:
-        """A view of Megatron's buffer, in its dtype: what the last backward pass left, loss scale included."""
+        """A view of Megatron's buffer, in its dtype: the gradient of the last backward pass, loss scale included."""
         return self.param.main_grad.view(-1)[self.start : self.stop]
 
     def as_counted(self) -> Counted:
@@ -80,7 +79,7 @@ def tags(num_layers: int) -> list[tuple[str, str]]:
 
 
 def local_shards(model_chunks: list[Any], optimizer: Any, vocabulary: tuple[int, int]) -> list[Shard]:
-    """What this rank holds of the gradient of all trained parameters. Issues no collective.
+    """This rank's shards of the gradients of all trained parameters. Issues no collective.
 
     Args:
         model_chunks: the model of this rank, one chunk for each of its pipeline stages.
@@ -107,7 +106,7 @@ def local_shards(model_chunks: list[Any], optimizer: Any, vocabulary: tuple[int,
 
 
 def expected_elements(model_chunks: list[Any]) -> int:
-    """This rank's share of the number of elements to count: all of what it holds, on the first data-parallel rank."""
+    """This rank's share of the number of elements to count: all that it has, on the first data-parallel rank."""
     params = (param for chunk in model_chunks for param in chunk.parameters() if param.requires_grad)
     return sum(param.numel() for param in params if is_counted(param) and data_parallel_group(param).rank() == 0)
 

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_lion.training_log import TrainingLog
 from tools.paper.studies import figures
 
-LINES = ("-", "--", ":")  # by model; colours are the optimizers'
+LINES = ("-", "--", ":")  # by model; colors are the optimizers'
 Records = list[dict[str, Any]]
 
 
@@ -22,18 +22,18 @@ def loss_and_ratio(logs: dict[str, TrainingLog], rounds: dict[str, Records]) -> 
     """Training loss and that of the rounds on the left, r on the right (open: not converged)."""
     figure, (loss, ratio) = figures.pyplot().subplots(1, 2, figsize=(9.2, 3.6))
     for name, log in logs.items():
-        colour = {"color": figures.COLOURS.get(name)}
+        color = {"color": figures.COLORS.get(name)}
         steps = sorted(log.loss)
-        loss.plot(steps, [log.loss[step] for step in steps], label=figures.NAMES.get(name, name), **colour)
+        loss.plot(steps, [log.loss[step] for step in steps], label=figures.NAMES.get(name, name), **color)
         if log.validation:
             tested = sorted(log.validation)
-            loss.plot(tested, [log.validation[step] for step in tested], "s", markersize=3, **colour)
+            loss.plot(tested, [log.validation[step] for step in tested], "s", markersize=3, **color)
         records = [record for record in rounds[name] if record["ratio"] is not None]
         at = [record["iteration"] for record in records]
-        ratio.plot(at, [record["ratio"] for record in records], linewidth=1.0, **colour)
+        ratio.plot(at, [record["ratio"] for record in records], linewidth=1.0, **color)
         for record in records:
-            face = colour["color"] if record["converged"] else "white"
-            ratio.plot(record["iteration"], record["ratio"], "o", markerfacecolor=face, **colour)
+            face = color["color"] if record["converged"] else "white"
+            ratio.plot(record["iteration"], record["ratio"], "o", markerfacecolor=face, **color)
     d = next(iter(rounds.values()))[0]["d"]
     ratio.axhline(d**0.5, color="black", linewidth=0.8, label=r"$\sqrt{d}$")
     loss.set(xlabel="step", ylabel="loss (nats)")
@@ -53,7 +53,7 @@ def epochs(runs: dict[str, Records]) -> str:
         for name, rows in runs.items():
             line = "o" + LINES[models.index(rows[0]["model"])]
             (drawn,) = axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], line, markersize=3)
-            drawn.set(color=figures.COLOURS.get(rows[0]["optimizer"]), label=name)
+            drawn.set(color=figures.COLORS.get(rows[0]["optimizer"]), label=name)
         axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"lion": "#1f5fa8", "sgd": "#c0392b", "adam": "#2e8b57", "start": "#555555"}
+COLORS = {"lion": "#1f5fa8", "sgd": "#c0392b", "adam": "#2e8b57", "start": "#555555"}
 NAMES = {"lion": "Lion", "sgd": "SGD", "adam": "Adam", "start": "before the first step"}
 
 

@@ -30,12 +30,17 @@ def micro_batches(
     return cut[:, data_parallel_rank].tolist()
 
 
+def form_of(data_iterator: Any) -> list[None] | None:
+    """None, or a list of it for each model chunk: what :func:`iterators` needs to know of Megatron's iterator."""
+    return [None] * len(data_iterator) if isinstance(data_iterator, list) else None
+
+
 def iterators(datasets: Sequence[Any], like: Any, indices: Sequence[Sequence[int]], args: Any) -> Any:
     """Iterators over ``indices``, in the form of ``like``, the training iterator: one, or one for each model chunk.
 
     Args:
         datasets: this rank's training dataset for each chunk; empty or None where the rank reads no data.
-        like: Megatron's ``data_iterator``, which is not touched.
+        like: :func:`form_of` Megatron's ``data_iterator``.
         indices: those of each micro-batch.
         args: Megatron's arguments, for the number of workers.
     """

@@ -8,7 +8,7 @@ the recorded loss. Training is not changed (:mod:`.isolation`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,14 @@ class Rounds:
     datasets: list[Any] = field(default_factory=list)
     """this rank's training dataset for each model chunk; empty where another rank reads for it"""
     step: Step | None = None
-    """the latest step; None before the first"""
+    """the latest step, without its data; None before the first"""
 
     def before_step(self, step: Step, iteration: int) -> None:
         """Keep ``step``; before the first one prepare the file, and measure if asked for."""
         from megatron.training import get_args
 
-        first, self.step = self.step is None, step
+        # Without the iterator: kept to the end, it keeps the workers that read data, and Python waits for them at exit.
+        first, self.step = self.step is None, replace(step, data_iterator=round_data.form_of(step.data_iterator))
         if not first:
             return
         round_data.check_datasets(self.datasets)

@@ -1,0 +1,66 @@
+"""Parts of Megatron that Lion does not support, refused with the same text on the command line and where Lion is built.
+
+Scripts on ``megatron.core`` and frameworks around it do not use Megatron's command line, so the second check is theirs.
+"""
+
+import sys
+from typing import Any
+
+from megatron_lion.config import LionError, LionOptions, check_rates
+from megatron_lion.integration.checkpoint import formats
+from megatron_lion.integration.flags import state_precision
+
+# Megatron's flags that Lion does not support, and the alternative to suggest.
+UNSUPPORTED = {
+    "use_megatron_fsdp": "Megatron-FSDP has its own optimizer state layout. Use --use-distributed-optimizer",
+    "use_torch_fsdp2": "torch FSDP2 is not supported with Lion. Use --use-distributed-optimizer",
+    "optimizer_cuda_graph": "a captured step would reuse the learning rate of its first capture. Remove the flag",
+}
+
+
+def refuse_flags(args: Any) -> None:
+    """Raise LionError for a flag on Megatron's command line that Lion does not support."""
+    for dest in UNSUPPORTED:
+        if getattr(args, dest, None):
+            raise _unsupported(dest)
+
+
+def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any]) -> None:
+    """Raise LionError, on every rank, for a configuration or a model that Lion does not support.
+
+    Primary weights in fp8 and fp4 are checked where the precision-aware path is chosen, the only one that cannot write
+    them. If state is stacked, issues one gather of names over all ranks.
+    """
+    check_rates(config.lr, config.weight_decay, config.min_lr)
+    if not config.decoupled_weight_decay:
+        raise LionError("--optimizer lion needs decoupled_weight_decay=True: Lion's weight decay is decoupled")
+    if getattr(config, "optimizer_cuda_graph", False):  # a field since 0.17
+        raise _unsupported("optimizer_cuda_graph")
+    state_precision.refuse_offload_before_0_19(config)
+    for chunk in model_chunks:
+        if getattr(getattr(chunk, "ddp_config", None), "use_megatron_fsdp", False):
+            raise _unsupported("use_megatron_fsdp")
+        if _is_mimo(chunk):
+            raise LionError(
+                "MimoModel is not supported with --optimizer lion: Megatron builds an optimizer for each of its "
+                "modules, on different ranks. Use another optimizer"
+            )
+        if any(_is_dtensor(param) for param in chunk.parameters()):
+            raise _unsupported("use_torch_fsdp2")
+    formats.refuse_layers_frozen_apart(options, model_chunks)
+
+
+def _unsupported(dest: str) -> LionError:
+    return LionError(f"--{dest.replace('_', '-')} is not supported with --optimizer lion: {UNSUPPORTED[dest]}")
+
+
+def _is_mimo(chunk: Any) -> bool:
+    """Whether ``chunk`` is a MimoModel. Its module takes seconds to import, and Megatron imports it only if used."""
+    mimo = sys.modules.get("megatron.core.models.mimo.model.base")
+    return mimo is not None and isinstance(chunk, mimo.MimoModel)
+
+
+def _is_dtensor(param: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(param, DTensor)

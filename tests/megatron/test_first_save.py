@@ -1,0 +1,21 @@
+"""A checkpoint that is saved before the first step loads, in every format, with Lion and with SGD."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.megatron.first_save import CASES
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    run = run_ranks(ranks=2, script=Path(__file__).with_name("first_save.py"))
+    assert run.returncode == 0, run.output[-6000:]
+    lines = [line.removeprefix("CASE ") for line in run.output.splitlines() if line.startswith("CASE ")]
+    return dict(line.split(": ", 1) for line in lines)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_save_before_the_first_step_loads_and_changes_nothing(outcomes: dict[str, str], case: str) -> None:
+    assert outcomes[case] == "same weights"
