@@ -1,1 +1,1 @@
-"""Everything that knows Megatron. Only :mod:`.compat` knows its versions and private names."""
+"""Everything that knows Megatron. Differences between its releases are in :mod:`.compat`."""

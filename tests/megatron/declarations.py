@@ -3,7 +3,7 @@
     python tests/megatron/declarations.py                 # what is used and not declared, as a line of JSON
     python tests/megatron/declarations.py renamed         # what registration says of each name that Megatron renames
 
-Run by ``test_declarations.py`` on one rank, on every release.
+Run by ``test_versions.py`` on one rank, on every release.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""The only package that knows Megatron's versions and private names.
+"""Differences between Megatron's releases, and checks of the names in it that this package relies on.
 
 - ``versions``: supported versions, the installed one, and how it differs from the newest.
 - ``seams``: compatibility checks. Each ``Seam`` is a name in Megatron that this package calls or relies on.

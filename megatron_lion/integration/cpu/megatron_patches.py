@@ -1,4 +1,4 @@
-"""What of Megatron itself is replaced where the CPU stands in for a GPU: see ``cpu_backend``.
+"""Patches of Megatron for running without a GPU. ``torch_cuda`` has those of torch.
 
 Line numbers are megatron-core 0.19.2's.
 """
