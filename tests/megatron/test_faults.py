@@ -151,7 +151,7 @@ def cut_metadata(folder: Path, key: str) -> str:
 
 def empty_tracker(folder: Path, key: str) -> str:
     (folder / TRACKER).write_text("")
-    return f"{TRACKER} holds ''"
+    return f"{TRACKER} contains ''"
 
 
 DAMAGE: dict[str, tuple[Callable[[Path, str], str], str, bool]] = {
