@@ -50,9 +50,11 @@ class GradientRecord:
     prefixes: dict[int, float]
     """the ratio after the first 10, 25, 50 batches, and half of them, as far as there were so many"""
     sigma2: float | None
-    """of one batch, as noise_scale (in batches) and snr (of the mean) estimated by :func:`stats.noise_estimate`"""
+    """variance of one batch's gradient, estimated by :func:`stats.noise_estimate`, as are the next two"""
     noise_scale: float | None
+    """in batches"""
     snr: float | None
+    """of the mean gradient"""
     converged: bool | None
     """the rule of :func:`stats.has_converged`; None where it cannot be said"""
     parts: dict[str, dict[str, Part]] = field(default_factory=dict)

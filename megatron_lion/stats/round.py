@@ -49,7 +49,7 @@ class GradientRound:
 
     The loss and the weights of the batches come with their gradients. Over several ranks each holds the elements that
     it counts, adds the same batches in the same order, and gives the share of the loss that no other rank gives. With
-    ``share`` it is the other way about: each counts every element, and adds batches of its own.
+    ``share``, each rank counts all elements and adds only its own batches.
 
     Memory: one float32 copy of the counted elements (:class:`stats.MeanGradient`), two for a moment with ``share``.
 

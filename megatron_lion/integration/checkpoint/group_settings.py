@@ -26,10 +26,10 @@ NO_SUCH_GROUP = (
 
 
 def refuse_other_rates(saved_args: Any, args: Any) -> None:
-    """Raise LionError where a run has other rates than its checkpoint and says of neither that they are to be taken.
+    """Raise LionError if the rates of this run and of its checkpoint differ and no flag says which to use.
 
-    Also where it takes the checkpoint's, but with another weight decay: Megatron makes the first step with the command
-    line's (OptimizerParamScheduler.load_state_dict sets the groups before it reads the decay).
+    Also if the run uses the checkpoint's rates and sets another weight decay: Megatron would make the first step with
+    the command line's (OptimizerParamScheduler.load_state_dict sets the groups before it reads the decay).
     """
     if args.override_opt_param_scheduler:
         return

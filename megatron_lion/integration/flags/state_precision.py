@@ -2,8 +2,8 @@
 
 State other than fp32 needs ``--use-distributed-optimizer`` and takes the path that Megatron has for Transformer
 Engine's precision-aware FusedAdam: the optimizer gets the 16-bit parameters and gradients of any dtype
-(``decoupled_grad``), keeps the master weights itself and writes the parameters. Gradients reduced in bf16 take it too,
-with any state, because they then need no fp32 copy.
+(``decoupled_grad``), keeps the master weights itself and writes the parameters. A run with bf16 gradients
+takes this path too, whatever its state, so that no fp32 copy of them is needed.
 """
 
 import argparse

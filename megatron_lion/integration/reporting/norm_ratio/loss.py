@@ -1,4 +1,4 @@
-"""The loss that a batch's gradient is the gradient of, taken where Megatron's schedule takes it."""
+"""Records the loss that Megatron's schedule differentiates."""
 
 import contextlib
 import functools
