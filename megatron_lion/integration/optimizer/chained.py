@@ -79,8 +79,8 @@ class LionChainedOptimizer(ChainedOptimizer):
     def _every_gradient_is_finite(self) -> bool:
         """Whether no rank has a NaN or an infinity. Issues one all-reduce of two numbers.
 
-        The norm leaves out some gradients that Lion uses: those of parameters that are not split, on every tensor-parallel
-        rank but the first; those of a tied copy; those of multi-token prediction.
+        The norm leaves out some gradients that Lion uses: of parameters that are not split, on every tensor-parallel
+        rank but the first; of a tied copy; of multi-token prediction.
         """
         grads = (compat.gradient_of(sub_optimizer, param) for sub_optimizer, param in self._outside_the_norm)
         unseen = [grad for grad in grads if grad is not None]
