@@ -106,7 +106,7 @@ class LionOptions:
     master_weights: str = "fp32"
     """how the fp32 master of a bf16 parameter is stored, one of ``MASTER_WEIGHTS``"""
     init_from: str | None = None
-    """what Lion's momentum starts from if the checkpoint is Adam's, one of ``INITS_FROM``; None: such a one is refused"""
+    """what Lion's momentum starts from if the checkpoint is Adam's, one of ``INITS_FROM``. None: refused"""
     rates_from_run: bool = False
     """on loading, keep this run's learning rates and weight decay; False takes the checkpoint's, as Megatron does"""
     saves_stacks: bool = False
