@@ -97,7 +97,10 @@ def test_an_adam_checkpoint_is_continued_the_same_with_a_part_on_the_cpu(text: P
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ("--use-distributed-optimizer --bf16 --lion-momentum-dtype bf16", "is not supported with --optimizer-cpu-offload"),
+        (
+            "--use-distributed-optimizer --bf16 --lion-momentum-dtype bf16",
+            "is not supported with --optimizer-cpu-offload",
+        ),
         ("--use-distributed-optimizer", "--optimizer-cpu-offload is not supported in fp32"),
         ("--bf16", "--optimizer-cpu-offload needs --use-distributed-optimizer"),
     ],
