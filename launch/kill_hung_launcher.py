@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Run a launcher, and end it when it hangs: python launch/kill_hung_launcher.py SECONDS torchrun ...
+"""Run a launcher, and kill it when it hangs: python launch/kill_hung_launcher.py SECONDS torchrun ...
 
-torchrun (2.13) asks the rendezvous store whether nodes are waiting (``num_nodes_waiting``), again and again. Where the
-link to the store's machine is cut, that call waits in the kernel for an answer, past every time-out of torchrun's and
-deaf to SIGTERM and Ctrl-C. So a second process watches: a launcher that has had no rank of its own for SECONDS is
-killed. SECONDS must be more than its rendezvous may take, in which nodes wait for each other without ranks.
+torchrun (2.13) asks the rendezvous store again and again whether nodes are waiting (``num_nodes_waiting``). If the link
+to the store's machine is cut, that call waits in the kernel, past all of torchrun's timeouts, and ignores SIGTERM and
+Ctrl-C. So a second process watches, and kills a launcher that has had no rank for SECONDS. SECONDS must be more than
+its rendezvous may take, in which nodes wait for each other without ranks.
 """
 
 import contextlib

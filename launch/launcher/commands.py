@@ -107,7 +107,9 @@ def slurm_script(recipe: Recipe, extra: list[str], python: str) -> str:
         options["gpus-per-node"] = str(recipe["gpus-per-node"])
     for key, value in options.items():
         if value is not None and not re.fullmatch(r"[A-Za-z0-9_.:,-]+", value):
-            raise LionError(f"slurm-{key} {value!r} is no value for sbatch's --{key}: letters, digits and -_.:, only")
+            raise LionError(
+                f"slurm-{key} {value!r} is not valid for sbatch's --{key}: use only letters, digits and -_.:,"
+            )
     run = Path(recipe["run"])
     line = torchrun(recipe, extra, [python, "-m", "torch.distributed.run"], host="HOST")
     words = [shlex.quote(word) for word in line]

@@ -24,7 +24,7 @@ from megatron_lion.version import __version__
 from . import child_process, commands, estimates, progress_line, recipe_checks, recipes, tail
 from .recipes import ROOT, Recipe
 
-# What must not change where a run goes on from its checkpoints.
+# Keys that must not change when a run resumes from its checkpoints.
 FIXED = (
     "script", "num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size", "max-position-embeddings",
     "tokenizer-type", "optimizer", "lr", "min-lr", "train-iters", "lr-decay-iters",
@@ -71,7 +71,7 @@ def _size(count: int) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what a run depends on; the commit ends in + where the checkout has changes of its own."""
+    """Versions that a run depends on. The commit ends in + if the checkout has uncommitted changes."""
     found: dict[str, str | None] = {"python": sys.version.split()[0], "megatron-lion": __version__}
     for name in ("torch", "megatron-core", "transformer-engine"):
         try:
@@ -89,7 +89,7 @@ def versions() -> dict[str, str | None]:
 
 
 def prepare_folder(recipe: Recipe, extra: list[str]) -> Path:
-    """Make the run's folder and save the recipe in it; each start with another recipe or code keeps a file of its own.
+    """Make the run's folder and save the recipe in it; each start with another recipe or code gets another file.
 
     Raises LionError where checkpoints there belong to another run.
     """
@@ -100,8 +100,8 @@ def prepare_folder(recipe: Recipe, extra: list[str]) -> Path:
         for key in FIXED:
             if before.get(key) != recipe.get(key):
                 raise LionError(
-                    f"{folder} holds checkpoints of a run with {key}={before.get(key)}, not {recipe.get(key)}: give "
-                    f"another folder as run=..., or {key}={before.get(key)} to go on with that run"
+                    f"{folder} holds checkpoints of a run with {key}={before.get(key)}, not {recipe.get(key)}: use "
+                    f"another folder as run=..., or {key}={before.get(key)} to resume that run"
                 )
     folder.mkdir(parents=True, exist_ok=True)
     content = commands.record(recipe, extra, versions())

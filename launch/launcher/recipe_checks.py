@@ -97,7 +97,7 @@ def slurm_seconds(text: str) -> float:
     if text.upper() in ("INFINITE", "UNLIMITED"):
         return math.inf
     if not found:
-        raise LionError(f"slurm-time {text!r} is not a time limit of Slurm: give one like 2-00:00:00 or 12:30:00")
+        raise LionError(f"slurm-time {text!r} is not a Slurm time limit; use one like 2-00:00:00 or 12:30:00")
     numbers = [int(number) for number in found.groups()[1:] if number is not None]
     units = (60, 1) if found[1] is None and len(numbers) < 3 else (3600, 60, 1)
     seconds = 86400 * int(found[1] or 0) + sum(n * unit for n, unit in zip(numbers, units, strict=False))
@@ -146,7 +146,7 @@ def _check_layout(recipe: Recipe) -> None:
     if recipe.addresses and len(recipe.addresses) != recipe["nodes"]:
         raise LionError(
             f"node-addresses {recipe['node-addresses']} are {len(recipe.addresses)}, but nodes is {recipe['nodes']}: "
-            "give one for each, with commas between"
+            "set one for each, separated by commas"
         )
     step = recipe["micro-batch-size"] * recipe.dp
     if recipe["global-batch-size"] % step:
@@ -161,7 +161,7 @@ def _check_layout(recipe: Recipe) -> None:
 
 def _check_schedule(recipe: Recipe) -> None:
     if recipe.get("min-lr", 0.0) > recipe["lr"]:
-        raise LionError(f"min-lr {recipe['min-lr']:g} lies above lr {recipe['lr']:g}: lower min-lr with lr")
+        raise LionError(f"min-lr {recipe['min-lr']:g} is greater than lr {recipe['lr']:g}; lower min-lr with lr")
     decay, warmup = recipe.get("lr-decay-iters", recipe["train-iters"]), recipe.get("lr-warmup-iters", 0)
     if warmup >= decay:
         raise LionError(f"lr-warmup-iters {warmup} does not end before lr-decay-iters {decay}: change one of them")

@@ -132,7 +132,7 @@ def resolve(model: str, optimizer: str, cluster: str, overrides: list[str]) -> R
             own = _own_settings(content.pop("with", {}), path)
         for key, value in content.items():
             if key in origin:
-                raise LionError(f"{key} stands in {origin[key]} and in {path}: leave it in one of them")
+                raise LionError(f"{key} is set in both {origin[key]} and {path}; keep one")
             origin[key] = path
             settings[key] = _typed(key, value, f"in {path}")
     settings |= own.get(names[1], {})
@@ -171,11 +171,11 @@ def _read(kind: str, name: str) -> tuple[Path, dict[str, Any]]:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
-            raise LionError(f"{kind[:-1]} file {name} does not exist: give a YAML file, or one of {known(kind)}")
+            raise LionError(f"{kind[:-1]} file {name} does not exist: use a YAML file, or one of {known(kind)}")
     else:
         path = CONFIGS / kind / f"{name}.yaml"
         if not path.is_file():
-            raise LionError(f"{name!r} is no {kind[:-1]}: {did_you_mean(name, known(kind).split(', '))}")
+            raise LionError(f"unknown {kind[:-1]} {name!r}: {did_you_mean(name, known(kind).split(', '))}")
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_TextLoader)
@@ -230,7 +230,7 @@ def _typed(key: str, value: Any, where: str) -> Any:
     """What the text ``value`` says for a key of that type. Raises LionError where it says nothing of the kind."""
     if key not in KEYS:
         raise LionError(
-            f"{key!r} {where} is no key of a recipe: {did_you_mean(key, KEYS)}. Other flags of Megatron's go after --"
+            f"unknown key {key!r} {where}: {did_you_mean(key, KEYS)}. Other flags of Megatron's go after --"
         )
     expected = KEYS[key]
     if isinstance(value, str):

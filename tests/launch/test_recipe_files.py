@@ -97,7 +97,7 @@ def test_a_file_that_says_nothing_clear_is_refused(tmp_path: Path, name: str) ->
         ("with:\n  lion:", "with: lion in .* must hold one table .* got nothing"),
         ("with:\n  lion: {lr: 1}\n  lion: {lr: 2}", r"lion is set on line 2 and on line 3"),
         ("with:\n  lion: {lr: 1, lr: 2}", "lr is set on line 2"),
-        ("with:\n  sgd: {lrr: 1}", "'lrr' in .* with sgd is no key"),  # also where another optimizer is chosen
+        ("with:\n  sgd: {lrr: 1}", "unknown key 'lrr' in .* with sgd"),  # also where another optimizer is chosen
     ],
 )
 def test_a_models_own_settings_are_checked_too(tmp_path: Path, lines: str, message: str) -> None:
@@ -132,9 +132,9 @@ def test_a_time_limit_is_read_as_sbatch_reads_it(text: str, seconds: float) -> N
         ("5", "slurm-time 5 is not longer than the 600 seconds before its end"),  # SIGTERM would come at once
         ("10:00", "slurm-time 10:00 is not longer"),
         ("0-00:10", "slurm-time 0-00:10 is not longer"),
-        ("1h", "'1h' is not a time limit of Slurm: give one like"),
-        ("1:2:3:4", "is not a time limit"),
-        ("", "is not a time limit"),
+        ("1h", "'1h' is not a Slurm time limit; use one like"),
+        ("1:2:3:4", "is not a Slurm time limit"),
+        ("", "is not a Slurm time limit"),
     ],
 )
 def test_a_time_limit_that_leaves_no_time_is_refused(text: str, message: str) -> None:

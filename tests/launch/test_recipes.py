@@ -51,9 +51,9 @@ def test_every_value_of_the_papers_recipes_names_its_source() -> None:
 # ---- what is refused: command line, and words that the message must hold ----
 
 BROKEN = {
-    "tiny_gtp lion cpu": ("'tiny_gtp' is no model", "did you mean 'tiny_gpt'?", "gpt2_small"),
-    "tiny_gpt lino cpu": ("'lino' is no optimizer", "did you mean 'lion'?", "sgd_no_momentum"),
-    "tiny_gpt lion gpu": ("'gpu' is no cluster", "one_gpu"),
+    "tiny_gtp lion cpu": ("unknown model 'tiny_gtp'", "did you mean 'tiny_gpt'?", "gpt2_small"),
+    "tiny_gpt lino cpu": ("unknown optimizer 'lino'", "did you mean 'lion'?", "sgd_no_momentum"),
+    "tiny_gpt lion gpu": ("unknown cluster 'gpu'", "one_gpu"),
     "tiny_gpt lion mine.yaml": ("mine.yaml does not exist",),
     "tiny_gpt lion cpu hiden-size=64": ("'hiden-size' on the command line", "did you mean 'hidden-size'?", "after --"),
     "tiny_gpt lion cpu lr": ("'lr' is not key=value",),
@@ -70,7 +70,7 @@ BROKEN = {
     "tiny_gpt lion cpu hidden-dropout=1.5": ("hidden-dropout must lie in [0, 1)",),
     "tiny_gpt lion cpu optimizer=lamb": ("optimizer 'lamb' is unknown", "adam, lion, sgd"),
     "tiny_gpt lion cpu lr-decay-style=cosin": ("lr-decay-style", "did you mean 'cosine'?"),
-    "tiny_gpt lion cpu min-lr=1": ("min-lr 1 lies above lr 0.001", "lower min-lr"),
+    "tiny_gpt lion cpu min-lr=1": ("min-lr 1 is greater than lr 0.001", "lower min-lr"),
     "tiny_gpt lion cpu lr-warmup-iters=300": ("lr-warmup-iters 300", "lr-decay-iters 300"),
     "tiny_gpt lion cpu num-attention-heads=3": ("hidden-size 128", "num-attention-heads 3", "1, 2, 4, 8, 16"),
     "gpt2_small lion h100x8 tensor-model-parallel-size=8": ("num-attention-heads 12", "size 8", "1, 2, 3, 4, 6, 12"),
@@ -122,7 +122,7 @@ def test_a_key_in_two_files_and_a_file_that_is_no_table_are_refused(tmp_path: Pa
     twice.write_text("optimizer: lion\nhidden-size: 3\n")
     text.write_text("lion\n")
     cut.write_text("lr: {1\n")
-    for path, words in ((twice, "hidden-size stands in"), (text, "must hold one table"), (cut, "cannot be read")):
+    for path, words in ((twice, "hidden-size is set in both"), (text, "must hold one table"), (cut, "cannot be read")):
         with pytest.raises(LionError, match=words):
             recipes.resolve("tiny_gpt", str(path), "cpu", [])
 
@@ -275,7 +275,7 @@ def test_another_run_does_not_go_on_from_these_checkpoints(saved: Callable[..., 
     (saved() / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("100")
     saved("log-interval=5")
     for override, words in (
-        ("hidden-size=64", "hidden-size=128, not 64: give another folder as run=..., or hidden-size=128"),
+        ("hidden-size=64", "hidden-size=128, not 64: use another folder as run=..., or hidden-size=128"),
         ("lr=2e-3", "lr=0.001, not 0.002"),
     ):
         with pytest.raises(LionError, match=re.escape(words)):

@@ -53,7 +53,7 @@ def test_the_options_are_the_recipes() -> None:
     assert text.index("#SBATCH --requeue") < text.index("set -euo pipefail")
     assert "#SBATCH --gpus" not in script("tiny_gpt", "lion", "cpu")
     assert "#SBATCH --cpus-per-task=5\n" in script("tiny_gpt", "lion", "cpu", **{"slurm-cpus": 5})
-    with pytest.raises(LionError, match=r"slurm-partition 'a b' is no value for sbatch's --partition"):
+    with pytest.raises(LionError, match=r"slurm-partition 'a b' is not valid for sbatch's --partition"):
         script("tiny_gpt", "lion", "cpu", **{"slurm-partition": "a b"})
 
 
@@ -123,7 +123,7 @@ def test_a_name_that_sbatch_would_read_as_something_else_is_refused(tmp_path: Pa
 @pytest.mark.parametrize("key", ["partition", "account", "time"])
 def test_sbatchs_own_options_are_refused_where_they_are_not_plain_words(key: str, value: str) -> None:
     with pytest.raises(
-        LionError, match=f"slurm-{key} .* is (no value for sbatch.s --{key}: letters|not a time limit of Slurm)"
+        LionError, match=f"slurm-{key} .* is (not valid for sbatch.s --{key}: use only letters|not a Slurm time limit)"
     ):
         script("tiny_gpt", "lion", "cpu", **{f"slurm-{key}": value})
 
