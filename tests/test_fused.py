@@ -146,6 +146,14 @@ def test_a_compiler_that_fails_is_asked_once(cache, tmp_path, monkeypatch):
     assert describe("auto", [PLAIN]) == f"foreach ({script} failed: no message)"
 
 
+def test_a_compiler_whose_message_is_not_utf_8_is_reported(cache, tmp_path, monkeypatch):
+    script = tmp_path / "c++"
+    script.write_text("#!/bin/sh\ntest \"$1\" = --version && exit\nprintf 'kein \\374bersetzer\\n' >&2\nexit 1\n")
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    assert describe("auto", [PLAIN]) == f"foreach ({script} failed: kein \ufffdbersetzer)"
+
+
 def test_a_source_that_does_not_compile_leaves_nothing_behind(cache, tmp_path):
     source = tmp_path / "broken.cpp"
     source.write_text("int broken(")

@@ -137,7 +137,7 @@ def _compile(command: Sequence[str], library: Path) -> None:
     os.close(handle)
     partial = Path(name)
     try:
-        done = subprocess.run([*command, "-o", name], capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run([*command, "-o", name], capture_output=True, text=True, errors="replace", timeout=SECONDS)
         if done.returncode != 0:
             raise CompilerUnavailable(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
         partial.chmod(0o700)  # linkers make it group-writable if the umask allows that

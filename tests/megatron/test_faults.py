@@ -244,6 +244,8 @@ def test_folders_and_trackers_that_only_look_like_megatrons_do_not_hide_the_dama
     assert complete_iterations(str(tmp_path)) == [20]
     (tmp_path / TRACKER).write_text("²")  # a digit for str.isdigit, but not for int
     assert "--ckpt-step (20)" in recovery_hint(str(tmp_path), SimpleNamespace(ckpt_step=None))
+    (tmp_path / TRACKER).write_bytes(b"\xff\xfe\0")
+    assert "--ckpt-step (20)" in recovery_hint(str(tmp_path), SimpleNamespace(ckpt_step=None))
 
 
 # ---- a full disk ----

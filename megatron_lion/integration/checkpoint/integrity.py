@@ -171,7 +171,7 @@ def _asked_for(load_dir: str, args: Any) -> int | None:
 
 def _tracker(load_dir: str) -> str:
     file = Path(load_dir) / "latest_checkpointed_iteration.txt"
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
 
 
 def _unreadable_folder(load_dir: str) -> str:
