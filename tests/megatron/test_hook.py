@@ -236,13 +236,13 @@ def test_an_unsupported_megatron_is_left_alone_but_for_lion(environment: Environ
     assert (adam.returncode, lion.returncode) == (0, 1), adam.stderr[-3000:] + lion.stderr[-3000:]
     for result in (adam, lion):
         warning = said(result)[0]
-        assert warning.startswith("megatron-lion: warning: megatron-core 0.919.")
+        assert warning.startswith("megatron-lion: warning: megatron-core 0.9")
         assert "supported: 0.16.x" in warning
     assert len(said(adam)) == 1
     assert adam.stdout.splitlines()[-1] == "reached the end"
-    assert f"BUILD {REFUSAL}0.919." in lion.stdout
+    assert f"BUILD {REFUSAL}0.9" in lion.stdout
     (error,) = said(lion)[1:]
-    assert error.startswith(f"megatron-lion: error: {REFUSAL}0.919.")
+    assert error.startswith(f"megatron-lion: error: {REFUSAL}0.9")
 
 
 @pytest.mark.slow
