@@ -177,11 +177,6 @@ class LionOptions:
         """Whether state is kept in fewer bits than fp32."""
         return (self.momentum_dtype, self.master_weights) != ("fp32", "fp32")
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether a number of the state is divided over two tensors."""
-        return self.momentum_dtype == "int8" or self.master_weights == "remainder"
-
 
 def dtype_name(dtype: Any) -> str:
     """``fp32``, ``bf16``, ``fp16`` or ``fp8`` for a torch dtype, or for a string that already is one of these."""
