@@ -48,7 +48,7 @@ def finish(process: "subprocess.Popen[str]", timeout: float = 240.0) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["lion", "sgd", "sgd_no_momentum", "adam"])
+@pytest.mark.parametrize("optimizer", ["lion", "sgd", "sgd_paper_no_momentum", "adamw"])
 def test_the_recipe_runs_and_leaves_what_it_says(text: Path, tmp_path: Path, optimizer: str) -> None:
     steps = ["train-iters=4", "eval-interval=4", "save-interval=4", "norm-ratio-interval=2"]
     output = finish(start(text, tmp_path / "run", optimizer, *steps))
