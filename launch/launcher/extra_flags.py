@@ -1,5 +1,6 @@
 """Flags after ``--``: a recipe's own keys become overrides, the names of all others are checked."""
 
+import functools
 import importlib.util
 import itertools
 import re
@@ -60,20 +61,26 @@ def known_flags() -> frozenset[str]:
     """Names of the flags in the source of the Megatron that a run would import; empty if there is none here.
 
     They are read from the text of its files: importing Megatron takes ten seconds, and may not be possible on a login
-    node. Flags are written out in the text, or made from the fields of configuration classes (``--no-FIELD`` and
-    ``--disable-FIELD`` for those that are on), so this is a superset of the parser's.
+    node. Flags are written out in the text (``BooleanOptionalAction`` adds ``--no-FLAG``), or made from the fields of
+    classes named Config (``--FIELD``; ``--no-FIELD`` and ``--disable-FIELD`` if the default is True). So this has every
+    flag of the parser, and names that are none.
     """
     megatron = _folder()
-    if megatron is None:
-        return frozenset()
+    return frozenset() if megatron is None else _flags_in(megatron)
+
+
+@functools.cache
+def _flags_in(megatron: Path) -> frozenset[str]:
     names: set[str] = set()
-    for path in [*megatron.glob("training/**/*.py"), *OURS.rglob("*.py")]:
-        names.update(re.findall(r"""["']--([a-z0-9][\w-]*)["']""", path.read_text(encoding="utf-8", errors="replace")))
-    for path in megatron.rglob("*config*.py"):
-        fields = re.findall(r"^    ([a-z]\w*) *:", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-        for field in fields:
-            name = field.replace("_", "-")
-            names.update((name, f"no-{name}", f"disable-{name}"))
+    for path in [*megatron.rglob("*.py"), *OURS.rglob("*.py")]:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if "--" not in text and "Config" not in text:
+            continue
+        written = re.findall(r"""["']--([a-z0-9][\w-]*)["']""", text)
+        names.update(written, (f"no-{name}" for name in written))
+        if re.search(r"^class \w*Config\b", text, re.MULTILINE):
+            fields = [field.replace("_", "-") for field in re.findall(r"^    ([a-z]\w*) *:", text, re.MULTILINE)]
+            names.update(fields, (f"{prefix}-{name}" for name in fields for prefix in ("no", "disable")))
     return frozenset(names)
 
 
