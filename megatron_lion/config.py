@@ -14,9 +14,10 @@ MOMENTUM_DTYPES = ("fp32", "bf16", "int8")
 MASTER_WEIGHTS = ("fp32", "remainder")
 INITS_FROM = ("adam", "fresh")
 
-# AdamW's rates for language models start here. Small models have been tuned to higher ones with Lion too
-# (docs/coming-from-adamw.md has the sources), so this gives a warning, not an error.
-ADAMW_LIKE_LR = 3e-4
+# Lion's published rates for language models (docs/coming-from-adamw.md, section 4): up to 2e-3 with weight decays from
+# 0.6, and up to 3e-4 with AdamW's usual weight decays. Others give a warning, not an error.
+HIGHEST_LR = 2e-3
+ADAMW_LIKE_LR, ADAMW_LIKE_WEIGHT_DECAY = 3e-4, 0.2
 
 
 class LionError(ValueError):
@@ -72,14 +73,14 @@ def check_rates(lr: float | None, weight_decay: float, min_lr: float | None = No
         raise LionError(f"--min-lr {min_lr:g} is greater than --lr {lr:g}; lower it with Lion's --lr")
 
 
-def warning_about(lr: float) -> str | None:
-    """A sentence if the learning rate looks like AdamW's, else None."""
-    if lr < ADAMW_LIKE_LR:
+def warning_about(lr: float, weight_decay: float) -> str | None:
+    """A sentence if the rates look like AdamW's and are outside the published ranges of Lion's, else None."""
+    if lr <= ADAMW_LIKE_LR or (lr <= HIGHEST_LR and weight_decay > ADAMW_LIKE_WEIGHT_DECAY):
         return None
     return (
-        f"--lr {lr:g} looks like AdamW's. Lion moves every element by the whole learning rate, so it usually needs a "
-        f"3 to 10 times lower one ({lr / 10:g} to {lr / 3:g}) with a 3 to 10 times higher --weight-decay; see "
-        "docs/coming-from-adamw.md"
+        f"--lr {lr:g} with --weight-decay {weight_decay:g} looks like AdamW's. Lion moves every element by the whole "
+        f"learning rate, so it usually needs a 3 to 10 times lower one ({lr / 10:g} to {lr / 3:g}) with a 3 to 10 "
+        "times higher --weight-decay; see docs/coming-from-adamw.md"
     )
 
 

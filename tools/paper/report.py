@@ -57,7 +57,8 @@ def language_pairs(runs: Path) -> dict[str, dict[str, Path]]:
             model, optimizer = names["model"], names["optimizer"]
         except (ValueError, KeyError, TypeError):  # cut short: the folder's usual name says the same
             model, optimizer, *_ = [*path.parent.name.split("-"), "unknown"]
-        pairs.setdefault(str(model), {})[str(optimizer)] = path.parent
+        # Sorted, the paper's settings (lion_paper) come after tuned ones of the same model (lion) and replace them.
+        pairs.setdefault(str(model), {})[str(optimizer).removesuffix("_paper")] = path.parent
     studies = (("the demo's GPT", "demo", ""), ("tiny GPT", "rates", "-1"), ("small BERT", "scaling-bert", "-400"))
     for model, where, suffix in studies:
         folder = runs / where

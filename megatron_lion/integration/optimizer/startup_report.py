@@ -36,7 +36,7 @@ def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer
     if missed_tensors:
         names = ", ".join(name for name, _ in missed) or "none"
         warn(f"{missed_tensors} trainable parameters are not on Lion; on rank 0: {names}")
-    if warning := warning_about(config.lr):
+    if warning := warning_about(config.lr, config.weight_decay):
         warn(warning)
     if len(model_chunks) > 1 and not compat.installed_traits().waits_before_it_frees and not torch_cuda.wanted():
         warn(
