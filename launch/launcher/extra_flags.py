@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_lion.config import LionError, did_you_mean
+from megatron_lion.config import LionError
 
-from .keys import MEGATRON_KEYS
+from .keys import MEGATRON_KEYS, nearest
 from .recipe_files import ROOT
 
 OURS = ROOT / "megatron_lion" / "integration"
@@ -50,10 +50,9 @@ def _grouped(words: list[str]) -> Iterator[tuple[str, list[str]]]:
 def _check_name(name: str) -> None:
     known = known_flags()
     if known and name not in known:
-        suggestion = did_you_mean(name, known).partition("Valid:")[0].strip()
         raise LionError(
-            f"unknown flag --{name} after --: {suggestion or 'no flag has a similar name.'} launch/pretrain_gpt.py "
-            "--help lists Megatron's flags"
+            f"unknown flag --{name} after --: {nearest(name, known)}launch/pretrain_gpt.py --help lists Megatron's "
+            "flags"
         )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_lion.config import LionError, did_you_mean
@@ -158,11 +159,17 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, 
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """``did you mean 'lr'? `` if one of ``valid`` is similar, else nothing; for lists that are too long to print."""
+    return did_you_mean(name, valid).partition("Valid:")[0]
+
+
 def typed(key: str, value: Any, where: str) -> Any:
     """The text ``value`` as the key's type. Raises LionError for an unknown key or a value of another type."""
     if key not in KEYS:
         raise LionError(
-            f"unknown key {key!r} {where}: {did_you_mean(key, KEYS)}. Other flags of Megatron's go after --"
+            f"unknown key {key!r} {where}: {nearest(key, KEYS)}launch.py --help lists the keys. Other flags of "
+            "Megatron's go after --"
         )
     expected = KEYS[key]
     if isinstance(value, str):
