@@ -150,7 +150,17 @@ class StepScalars(NamedTuple):
 
     def on_host(self) -> tuple[float, float, float, float, float]:
         """lr, beta1, beta2, weight_decay and grad_scale as Python floats."""
-        return (float(self.lr), self.beta1, self.beta2, float(self.weight_decay), float(self.grad_scale))
+        lr, weight_decay, grad_scale = on_host(self.lr, self.weight_decay, self.grad_scale)
+        return (lr, self.beta1, self.beta2, weight_decay, grad_scale)
+
+
+def on_host(*values: float | Tensor) -> list[float]:
+    """``values``, each a number or a one-element tensor, as Python floats. Waits at most once for a device."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    read: Iterator[Any] = iter(tensors)
+    if len(tensors) > 1 and len(set(map(_device, tensors))) == 1:
+        read = iter(torch.stack([tensor.detach().reshape(()).double() for tensor in tensors]).tolist())
+    return [float(next(read) if isinstance(value, Tensor) else value) for value in values]
 
 
 class LionUpdate(Protocol):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_lion.config import MASTER_WEIGHTS, MOMENTUM_DTYPES, LionError, check_choice
 from megatron_lion.precision import BlockLayout, dequantize, join_master, quantize, split_master
-from megatron_lion.step import StepTensors
+from megatron_lion.step import StepKind, StepTensors
 
 # Keys that tell Lion's parameter groups from another optimizer's.
 LION_GROUP_KEYS = frozenset({"lr", "betas", "weight_decay", "momentum_init", "maximize"})
@@ -65,6 +65,24 @@ class Storage:
         dtype, master = self._momentum(param), self._master(param)
         scales = 2 * layout.count(param.numel()) if dtype == torch.int8 else 0
         return param.numel() * dtype.itemsize + scales, param.numel() * master.itemsize if master else 0
+
+    def kind(self, param: Tensor, grads: torch.dtype, model_copies: torch.dtype | None = None) -> StepKind:
+        """Device and dtypes of a step's tensors for ``param``, as :func:`step_tensors` passes them to a kernel.
+
+        ``grads`` is the dtype of its gradient, ``model_copies`` that of a copy of a parameter without master weights.
+        """
+        master, momentum = self._master(param), self._momentum(param)
+        if master == torch.float32:
+            model_copies = param.dtype
+        return StepKind(
+            param.device,
+            masters=torch.float32 if master == torch.float32 else param.dtype,
+            grads=grads,
+            exp_avgs=momentum,
+            model_copies=model_copies,
+            remainders=torch.int16 if master == torch.int16 else None,
+            scales=torch.bfloat16 if momentum == torch.int8 else None,
+        )
 
     def set_momentum(
         self, state: State, param: Tensor, value: Tensor, layout: BlockLayout, *, exact: bool = False

@@ -45,8 +45,10 @@ def without_step() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def folding_the_clip_factor(fold: Callable[[list[Any], float], bool]) -> Iterator[None]:
+def folding_the_clip_factor(fold: Callable[[list[Any], Any], bool]) -> Iterator[None]:
     """Offer each clip factor that Megatron is about to multiply into gradients to ``fold``, which may apply it instead.
+
+    The factor is 1 or less, a number, or a tensor where Megatron's norm is one (with Transformer Engine or Apex).
 
     ``ChainedOptimizer.step`` (0.19.2: optimizer 1875) scales all gradients in place, one more read and write of each.
     """
@@ -55,8 +57,8 @@ def folding_the_clip_factor(fold: Callable[[list[Any], float], bool]) -> Iterato
     stock_clip = optimizer.clip_grad_by_total_norm_fp32
 
     def clip(parameters: list[Any], max_norm: float, total_norm: Any, use_decoupled_grad: bool = False) -> None:
-        factor = float(max_norm / (total_norm + 1.0e-6))  # clip_grads 178
-        if not fold(parameters, min(factor, 1.0)):
+        factor = max_norm / (total_norm + 1.0e-6)  # clip_grads 178
+        if not fold(parameters, min(factor, 1.0) if isinstance(factor, float) else factor.clamp(max=1.0)):
             stock_clip(parameters, max_norm, total_norm, use_decoupled_grad)
 
     with temporarily(optimizer, clip_grad_by_total_norm_fp32=clip):
@@ -156,6 +158,14 @@ def params_outside_the_norm(sub_optimizer: Any) -> list[Any]:
         return []
     seen = {id(grad) for grad in getattr(sub_optimizer, installed_traits().gradients_of_the_norm)()}
     return [param for param in sub_optimizer.get_parameters() if id(gradient_of(sub_optimizer, param)) not in seen]
+
+
+def reduces_norm_over_all_ranks(sub_optimizer: Any) -> bool:
+    """Whether the gradient norm of an optimizer in Megatron's chain is a sum over every rank."""
+    import torch
+
+    group = sub_optimizer.get_grad_stats_parallel_group()
+    return torch.distributed.get_world_size(group) == torch.distributed.get_world_size()
 
 
 def gradient_of(sub_optimizer: Any, param: Any) -> Any:

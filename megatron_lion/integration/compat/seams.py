@@ -133,6 +133,7 @@ CORE: tuple[Seam, ...] = (
     ),
     Seam(_OPTIMIZER, "MegatronOptimizer.__init__", uses=("optimizer", "config", "init_state_fn")),
     Seam(_OPTIMIZER, "MegatronOptimizer.get_parameters", ("self",)),
+    Seam(_OPTIMIZER, "MegatronOptimizer.get_grad_stats_parallel_group", ("self",)),
     Seam(_OPTIMIZER, "MegatronOptimizer.get_main_grads_for_grad_norm", ("self",), until="0.18"),
     Seam(_OPTIMIZER, "MegatronOptimizer.get_grads_for_grad_norm", ("self",), since="0.19"),
     Seam(
