@@ -1,19 +1,17 @@
 // 8-bit momentum: blocks of 32 int8 codes with one bf16 scale each, as defined in megatron_lion/precision.py.
+//
+// Eight blocks are a group. Work per block is done for all eight at once, one block per lane. Blocks at the end of a row
+// or of a shard are incomplete.
 
 #pragma once
 
-#include "lion_storage.h"
+#include "lion_step.h"
 
 #include <limits>
 
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
-
 namespace {
 
-constexpr int64_t BLOCK = 32;        // elements that share a scale
-constexpr float LEVELS = 127 * 127;  // codes hold the square root of a magnitude
+constexpr float LEVELS = 127 * 127; // codes hold the square root of a magnitude
 constexpr float SMALLEST_SCALE = 0x1p-100f;
 // Near this number the last place has value 1: adding it rounds to nearest even, and the low bits of the sum are the code.
 constexpr float ROUNDS = 0x1.8p23f;
@@ -38,52 +36,18 @@ struct Codes { // int8 codes and one bf16 scale per block
     void fetch_piece(int64_t i) const { fetch(codes + i); } // the scales are too small to matter
 };
 
-// One block, possibly incomplete, element by element.
-
-inline float widen(uint16_t scale) { return from_bits(static_cast<uint32_t>(scale) << 16); }
-
-template <class Size> inline void dequantize(const int8_t *codes, uint16_t scale, float *values, Size count) {
-    const float unit = widen(scale) * (1.0f / LEVELS);
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-        const float code = codes[j];
-        values[j] = (code * std::fabs(code)) * unit; // the first product is exact
-    }
-}
-
-template <class Size> inline uint16_t scale_of(const float *values, Size count) {
-    int32_t largest = 0; // magnitude as an integer, where a NaN is the largest
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < count; ++j) {
-        const int32_t magnitude = static_cast<int32_t>(to_bits(values[j]) & MAGNITUDE);
-        largest = std::max(largest, magnitude);
-    }
-    const float peak = from_bits(static_cast<uint32_t>(largest));
-    return peak < SMALLEST_SCALE ? 0 : nearest_even(peak) >> 16;
-}
-
-template <class Size> inline void quantize(const float *values, uint16_t scale, int8_t *codes, Size count) {
-    const float inverse = scale == 0 ? 0.0f : LEVELS / widen(scale);
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-        const uint32_t root = to_bits(std::sqrt(std::fabs(values[j]) * inverse)), top = to_bits(127.0f);
-        const float code = from_bits(std::min(root, top) | (to_bits(values[j]) & SIGN));
-        codes[j] = static_cast<int8_t>(to_bits(code + ROUNDS));
-    }
-    if (!(widen(scale) < std::numeric_limits<float>::infinity())) std::memset(codes, 0, static_cast<size_t>(count));
-}
-
-// Eight whole blocks in vectors. Work per block is done for all eight at once, one block per lane.
-
-constexpr int64_t GROUP = LANES * BLOCK;
-
 typedef int8_t Bytes __attribute__((vector_size(2 * LANES)));
-typedef uint16_t Scales __attribute__((vector_size(2 * LANES)));
+typedef int8_t HalfBytes __attribute__((vector_size(LANES)));
 
-inline Floats widen(Scales scales) { return from_bits(__builtin_convertvector(scales, Words) << 16); }
-
-// 16 codes of one block.
-inline Pair dequantize(const int8_t *codes, float unit) {
+// 16 codes of one block, of which all squares and products are exact.
+template <Order ORDER> inline Pair dequantize(const int8_t *codes, float unit) {
+    if constexpr (ORDER == IN_MEMORY) {
+        const auto eight = [&](const int8_t *codes) {
+            const Floats code = __builtin_convertvector(read<HalfBytes>(codes), Floats);
+            return code * absolute(code) * unit;
+        };
+        return {eight(codes), eight(codes + LANES)};
+    }
 #ifdef __AVX2__
     const Shorts code = reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(read<__m128i>(codes)));
 #else
@@ -105,15 +69,6 @@ inline Ints largest_lanes(const Ints *v) {
     return larger(SHUFFLE(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11), SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15));
 }
 
-inline Floats square_root(Floats values) {
-#ifdef __AVX__
-    return _mm256_sqrt_ps(values);
-#else
-    for (int64_t lane = 0; lane < LANES; ++lane) values[lane] = std::sqrt(values[lane]);
-    return values;
-#endif
-}
-
 // Writes 32 codes.
 inline void write_codes(int8_t *codes, Shorts first, Shorts second) {
 #ifdef __AVX2__ // interleaves quarters of the two
@@ -125,27 +80,57 @@ inline void write_codes(int8_t *codes, Shorts first, Shorts second) {
 #endif
 }
 
-// The factors of the squared codes of eight blocks.
-struct Units {
-    alignas(4 * LANES) float of[LANES];
-    explicit Units(const uint16_t *scales) { write(of, widen(read<Scales>(scales)) * (1.0f / LEVELS)); }
+inline Floats widen(HalfShorts scales) { return from_bits(__builtin_convertvector(scales, Words) << 16); }
+
+// The blocks of elements `i` to `last`, one after the other.
+struct Blocks {
+    int64_t i, last, row_length;
+    int64_t left; // elements from i to the end of the row
+    int64_t size; // of the block at i; 0 at the end
+
+    Blocks(BlockLayout layout, int64_t first, int64_t last) : i(first), last(last), row_length(layout.row_length) {
+        const int64_t position = (layout.start + first) % row_length;
+        left = row_length - position;
+        size = std::min({BLOCK - position % BLOCK, left, last - i});
+    }
+    void next() {
+        i += size, left -= size;
+        if (left == 0) left = row_length;
+        size = std::min({BLOCK, left, last - i});
+    }
+    Part part() const { return {i, size, i + BLOCK <= last}; }
 };
 
-// New values of eight blocks, and the factors that turn them into codes once the largest value of each block is known.
+// The factors of the squared codes of up to eight blocks.
+struct Units {
+    alignas(4 * LANES) float of[LANES];
+    Units(const uint16_t *scales, int64_t count) {
+        HalfShorts eight{};
+        std::memcpy(&eight, scales, count * sizeof *scales);
+        write(of, widen(eight) * (1.0f / LEVELS));
+    }
+};
+
+// New values of up to eight blocks, and the factors that turn them into codes once the largest value of each block is
+// known.
 struct Group {
     Pair values[LANES][2];
     Ints peaks[LANES];
     alignas(4 * LANES) float inverses[LANES], tops[LANES]; // a top of 0 makes the whole block NaN
+    Part parts[LANES] = {};
 
-    void set(int64_t block, Pair first, Pair second) {
-        values[block][0] = first, values[block][1] = second;
-        peaks[block] = larger(larger(magnitude(first.even), magnitude(first.odd)),
-                              larger(magnitude(second.even), magnitude(second.odd)));
+    // The block with `values` is `part` of the tensor.
+    void set(int64_t block, Part part) {
+        const Pair &first = values[block][0], &second = values[block][1];
+        peaks[block] = larger(larger(magnitude(first.first), magnitude(first.second)),
+                              larger(magnitude(second.first), magnitude(second.second)));
+        parts[block] = part;
     }
-    void scale(uint16_t *scales) {
+    void scale(uint16_t *scales, int64_t count) {
         const Floats peak = from_bits(reinterpret_cast<Words>(largest_lanes(peaks)));
         const Words scale = (peak < SMALLEST_SCALE ? Words{} : nearest_even(peak)) & 0xffff0000u;
-        write(scales, __builtin_convertvector(scale >> 16, Scales));
+        const HalfShorts eight = __builtin_convertvector(scale >> 16, HalfShorts);
+        std::memcpy(scales, &eight, count * sizeof *scales);
         write(inverses, scale == 0u ? Floats{} : LEVELS / from_bits(scale));
         write(tops, from_bits(scale) < std::numeric_limits<float>::infinity() ? Floats{} + 127.0f : Floats{});
     }
@@ -164,20 +149,31 @@ struct Roots {
         };
         for (int64_t half = 0; half < 2; ++half) {
             const Pair &value = group.values[block][half];
-            pairs[half] = {root(value.even), root(value.odd)};
+            pairs[half] = {root(value.first), root(value.second)};
         }
     }
-    // Writes the block's codes; `codes` points to the group's first code.
-    void encode(const Group &group, int64_t block, int8_t *codes) const {
+    // Writes the block's codes; `codes` points to the tensor's first code.
+    template <Order ORDER> void encode(const Group &group, int64_t block, int8_t *codes) const {
+        const Part &part = group.parts[block];
+        if (part.size == BLOCK) {
+            write_codes(codes + part.i, encoded<ORDER>(group.values[block][0], pairs[0]),
+                        encoded<ORDER>(group.values[block][1], pairs[1]));
+        } else if (part.size > 0) {
+            Staging staging(part.size, part.has_room);
+            write_codes(staging.copy(codes + part.i), encoded<ORDER>(group.values[block][0], pairs[0]),
+                        encoded<ORDER>(group.values[block][1], pairs[1]));
+            staging.put_back();
+        }
+    }
+
+  private:
+    // 16 codes with the signs of `value`, in memory order.
+    template <Order ORDER> static Shorts encoded(const Pair &value, const Pair &root) {
         const auto code = [](Floats value, Floats root) { // in the lower halves of words
             return to_bits(from_bits(to_bits(root) | (to_bits(value) & SIGN)) + ROUNDS);
         };
-        Shorts both[2];
-        for (int64_t half = 0; half < 2; ++half) {
-            const Pair &value = group.values[block][half], &root = pairs[half];
-            both[half] = reinterpret_cast<Shorts>(halves(code(value.even, root.even), code(value.odd, root.odd) << 16));
-        }
-        write_codes(codes + block * BLOCK, both[0], both[1]);
+        return reinterpret_cast<Shorts>(
+            lower_halves<ORDER>(code(value.first, root.first), code(value.second, root.second)));
     }
 };
 
