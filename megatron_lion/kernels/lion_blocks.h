@@ -37,17 +37,9 @@ struct Codes { // int8 codes and one bf16 scale per block
 };
 
 typedef int8_t Bytes __attribute__((vector_size(2 * LANES)));
-typedef int8_t HalfBytes __attribute__((vector_size(LANES)));
 
-// 16 codes of one block, of which all squares and products are exact.
-template <Order ORDER> inline Pair dequantize(const int8_t *codes, float unit) {
-    if constexpr (ORDER == IN_MEMORY) {
-        const auto eight = [&](const int8_t *codes) {
-            const Floats code = __builtin_convertvector(read<HalfBytes>(codes), Floats);
-            return code * absolute(code) * unit;
-        };
-        return {eight(codes), eight(codes + LANES)};
-    }
+// 16 codes of one block. All pairs are EVEN_ODD.
+inline Pair dequantize(const int8_t *codes, float unit) {
 #ifdef __AVX2__
     const Shorts code = reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(read<__m128i>(codes)));
 #else
@@ -69,6 +61,16 @@ inline Ints largest_lanes(const Ints *v) {
     return larger(SHUFFLE(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11), SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15));
 }
 
+// 16 magnitudes with signs: those of numbers with the upper halves `signs`, which are 0 only where the magnitude is.
+inline Shorts with_signs(Shorts magnitudes, Shorts signs) {
+#ifdef __AVX2__
+    return reinterpret_cast<Shorts>(
+        _mm256_sign_epi16(reinterpret_cast<__m256i>(magnitudes), reinterpret_cast<__m256i>(signs)));
+#else
+    return signs < 0 ? -magnitudes : magnitudes;
+#endif
+}
+
 // Writes 32 codes.
 inline void write_codes(int8_t *codes, Shorts first, Shorts second) {
 #ifdef __AVX2__ // interleaves quarters of the two
@@ -80,100 +82,120 @@ inline void write_codes(int8_t *codes, Shorts first, Shorts second) {
 #endif
 }
 
+inline float widen(uint16_t scale) { return from_bits(static_cast<uint32_t>(scale) << 16); }
 inline Floats widen(HalfShorts scales) { return from_bits(__builtin_convertvector(scales, Words) << 16); }
 
 // The blocks of elements `i` to `last`, one after the other.
 struct Blocks {
     int64_t i, last, row_length;
-    int64_t left; // elements from i to the end of the row
-    int64_t size; // of the block at i; 0 at the end
+    int64_t left;  // elements from i to the end of the row
+    int64_t size;  // of the block at i; 0 at the end
+    int64_t index; // of the block at i
 
-    Blocks(BlockLayout layout, int64_t first, int64_t last) : i(first), last(last), row_length(layout.row_length) {
+    Blocks(BlockLayout layout, int64_t first, int64_t last)
+        : i(first), last(last), row_length(layout.row_length), index(layout.block_of(first)) {
         const int64_t position = (layout.start + first) % row_length;
         left = row_length - position;
         size = std::min({BLOCK - position % BLOCK, left, last - i});
     }
+    Part part() const { return {i, size, i + BLOCK <= last}; }
     void next() {
-        i += size, left -= size;
+        i += size, left -= size, ++index;
         if (left == 0) left = row_length;
         size = std::min({BLOCK, left, last - i});
     }
-    Part part() const { return {i, size, i + BLOCK <= last}; }
 };
 
-// The factors of the squared codes of up to eight blocks.
-struct Units {
-    alignas(4 * LANES) float of[LANES];
-    Units(const uint16_t *scales, int64_t count) {
+// Up to eight blocks: where they are, their new momentum, and the factors that turn it into codes once the largest value of
+// each block is known. Incomplete blocks are updated in copies.
+template <class Streams> struct Group {
+    int64_t count = 0;      // of blocks
+    Streams streams[LANES]; // of each block, from its first element on
+    int8_t *codes[LANES];
+    uint16_t *scales;
+    int64_t sizes[LANES];
+    alignas(4 * LANES) float units[LANES]; // the factors of the squared old codes
+    Pair magnitudes[LANES][2]; // of the new momentum
+    Shorts signs[LANES][2];    // upper halves of the new momentum
+    Ints peaks[LANES];
+    alignas(4 * LANES) float inverses[LANES];
+
+    Group() { std::fill_n(codes, LANES, static_cast<int8_t *>(nowhere)); }
+
+    // Sets where the next blocks are, and reads their scales.
+    void place(Blocks &blocks, const Streams &tensor, const Codes &momentum) {
+        scales = momentum.scales + blocks.index;
+        for (count = incomplete = 0; count < LANES && blocks.size > 0; ++count, blocks.next()) {
+            streams[count] = tensor.from(blocks.i);
+            codes[count] = momentum.codes + blocks.i;
+            sizes[count] = blocks.size;
+            if (blocks.size < BLOCK) copy(count, blocks.part());
+        }
+        std::fill(codes + count, codes + LANES, static_cast<int8_t *>(nowhere));
         HalfShorts eight{};
         std::memcpy(&eight, scales, count * sizeof *scales);
-        write(of, widen(eight) * (1.0f / LEVELS));
+        write(units, widen(eight) * (1.0f / LEVELS));
     }
-};
-
-// New values of up to eight blocks, and the factors that turn them into codes once the largest value of each block is
-// known.
-struct Group {
-    Pair values[LANES][2];
-    Ints peaks[LANES];
-    alignas(4 * LANES) float inverses[LANES], tops[LANES]; // a top of 0 makes the whole block NaN
-    Part parts[LANES] = {};
-
-    // The block with `values` is `part` of the tensor.
-    void set(int64_t block, Part part) {
-        const Pair &first = values[block][0], &second = values[block][1];
-        peaks[block] = larger(larger(magnitude(first.first), magnitude(first.second)),
-                              larger(magnitude(second.first), magnitude(second.second)));
-        parts[block] = part;
+    void put_back_streams() const {
+        for (int64_t i = 0; i < incomplete; ++i) written[i].put_back();
     }
-    void scale(uint16_t *scales, int64_t count) {
+    void put_back_codes() const {
+        for (int64_t i = 0; i < incomplete; ++i) written_codes[i].put_back();
+    }
+    void set(int64_t block, Pair first, Pair second) {
+        const Pair both[2] = {first, second};
+        Ints largest[2];
+        for (int64_t half = 0; half < 2; ++half) {
+            const Pair &values = both[half], sizes = {absolute(values.first), absolute(values.second)};
+            magnitudes[block][half] = sizes;
+            signs[block][half] = reinterpret_cast<Shorts>(upper_halves<EVEN_ODD>(to_bits(values.first), to_bits(values.second)));
+            largest[half] = larger(magnitude(sizes.first), magnitude(sizes.second));
+        }
+        peaks[block] = larger(largest[0], largest[1]);
+    }
+    // Writes the new scales.
+    void scale() {
         const Floats peak = from_bits(reinterpret_cast<Words>(largest_lanes(peaks)));
         const Words scale = (peak < SMALLEST_SCALE ? Words{} : nearest_even(peak)) & 0xffff0000u;
         const HalfShorts eight = __builtin_convertvector(scale >> 16, HalfShorts);
         std::memcpy(scales, &eight, count * sizeof *scales);
         write(inverses, scale == 0u ? Floats{} : LEVELS / from_bits(scale));
-        write(tops, from_bits(scale) < std::numeric_limits<float>::infinity() ? Floats{} + 127.0f : Floats{});
-    }
-};
-
-// The magnitudes that become a block's codes. encode() is separate because square roots have a long latency.
-struct Roots {
-    Pair pairs[2];
-
-    Roots(const Group &group, int64_t block) {
-        const float inverse = group.inverses[block], t = group.tops[block];
-        const Floats top = {t, t, t, t, t, t, t, t};
-        const auto root = [&](Floats value) {
-            const Floats exact = square_root(absolute(value) * inverse);
-            return exact < top ? exact : top; // a NaN is not less
-        };
-        for (int64_t half = 0; half < 2; ++half) {
-            const Pair &value = group.values[block][half];
-            pairs[half] = {root(value.first), root(value.second)};
-        }
-    }
-    // Writes the block's codes; `codes` points to the tensor's first code.
-    template <Order ORDER> void encode(const Group &group, int64_t block, int8_t *codes) const {
-        const Part &part = group.parts[block];
-        if (part.size == BLOCK) {
-            write_codes(codes + part.i, encoded<ORDER>(group.values[block][0], pairs[0]),
-                        encoded<ORDER>(group.values[block][1], pairs[1]));
-        } else if (part.size > 0) {
-            Staging staging(part.size, part.has_room);
-            write_codes(staging.copy(codes + part.i), encoded<ORDER>(group.values[block][0], pairs[0]),
-                        encoded<ORDER>(group.values[block][1], pairs[1]));
-            staging.put_back();
-        }
+        for (int64_t block = 0; block < count; ++block) // all elements of these become NaN; their codes are 0
+            if (!(widen(scales[block]) < std::numeric_limits<float>::infinity()))
+                magnitudes[block][0] = magnitudes[block][1] = Pair{}, inverses[block] = 0;
     }
 
   private:
-    // 16 codes with the signs of `value`, in memory order.
-    template <Order ORDER> static Shorts encoded(const Pair &value, const Pair &root) {
-        const auto code = [](Floats value, Floats root) { // in the lower halves of words
-            return to_bits(from_bits(to_bits(root) | (to_bits(value) & SIGN)) + ROUNDS);
-        };
-        return reinterpret_cast<Shorts>(
-            lower_halves<ORDER>(code(value.first, root.first), code(value.second, root.second)));
+    void copy(int64_t block, Part part) {
+        streams[block] = streams[block].staged(only_read[incomplete].of(part), written[incomplete].of(part));
+        codes[block] = written_codes[incomplete].of(part).copy(codes[block]);
+        ++incomplete;
+    }
+
+    int8_t nowhere[BLOCK];  // receives the codes of absent blocks
+    int64_t incomplete = 0; // number of copied blocks
+    Staging only_read[LANES], written[LANES], written_codes[LANES];
+};
+
+// Square roots of a block's magnitudes. encode() is separate because they have a long latency.
+struct Roots {
+    Pair pairs[2];
+
+    template <class Group> Roots(const Group &group, int64_t block) {
+        const float inverse = group.inverses[block];
+        for (int64_t half = 0; half < 2; ++half) {
+            const Pair &sizes = group.magnitudes[block][half];
+            pairs[half] = {square_root(sizes.first * inverse), square_root(sizes.second * inverse)};
+        }
+    }
+    // Writes the block's codes. A scale is rounded, by so little that no root rounds to 128.
+    template <class Group> void encode(const Group &group, int64_t block) const {
+        Shorts codes[2];
+        for (int64_t half = 0; half < 2; ++half) {
+            const Words first = to_bits(pairs[half].first + ROUNDS), second = to_bits(pairs[half].second + ROUNDS);
+            codes[half] = with_signs(reinterpret_cast<Shorts>(lower_halves<EVEN_ODD>(first, second)), group.signs[block][half]);
+        }
+        write_codes(group.codes[block], codes[0], codes[1]);
     }
 };
 

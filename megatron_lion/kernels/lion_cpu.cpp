@@ -14,7 +14,7 @@ namespace {
 // Updates elements `first` to `last` with momentum in fp32 or bf16.
 template <class P, class G, class M, class C>
 Sums update_chunk(const Streams<P, G, C> streams, const M momentum, int64_t first, int64_t last, const Hyper h) {
-    LaneSums sums, sums_of_parts;
+    LaneSums sums;
     for (; first + PIECE <= last; first += PIECE) {
         if (first + AHEAD + PIECE <= last) streams.fetch_piece(first + AHEAD), momentum.fetch_piece(first + AHEAD);
         for (int64_t i = first; i < first + PIECE; i += PAIR)
@@ -22,65 +22,58 @@ Sums update_chunk(const Streams<P, G, C> streams, const M momentum, int64_t firs
     }
     for (; first < last; first += BLOCK) {
         const Part part = {first, std::min(BLOCK, last - first), first + BLOCK <= last};
-        Staging staging(part.size, part.has_room);
-        const M staged = momentum.staged(staging, first);
-        update_part(
-            streams, part, h, sums_of_parts, [&](int64_t j) { return staged.load_pair(j); },
-            [&](int64_t j, Pair m) { staged.store_pair(j, m); });
-        staging.put_back();
+        Staging only_read, written, momenta;
+        const Streams<P, G, C> staged = streams.from(first).staged(only_read.of(part), written.of(part));
+        const M m = momentum.from(first).staged(momenta.of(part));
+        for (int64_t j = 0; j < BLOCK; j += PAIR)
+            m.store_pair(j, update_pair(staged, j, m.load_pair(j), h, sums, part.size - j));
+        written.put_back(), momenta.put_back();
     }
-    Sums all = sums.total();
-    all.add(sums_of_parts.total());
-    return all;
+    return sums.total();
+}
+
+// Updates the blocks of `group` and writes the codes of the group before it, `done`. Starts to fetch pieces from
+// `fetched` on that end before `stop`, and moves `fetched` to their end.
+template <class P, class G, class C>
+[[gnu::noinline]] void update_group(Group<Streams<P, G, C>> &group, const Group<Streams<P, G, C>> &done,
+                                    const Streams<P, G, C> tensor, const Codes momentum, int64_t &fetched, int64_t stop,
+                                    const Hyper h, LaneSums &all) {
+    LaneSums sums = all;
+    int64_t piece = fetched;
+    for (int64_t block = 0; block < LANES; ++block) {
+        if (block % 2 == 0 && piece + PIECE <= stop) {
+            tensor.fetch_piece(piece), momentum.fetch_piece(piece);
+            piece += PIECE;
+        }
+        const Roots roots(done, block); // the update hides their latency
+        if (block < group.count) {
+            const Streams<P, G, C> streams = group.streams[block];
+            const auto new_momentum = [&](int64_t j) {
+                const Pair m = dequantize(group.codes[block] + j, group.units[block]);
+                return update_pair(streams, j, m, h, sums, group.sizes[block] - j);
+            };
+            const Pair first = new_momentum(0);
+            group.set(block, first, group.sizes[block] > PAIR ? new_momentum(PAIR) : first);
+        }
+        roots.encode(done, block);
+    }
+    fetched = piece, all = sums;
 }
 
 // Updates elements `first` to `last`, whole blocks, with quantized momentum.
 template <class P, class G, class C>
-Sums update_chunk(const Streams<P, G, C> streams, const Codes momentum, int64_t first, int64_t last, const Hyper h) {
-    constexpr Order ORDER = P::ORDER;
-    LaneSums sums, sums_of_parts;
-    Group groups[2];
+Sums update_chunk(const Streams<P, G, C> streams, const Codes momentum, int64_t first, int64_t last, const Hyper &h) {
+    LaneSums sums;
+    Group<Streams<P, G, C>> groups[2], *group = &groups[0], *done = &groups[1];
+    int64_t fetched = first + AHEAD;
     Blocks blocks(momentum.layout, first, last);
-    int64_t next_piece = first + AHEAD, number = 0;
-    const int64_t end = momentum.layout.block_of(last - 1) + 1;
-    for (int64_t block_of_group = momentum.layout.block_of(first); block_of_group < end; block_of_group += LANES) {
-        Group &group = groups[number % 2];
-        const Group &done = groups[1 - number % 2]; // is encoded in this iteration
-        ++number;
-        const int64_t count = std::min(LANES, end - block_of_group);
-        const Units units(momentum.scales + block_of_group, count);
-        for (int64_t block = 0; block < LANES; ++block, blocks.next()) {
-            const Part part = blocks.part();
-            if (next_piece <= part.i + AHEAD && next_piece + PIECE <= last) {
-                streams.fetch_piece(next_piece), momentum.fetch_piece(next_piece);
-                next_piece += PIECE;
-            }
-            const Roots roots(done, block); // the update hides their latency
-            Pair *const values = group.values[block];
-            const float unit = units.of[block];
-            if (part.size == BLOCK) {
-                for (int64_t j = 0; j < BLOCK; j += PAIR)
-                    values[j / PAIR] = update_pair(streams, part.i + j,
-                                                   dequantize<ORDER>(momentum.codes + part.i + j, unit), h, sums);
-            } else {
-                Staging staging(part.size, part.has_room);
-                const int8_t *const codes = staging.copy(momentum.codes + part.i);
-                update_part(
-                    streams, part, h, sums_of_parts, [&](int64_t j) { return dequantize<ORDER>(codes + j, unit); },
-                    [&](int64_t j, Pair m) { values[j / PAIR] = m; });
-            }
-            group.set(block, part);
-            roots.encode<ORDER>(done, block, momentum.codes);
-        }
-        group.scale(momentum.scales + block_of_group, count);
-    }
-    for (int64_t block = 0; block < LANES; ++block) {
-        const Group &done = groups[1 - number % 2];
-        Roots(done, block).encode<ORDER>(done, block, momentum.codes);
-    }
-    Sums all = sums.total();
-    all.add(sums_of_parts.total());
-    return all;
+    do {
+        group->place(blocks, streams, momentum);
+        update_group(*group, *done, streams, momentum, fetched, std::min(blocks.i + AHEAD, last), h, sums);
+        group->scale(), group->put_back_streams(), done->put_back_codes();
+        std::swap(group, done);
+    } while (done->count > 0);
+    return sums.total();
 }
 
 enum Kind { FP32, BF16, PACKED };
@@ -94,30 +87,36 @@ struct Chunk {
     const Hyper &hyper;
 
     Sums run(Kind param, Kind grad, Kind momentum, bool copy) const {
-        uint16_t *const high = at<uint16_t>(PARAM);
-        if (param == FP32) return with_param(Fp32<IN_MEMORY>{at<float>(PARAM)}, grad, momentum, copy);
-        if (param == BF16) return with_param(Bf16<EVEN_ODD>{high}, grad, momentum, copy);
-        return with_param(Remainder{high, at<int16_t>(REMAINDER)}, grad, momentum, copy);
+        if (momentum == FP32) return with_momentum<FP32>(param, grad, copy);
+        if (momentum == BF16) return with_momentum<BF16>(param, grad, copy);
+        return with_momentum<PACKED>(param, grad, copy);
     }
 
   private:
     template <class T> T *at(Role role) const { return static_cast<T *>(roles[role]); }
 
-    template <class P> Sums with_param(P param, Kind grad, Kind momentum, bool copy) const {
-        if (grad == FP32) return with_grad(param, Fp32<P::ORDER>{at<float>(GRAD)}, momentum, copy);
-        return with_grad(param, Bf16<P::ORDER>{at<uint16_t>(GRAD)}, momentum, copy);
+    template <Kind STORED> Sums with_momentum(Kind param, Kind grad, bool copy) const {
+        constexpr Order ORDER = STORED == PACKED ? EVEN_ODD : IN_MEMORY; // with fp32 parameters; the faster of the two
+        uint16_t *const high = at<uint16_t>(PARAM);
+        if (param == FP32) return with_param<STORED>(Fp32<ORDER>{at<float>(PARAM)}, grad, copy);
+        if (param == BF16) return with_param<STORED>(Bf16<EVEN_ODD>{high}, grad, copy);
+        return with_param<STORED>(Remainder{high, at<int16_t>(REMAINDER)}, grad, copy);
     }
-    template <class P, class G> Sums with_grad(P param, G grad, Kind momentum, bool copy) const {
-        if (copy) return with_copy<P, G, Bf16<P::ORDER>>({param, grad, {at<uint16_t>(COPY)}}, momentum);
-        return with_copy<P, G, NoCopy>({param, grad, {}}, momentum);
+    template <Kind STORED, class P> Sums with_param(P param, Kind grad, bool copy) const {
+        if (grad == FP32) return with_grad<STORED>(param, Fp32<P::ORDER>{at<float>(GRAD)}, copy);
+        return with_grad<STORED>(param, Bf16<P::ORDER>{at<uint16_t>(GRAD)}, copy);
     }
-    template <class P, class G, class C> Sums with_copy(Streams<P, G, C> streams, Kind momentum) const {
-        if (momentum == FP32) return update(streams, Fp32<P::ORDER>{at<float>(MOMENTUM)});
-        if (momentum == BF16) return update(streams, Bf16<P::ORDER>{at<uint16_t>(MOMENTUM)});
-        return update(streams, Codes{at<int8_t>(MOMENTUM), at<uint16_t>(SCALES), layout});
+    template <Kind STORED, class P, class G> Sums with_grad(P param, G grad, bool copy) const {
+        if (copy) return update<STORED, P, G, Bf16<P::ORDER>>({param, grad, {at<uint16_t>(COPY)}});
+        return update<STORED, P, G, NoCopy>({param, grad, {}});
     }
-    template <class S, class M> Sums update(S streams, M momentum) const {
-        return update_chunk(streams, momentum, first, last, hyper);
+    template <Kind STORED, class P, class G, class C> Sums update(Streams<P, G, C> streams) const {
+        if constexpr (STORED == FP32)
+            return update_chunk(streams, Fp32<P::ORDER>{at<float>(MOMENTUM)}, first, last, hyper);
+        else if constexpr (STORED == BF16)
+            return update_chunk(streams, Bf16<P::ORDER>{at<uint16_t>(MOMENTUM)}, first, last, hyper);
+        else
+            return update_chunk(streams, Codes{at<int8_t>(MOMENTUM), at<uint16_t>(SCALES), layout}, first, last, hyper);
     }
 };
 

@@ -34,20 +34,21 @@ struct WidenedToDouble {
     }
 };
 
-// The same sums per lane; without TELEMETRY they stay zero and cost nothing.
+// The same sums per lane.
 struct LaneSums {
     Doubles l1{}, squares{}, inner{};
     Ints zeros{}, flipped{}, largest{};
 
-    void add(Floats theta, Floats m, Floats g, Floats sign) {
-        if (!TELEMETRY) return;
-        const WidenedToDouble exact(g), signed_g(sign * g);
+    // Adds the lanes with all ones in `counted`.
+    void add(Floats theta, Floats m, Floats g, Floats sign, Ints counted) {
+        const Floats counted_g = from_bits(to_bits(g) & reinterpret_cast<Words>(counted));
+        const WidenedToDouble exact(counted_g), signed_g(sign * counted_g);
         l1 += absolute(exact.low) + absolute(exact.high);
         squares += exact.low * exact.low + exact.high * exact.high;
         inner += signed_g.low + signed_g.high;
-        zeros -= sign == 0.0f; // true is -1
-        flipped -= sign * m < 0.0f;
-        largest = larger(largest, magnitude(theta));
+        zeros -= (sign == 0.0f) & counted; // true is -1
+        flipped -= (sign * m < 0.0f) & counted;
+        largest = larger(largest, magnitude(theta) & counted);
     }
     Sums total() const {
         Sums sums;
@@ -72,65 +73,41 @@ template <class P, class G, class C> struct Streams {
     C copy;
 
     void fetch_piece(int64_t i) const { param.fetch_piece(i), grad.fetch_piece(i), copy.fetch_piece(i); }
+    Streams from(int64_t i) const { return {param.from(i), grad.from(i), copy.from(i)}; }
+    Streams staged(Staging &only_read, Staging &written) const {
+        return {param.staged(written), grad.staged(only_read), copy.staged(written)};
+    }
 };
 
-struct AllElements {
-    Pair operator()(Pair pair) const { return pair; }
-};
-
-// Keeps the first `size` elements of a pair. The others become 0, and so does the step's sign for them.
+// The first `size` elements of a pair: those that the sums of telemetry count.
 template <Order ORDER> struct FirstElements {
-    int32_t size;
+    Ints first, second;
 
-    Pair operator()(Pair pair) const {
+    explicit FirstElements(int64_t size) {
         constexpr bool IS_ODD = ORDER == EVEN_ODD;
         const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7};
-        const Ints first = IS_ODD ? 2 * lane : lane, second = IS_ODD ? 2 * lane + 1 : lane + int32_t{LANES};
-        return {kept(pair.first, first), kept(pair.second, second)};
-    }
-
-  private:
-    Floats kept(Floats values, Ints index) const {
-        return from_bits(to_bits(values) & reinterpret_cast<Words>(index < size));
+        first = (IS_ODD ? 2 * lane : lane) < static_cast<int32_t>(size);
+        second = (IS_ODD ? 2 * lane + 1 : lane + int32_t{LANES}) < static_cast<int32_t>(size);
     }
 };
 
-// Updates 16 elements from index i on, with momentum `m`. Returns their new momentum.
-template <class P, class G, class C, class Keep = AllElements>
-inline Pair update_pair(const Streams<P, G, C> &streams, int64_t i, Pair m, const Hyper &h, LaneSums &sums,
-                        Keep keep = {}) {
-    const Pair theta = keep(streams.param.load_pair(i)), unscaled = streams.grad.load_pair(i);
-    const Pair g = keep({unscaled.first * h.grad_scale, unscaled.second * h.grad_scale});
+// Updates 16 elements from index i on, with momentum `m`. Returns their new momentum. The sums count the first `size`.
+template <class P, class G, class C>
+[[gnu::always_inline]] inline Pair update_pair(const Streams<P, G, C> &streams, int64_t i, Pair m, const Hyper &h, LaneSums &sums,
+                        int64_t size = PAIR) {
+    const Pair theta = streams.param.load_pair(i), unscaled = streams.grad.load_pair(i);
+    const Pair g = {unscaled.first * h.grad_scale, unscaled.second * h.grad_scale};
     const StepResult first = lion_step(theta.first, m.first, g.first, h);
     const StepResult second = lion_step(theta.second, m.second, g.second, h);
     const Pair new_theta = {first.theta, second.theta};
     streams.param.store_pair(i, new_theta);
     streams.copy.store_pair(i, new_theta); // further outputs of each element belong here
-    sums.add(first.theta, m.first, g.first, first.sign);
-    sums.add(second.theta, m.second, g.second, second.sign);
-    return {first.momentum, second.momentum};
-}
-
-// Part of a block: `size` elements from index i on.
-struct Part {
-    int64_t i, size;
-    bool has_room; // the 32 elements from i on belong to this thread
-};
-
-// Updates `part`. load_pair(j) returns the momentum of 16 elements from i + j on, of which those after the part are
-// ignored, and store_pair(j, m) receives their new momentum, 0 after the part.
-template <class P, class G, class C, class Load, class Store>
-[[gnu::noinline]] void update_part(const Streams<P, G, C> &streams, const Part part, const Hyper &h, LaneSums &sums, Load load_pair,
-                        Store store_pair) {
-    Staging only_read(part.size, part.has_room), written(part.size, part.has_room);
-    const Streams<P, G, C> staged = {streams.param.staged(written, part.i), streams.grad.staged(only_read, part.i),
-                                     streams.copy.staged(written, part.i)};
-    for (int64_t j = 0; j < BLOCK; j += PAIR) {
-        const FirstElements<P::ORDER> keep = {static_cast<int32_t>(part.size - j)};
-        store_pair(j, update_pair(staged, j, keep(load_pair(j)), h, sums, keep));
+    if (TELEMETRY) {
+        const FirstElements<P::ORDER> counted(size);
+        sums.add(first.theta, m.first, g.first, first.sign, counted.first);
+        sums.add(second.theta, m.second, g.second, second.sign, counted.second);
     }
-    if (TELEMETRY) sums.zeros[0] -= static_cast<int32_t>(BLOCK - part.size);
-    written.put_back();
+    return {first.momentum, second.momentum};
 }
 
 } // namespace

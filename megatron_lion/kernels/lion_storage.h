@@ -5,6 +5,7 @@
 #include "lion_vectors.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace {
 
@@ -20,7 +21,13 @@ template <class Value> inline void fetch(const Value *piece) {
     for (int64_t i = 0; i < PIECE * int64_t{sizeof(Value)}; i += LINE_BYTES) __builtin_prefetch(bytes + i);
 }
 
-// As many ones as the longest block has bytes, then as many zeros.
+// `size` elements from index i on. `has_room` says that there are 32 elements from i on.
+struct Part {
+    int64_t i, size;
+    bool has_room;
+};
+
+// As many ones as a block of fp32 has bytes, then as many zeros.
 constexpr int64_t LONGEST = BLOCK * sizeof(float);
 struct Masks {
     uint8_t bytes[2 * LONGEST];
@@ -30,25 +37,34 @@ struct Masks {
 };
 constexpr Masks MASKS;
 
-// A buffer for the streams of an incomplete block, so that vectors may read and write all of its 32 elements.
+// Copies of the streams of an incomplete block, so that vectors may read and write all of its 32 elements.
 class Staging {
   public:
-    // The block has `size` elements. `has_room` says that the 32 elements from its first on belong to this thread.
-    Staging(int64_t size, bool has_room) : size(size), has_room(has_room) {}
+    Staging &of(Part part) {
+        size = part.size, has_room = part.has_room, count = 0;
+        return *this;
+    }
 
-    // A copy of the elements from `home` on. Those after the block are undefined.
+    // A copy of the elements from `home` on. The first is repeated after the last.
     template <class Value> Value *copy(Value *home) {
+        typedef std::remove_const_t<Value> Repeated __attribute__((vector_size(sizeof(Words))));
         Stream &stream = streams[count++];
-        stream.home = home, stream.width = sizeof(Value);
+        stream.home = const_cast<std::remove_const_t<Value> *>(home), stream.width = sizeof(Value);
         if (has_room)
             std::memcpy(stream.copy, home, BLOCK * sizeof(Value));
         else
             std::memcpy(stream.copy, home, size * sizeof(Value));
+        const Words first = reinterpret_cast<Words>(Repeated{} + *home);
+        const uint8_t *const masks = MASKS.bytes + LONGEST - size * sizeof(Value);
+        for (int64_t i = 0; i < BLOCK * int64_t{sizeof(Value)}; i += sizeof(Words)) {
+            const Words mask = read<Words>(masks + i);
+            write(stream.copy + i, (read<Words>(stream.copy + i) & mask) | (first & ~mask));
+        }
         return reinterpret_cast<Value *>(stream.copy);
     }
     // Writes all copies to their homes.
     void put_back() const {
-        for (int64_t i = 0; i < count; ++i) put_back(streams[i]);
+        for (int64_t i = 0; i < count; ++i) std::memcpy(streams[i].home, streams[i].copy, size * streams[i].width);
     }
 
   private:
@@ -59,20 +75,7 @@ class Staging {
         int64_t width;
     };
 
-    void put_back(const Stream &stream) const {
-        uint8_t *const home = static_cast<uint8_t *>(stream.home);
-        const int64_t bytes = size * stream.width;
-        if (!has_room) {
-            std::memcpy(home, stream.copy, bytes);
-            return;
-        }
-        for (int64_t i = 0; i < BLOCK * stream.width; i += sizeof(Words)) { // what follows the block is written unchanged
-            const Words keep = read<Words>(MASKS.bytes + LONGEST - bytes + i);
-            write(home + i, (read<Words>(stream.copy + i) & keep) | (read<Words>(home + i) & ~keep));
-        }
-    }
-
-    int64_t size, count = 0;
+    int64_t size, count;
     bool has_room;
     Stream streams[STREAMS];
 };
@@ -81,7 +84,8 @@ template <Order O> struct Fp32 {
     static constexpr Order ORDER = O;
     float *values;
     void fetch_piece(int64_t i) const { fetch(values + i); }
-    Fp32 staged(Staging &staging, int64_t i) const { return {staging.copy(values + i)}; }
+    Fp32 from(int64_t i) const { return {values + i}; }
+    Fp32 staged(Staging &staging) const { return {staging.copy(values)}; }
 
     Pair load_pair(int64_t i) const {
         const Floats first = read<Floats>(values + i), second = read<Floats>(values + i + LANES);
@@ -105,7 +109,8 @@ template <Order O> struct Bf16 {
     static constexpr Order ORDER = O;
     uint16_t *values;
     void fetch_piece(int64_t i) const { fetch(values + i); }
-    Bf16 staged(Staging &staging, int64_t i) const { return {staging.copy(values + i)}; }
+    Bf16 from(int64_t i) const { return {values + i}; }
+    Bf16 staged(Staging &staging) const { return {staging.copy(values)}; }
 
     Pair load_pair(int64_t i) const {
         if constexpr (ORDER == IN_MEMORY) return {widened(values + i), widened(values + i + LANES)};
@@ -127,7 +132,8 @@ struct Remainder { // fp32 as a bf16, rounded half away from zero, and a 16-bit 
     uint16_t *high;
     int16_t *low;
     void fetch_piece(int64_t i) const { fetch(high + i), fetch(low + i); }
-    Remainder staged(Staging &staging, int64_t i) const { return {staging.copy(high + i), staging.copy(low + i)}; }
+    Remainder from(int64_t i) const { return {high + i, low + i}; }
+    Remainder staged(Staging &staging) const { return {staging.copy(high), staging.copy(low)}; }
 
     Pair load_pair(int64_t i) const {
         const Words highs = read<Words>(high + i), lows = read<Words>(low + i);
@@ -146,7 +152,8 @@ struct Remainder { // fp32 as a bf16, rounded half away from zero, and a 16-bit 
 
 struct NoCopy { // in place of a model copy
     void fetch_piece(int64_t) const {}
-    NoCopy staged(Staging &, int64_t) const { return {}; }
+    NoCopy from(int64_t) const { return {}; }
+    NoCopy staged(Staging &) const { return {}; }
     void store_pair(int64_t, Pair) const {}
 };
 
