@@ -39,7 +39,7 @@ struct Codes { // int8 codes and one bf16 scale per block
 typedef int8_t Bytes __attribute__((vector_size(2 * LANES)));
 
 // 16 codes of one block. All pairs are EVEN_ODD.
-inline Pair dequantize(const int8_t *codes, float unit) {
+[[gnu::always_inline]] inline Pair dequantize(const int8_t *codes, float unit) {
 #ifdef __AVX2__
     const Shorts code = reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(read<__m128i>(codes)));
 #else
@@ -99,6 +99,12 @@ struct Blocks {
         size = std::min({BLOCK - position % BLOCK, left, last - i});
     }
     Part part() const { return {i, size, i + BLOCK <= last}; }
+    // Whether the next `count` blocks, and one element after them, are in one row and complete.
+    bool are_complete(int64_t count) const { return size == BLOCK && std::min(left, last - i) > count * BLOCK; }
+    void skip_complete(int64_t count) {
+        i += count * BLOCK, left -= count * BLOCK, index += count;
+        size = std::min({BLOCK, left, last - i});
+    }
     void next() {
         i += size, left -= size, ++index;
         if (left == 0) left = row_length;
@@ -125,11 +131,14 @@ template <class Streams> struct Group {
     // Sets where the next blocks are, and reads their scales.
     void place(Blocks &blocks, const Streams &tensor, const Codes &momentum) {
         scales = momentum.scales + blocks.index;
-        for (count = incomplete = 0; count < LANES && blocks.size > 0; ++count, blocks.next()) {
-            streams[count] = tensor.from(blocks.i);
-            codes[count] = momentum.codes + blocks.i;
-            sizes[count] = blocks.size;
-            if (blocks.size < BLOCK) copy(count, blocks.part());
+        count = incomplete = 0;
+        if (blocks.are_complete(LANES)) { // the usual case, without the work of the other
+            for (; count < LANES; ++count) set_place(blocks.i + count * BLOCK, BLOCK, tensor, momentum);
+            blocks.skip_complete(LANES);
+        }
+        for (; count < LANES && blocks.size > 0; ++count, blocks.next()) {
+            set_place(blocks.i, blocks.size, tensor, momentum);
+            if (blocks.size < BLOCK) copy(blocks.part());
         }
         std::fill(codes + count, codes + LANES, static_cast<int8_t *>(nowhere));
         HalfShorts eight{};
@@ -142,7 +151,7 @@ template <class Streams> struct Group {
     void put_back_codes() const {
         for (int64_t i = 0; i < incomplete; ++i) written_codes[i].put_back();
     }
-    void set(int64_t block, Pair first, Pair second) {
+    [[gnu::always_inline]] void set(int64_t block, const Pair &first, const Pair &second) {
         const Pair both[2] = {first, second};
         Ints largest[2];
         for (int64_t half = 0; half < 2; ++half) {
@@ -166,9 +175,14 @@ template <class Streams> struct Group {
     }
 
   private:
-    void copy(int64_t block, Part part) {
-        streams[block] = streams[block].staged(only_read[incomplete].of(part), written[incomplete].of(part));
-        codes[block] = written_codes[incomplete].of(part).copy(codes[block]);
+    void set_place(int64_t i, int64_t size, const Streams &tensor, const Codes &momentum) {
+        streams[count] = tensor.from(i);
+        codes[count] = momentum.codes + i;
+        sizes[count] = size;
+    }
+    void copy(Part part) {
+        streams[count] = streams[count].staged(only_read[incomplete].of(part), written[incomplete].of(part));
+        codes[count] = written_codes[incomplete].of(part).copy(codes[count]);
         ++incomplete;
     }
 
@@ -181,7 +195,7 @@ template <class Streams> struct Group {
 struct Roots {
     Pair pairs[2];
 
-    template <class Group> Roots(const Group &group, int64_t block) {
+    template <class Group> [[gnu::always_inline]] Roots(const Group &group, int64_t block) {
         const float inverse = group.inverses[block];
         for (int64_t half = 0; half < 2; ++half) {
             const Pair &sizes = group.magnitudes[block][half];
@@ -189,7 +203,7 @@ struct Roots {
         }
     }
     // Writes the block's codes. A scale is rounded, by so little that no root rounds to 128.
-    template <class Group> void encode(const Group &group, int64_t block) const {
+    template <class Group> [[gnu::always_inline]] void encode(const Group &group, int64_t block) const {
         Shorts codes[2];
         for (int64_t half = 0; half < 2; ++half) {
             const Words first = to_bits(pairs[half].first + ROUNDS), second = to_bits(pairs[half].second + ROUNDS);

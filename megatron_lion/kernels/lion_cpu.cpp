@@ -48,7 +48,7 @@ template <class P, class G, class C>
         const Roots roots(done, block); // the update hides their latency
         if (block < group.count) {
             const Streams<P, G, C> streams = group.streams[block];
-            const auto new_momentum = [&](int64_t j) {
+            const auto new_momentum = [&](int64_t j) __attribute__((always_inline)) {
                 const Pair m = dequantize(group.codes[block] + j, group.units[block]);
                 return update_pair(streams, j, m, h, sums, group.sizes[block] - j);
             };
