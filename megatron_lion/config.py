@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 PAPER_BETAS = (0.9, 0.99)
@@ -106,6 +106,8 @@ class LionOptions:
     """how the momentum is stored, one of ``MOMENTUM_DTYPES``"""
     master_weights: str = "fp32"
     """how the fp32 master of a bf16 parameter is stored, one of ``MASTER_WEIGHTS``"""
+    fast_norm: bool = False
+    """one pass of this package's CPU kernel for Megatron's gradient norm, whose last bits may differ"""
     init_from: str | None = None
     """what Lion's momentum starts from if the checkpoint is Adam's, one of ``INITS_FROM``. None: refused"""
     rates_from_run: bool = False
@@ -131,6 +133,7 @@ class LionOptions:
             kernel=config.lion_kernel,
             momentum_dtype=momentum_dtype,
             master_weights=master_weights,
+            fast_norm=config.lion_fast_norm,
             init_from=config.lion_init_from,
             rates_from_run=config.lion_rates_from_run,
             saves_stacks=config.lion_saves_stacks,
@@ -141,8 +144,9 @@ class LionOptions:
     def write_to(self, config: Any) -> None:
         """Set every option in ``config``, in place, so that it says what is used."""
         config.lion_beta1, config.lion_beta2 = self.betas
-        for name in ("kernel", "momentum_dtype", "master_weights", "init_from", "rates_from_run", "saves_stacks"):
-            setattr(config, f"lion_{name}", getattr(self, name))
+        for option in fields(self):
+            if option.name != "betas":
+                setattr(config, f"lion_{option.name}", getattr(self, option.name))
 
     def _check_against(self, config: Any) -> None:
         offload = config.optimizer_cpu_offload

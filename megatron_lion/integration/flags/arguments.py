@@ -10,7 +10,7 @@ from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint import formats, init_from_adam, ownership
 from megatron_lion.integration.flags import norm_ratio_arguments as norm_ratio
 from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import config_fields, refusals
+from megatron_lion.integration.optimizer import config_fields, fast_norm, refusals
 from megatron_lion.integration.reporting import step_telemetry
 
 
@@ -34,6 +34,7 @@ def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]
 
 def _validate_another(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]) -> Any:
     config_fields.fill_betas(args)
+    fast_norm.refuse_without_lion(args)
     if args.lion_init_from:
         raise LionError(
             f"--lion-init-from {args.lion_init_from} has no effect with --optimizer {args.optimizer}: remove it, or "
@@ -122,6 +123,7 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
 
     state_precision.add(parser)
     step_telemetry.add(parser)
+    fast_norm.add(parser)
 
     parser.add_argument(
         "--lion-init-from",
