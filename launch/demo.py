@@ -134,7 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="folder made by tools/demo_text.py")
     parser.add_argument("--output", type=Path, required=True, help="folder for logs and checkpoints")
-    parser.add_argument("--iterations", type=int, default=300, help="optimizer steps of each run (default 300)")
+    parser.add_argument(
+        "--iterations", type=int, default=300, help="optimizer steps of each run (default: %(default)s)"
+    )
     options = parser.parse_args()
     save_interval = max(options.iterations // 3, 1)
     kill_at = save_interval + save_interval // 2

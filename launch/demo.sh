@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
+# usage: launch/demo.sh [--iterations N]
+#
 # From a fresh clone, with no GPU: make the environment, prepare text that every machine has, pretrain a tiny GPT through
 # Megatron's own loop with Lion (killed and resumed once) and with SGD, measuring the norm ratio on the way, and leave
 # figures and a table in runs/demo/.
 set -euo pipefail
+
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;; esac
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 OUTPUT="$ROOT/runs/demo"
