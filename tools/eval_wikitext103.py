@@ -88,12 +88,12 @@ def finished(output: Path | None, settings: dict[str, Any], prints: dict[str, st
 
 def evaluate(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Score every step that ``options`` asks for and return what goes to --output. Run by every rank."""
+    torch_cuda.require_device()
     steps = checkpoints.find_steps(options.checkpoints, options.steps)
     for step in steps:
         checkpoints.require_gpt(checkpoints.iteration_folder(options.checkpoints, step))
     text, counts = read_text(options.text, options.detokenizer)
     megatron_lion.register()
-    torch_cuda.require_device()
     import megatron.training.training as training  # its initialize_megatron may have been told to do without CUDA
     import torch
     from corpus.tokenizers import options_from

@@ -56,9 +56,9 @@ def parse_command_line(script: str, *, left_out: tuple[str, ...], instead: str, 
     import megatron_lion
     from megatron_lion.integration.cpu import torch_cuda
 
-    megatron_lion.register()
     if not {"-h", "--help"} & set(sys.argv):  # which any machine can print
         torch_cuda.require_device()
+    megatron_lion.register()
     from megatron_lion.integration.loop import vocabularies
     from megatron_lion.integration.loop.pretrain import parse_and_validate_args
 
