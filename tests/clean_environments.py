@@ -25,7 +25,13 @@ COPIED = ("megatron_lion", "launch", "containers", "pyproject.toml", "setup.py",
 HIDDEN = re.compile(r"megatron|__editable__|setuptools|pkg_resources|_distutils_hack|wheel|pip\b|pip-|.*\.pth$")
 MEGATRON = re.compile(r"megatron$|megatron_core-")
 TRAIN = f"{MODEL} {BATCH} {RATE} --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --train-iters 2"
-# What the table shows of an output.
+HEAD = """# Clean environments
+
+Installs in clean virtual environments, by `python -m tests.clean_environments` ({when}). Shown are the
+commands, and the lines of their output that say which Megatron and which Lion ran. The flags of the tiny GPT are left
+out.
+"""
+# What the page shows of an output.
 SHOWN = re.compile(
     r"^(megatron-core  |  not used|READY|NOT READY|megatron-lion: (?!MEGATRON_LION_DEVICE)|megatron-lion \w+abled|"
     r"Successfully (un)?installed)"
@@ -265,12 +271,7 @@ def main(page: Path) -> None:
             texts.append(section(name, make(Path(folder) / "user")))
         print(name, flush=True)
     when = f"{datetime.date.today().isoformat()}, Python {sys.version.split()[0]}, CPU"
-    head = (
-        f"# Clean environments\n\nInstalls in clean virtual environments, by `python -m tests.clean_environments` ({when}). "
-        "Shown are the commands, and the lines of their output that say which Megatron and which Lion ran. The flags of the "
-        "tiny GPT are left out.\n"
-    )
-    page.write_text("\n".join([head, *texts]), encoding="utf-8")
+    page.write_text("\n".join([HEAD.format(when=when), *texts]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def plot(table: Sequence[Row], path: Path, title: str) -> None:
         )
     axes.set_yticks(range(len(shown)), [FIGURE.get(row.name, row.name) for row in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xlim(0, 1.15 * max(row.milliseconds for row in shown))
+    axes.set_xlim(0, 1.25 * max(row.milliseconds for row in shown))
     axes.set_xlabel("ms per step, median")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="upper right")
