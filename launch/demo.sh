@@ -7,21 +7,10 @@
 set -euo pipefail
 
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;; esac
-
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-OUTPUT="$ROOT/runs/demo"
 source "$ROOT/launch/environment.sh"
 
 make_environment "$ROOT"
-
-say "text: the documentation that ships with Python"
-"$PYTHON" "$ROOT/tools/demo_text.py" --output "$OUTPUT/text"
-
-say "training: a tiny GPT on 4 gloo ranks, TP 2 x DP 2, distributed optimizer"
-"$PYTHON" "$ROOT/launch/demo.py" --text "$OUTPUT/text" --output "$OUTPUT" "$@"
-
-say "figures"
-"$PYTHON" "$ROOT/tools/compare_runs.py" --run "Lion=$OUTPUT/lion/log.txt" --run "SGD=$OUTPUT/sgd/log.txt" \
-    --figure "$OUTPUT/loss.png" --table "$OUTPUT/table.md"
-"$PYTHON" "$ROOT/tools/norm_ratio_figure.py" --run "Lion=$OUTPUT/lion/norm_ratio.jsonl" \
-    --run "SGD=$OUTPUT/sgd/norm_ratio.jsonl" --figure "$OUTPUT/norm_ratio.png"
+made=$SECONDS
+"$PYTHON" "$ROOT/launch/demo.py" --output "$ROOT/runs/demo" "$@"
+say "$((SECONDS - made)) s, after $made s for the environment"
