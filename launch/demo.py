@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = "--vocab-size 512"
 RANKS = 4
 MODEL = "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128"
+NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 LAYOUT = "--tensor-model-parallel-size 2 --use-distributed-optimizer"
-BATCH = "--micro-batch-size 4 --global-batch-size 16 --lr-decay-style cosine --lr-warmup-iters 20 --num-workers 0"
+BATCH = "--micro-batch-size 16 --global-batch-size 32 --lr-decay-style cosine --lr-warmup-iters 10 --num-workers 0"
 # Each the best of a small sweep at this size (docs/results/demo.md); a tiny model takes larger steps than a real one.
 OPTIMIZERS = {
     "lion": "--optimizer lion --lr 1e-3 --min-lr 1e-4 --weight-decay 0.1",
@@ -51,10 +52,10 @@ def command(name: str, text: Path, folder: Path, iterations: int, save_interval:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)),
         *(
             str(ROOT / "launch" / "pretrain_gpt.py"),
-            *f"{MODEL} {LAYOUT} {BATCH} {run} {OPTIMIZERS[name]}".split(),
+            *f"{MODEL} {NO_DROPOUT} {LAYOUT} {BATCH} {run} {OPTIMIZERS[name]}".split(),
         ),
         *(*data, "--save", str(checkpoints), "--load", str(checkpoints), "--save-interval", str(save_interval)),
-        *("--norm-ratio-file", str(folder / "norm_ratio.jsonl")),
+        *("--norm-ratio-at-start", "--norm-ratio-file", str(folder / "norm_ratio.jsonl")),
     ]
 
 
@@ -175,7 +176,7 @@ def say(title: str) -> None:
 def train_both(output: Path, iterations: int, batches: int) -> None:
     """Train with Lion, killed and resumed, then with SGD."""
     save_interval = max(iterations // 3, 1)
-    kill_at = save_interval + save_interval // 2
+    kill_at = save_interval + save_interval // 3
     for name in OPTIMIZERS:
         folder = output / name
         if is_complete(folder, iterations):
@@ -184,7 +185,7 @@ def train_both(output: Path, iterations: int, batches: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         line = command(name, output / "text", folder, iterations, save_interval)
-        line += f"--norm-ratio-interval {save_interval} --norm-ratio-batches {batches} --norm-ratio-at-start".split()
+        line += f"--norm-ratio-batches {batches} --norm-ratio-interval {max(iterations // 2, 1)}".split()
         started = time.monotonic()
         if name == "lion":
             before = train(name, line, folder / "log.txt", kill_at=kill_at)
@@ -205,8 +206,8 @@ def main() -> None:
     """Make the text, train with Lion, killed and resumed, then with SGD, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for text, logs, checkpoints and figures")
-    parser.add_argument("--iterations", type=int, default=120, help="steps of each run (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=20, help="batches of a norm-ratio round (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=90, help="steps of each run (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=60, help="batches of a norm-ratio round (default: %(default)s)")
     options = parser.parse_args()
     say("text: the documentation that ships with Python")
     tool("demo_text.py", "--output", options.output / "text", *TEXT.split())

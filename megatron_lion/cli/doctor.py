@@ -81,17 +81,19 @@ def _print_versions(elsewhere: Path | None) -> None:
         "megatron.training",
         "found" if compat.has_training() else "not in this Megatron: core-level training loops only",
     )
-    te, apex = version_of("transformer-engine"), _has_nvidia_apex()
-    _row("transformer-engine", te or "not installed: use Megatron's --transformer-impl local")
-    fused = "--no-gradient-accumulation-fusion" if te else "--no-gradient-accumulation-fusion --no-persist-layer-norm"
-    _row("apex (NVIDIA's)", "found" if apex else f"not installed: use Megatron's {fused}")
-    _row("", f"Lion's step uses neither. Gradient norm and clip use {_norm_from(te is not None, apex)}")
+    _print_fused_kernels(version_of("transformer-engine"), _has_nvidia_apex())
     _row("emerging-optimizers", version_of("emerging-optimizers") or "not installed (not needed)")
 
 
-def _norm_from(te: bool, apex: bool) -> str:
-    """Where Megatron takes its fused gradient norm from (clip_grads 11)."""
-    return "Transformer Engine's kernels" if te else "Apex's kernels" if apex else "torch, which is slower"
+def _print_fused_kernels(te: str | None, apex: bool) -> None:
+    """Transformer Engine and Apex, and what they change: Megatron's layers, and its gradient norm (clip_grads 11)."""
+    _row("transformer-engine", te or "not installed: Megatron needs --transformer-impl local")
+    needed = "--no-gradient-accumulation-fusion" + ("" if te else " --no-persist-layer-norm")
+    _row("apex (NVIDIA's)", "found" if apex else f"not installed: Megatron needs {needed}")
+    if os.environ.get("MEGATRON_LION_DEVICE") == "cpu":
+        _row("", "MEGATRON_LION_DEVICE=cpu sets these flags")
+    norm = "Transformer Engine's kernels" if te else "Apex's kernels" if apex else "torch, which is slower"
+    _row("", f"Lion's step uses neither. Megatron's gradient norm and clip use {norm}")
 
 
 def _has_nvidia_apex() -> bool:

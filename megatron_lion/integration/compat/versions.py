@@ -163,7 +163,7 @@ def has_training() -> bool:
 def resiliency_problem() -> str | None:
     """Why the installed Megatron cannot be imported next to the installed nvidia-resiliency-ext, or None.
 
-    megatron-core 0.19 reads ``__version__`` of it at import, which releases up to 0.4.1 lack.
+    megatron-core 0.18 and 0.19 read ``__version__`` of it at import, which releases up to 0.4.1 lack.
     """
     folder = megatron_path()
     reader = folder / "dist_checkpointing" / "strategies" / "nvrx.py" if folder else None
