@@ -64,11 +64,22 @@ class Clean:
                 if wanted and not (packages / entry.name).exists():
                     (packages / entry.name).symlink_to(entry)
         (self.site_packages / "packages.pth").write_text(f"{packages}\n")
+        self.bin = self.environment / "bin"
+        self.start_with(self.bin / "python")
         self.script = self.checkout(self.folder / "scripts")
 
     @property
     def site_packages(self) -> Path:
         return next(self.environment.glob("lib/python*/site-packages"))
+
+    def start_with(self, python: Path) -> None:
+        """Let ``python`` and ``torchrun`` be this interpreter's."""
+        self.bin.mkdir(exist_ok=True)
+        for name, words in (("python", ""), ("torchrun", " -m torch.distributed.run")):
+            path = self.bin / name
+            if path != python:
+                path.write_text(f'#!/bin/sh\nexec {python}{words} "$@"\n')
+                path.chmod(0o755)
 
     def checkout(self, folder: Path, megatron: Path | None = None) -> Path:
         """A training script that does not name us, in a folder that may have a Megatron too."""
@@ -90,7 +101,7 @@ class Clean:
         variables |= {"MEGATRON_LION_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         variables |= {"XDG_CACHE_HOME": str(self.folder / "cache"), **self.variables}
         variables = {name: value for name, value in variables.items() if value}
-        variables["PATH"] = f"{self.environment / 'bin'}:{path}"
+        variables["PATH"] = f"{self.bin}:{path}"
         done = subprocess.run(
             [*self.prefix, "/bin/sh", "-c", line],
             stdout=subprocess.PIPE,
@@ -164,17 +175,13 @@ def read_only(folder: Path) -> Clean:
     """A read-only image with the package in it, then one without: an overlay on PYTHONPATH."""
     clean = Clean(folder)
     clean.run("pip install -q setuptools && pip install -q --no-build-isolation ./megatron-lion")
-    clean.prefix = mounted(
-        f"mount --bind {clean.environment} {clean.environment} && mount -o remount,ro,bind {clean.environment}"
-    )
+    clean.prefix = read_only_mount(clean.environment)
     said = clean.run("megatron-lion enable", status=2)
     assert "Read-only file system. Use `torchrun -m megatron_lion.run SCRIPT` instead" in said
     assert OURS in clean.train()
     clean.prefix = []
     clean.run("pip uninstall -q -y megatron-lion")
-    clean.prefix = mounted(
-        f"mount --bind {clean.environment} {clean.environment} && mount -o remount,ro,bind {clean.environment}"
-    )
+    clean.prefix = read_only_mount(clean.environment)
     clean.run("pip install -q --no-deps --no-build-isolation --target overlay ./megatron-lion")
     clean.variables["PYTHONPATH"] = str(folder / "overlay")
     assert "READY" in clean.run(f"python -m megatron_lion.cli doctor {clean.script} --optimizer lion")
@@ -200,6 +207,29 @@ def no_compiler(folder: Path) -> Clean:
     clean.variables["PATH"] = str(folder / "nothing")
     assert "READY" in clean.doctor()
     assert "kernel foreach (no C++ compiler on PATH" in clean.train()
+    return clean
+
+
+def user_site(folder: Path) -> Clean:
+    """`pip install --user` with a Python whose site-packages is read-only."""
+    clean = Clean(folder)
+    python, home = Path(sys.base_prefix) / "bin" / "python3", folder / "home"
+    site_packages = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    clean.bin = folder / "bin"
+    clean.start_with(python)
+    clean.variables |= {"PYTHONUSERBASE": str(home), "PYTHONPATH": str(folder / "packages")}
+    clean.variables["PATH"] = f"{home / 'bin'}:{os.environ['PATH']}"
+    clean.prefix = read_only_mount(Path(site_packages))
+    clean.run("python -m pip install --user ./megatron-lion")
+    assert "READY" in clean.doctor()
+    assert f"({home}" in clean.run("megatron-lion enable")
+    assert OURS in clean.train(start="")
+    clean.run("megatron-lion disable")
     return clean
 
 
@@ -230,6 +260,7 @@ ROWS: dict[str, Callable[[Path], Clean]] = {
     "a checkout beside another release's wheel": checkout_beside_wheel,
     "setuptools 70 under PIP_CONSTRAINT": old_setuptools,
     "read-only site-packages": read_only,
+    "pip install --user": user_site,
     "no HOME": no_home,
     "no compiler": no_compiler,
     "containers/install.sh": container,
@@ -241,6 +272,11 @@ def mounted(script: str) -> list[str]:
     """A prefix that runs a command where ``script`` has changed the mounts."""
     user = [] if os.geteuid() == 0 else ["--map-root-user"]
     return ["unshare", "--mount", *user, "/bin/sh", "-c", f'{script} && exec "$@"', "sh"]
+
+
+def read_only_mount(folder: Path) -> list[str]:
+    """A prefix that runs a command with ``folder`` read-only."""
+    return mounted(f"mount --bind {folder} {folder} && mount -o remount,ro,bind {folder}")
 
 
 def can_mount() -> bool:
