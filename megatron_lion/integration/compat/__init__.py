@@ -42,6 +42,7 @@ from megatron_lion.integration.compat.versions import (
     megatron_path,
     megatron_version,
     require_supported_version,
+    version_at,
 )
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "sub_optimizers_of",
     "temporarily",
     "updated_params",
+    "version_at",
     "without_precision_aware_settings",
     "without_step",
     "wrap",

@@ -51,10 +51,14 @@ class Seam:
     def problem(self) -> str | None:
         """What is wrong with this seam in the Megatron that is installed, or None."""
         try:
-            holder, name = self.holder()
-            target: Any = getattr(holder, name)
+            importlib.import_module(self.module)
         except ImportError as error:
             return f"{self.module} cannot be imported ({error}; pip install 'megatron-lion[train]' has what it needs)"
+        except Exception as error:  # whatever a package that Megatron imports may raise
+            return f"{self.module} cannot be imported ({type(error).__name__}: {error})"
+        try:
+            holder, name = self.holder()
+            target: Any = getattr(holder, name)
         except AttributeError:
             return f"{self.module}.{self.name} is gone"
         found = tuple(inspect.signature(target).parameters) if self.parameters else ()
