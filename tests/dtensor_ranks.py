@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
@@ -117,7 +118,7 @@ def saved(folder: Path) -> None:
     for seed in range(2):
         step_by_hand(model, optimizer, seed)
     weights, state = get_state_dict(model, optimizer)
-    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    save({"model": weights, "optimizer": state}, checkpoint_id=folder)
     before = everything(model, optimizer)
     step_by_hand(model, optimizer, 2)
     after = everything(model, optimizer)
@@ -128,7 +129,7 @@ def saved(folder: Path) -> None:
 def resumed(folder: Path) -> dict[str, str]:
     model, optimizer = build(True, "reference", BF16, SAVED)
     weights, state = get_state_dict(model, optimizer)
-    checkpoint.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     before, after = torch.load(folder / "expected.pt")
     outcomes = {"loaded": same(everything(model, optimizer), before)}

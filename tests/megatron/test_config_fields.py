@@ -79,6 +79,24 @@ def mimo():
     return MimoModel.__new__(MimoModel)
 
 
+def mimo_directly(config):
+    from megatron.core.models.mimo import optimizer
+
+    class OneRank:
+        def is_current_rank_in_grid(self):
+            return True
+
+    optimizer._get_pg_collection_for_optimizer = lambda grid: None
+    described = argparse.Namespace(module_to_grid_map={{optimizer_key(): OneRank()}})
+    return optimizer.get_mimo_optimizer(argparse.Namespace(mimo_config=described, language_model=chunk()), config)
+
+
+def optimizer_key():
+    from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+
+    return MIMO_LANGUAGE_MODULE_KEY
+
+
 def build(config, *chunks):
     return get_megatron_optimizer(config, list(chunks) or [chunk()])
 
@@ -153,6 +171,7 @@ REFUSED = {
     "build(lion(), chunk(use_megatron_fsdp=True))": f"--use-megatron-fsdp {NOT_SUPPORTED}Megatron-FSDP has its own",
     "build(lion(), chunk(dtensor()))": f"--use-torch-fsdp2 {NOT_SUPPORTED}torch FSDP2 is not supported",
     "build(lion(), mimo())": f"MimoModel {NOT_SUPPORTED}Megatron builds an optimizer for each of its modules",
+    "mimo_directly(lion())": f"MimoModel {NOT_SUPPORTED}Megatron builds an optimizer for each of its modules",
     "build(lion(lion_momentum_dtype='bf16', **BF16), chunk(fp8_param_gather=True))": "fp8_param_gather=True is not "
     "supported where Lion writes the 16-bit parameters itself",
     "build(lion(**BF16, **AWARE), chunk(fp4_param_gather=True))": "fp4_param_gather=True is not supported where Lion",
