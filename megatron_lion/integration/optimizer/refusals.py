@@ -64,7 +64,9 @@ def _is_mimo(chunk: Any) -> bool:
 def _is_called_for_mimo() -> bool:
     """Whether ``get_mimo_optimizer`` is running. It passes one module of a MimoModel, which looks like any model."""
     function = getattr(sys.modules.get("megatron.core.models.mimo.optimizer"), "get_mimo_optimizer", None)
-    frame = sys._getframe() if function else None
+    if function is None:
+        return False
+    frame = inspect.currentframe()
     while frame is not None and frame.f_code is not inspect.unwrap(function).__code__:
         frame = frame.f_back
     return frame is not None
