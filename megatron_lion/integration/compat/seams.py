@@ -109,6 +109,7 @@ CORE: tuple[Seam, ...] = (
             "fp16",
             "use_distributed_optimizer",
             "use_precision_aware_optimizer",
+            "store_param_remainders",
             "main_grads_dtype",
             "main_params_dtype",
             "exp_avg_dtype",
