@@ -211,7 +211,8 @@ def _precision(config: Any) -> tuple[str, str]:
             f"--lion-momentum-dtype {momentum_dtype} contradicts --exp-avg-dtype {exp_avg}: remove one of them"
         )
     if master_weights is None:
-        as_remainders = aware and config.bf16 and not config.optimizer_cpu_offload
+        keeps_remainders = getattr(config, "store_param_remainders", True)  # the command line has no such flag
+        as_remainders = aware and config.bf16 and keeps_remainders and not config.optimizer_cpu_offload
         master_weights = "remainder" if as_remainders else LionOptions.master_weights
     return momentum_dtype, master_weights
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,11 @@ class Lion(torch.optim.Optimizer):
     :mod:`megatron_lion.update`), so a step on a shard of a tensor is bit-identical to a step on the whole tensor.
 
     State per parameter: ``exp_avg`` (m), of the parameter's shape; :mod:`megatron_lion.storage` lists the additional
-    tensors of other precisions. Issues no collective.
+    tensors of other precisions. Issues no collective, except for a DTensor gradient with other placements than its
+    parameter, which is redistributed.
+
+    DTensor parameters (torch FSDP2, Megatron-FSDP) are stepped on each rank's local tensors, with state in DTensors of
+    the same placements. ``telemetry`` then has the sums of the local tensors.
 
     Args:
         params: parameters or parameter groups; each group may have its own ``lr``, ``betas``, ``weight_decay``,
@@ -145,7 +149,7 @@ class Lion(torch.optim.Optimizer):
         by_kind: defaultdict[Hashable, list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
         for param in group["params"]:
             if (grad := self._gradient(param)) is not None:
-                grad = -grad if group["maximize"] else grad
+                grad = _placed_as(param, -grad if group["maximize"] else grad)
                 state = self.state[param] or self._begin(param, grad, group, scalars)
                 by_kind[self._kind(param, grad, state)].append((param, grad, state))
         for entries in by_kind.values():
@@ -239,3 +243,14 @@ class Lion(torch.optim.Optimizer):
         finally:
             for hook in own:
                 hook.remove()
+
+
+def _placed_as(param: Tensor, grad: Any) -> Tensor:
+    """``grad`` with the placements of ``param`` if it is a DTensor with others, such as a sum that is still pending.
+
+    Issues the collective of that redistribution, on every rank of the mesh. Others are returned as they are.
+    """
+    placements = getattr(param, "placements", None)
+    if placements is None or getattr(grad, "placements", placements) == placements:
+        return cast(Tensor, grad)
+    return cast(Tensor, grad.redistribute(placements=placements))

@@ -46,6 +46,11 @@ class Storage:
                 f"master_weights 'remainder' supports only bf16 and fp32 parameters, got {param.dtype} of shape "
                 f"{tuple(param.shape)}. Use master_weights='fp32'"
             )
+        if self.momentum_dtype == "int8" and hasattr(param, "placements"):
+            raise LionError(
+                f"momentum_dtype 'int8' does not support DTensor parameters, got one of shape {tuple(param.shape)}: a "
+                "local shard may cut a block of 32 elements, which has one scale. Use momentum_dtype='bf16'"
+            )
 
     def create(self, param: Tensor, layout: BlockLayout) -> State:
         """Return fresh state: zero momentum, and master weights equal to ``param``."""

@@ -21,7 +21,7 @@ from megatron_lion.config import LionError
 from megatron_lion.integration import console
 from megatron_lion.integration.loop_callbacks import Step
 from megatron_lion.integration.reporting.norm_ratio.isolation import isolated
-from megatron_lion.integration.reporting.norm_ratio.measure import forward_backward, own_iterator, run_round
+from megatron_lion.integration.reporting.norm_ratio.loop_round import forward_backward, own_iterator, run_round
 from megatron_lion.integration.reporting.norm_ratio.schedule import Rounds
 from megatron_lion.run import readable_errors
 
@@ -33,6 +33,8 @@ def passes(step: Step, datasets: list[Any], batches: int) -> None:
     """As many forward and backward passes as a round makes, and nothing else."""
     iterator, _ = own_iterator(step, datasets, batches, iteration=0)
     for _ in range(batches):
+        for chunk in step.model:
+            chunk.zero_grad_buffer()
         forward_backward(step, step.forward_step_func, iterator)
 
 

@@ -228,20 +228,16 @@ def moe_metrics_kept() -> Iterator[None]:
 def gather_parameters(model_chunks: list[Any], optimizer: Any, *, hooked: bool) -> None:
     """Finish the all-gather of parameters that overlaps with the forward pass, as Megatron's evaluation does.
 
-    Where the hooks that wait for it are on (``hooked``) they are taken off, to be put back by
-    :func:`gather_in_forward_again`.
+    Where the hooks that wait for it are on (``hooked``) they are taken off. The chunk's ``enable_forward_pre_hook``
+    puts them back.
     """
-    import megatron.training.training as training
-
-    gather = training.disable_forward_pre_hook if hooked else training.force_param_sync
-    gather(model_chunks, **({"optimizer": optimizer} if installed_traits().sync_asks_optimizer else {}))
-
-
-def gather_in_forward_again(model_chunks: list[Any]) -> None:
-    """Put back the hooks that :func:`gather_parameters` took off."""
-    import megatron.training.training as training
-
-    training.enable_forward_pre_hook(model_chunks)
+    if installed_traits().sync_asks_optimizer:
+        optimizer.prepare_model_params_for_param_sync()
+    for chunk in model_chunks:
+        if hooked:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        else:
+            chunk.start_param_sync(force_sync=True)
 
 
 def forked_random_states() -> contextlib.AbstractContextManager[None]:
