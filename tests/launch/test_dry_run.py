@@ -222,3 +222,11 @@ def test_the_cpu_variable_is_enough(
 
 def test_three_digits() -> None:
     assert [report._three_digits(value) for value in (0.0944, 2.3, 126.2, 4039.6)] == ["0.0944", "2.3", "126", "4,040"]
+
+
+def test_notes_are_shown_beside_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--print"], ["--print", "--slurm"]):
+        assert main.main(["llama_7b", "lion", "h100x32", *words]) == 0
+        shown, notes = capsys.readouterr()
+        assert notes.count("note: ") == 2
+        assert "note: " not in shown
