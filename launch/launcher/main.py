@@ -135,7 +135,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line up to ``--``."""
     files = "\n".join(f"  {kind:11} {recipe_files.known(kind)}" for kind in recipe_files.KINDS)
     keys = "\n".join(
-        textwrap.fill(f"{topic}: {', '.join(entries)}", 100, initial_indent="  ", subsequent_indent="    ")
+        textwrap.fill(
+            f"{topic}: {', '.join(entries)}", 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+        )
         for topic, entries in TOPICS.items()
     )
     made = argparse.ArgumentParser(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.launcher import estimates, extra_flags, main, report
+from launch.launcher.keys import KEYS
 from megatron_lion.config import LionError
 from tests.launch.recipe_cases import recipe
 
@@ -194,8 +195,9 @@ def test_help_names_every_file_and_every_key(capsys: pytest.CaptureFixture[str])
         main.main(["--help"])
     shown = capsys.readouterr().out
     assert done.value.code == 0
-    for word in ("usage: launch.py MODEL", "llama_7b", "h100x32", "lion_paper", "container-image", "--slurm --print"):
+    for word in ("usage: launch.py MODEL", "llama_7b", "h100x32", "lion_paper", "--slurm --print"):
         assert word in shown
+    assert [key for key in KEYS if key not in shown] == []
 
 
 def test_the_cpu_variable_is_enough(
