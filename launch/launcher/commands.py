@@ -52,6 +52,7 @@ def torchrun(
 
 
 def port(recipe: Recipe) -> int:
+    """The port at which several nodes meet."""
     return int(recipe.get("master-port", 29500))
 
 

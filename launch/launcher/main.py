@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from megatron_lion.config import LionError, did_you_mean
@@ -133,7 +134,12 @@ def submit(recipe: Recipe, extra: list[str], python: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line up to ``--``."""
     files = "\n".join(f"  {kind:11} {recipe_files.known(kind)}" for kind in recipe_files.KINDS)
-    keys = "\n".join(f"  {topic}: {', '.join(entries)}" for topic, entries in TOPICS.items())
+    keys = "\n".join(
+        textwrap.fill(
+            f"{topic}: {', '.join(entries)}", 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+        )
+        for topic, entries in TOPICS.items()
+    )
     made = argparse.ArgumentParser(
         prog="launch.py",
         description=__doc__,
@@ -178,6 +184,8 @@ def main(arguments: list[str]) -> int:
     if options.dry_run:
         print(report.report(recipe, extra))
         return 0
+    for note in recipe.notes:
+        print(f"note: {note}", file=sys.stderr)
     if options.print:
         print(slurm.script(recipe, extra, sys.executable) if options.slurm else commands.printed(recipe, extra))
         return 0

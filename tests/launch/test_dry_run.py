@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.launcher import estimates, extra_flags, main, report
+from launch.launcher.keys import KEYS
 from megatron_lion.config import LionError
 from tests.launch.recipe_cases import recipe
 
@@ -194,8 +195,9 @@ def test_help_names_every_file_and_every_key(capsys: pytest.CaptureFixture[str])
         main.main(["--help"])
     shown = capsys.readouterr().out
     assert done.value.code == 0
-    for word in ("usage: launch.py MODEL", "llama_7b", "h100x32", "lion_paper", "container-image", "--slurm --print"):
+    for word in ("usage: launch.py MODEL", "llama_7b", "h100x32", "lion_paper", "--slurm --print"):
         assert word in shown
+    assert [key for key in KEYS if key not in shown] == []
 
 
 def test_the_cpu_variable_is_enough(
@@ -222,3 +224,11 @@ def test_the_cpu_variable_is_enough(
 
 def test_three_digits() -> None:
     assert [report._three_digits(value) for value in (0.0944, 2.3, 126.2, 4039.6)] == ["0.0944", "2.3", "126", "4,040"]
+
+
+def test_notes_are_shown_beside_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--print"], ["--print", "--slurm"]):
+        assert main.main(["llama_7b", "lion", "h100x32", *words]) == 0
+        shown, notes = capsys.readouterr()
+        assert notes.count("note: ") == 2
+        assert "note: " not in shown

@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.launcher import commands
 from megatron_lion.training_log import read_training_log
-from tests.harness import as_in_a_terminal
-from tests.launch.recipe_cases import ROOT
+from tests.harness import as_in_a_terminal, run_ranks
+from tests.launch.recipe_cases import ROOT, recipe
 
 # So that a run takes seconds; the models, the optimizers and the cluster stay as they are.
 SHRUNK = ["gpus-per-node=1", "eval-iters=1", "norm-ratio-batches=2"]
@@ -66,6 +67,18 @@ def data_workers(process: "subprocess.Popen[str]") -> int:
     return sum(child.name() == "pt_data_worker" for child in psutil.Process(process.pid).children(recursive=True))
 
 
+def resume(text: Path, run: Path, *overrides: str, as_users_do: bool) -> None:
+    """Run the recipe to its end; if not as users do, its rank is forked with its imports done, which saves 20 s."""
+    if as_users_do:
+        finish(start(text, run, "lion", *overrides))
+        return
+    found = recipe("tiny_gpt", "lion", "cpu", f"data={text}", f"run={run}", *SHRUNK, *overrides)
+    done = run_ranks(*commands.training_flags(found, []), environment=found.environment)
+    assert done.returncode == 0, done.output[-4000:]
+    with (run / "log.txt").open("a") as log:
+        log.write(done.output)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_that_is_preempted_or_interrupted_saves_at_once_and_the_same_line_goes_on_to_its_end(
     text: Path, tmp_path: Path, sent: signal.Signals
@@ -85,7 +98,7 @@ def test_a_run_that_is_preempted_or_interrupted_saves_at_once_and_the_same_line_
     assert saved == 5
     assert max(read_training_log(tmp_path / "run" / "log.txt").loss) == saved
 
-    finish(start(text, tmp_path / "run", "lion", *steps))
+    resume(text, tmp_path / "run", *steps, as_users_do=sent is signal.SIGINT)
     whole = read_training_log(tmp_path / "run" / "log.txt")
     assert sorted(whole.loss) == list(range(1, 11))
     rounds = (tmp_path / "run" / "norm_ratio.jsonl").read_text().splitlines()

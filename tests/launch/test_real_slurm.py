@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lion.training_log import TrainingLog, read_training_log
+from tests.harness import ROOT
 from tests.launch.slurm_daemons import Slurm, missing
 from tests.launch.test_launch_runs import finish, start
 
@@ -99,6 +100,15 @@ def as_resumed(log: TrainingLog, saved: int) -> dict[int, float]:
     return log.loss | {saved + 2: pytest.approx((log.loss[saved + 1] + log.loss[saved + 2]) / 2, abs=2e-6)}
 
 
+# Stands for Apptainer: notes its options, then runs the words after the image, here.
+APPTAINER = """#!/bin/bash
+printf '%s\\n' "$@" > {folder}/apptainer.$SLURM_NODEID
+while [ "$1" != lion.sif ]; do shift; done
+shift
+exec "$@"
+"""
+
+
 # One CPU for each rank, which the data workers share: a node here has two.
 ONE_NODE, TWO_NODES = ("nodes=1", "gpus-per-node=2", "slurm-cpus=2"), ("nodes=2", "gpus-per-node=1", "slurm-cpus=1")
 
@@ -148,3 +158,26 @@ def test_a_killed_rank_is_started_again_inside_the_job(
     assert slurm.restarts(job.number) == 0
     log = read_training_log(job.run / "log.txt")
     assert (log.loss, log.final) == (as_resumed(undisturbed, job.went_on_from()), undisturbed.final)
+
+
+def test_a_job_runs_through_a_container_runtime_on_every_node(slurm: Slurm, text: Path, tmp_path: Path) -> None:
+    """Slurm reads the further options, and the words reach the runtime and, through it, torchrun."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "apptainer").write_text(APPTAINER.format(folder=tmp_path))
+    (tmp_path / "bin" / "apptainer").chmod(0o755)
+    job = Job(
+        slurm, text, tmp_path / "a run", "train-iters=4", "lr-warmup-iters=1", "eval-interval=4", "save-interval=4",
+        "norm-ratio-interval=0", "container=apptainer", "container-image=lion.sif", "slurm-exclusive=true",
+        f"slurm-python={sys.executable}", f"slurm-setup=export PATH={tmp_path}/bin:$PATH",
+        "slurm-sbatch-args=--comment='my run' --nice=1", "slurm-srun-args=--label", *TWO_NODES,
+    )  # fmt: skip
+    shown = slurm.tell("scontrol", "show", "job", job.number)
+    assert "Comment=my run" in shown and "OverSubscribe=NO" in shown
+    assert job.wait_for_end() == "COMPLETED", job.log()[-6000:]
+    assert re.search(r"^[01]: .* iteration +4/ +4 ", job.log(), re.MULTILINE), "srun labels lines with the node"
+    for node in range(2):
+        words = (tmp_path / f"apptainer.{node}").read_text().splitlines()
+        assert words[:2] == ["exec", "--bind"]
+        assert f"{tmp_path}/a run:{tmp_path}/a run" in words[2].split(",")
+        assert words[3:6] == ["--pwd", str(ROOT), "lion.sif"]
+        assert "MEGATRON_LION_DEVICE=cpu" in words

@@ -20,8 +20,9 @@ def test_the_script_is_sound_shell(cluster: str, tmp_path: Path) -> None:
     shellcheck = shutil.which(
         "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     )
-    for model in ("tiny_gpt", "bert_base"):
-        text = script(model, "lion_paper", cluster, data="/data/a folder/it's", run=f"{tmp_path}/a run")
+    apptainer = {"container": "apptainer", "container-image": "docker://it's", "slurm-sbatch-args": "--comment='a b'"}
+    for model, more in (("tiny_gpt", {}), ("bert_base", apptainer)):
+        text = script(model, "lion_paper", cluster, **more, data="/data/a folder/it's", run=f"{tmp_path}/a run")
         assert "$$" not in text
         path = tmp_path / "job.sh"
         path.write_text(text)

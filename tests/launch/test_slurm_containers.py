@@ -169,7 +169,8 @@ def test_print_shows_the_script_and_writes_nothing(cluster: Path, capsys: pytest
         *(f"{k}={v}" for k, v in PYXIS.items()),
     ]
     assert main.main(words) == 0
-    shown = capsys.readouterr().out
+    shown, notes = capsys.readouterr()
+    assert notes == ""
     assert shown.startswith("#!/usr/bin/env bash\n#SBATCH --job-name=tiny_gpt-lion-cpu\n")
     assert f"srun --cpus-per-task=2 --kill-on-bad-exit=1 '--container-image={IMAGE}'" in shown
     assert not (cluster / "run").exists()
