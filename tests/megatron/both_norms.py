@@ -1,5 +1,5 @@
-"""Run under torchrun in the place of ``pretrain_gpt.py``: at each step, rank 0 prints the norm that the run uses, the one
-that Megatron computes by itself, and the one in fp64, all of the same gradients.
+"""Run under torchrun in the place of ``pretrain_gpt.py``: at each step, rank 0 prints the norm that the run uses, the
+one that Megatron computes by itself, and the one in fp64, all of the same gradients.
 """
 
 import torch

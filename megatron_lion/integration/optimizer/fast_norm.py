@@ -25,8 +25,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lion-fast-norm",
         action="store_true",
-        help="For gradients on a CPU: compute their norm in one pass over memory. It is more accurate than Megatron's, so "
-        "the last bits of clipped gradients may differ. The same bits for any number of threads.",
+        help="For gradients on a CPU: compute their norm in one pass over memory. It is more accurate than Megatron's, "
+        "so the last bits of clipped gradients may differ. The same bits for any number of threads.",
     )
 
 
