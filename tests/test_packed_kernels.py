@@ -65,12 +65,44 @@ def test_each_mix_of_storage_has_the_bits_of_the_reference(kernel, mix, copies):
     compare_packed(kernel, packed(lists, *mix, copies=copies), grad_scale=0.37)
 
 
+ROWS = [1, 5, 31, 32, 33, 50, 63, 64, 65, 100, 1000, 1024]
+
+
 @EVERY_KERNEL
-@pytest.mark.parametrize("row", [1, 5, 31, 32, 33, 50, 64, 100])
+@pytest.mark.parametrize("row", ROWS)
 def test_rows_of_any_length_have_the_bits_of_the_reference(kernel, row):
     compare_packed(
         kernel, packed([[t.view(-1, row) for t in ts] for ts in problem([37 * row], FP32)], FP32, FP32, INT8)
     )
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("mix", [("remainder", BF16), (FP32, FP32)], ids=str)
+def test_shards_that_start_anywhere_in_a_row_have_the_bits_of_the_reference(kernel, row, mix):
+    """Each with NaN, infinities and denormals at its end, in whole and in incomplete blocks."""
+    starts = sorted({start % row for start in (0, 1, 7, 31, 32, 33, 63, 100, row - 1)})
+    blocks = [BlockLayout(start, row) for start in starts]
+    lists = with_special_values(problem([2300 + 97 * i for i in range(len(blocks))], FP32))
+    compare_packed(kernel, packed(lists, *mix, INT8, blocks, copies=mix[0] == FP32), grad_scale=0.37)
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("mix", [*itertools.product(["remainder", FP32], [BF16], [INT8, BF16]), (FP32, FP32, FP32)])
+def test_nothing_is_written_outside_the_tensors(kernel, mix):
+    """Slices of larger tensors, of every length up to two blocks and some more, that begin at any address."""
+    lengths = [*range(1, 67), 255, 256, 257, 700]
+    call = packed(problem(lengths, FP32), *mix, copies=mix[0] == FP32)
+    wholes = []
+    for name in call.keys() - {"blocks"}:
+        for i, tensor in enumerate(call[name]):
+            first = 1 + i % 16
+            whole = torch.full((first + tensor.numel() + 40,), 77, dtype=tensor.dtype)
+            call[name][i] = whole[first : first + tensor.numel()].copy_(tensor)
+            wholes.append((whole, first, first + tensor.numel()))
+    compare_packed(kernel, call)
+    for whole, first, last in wholes:
+        assert (whole[:first] == 77).all() and (whole[last:] == 77).all()
 
 
 @EVERY_KERNEL

@@ -9,6 +9,7 @@ import torch
 from megatron_lion import Lion
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import lion_update_fused_
+from megatron_lion.precision import BlockLayout
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
 from tests.kernel_calls import run
@@ -56,6 +57,18 @@ def test_the_fused_sums_are_the_references_and_the_same_on_any_number_of_threads
     for ours, right in zip(astuple(found[0]), astuple(expected), strict=True):
         assert ours == (right if isinstance(right, int) else pytest.approx(right, rel=1e-12))
     assert found[0].linf_param == expected.linf_param
+
+
+@pytest.mark.parametrize("mix", [(FP32, FP32, FP32), ("remainder", BF16, INT8), (FP32, FP32, INT8)], ids=str)
+def test_elements_next_to_incomplete_blocks_are_counted_once(mix):
+    """Vectors also compute what is next to the end of a row, a shard or a tensor."""
+    numels = [*range(1, 70), 3001, 64]
+    blocks = [BlockLayout(i % 50, 1 + 13 * (i % 9)) for i in range(len(numels))]
+    call = packed(problem(numels, FP32), *mix, blocks)
+    expected, found = sums(lion_update_, call, beta1=0.5), sums(lion_update_fused_, call, beta1=0.5)
+    assert (found.elements, found.zeros, found.flipped) == (expected.elements, expected.zeros, expected.flipped)
+    assert found.linf_param == expected.linf_param
+    assert (found.l1, found.l2, found.inner) == pytest.approx((expected.l1, expected.l2, expected.inner), rel=1e-12)
 
 
 @pytest.mark.parametrize("mix", [(FP32, FP32, FP32), ("remainder", BF16, INT8)], ids=str)

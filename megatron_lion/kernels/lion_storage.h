@@ -118,7 +118,9 @@ template <Order O> struct Bf16 {
         return {from_bits(both << 16), from_bits(both & 0xffff0000u)};
     }
     void store_pair(int64_t i, Pair pair) const {
-        write(values + i, upper_halves<ORDER>(nearest_even(pair.first), nearest_even(pair.second)));
+        Words first = nearest_even_of_number(to_bits(pair.first)), second = nearest_even_of_number(to_bits(pair.second));
+        if (may_have_nan(pair)) first = nearest_even(pair.first), second = nearest_even(pair.second);
+        write(values + i, upper_halves<ORDER>(first, second));
     }
 
   private:
@@ -143,8 +145,9 @@ struct Remainder { // fp32 as a bf16, rounded half away from zero, and a 16-bit 
         return {from_bits((highs << 16) + even), from_bits((highs & 0xffff0000u) + odd)};
     }
     void store_pair(int64_t i, Pair pair) const {
-        const Words even = unless_nan(pair.first, to_bits(pair.first), 0x7fc00000u);
-        const Words odd = unless_nan(pair.second, to_bits(pair.second), 0x7fc00000u);
+        Words even = to_bits(pair.first), odd = to_bits(pair.second);
+        if (may_have_nan(pair))
+            even = unless_nan(pair.first, even, 0x7fc00000u), odd = unless_nan(pair.second, odd, 0x7fc00000u);
         write(high + i, upper_halves<EVEN_ODD>(even + 0x8000u, odd + 0x8000u));
         write(low + i, lower_halves<EVEN_ODD>(even, odd));
     }

@@ -76,10 +76,19 @@ template <class Float, class Bits> inline Bits unless_nan(Float value, Bits bits
     return value == value ? bits : Bits{} + otherwise;
 }
 
+// Whether a pair may have a NaN. Where this is fast, a branch that is hardly ever taken saves work for each lane.
+inline bool may_have_nan(Pair pair) {
+#ifdef __AVX__
+    return __builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(pair.first, pair.second, _CMP_UNORD_Q)) != 0, false);
+#else
+    return true;
+#endif
+}
+
 // The bf16 of a number, rounded to nearest even, in the upper half of 32 bits; ignore the lower half.
+template <class Bits> inline Bits nearest_even_of_number(Bits bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); }
 template <class Float> inline auto nearest_even(Float value) {
-    const auto bits = to_bits(value);
-    return unless_nan(value, bits + 0x7fffu + ((bits >> 16) & 1u), 0x7fc00000u);
+    return unless_nan(value, nearest_even_of_number(to_bits(value)), 0x7fc00000u);
 }
 
 // 16 elements of 16 bits: even ones from lower halves, odd ones from upper halves.

@@ -30,8 +30,9 @@ def norm_cpu_supports(tensors: Sequence[Tensor]) -> bool:
 
 @torch.no_grad()
 def sum_of_squares_cpu(tensors: Sequence[Tensor]) -> float:
-    """sum over all elements x of ``tensors`` of x * x, in fp64; 0 if there are none. A NaN or an infinity remains one.
+    """sum over all elements x of ``tensors`` of x * x; 0 if there are none. A NaN or an infinity remains one.
 
+    Relative error at most 1.2e-6, typically 1e-8: 16 squares are added in fp32, and such sums in fp64.
     Tensors have any shapes, and :func:`norm_cpu_supports` them. Uses ``torch.get_num_threads()`` threads. The result
     does not depend on their number: sums of 65,536 elements are added in the order of the tensors, fp32 before bf16.
     Issues no collective.

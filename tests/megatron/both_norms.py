@@ -1,5 +1,5 @@
-"""Run under torchrun in the place of ``pretrain_gpt.py``: at each step, rank 0 prints the norm that the run uses and
-the one that Megatron computes by itself of the same gradients.
+"""Run under torchrun in the place of ``pretrain_gpt.py``: at each step, rank 0 prints the norm that the run uses, the
+one that Megatron computes by itself, and the one in fp64, all of the same gradients.
 """
 
 import torch
@@ -11,7 +11,12 @@ megatron_lion.register()
 from megatron.core.optimizer.optimizer import ChainedOptimizer  # noqa: E402
 
 from launch import pretrain_gpt  # noqa: E402
+from megatron_lion.integration import compat  # noqa: E402
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer  # noqa: E402
+
+
+def in_fp64(grads):
+    return torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt().float().view(1)
 
 
 def main() -> None:
@@ -19,8 +24,10 @@ def main() -> None:
 
     def both(self):
         norm, megatrons = used(self), ChainedOptimizer.get_grad_norm(self)
+        with compat.gradient_norm_by(in_fp64):
+            exact = ChainedOptimizer.get_grad_norm(self)
         if torch.distributed.get_rank() == 0:
-            print(f"norms {float(norm).hex()} {float(megatrons).hex()}", flush=True)
+            print(f"norms {float(norm).hex()} {float(megatrons).hex()} {float(exact).hex()}", flush=True)
         return norm
 
     LionChainedOptimizer.get_grad_norm = both

@@ -91,8 +91,14 @@ def _all(steps: Sequence[Callable[[], object]]) -> None:
         step()
 
 
-def measure(candidates: Sequence[Candidate], rounds: int, *, evict: bool = True) -> dict[str, float]:
-    """Median milliseconds of each, stepped in turn; one round before that is not counted.
+def measure(
+    candidates: Sequence[Candidate],
+    rounds: int,
+    *,
+    evict: bool = True,
+    pick: Callable[[list[float]], float] = statistics.median,
+) -> dict[str, float]:
+    """Median (or ``pick`` of the) milliseconds of each, stepped in turn; one round before that is not counted.
 
     Candidates share tensors, and the last cache of some CPUs holds a good part of them. So each round has an order of
     its own, the same on every rank, and with ``evict`` the caches are filled with other memory before every step.
@@ -108,7 +114,7 @@ def measure(candidates: Sequence[Candidate], rounds: int, *, evict: bool = True)
             candidate.step()
             if number >= 1:
                 times[candidate.name].append(1e3 * (now() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: pick(values) for name, values in times.items()}
 
 
 def now() -> float:

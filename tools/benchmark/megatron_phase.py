@@ -83,7 +83,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Phase:
-    """How an optimizer is built. ``settings`` go to Megatron's configuration, ``merged`` bytes a compiler saves."""
+    """How an optimizer is built. ``settings`` go to Megatron's configuration, ``merged`` bytes a compiler saves.
+
+    ``norm`` names a row for its gradient norm alone, if there is one.
+    """
 
     name: str
     state: str
@@ -91,6 +94,7 @@ class Phase:
     settings: dict[str, Any] = field(default_factory=dict)
     merged: int = 0
     fused_adam: bool = False
+    norm: str = ""
 
 
 ADAM, FP32 = "two fp32 moments, fp32 master", "fp32 momentum, fp32 master"
@@ -101,7 +105,25 @@ STOCK = {
     "lion": Phase("stock with Lion (emerging-optimizers, on every parameter)", FP32, "stock-lion", merged=-16),
 }
 OWN = (
-    Phase(f"{OURS}, fp32 master and momentum", FP32, "lion"),
+    Phase(f"{OURS}, fp32 master and momentum", FP32, "lion", norm="Megatron's gradient norm, part of the others"),
+    Phase(
+        f"{OURS}, fp32 master and momentum, --lion-fast-norm",
+        FP32,
+        "lion",
+        {"lion_fast_norm": True},
+        norm=f"{OURS}, gradient norm with --lion-fast-norm",
+    ),
+    Phase(
+        f"{OURS}, remainder master, int8 momentum, --lion-fast-norm",
+        "int8 momentum, remainder master",
+        "lion",
+        {
+            "lion_master_weights": "remainder",
+            "lion_momentum_dtype": "int8",
+            "lion_kernel": "fused",
+            "lion_fast_norm": True,
+        },
+    ),
     *(
         Phase(
             f"{OURS}, {master} master, {momentum} momentum",
@@ -146,8 +168,8 @@ def _dispatched_as_lion() -> Any:
     return temporarily(optimizers, _get_megatron_optimizer_based_on_param_groups=based_on_param_groups)
 
 
-def candidate(phase: Phase, model: Model) -> Candidate:
-    """``phase`` as a candidate whose step is Megatron's whole one; its first steps are taken here."""
+def candidates_of(phase: Phase, model: Model) -> list[Candidate]:
+    """``phase`` as a candidate whose step is Megatron's whole one, and its norm; its first steps are taken here."""
     made = build(phase, model)
 
     def step() -> None:
@@ -158,18 +180,22 @@ def candidate(phase: Phase, model: Model) -> Candidate:
     model.restore_gradients()
     step()
     model.restore_gradients()
-    size, passes = counted(step) + phase.merged * model.numel, []
-    if phase.optimizer == "lion":  # Lion's kernel is called past torch: what was counted is the norm's read
+    size, passes, norm = counted(step) + phase.merged * model.numel, [], []
+    if phase.optimizer == "lion":  # Lion's kernels are called past torch: what was counted is Megatron's norm
         inner = [streams_of(part.optimizer) for part in made.chained_optimizers]
         grads = [Stream(streams[0].tensors, READ) for streams in inner]
         passes = [grads, *inner]
         size += sum(stream.bytes for streams in inner for stream in streams)
-    return Candidate(phase.name, phase.state, step, size, passes, model.restore_gradients)
+        size += sum(stream.bytes for stream in grads) if phase.settings.get("lion_fast_norm") else 0
+        if phase.norm:
+            norm = [Candidate(phase.norm, "gradient norm", made.get_grad_norm, passes=[grads])]
+    return [Candidate(phase.name, phase.state, step, size, passes, model.restore_gradients), *norm]
 
 
 def candidates(model: Model, peers: Sequence[str]) -> list[Candidate]:
     """Every one of ours and the named ones of stock's, on one model, and the all-gather where none waits for it."""
-    made = [candidate(phase, model) for phase in (*OWN, *(STOCK[name] for name in peers))]
+    phases = (*OWN, *(STOCK[name] for name in peers))
+    made = [one for phase in phases for one in candidates_of(phase, model)]
     if model.ddp.ddp_config.overlap_param_gather:
         gather = functools.partial(model.ddp.start_param_sync, force_sync=True)
         name = "all-gather of the bf16 parameters (gloo), not in the others"

@@ -15,6 +15,8 @@ phase=("$PYTHON" -m tools.benchmark.phase)
 {
     printf '## The update alone\n\n'
     "$PYTHON" -m tools.benchmark.step --peers all --threads "$THREADS" --rounds 9 --json "$OUT/step.json" --plot "$OUT/step.svg"
+    printf '\n## Rows of any length\n\n'
+    "$PYTHON" -m tools.benchmark.rows --threads "$THREADS" --rounds 9 --json "$OUT/rows.json"
     printf '\n## The whole optimizer phase in Megatron\n\n'
     "${phase[@]}" --threads "$THREADS" --rounds 7 --json "$OUT/phase.json"
     printf '\n## The host alone\n\n'

@@ -1,9 +1,11 @@
 """``--lion-fast-norm``: Megatron's gradient norm on a CPU, in one pass over memory.
 
-Without Transformer Engine and Apex, Megatron calls ``torch.norm`` for each gradient, which sums up in fp32 and is
-slower than memory. Here one call of a compiled kernel sums up the squares of all of a rank's gradients in fp64. Only
-that call is replaced: which gradients count, and the sum over ranks, are Megatron's. The last bits of the norm may
-differ, and so those of clipped gradients, but they depend neither on the number of threads nor on the run.
+Without Transformer Engine and Apex, Megatron calls ``torch.norm`` for each gradient. It sums up in fp32, is slower than
+memory, and for bf16 gradients rounds each norm to bf16. Here one call of a compiled kernel sums up the squares of all
+of a rank's gradients (:mod:`megatron_lion.kernels.norm_cpu`). Only that call is replaced: which gradients count, and
+the sum over ranks, are Megatron's. The norm differs by its error, and so do clipped gradients. Its bits depend neither
+on the number of threads nor on the run. Norms of separate groups of parameters, as for multi-token prediction, are
+Megatron's own.
 """
 
 import argparse
@@ -23,8 +25,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lion-fast-norm",
         action="store_true",
-        help="For gradients on a CPU: compute their norm in one pass over memory. It is within 1e-6 of Megatron's, so "
-        "the last bits of clipped gradients may differ. The bits are the same for any number of threads.",
+        help="For gradients on a CPU: compute their norm in one pass over memory. It is more accurate than Megatron's, "
+        "so the last bits of clipped gradients may differ. The same bits for any number of threads.",
     )
 
 
