@@ -80,6 +80,7 @@ BYTES = {
     (FP32, FP32, BF16): 16,
     (BF16, BF16, BF16): 20,
     ("remainder", FP32, FP32): 26,
+    ("remainder", BF16, BF16): 30,
     ("remainder", BF16, INT8): 30,
 }
 

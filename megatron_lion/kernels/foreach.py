@@ -26,8 +26,8 @@ def lion_update_foreach_(tensors: StepTensors, scalars: StepScalars, telemetry: 
 
     Temporary memory is bounded by one chunk: at most ``MAX_NUMEL`` elements (``MAX_NUMEL_PACKED`` with remainders or
     int8 momentum, ``MAX_NUMEL_CPU`` on a CPU), more only for larger tensors that are not contiguous. Per element of a
-    chunk it takes 12 bytes for fp32 masters and momenta, 16 to 20 if those are bf16, 26 with remainders and 30 with
-    int8 momentum: on a GPU at most 340 MB. Issues no collective.
+    chunk it takes 12 bytes for fp32 masters and momenta, 16 to 20 if those are bf16, 26 to 30 with remainders or
+    int8 momentum: on a GPU at most 336 MB. Issues no collective.
     """
     if tensors.kind is None or scalars.skips():
         return

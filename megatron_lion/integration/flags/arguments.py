@@ -117,7 +117,10 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
         "--lion-kernel",
         default=LionOptions.kernel,
         metavar=f"{{{','.join(KERNELS)}}}",
-        help="How Lion's step is computed; all give the same bits. Default: auto, the fastest that this machine has.",
+        help="How Lion's step is computed; all give the same bits. fused: one pass over memory, in C++ on a CPU and in "
+        "Triton on a GPU. foreach: torch's operations on many tensors at once. reference: one tensor after another, "
+        "slow. Default: auto, which is fused where it can run (on a GPU only after a check of its bits there), else "
+        "foreach. The start-up line names the kernel.",
     )
 
     state_precision.add(parser)
