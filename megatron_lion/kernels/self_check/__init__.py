@@ -170,6 +170,8 @@ def _driver_version() -> str:
 
 def _run_child(check: Check) -> records.Record:
     """What the child process answers, or ``failure``: why there is no answer."""
+    if check.kind.device.type == "cuda":
+        torch.cuda.empty_cache()  # the child needs memory of the same GPU
     asked = json.dumps({"device": str(check.kind.device), **check.request()})
     path = os.pathsep.join(dict.fromkeys([str(PACKAGE.parent), *filter(None, sys.path)]))
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
