@@ -12,6 +12,7 @@ import torch
 
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.kernels import self_check
+from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.step import StepKind
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
@@ -94,10 +95,10 @@ def test_telemetry_at_that_size_changes_no_bit(storage: Any, update: Any) -> Non
 
 
 @EVERY_STORAGE
-@pytest.mark.parametrize("kernel", ["triton", "reference"])
+@pytest.mark.parametrize("kernel", ["triton", "foreach", "reference"])
 def test_the_gpu_has_the_bits_of_the_reference_on_the_cpu(storage: Any, kernel: str, update: Any) -> None:
     """Compared on the GPU only, a kernel and the reference could share a fault of the device's arithmetic."""
-    chosen = update if kernel == "triton" else lion_update_
+    chosen = {"triton": update, "foreach": lion_update_foreach_, "reference": lion_update_}[kernel]
     here = packed(with_special_values(problem([3001, 33], FP32)), *storage, copies=storage[0] != BF16)
     there = {
         name: [entry.to(DEVICE, copy=True) if torch.is_tensor(entry) else entry for entry in role]
