@@ -232,13 +232,15 @@ def test_an_entry_that_another_user_could_have_written_is_not_read(cache, child)
     assert count() == 2
 
 
-@pytest.mark.parametrize("change", ["_source_hash", "device_name", "triton", "torch", "kind", "numel"])
+@pytest.mark.parametrize("change", ["_source_hash", "device_name", "setting", "triton", "torch", "kind", "numel"])
 def test_another_version_device_or_storage_is_checked_again(cache, child, monkeypatch, change):
     _, count = child
     self_check.run(Check(PLAIN))
     check = Check(PLAIN)
     if change in ("triton", "torch"):
         monkeypatch.setattr(sys.modules[change], "__version__", "0.0")
+    elif change == "setting":
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     elif change in ("kind", "numel"):
         check = Check(COMPACT) if change == "kind" else Check(PLAIN, 5)
     else:

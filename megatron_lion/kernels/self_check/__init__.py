@@ -88,7 +88,7 @@ def _decide(kind: StepKind) -> Result:
         return Result(False, "Triton is not installed")
     try:
         result = run(Check(kind))
-    except (OSError, RuntimeError, AssertionError) as error:  # torch raises AssertionError without CUDA
+    except Exception as error:  # whatever is wrong with the GPU, Triton or the system, the run goes on with foreach
         return Result(False, f"no self-check: {error}")
     if not result.passed and os.environ.get("LOCAL_RANK", "0") == "0":
         warnings.warn(
@@ -137,12 +137,19 @@ def _key(check: Check, device: str) -> records.Record:
 
     return {
         "sources": _source_hash(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": triton.__version__,
+        "settings": _triton_settings(),
         "driver": _driver_version() if check.kind.device.type == "cuda" else "",
         "device": device,
         **check.request(),
     }
+
+
+def _triton_settings() -> dict[str, str]:
+    """Environment variables that may change what Triton compiles, or whether it does."""
+    names = (name for name in sorted(os.environ) if name.startswith("TRITON_") and not name.endswith(("_DIR", "_HOME")))
+    return {name: os.environ[name] for name in names}
 
 
 @functools.cache
