@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_iter
 
 from megatron_lion.kernels import foreach
 from megatron_lion.kernels.foreach import lion_update_foreach_
+from megatron_lion.telemetry import Telemetry
 from tests.kernel_calls import run
 from tests.test_kernels import BF16, FP16, FP32, FP64, LANGUAGE, compare, problem, with_special_values
 from tests.test_packed_kernels import packed
@@ -80,6 +81,7 @@ BYTES = {
     (FP32, FP32, BF16): 16,
     (BF16, BF16, BF16): 20,
     ("remainder", FP32, FP32): 26,
+    ("remainder", BF16, BF16): 30,
     ("remainder", BF16, INT8): 30,
 }
 
@@ -90,6 +92,13 @@ def test_temporary_memory_is_bounded_by_the_chunk_not_by_the_tensors(mix, per_el
     call = packed([[t.view(-1, 64) for t in tensors] for tensors in problem([1 << 17, 64, 4096], FP32)], *mix)
     peak = measured(call, grad_scale=0.5).peak / (1 << 14)
     assert peak <= per_element
+
+
+@pytest.mark.parametrize("mix", BYTES, ids=str)
+def test_telemetry_takes_at_most_60_bytes_an_element(mix, monkeypatch):
+    monkeypatch.setattr(foreach, "MAX_NUMEL_CPU", 1 << 14)
+    lists = [[t.view(-1, 64) for t in tensors] for tensors in problem([1 << 16, *[1 << 12] * 8], FP32)]
+    assert measured(packed(lists, *mix), grad_scale=0.5, telemetry=Telemetry()).peak / (1 << 14) <= 60
 
 
 @pytest.mark.parametrize("mix", BYTES, ids=str)

@@ -4,12 +4,16 @@ GPU_CHECK_DEVICE=cpu rehearses on a CPU, with few elements in Triton's interpret
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
+from megatron_lion.kernels import self_check
+from megatron_lion.kernels.foreach import lion_update_foreach_
+from megatron_lion.step import StepKind
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
 from tests.kernel_calls import reference, run
@@ -91,10 +95,10 @@ def test_telemetry_at_that_size_changes_no_bit(storage: Any, update: Any) -> Non
 
 
 @EVERY_STORAGE
-@pytest.mark.parametrize("kernel", ["triton", "reference"])
+@pytest.mark.parametrize("kernel", ["triton", "foreach", "reference"])
 def test_the_gpu_has_the_bits_of_the_reference_on_the_cpu(storage: Any, kernel: str, update: Any) -> None:
     """Compared on the GPU only, a kernel and the reference could share a fault of the device's arithmetic."""
-    chosen = update if kernel == "triton" else lion_update_
+    chosen = {"triton": update, "foreach": lion_update_foreach_, "reference": lion_update_}[kernel]
     here = packed(with_special_values(problem([3001, 33], FP32)), *storage, copies=storage[0] != BF16)
     there = {
         name: [entry.to(DEVICE, copy=True) if torch.is_tensor(entry) else entry for entry in role]
@@ -105,3 +109,17 @@ def test_the_gpu_has_the_bits_of_the_reference_on_the_cpu(storage: Any, kernel: 
         reference(**here, **LANGUAGE)
         for name in here.keys() - {"blocks"}:
             assert_same_bits([tensor.cpu() for tensor in there[name]], here[name])
+
+
+@pytest.mark.parametrize("remainder", [False, True], ids=["plain", "compact"])
+def test_the_self_check_of_auto_passes(remainder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kind = StepKind(torch.device(DEVICE), FP32, FP32, FP32, BF16)
+    if remainder:
+        kind = StepKind(torch.device(DEVICE), BF16, BF16, torch.int8, None, torch.int16, BF16)
+    numel = self_check.NUMEL if DEVICE == "cuda" else LARGE
+    result = self_check.run(self_check.Check(kind, numel, telemetry=DEVICE == "cuda"))
+    assert result.passed, result.text

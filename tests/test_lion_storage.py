@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 
+from megatron_lion import kernels
 from megatron_lion.config import LionError
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.precision import BlockLayout, dequantize, join_master, quantize, split_master
-from megatron_lion.update import lion_step
+from megatron_lion.step import LionUpdate, StepKind
+from megatron_lion.storage import Storage
+from megatron_lion.update import lion_step, lion_update_
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 STORAGES = [(momentum, master) for momentum in (None, "fp32", "bf16", "int8") for master in (None, "fp32", "remainder")]
@@ -36,6 +39,25 @@ def values(optimizer: ShardedLion, params: list[torch.nn.Parameter]) -> list[tor
 def assert_equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> None:
     for left, right in zip(one, two, strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("momentum", "master"), STORAGES)
+def test_the_kind_of_a_storage_is_that_of_its_steps(
+    momentum: str | None, master: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known at the start, before there are gradients or state."""
+    params, kinds = parameters(dtype), []
+
+    def recorded(kernel: str, kind: StepKind) -> LionUpdate:
+        kinds.append(kind)
+        return lion_update_
+
+    monkeypatch.setattr(kernels, "choose", recorded)
+    optimizer = ShardedLion(params, **HYPER, momentum_dtype=momentum, master_weights=master)
+    expected = {Storage(momentum, master).kind(param, param.dtype) for param in params}
+    train(optimizer, params, 1)
+    assert set(kinds) == expected
 
 
 @pytest.mark.parametrize(("momentum", "master"), STORAGES)

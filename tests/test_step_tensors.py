@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_lion.precision import BlockLayout
-from megatron_lion.step import StepKind, StepTensors
+from megatron_lion.step import StepKind, StepScalars, StepTensors
 from tests.test_kernels import problem
 from tests.test_packed_kernels import BF16, FP32, INT8, packed
 
@@ -95,3 +95,16 @@ def test_a_wrapper_without_memory_is_refused():
     wrapped = TwoTensor(torch.zeros(7), torch.zeros(7))
     with pytest.raises(ValueError, match="tensors of type TwoTensor are not supported"):
         StepTensors(masters=zeros(7), grads=[wrapped], exp_avgs=zeros(7))
+
+
+def test_all_scalars_are_read_with_one_wait(monkeypatch):
+    """Each read of a tensor on a GPU waits for it."""
+    scalars = StepScalars(torch.tensor([1e-3]), 0.9, 0.95, torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.5))
+    reads = []
+    tolist, item = torch.Tensor.tolist, torch.Tensor.__float__
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(1) or tolist(tensor))
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: reads.append(1) or item(tensor))
+    assert scalars.on_host() == (torch.tensor(1e-3).double().item(), 0.9, 0.95, 0.1, 0.5)
+    assert len(reads) == 1
+    assert scalars._replace(lr=1e-3, weight_decay=0.1, grad_scale=0.5).on_host() == (1e-3, 0.9, 0.95, 0.1, 0.5)
+    assert len(reads) == 1

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 import torch
 
 from megatron_lion.config import KERNELS, LionError
-from megatron_lion.kernels import compiler
+from megatron_lion.kernels import compiler, self_check
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_update_fused_, supports_dtypes
-from megatron_lion.step import LionUpdate, StepKind
+from megatron_lion.step import LionUpdate, StepKind, StepScalars, StepTensors
+from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
 
 __all__ = ["KERNELS", "choose", "describe"]
@@ -17,29 +18,34 @@ __all__ = ["KERNELS", "choose", "describe"]
 def choose(kernel: str, kind: StepKind) -> LionUpdate:
     """Return the update function for tensors of ``kind``.
 
-    - ``"auto"``: the fused CPU kernel if :func:`fused_supports` the kind and a C++ compiler works, else foreach.
-    - ``"foreach"``: always foreach.
-    - ``"fused"``: on a GPU the Triton kernel. It has run only in Triton's interpreter, so ``"auto"`` never uses it.
-    - ``"reference"``: always the reference.
+    - ``"auto"``: on a CPU the fused kernel if :func:`fused_supports` the kind and a C++ compiler works. On a GPU the
+      Triton kernel if it supports the kind and has passed :mod:`~megatron_lion.kernels.self_check` there; the first
+      call for a kind makes the check. Otherwise foreach.
+    - ``"foreach"`` and ``"reference"``: that kernel, on any device and for any kind.
+    - ``"fused"``: the C++ kernel on a CPU, the Triton kernel on a GPU, without a self-check.
 
     Raises:
         LionError: ``"fused"`` cannot be used; the message has the reason.
     """
-    if kernel == "fused" and kind.device.type == "cuda" and supports_dtypes(kind):
-        return _triton_update()
-    if kernel in ("auto", "fused"):
-        problem = fused_problem() if fused_supports(kind) else _unsupported(kind)
-        if problem is None:
-            return lion_update_fused_
+    if kernel in ("foreach", "reference"):
+        return lion_update_foreach_ if kernel == "foreach" else lion_update_
+    if kind.device.type == "cuda" and supports_dtypes(kind):
         if kernel == "fused":
-            raise LionError(f"the fused kernel cannot be used: {problem}. Use auto, foreach or reference")
-    return lion_update_ if kernel == "reference" else lion_update_foreach_
+            return _triton_update()
+        return _triton_if_contiguous if self_check.result_for(kind).passed else lion_update_foreach_
+    problem = fused_problem() if fused_supports(kind) else _unsupported(kind)
+    if problem is None:
+        return lion_update_fused_
+    if kernel == "fused":
+        raise LionError(f"the fused kernel cannot be used: {problem}. Use auto, foreach or reference")
+    return lion_update_foreach_
 
 
 def describe(kernel: str, kinds: Iterable[StepKind]) -> str:
     """Names of the kernels that ``kernel`` selects for ``kinds``, for the start-up line.
 
-    ``"fused"``, or with the reason for a fallback: ``"foreach (no C++ compiler on PATH ...)"``.
+    ``"fused"``, with ``auto`` on a GPU ``"fused (self-checked on <GPU>: ...)"``, or with the reason for a fallback:
+    ``"foreach (no C++ compiler on PATH ...)"``.
     """
     return ", ".join(dict.fromkeys(_describe(kernel, kind) for kind in kinds)) or "none"
 
@@ -47,7 +53,9 @@ def describe(kernel: str, kinds: Iterable[StepKind]) -> str:
 def _describe(kernel: str, kind: StepKind) -> str:
     name = {lion_update_foreach_: "foreach", lion_update_: "reference"}.get(choose(kernel, kind), "fused")
     reason = None
-    if name == "fused" and kind.device.type == "cpu" and (problem := compiler.cache_problem()):
+    if kernel == "auto" and kind.device.type == "cuda" and supports_dtypes(kind):
+        reason = self_check.result_for(kind).text
+    elif name == "fused" and kind.device.type == "cpu" and (problem := compiler.cache_problem()):
         reason = f"compiled for this run only: {problem}"
     elif kernel == "auto" and name != "fused" and fused_supports(kind):
         reason = fused_problem()
@@ -63,6 +71,16 @@ def _triton_update() -> LionUpdate:
             "Install triton, or use auto, foreach or reference"
         ) from error
     return lion_update_triton_
+
+
+def _triton_if_contiguous(tensors: StepTensors, scalars: StepScalars, telemetry: Telemetry | None = None) -> None:
+    """The Triton kernel; foreach if a tensor is not contiguous."""
+    try:
+        _triton_update()(tensors, scalars, telemetry)
+    except ValueError:  # nothing was written
+        if all(tensors.are_contiguous()):
+            raise
+        lion_update_foreach_(tensors, scalars, telemetry)
 
 
 def _unsupported(kind: StepKind) -> str:

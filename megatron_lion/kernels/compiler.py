@@ -71,8 +71,8 @@ def _load(source: Path, flags: Sequence[str]) -> _Outcome:
     command = [compiler, *flags, str(source)]
     name = f"{source.stem}-{_key(source, compiler, *flags)}.so"
     try:
-        library = _cache_folder() / name
-        if not (library.is_file() and _is_private(library)):
+        library = cache_folder() / name
+        if not (library.is_file() and is_private(library)):
             _compile(command, library)
         return _Outcome(ctypes.CDLL(str(library)), "")
     except OSError as error:
@@ -112,7 +112,7 @@ def _cpu() -> str:
     return "\n".join(line for line in lines if line.startswith(described))
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """The cache folder, created if it is missing. Raises OSError if it cannot be created or trusted."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -120,12 +120,12 @@ def _cache_folder() -> Path:
         raise FileNotFoundError("this user has no home folder; set XDG_CACHE_HOME") from error
     folder = (base / "megatron_lion").resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not _is_private(folder):
+    if not is_private(folder):
         raise PermissionError(f"{folder} is owned or writable by another user")
     return folder
 
 
-def _is_private(path: Path) -> bool:
+def is_private(path: Path) -> bool:
     """Whether only this user, or root, could have written ``path``."""
     status = path.stat()
     return status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022

@@ -16,7 +16,7 @@ from megatron_lion.update import compute_dtype
 # kernels, not their launches, take the time. On a CPU the temporaries must stay in the cache and in memory that malloc
 # keeps: with 2^26 elements the system mapped them page by page in every step, which took 5 times as long.
 MAX_NUMEL = 1 << 24
-MAX_NUMEL_PACKED = 1 << 22  # packed state needs more bytes per element
+MAX_NUMEL_SMALL = 1 << 22  # packed state and telemetry need more bytes per element
 MAX_NUMEL_CPU = 1 << 18
 
 
@@ -24,23 +24,23 @@ MAX_NUMEL_CPU = 1 << 18
 def lion_update_foreach_(tensors: StepTensors, scalars: StepScalars, telemetry: Telemetry | None = None) -> None:
     """:func:`megatron_lion.update.lion_update_` for tensors of any storage; the same bits, in place.
 
-    Temporary memory is bounded by one chunk: at most ``MAX_NUMEL`` elements (``MAX_NUMEL_PACKED`` with remainders or
-    int8 momentum, ``MAX_NUMEL_CPU`` on a CPU), more only for larger tensors that are not contiguous. Per element of a
-    chunk it takes 12 bytes for fp32 masters and momenta, 16 to 20 if those are bf16, 26 with remainders and 30 with
-    int8 momentum: on a GPU at most 340 MB. Issues no collective.
+    Temporary memory is bounded by one chunk: at most ``MAX_NUMEL`` elements (``MAX_NUMEL_SMALL`` with remainders, int8
+    momentum or telemetry, ``MAX_NUMEL_CPU`` on a CPU), more only for larger tensors that are not contiguous. Per
+    element of a chunk it takes 12 bytes for fp32 masters and momenta, 16 to 20 if those are bf16, 26 to 30 with
+    remainders or int8 momentum, and up to 60 with telemetry: on a GPU at most 336 MB. Issues no collective.
     """
     if tensors.kind is None or scalars.skips():
         return
     numbers = scalars.on_host()
-    for chunk in chunks_of(tensors, _limit(tensors.kind)):
+    for chunk in chunks_of(tensors, _limit(tensors.kind, telemetry)):
         _update_chunk(chunk, numbers, telemetry)
 
 
-def _limit(kind: StepKind) -> int:
+def _limit(kind: StepKind, telemetry: Telemetry | None) -> int:
     """Maximum elements of a chunk."""
     if kind.device.type == "cpu":
         return MAX_NUMEL_CPU
-    return MAX_NUMEL_PACKED if kind.is_packed else MAX_NUMEL
+    return MAX_NUMEL if telemetry is None and not kind.is_packed else MAX_NUMEL_SMALL
 
 
 def _update_chunk(chunk: Chunk, numbers: tuple[float, float, float, float, float], telemetry: Telemetry | None) -> None:

@@ -124,8 +124,10 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
         "--lion-kernel",
         default=LionOptions.kernel,
         metavar=f"{{{','.join(KERNELS)}}}",
-        help="How a step is computed. All give the same bits. auto: on a CPU with a C++ compiler one fused pass; "
-        "otherwise torch's foreach for fp32 state and gradients, else the slow reference (default: %(default)s).",
+        help="How Lion's step is computed; all give the same bits. fused: one pass over memory, in C++ on a CPU and in "
+        "Triton on a GPU. foreach: torch's operations on many tensors at once. reference: one tensor after another, "
+        "slow. auto: fused where it can run (on a GPU only after a check of its bits there), else foreach. The "
+        "start-up line names the kernel (default: %(default)s).",
     )
 
     state_precision.add(parser)
