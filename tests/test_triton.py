@@ -156,14 +156,14 @@ def test_a_skipped_step_sums_nothing():
 @pytest.mark.parametrize("tensors", [1, 5, 40])
 def test_one_launch_however_many_tensors(tensors, monkeypatch):
     launches = []
-    kernel = triton_lion._lion_kernel
+    kernel = triton_lion.lion_kernel
 
     class Counted:
         def __getitem__(self, grid):
             launches.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(triton_lion, "_lion_kernel", Counted())
+    monkeypatch.setattr(triton_lion, "lion_kernel", Counted())
     compare(update, problem([7] * tensors, FP32, DEVICE), steps=1, **LANGUAGE)
     assert len(launches) == 1
 

@@ -1,0 +1,115 @@
+"""The kernel calls of a parameter group's step, reused until one of its tensors or settings changes.
+
+Making the calls checks every tensor. For thousands of tensors that takes much longer than comparing them with those of
+the last step, and a GPU would wait for it.
+"""
+
+import itertools
+import operator
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_lion.step import LionUpdate, StepTensors
+from megatron_lion.storage import State
+
+_dtype = operator.attrgetter("dtype")
+STATE_KEYS = ("exp_avg", "exp_avg_scale", "master_param")
+
+
+@dataclass
+class KernelCall:
+    """One call of a kernel, and the parameters that it updates.
+
+    It has their gradients only from :meth:`take` to :meth:`run`, so that memory that the user frees between steps is
+    free. Gradients are usually new tensors in each step, at the same addresses.
+    """
+
+    update: LionUpdate
+    tensors: StepTensors
+    params: Sequence[Tensor]
+    states: Sequence[State]
+    chosen: list[bool]
+    """For each parameter of the group, whether it is in this call."""
+
+    def __post_init__(self) -> None:
+        self._kept = {key: [state.get(key) for state in self.states] for key in STATE_KEYS}
+        self._gradients = _facts(self.tensors.grads)
+
+    def take(self, grads: Sequence[Tensor | None], state: Mapping[Tensor, State]) -> bool:
+        """Use the group's new ``grads`` if nothing else about the tensors has changed. Return whether.
+
+        Compared are identities of states and their tensors, addresses of all tensors, and dtype, sizes and contiguity
+        of the gradients.
+        """
+        if not _same(map(state.get, self.params), self.states):
+            return False
+        for key, tensors in self._kept.items():
+            if not _same(map(dict.get, self.states, itertools.repeat(key)), tensors):
+                return False
+        self.tensors.grads = list(itertools.compress(grads, self.chosen))  # type: ignore[arg-type]
+        return _facts(self.tensors.grads) == self._gradients and self.tensors.find_addresses() == self.tensors.addresses
+
+    def run(self, *args: Any) -> None:
+        """Call the kernel with its tensors and ``args``."""
+        try:
+            self.update(self.tensors, *args)
+        finally:
+            self.tensors.grads = []
+
+
+@dataclass
+class GroupPlan:
+    """The kernel calls of one group."""
+
+    settings: tuple[object, ...]
+    """Objects on which the calls depend, compared by identity."""
+    params: list[Tensor]
+    has_grad: bytes
+    """For each parameter, 1 if it has a gradient."""
+    calls: list[KernelCall]
+
+    def take(
+        self,
+        settings: tuple[object, ...],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        state: Mapping[Tensor, State],
+    ) -> bool:
+        """Use ``grads`` if a new plan would have the same calls. Return whether."""
+        try:
+            return (
+                _same(settings, self.settings)
+                and len(params) == len(self.params)
+                and _same(params, self.params)
+                and present(grads) == self.has_grad
+                and all(call.take(grads, state) for call in self.calls)
+            )
+        except RuntimeError:  # a sparse gradient has no address
+            return False
+
+    def inherit(self, previous: "GroupPlan") -> None:
+        """Take over what kernels have prepared in ``previous`` for the same addresses."""
+        for call, old in itertools.product(self.calls, previous.calls):
+            if _layout(call.tensors) == _layout(old.tensors) and all(call.tensors.are_contiguous()):
+                call.tensors.launch = old.tensors.launch
+
+
+def present(grads: Iterable[Tensor | None]) -> bytes:
+    """For each of ``grads``, 1 if it is not None."""
+    return bytes(map(operator.is_not, grads, itertools.repeat(None)))
+
+
+def _same(values: Iterable[object], others: Iterable[object]) -> bool:
+    return all(map(operator.is_, values, others))
+
+
+def _facts(grads: list[Tensor]) -> tuple[object, ...]:
+    return set(map(_dtype, grads)), array("q", map(Tensor.numel, grads)), bytes(map(Tensor.is_contiguous, grads))
+
+
+def _layout(tensors: StepTensors) -> tuple[object, ...]:
+    return tensors.kind, tensors.addresses, tensors.numels, tensors.blocks
