@@ -3,6 +3,8 @@
 Tested in Triton's interpreter (``TRITON_INTERPRET=1``) and compiled for GPUs (docs/gpu.md). It has not run on a GPU.
 """
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +17,7 @@ from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
 
 # bf16 is read and written as integers: Triton's interpreter flushes bf16 denormals and rounds its casts differently.
+MAY_BE_ON_DEVICE = ("lr", "weight_decay", "grad_scale")  # in the order of the kernel's ON_DEVICE
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.uint16, torch.int8: tl.int8}
 
 
@@ -44,41 +47,33 @@ def lion_update_triton_(tensors: StepTensors, scalars: StepScalars, telemetry: T
         lion_update_(tensors.select([not entry for entry in contiguous]), scalars, telemetry)
         lion_update_triton_(tensors.select(contiguous), scalars, telemetry)
         return
-    numbers = [_number(kind.device, value) for value in _in_order(scalars)]
+    arguments = _arguments(kind, scalars)
     with torch.cuda.device_of(tensors.masters[0]):  # Triton launches on the current device
         if not isinstance(tensors.launch, LaunchTable):
             tensors.launch = launch_table(tensors)
         table = tensors.launch
         skip = table.never if scalars.skip is None else _on(kind.device, scalars.skip)
-        sums = _launch(kind, table, numbers, skip, with_sums=telemetry is not None)
+        sums = _launch(table, {**arguments, "skip": skip, "TELEMETRY": telemetry is not None})
     written = [tensor for name, role in tensors.roles().items() if name != "grads" for tensor in role]
     torch.autograd.graph.increment_version(written)  # autograd did not see the writes
     if telemetry is not None:
         _merge(telemetry, sums, skip, sum(tensors.numels))
 
 
-def _launch(kind: StepKind, table: LaunchTable, numbers: list[float | Tensor], skip: Tensor, with_sums: bool) -> Tensor:
+def _launch(table: LaunchTable, arguments: dict[str, Any]) -> Tensor:
     """Launch for whole blocks and for the rest, where there are any. Return the sums of each program."""
-    programs = len(table.whole) + len(table.rest)
-    sums = torch.zeros(programs if with_sums else 0, 6, dtype=torch.float64, device=kind.device)
+    programs = len(table.whole) + len(table.rest) if arguments["TELEMETRY"] else 0
+    sums = torch.zeros(programs, 6, dtype=torch.float64, device=table.rows.device)
     for is_whole, tensor_of in ((True, table.whole), (False, table.rest)):
         if len(tensor_of):
             lion_kernel[(len(tensor_of),)](
                 table.rows,
                 tensor_of,
-                *numbers,
-                skip,
-                sums if is_whole else sums[len(table.whole) :],
-                PARAM=TYPES[kind.masters],
-                GRAD=TYPES[kind.grads],
-                MOMENTUM=TYPES[kind.exp_avgs],
-                COPY=kind.model_copies is not None,
-                REMAINDER=kind.remainders is not None,
-                PACKED=kind.scales is not None,
-                TELEMETRY=with_sums,
+                sums=sums if is_whole else sums[len(table.whole) :],
                 WHOLE=is_whole,
                 SIZE=SIZE,
                 enable_fp_fusion=False,
+                **arguments,
             )
     return sums
 
@@ -91,10 +86,31 @@ def _merge(telemetry: Telemetry, sums: Tensor, skip: Tensor, elements: int) -> N
         telemetry.merge(Telemetry(elements, l1, l2_squared, inner, int(zeros), int(flipped), linf_param))
 
 
-def _in_order(scalars: StepScalars) -> tuple[float | Tensor, ...]:
-    """The kernel's arguments from lr to grad_scale."""
+def _arguments(kind: StepKind, scalars: StepScalars) -> dict[str, Any]:
+    """The kernel's arguments from dtypes and scalars."""
     beta1, beta2 = scalars.beta1, scalars.beta2
-    return scalars.lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, scalars.weight_decay, scalars.grad_scale
+    on_device = {name: _number(kind.device, getattr(scalars, name)) for name in MAY_BE_ON_DEVICE}
+    return {
+        **on_device,
+        "beta1": beta1,
+        "rest1": 1.0 - beta1,
+        "beta2": beta2,
+        "rest2": 1.0 - beta2,
+        "ON_DEVICE": sum(isinstance(on_device[name], Tensor) << bit for bit, name in enumerate(MAY_BE_ON_DEVICE)),
+        **compile_time(kind),
+    }
+
+
+def compile_time(kind: StepKind) -> dict[str, Any]:
+    """The kernel's compile-time arguments for tensors of ``kind``."""
+    return {
+        "PARAM": TYPES[kind.masters],
+        "GRAD": TYPES[kind.grads],
+        "MOMENTUM": TYPES[kind.exp_avgs],
+        "COPY": kind.model_copies is not None,
+        "REMAINDER": kind.remainders is not None,
+        "PACKED": kind.scales is not None,
+    }
 
 
 def _number(device: torch.device, value: float | Tensor) -> float | Tensor:

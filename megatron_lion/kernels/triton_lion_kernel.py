@@ -128,11 +128,9 @@ def _address(entry, TYPE: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _number(value):
-    """A scalar argument: passed as a number, or as the address of one on the device."""
-    if tl.constexpr(value.dtype.is_ptr()):
-        value = tl.load(value)
-    return value.to(tl.float32)
+def _number(value, ON_DEVICE: tl.constexpr):
+    """A scalar argument: a number, or the address of one."""
+    return tl.load(value).to(tl.float32) if ON_DEVICE else value
 
 
 @triton.jit
@@ -230,7 +228,7 @@ def _update(
 def lion_kernel(
     table,  # int64 [tensors, COLUMNS]
     tensor_of,  # int32 [programs]: the tensor of each program
-    lr,  # numbers, or addresses of one number on the device
+    lr,  # these are fp32 numbers; lr, weight_decay and grad_scale may be addresses of one, see ON_DEVICE
     beta1,
     rest1,  # 1 - beta1
     beta2,
@@ -246,6 +244,7 @@ def lion_kernel(
     REMAINDER: tl.constexpr,
     PACKED: tl.constexpr,  # momentum in int8
     TELEMETRY: tl.constexpr,
+    ON_DEVICE: tl.constexpr,  # sum of 1 if lr, 2 if weight_decay, 4 if grad_scale is an address
     WHOLE: tl.constexpr,  # every block is full and begins at a multiple of 16 bytes in every role
     SIZE: tl.constexpr,
 ):
@@ -263,13 +262,13 @@ def lion_kernel(
             inside,
             scale_index,
             known,
-            _number(lr),
+            _number(lr, ON_DEVICE & 1),
             beta1,
             rest1,
             beta2,
             rest2,
-            _number(weight_decay),
-            _number(grad_scale),
+            _number(weight_decay, ON_DEVICE & 2),
+            _number(grad_scale, ON_DEVICE & 4),
             sums + 6 * program.to(tl.int64),
             PARAM,
             GRAD,

@@ -106,9 +106,28 @@ class Program:
             elif found := INSTRUCTION.match(line):
                 self.code.append((found[1], found[2], found[3]))
 
-    def executed(self) -> int:
-        """Instructions from the start to the exit.
+    def executed(self, at: int | None = None) -> int:
+        """Instructions that a thread executes from the entry, or from ``at``, to the exit or the return.
 
-        A conditional branch that jumps over a call is taken: the call is a slow path of a division or a root.
+        A conditional branch is taken if it jumps over a call: such calls are the slow paths of divisions and roots.
+        No other conditional branch or exit is taken. Loops are not followed back.
         """
-        return 0
+        at = min(index for name, index in self.labels.items() if "kernel" in name) if at is None else at
+        count = 0
+        while at < len(self.code):
+            predicate, instruction, arguments = self.code[at]
+            name = instruction.split(".")[0]
+            count += 1
+            if predicate is None and name in ("EXIT", "RET"):
+                break
+            target = self.labels.get(found[1]) if (found := re.search(r"`\(([^)]+)\)", arguments)) else None
+            if name == "CALL" and target is not None and predicate is None:
+                count += self.executed(target)
+            if name == "BRA" and target is not None and target > at:
+                is_conditional = predicate is not None or "UP" in arguments
+                over_a_call = any(op.startswith("CALL") for _, op, _ in self.code[at + 1 : target])
+                if not is_conditional or over_a_call:
+                    at = target
+                    continue
+            at += 1
+        return count
