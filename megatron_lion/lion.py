@@ -186,7 +186,8 @@ class Lion(torch.optim.Optimizer):
                 state = self.state[param] or self._begin(param, grad, group, scalars)
                 by_kind[self._kind(param, grad, state)].append(index)
         calls = [self._call(group, grads, indices) for indices in by_kind.values()]
-        plan = GroupPlan(self._settings(group), list(group["params"]), present(grads), calls)
+        states = list(self.state.values())
+        plan = GroupPlan(self._settings(group), list(group["params"]), present(grads), states, calls)
         if previous := self._plans.get(id(group)):
             plan.inherit(previous)
         self._plans[id(group)] = plan

@@ -6,7 +6,6 @@ the last step, and a GPU would wait for it.
 
 import itertools
 import operator
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,22 +35,20 @@ class KernelCall:
     """For each parameter of the group, whether it is in this call."""
 
     def __post_init__(self) -> None:
-        self._kept = {key: [state.get(key) for state in self.states] for key in STATE_KEYS}
-        self._gradients = _facts(self.tensors.grads)
+        self._stored = {key: [state[key] for state in self.states] for key in STATE_KEYS if key in self.states[0]}
+        self._form = _form(self.tensors.grads)
 
-    def take(self, grads: Sequence[Tensor | None], state: Mapping[Tensor, State]) -> bool:
+    def take(self, grads: Sequence[Tensor | None]) -> bool:
         """Use the group's new ``grads`` if nothing else about the tensors has changed. Return whether.
 
-        Compared are identities of states and their tensors, addresses of all tensors, and dtype, sizes and contiguity
-        of the gradients.
+        Compared are identities of the state's tensors, addresses of all tensors, and dtype and contiguity of the
+        gradients. Sizes are not: a gradient always has those of its parameter.
         """
-        if not _same(map(state.get, self.params), self.states):
-            return False
-        for key, tensors in self._kept.items():
+        for key, tensors in self._stored.items():
             if not _same(map(dict.get, self.states, itertools.repeat(key)), tensors):
                 return False
         self.tensors.grads = list(itertools.compress(grads, self.chosen))  # type: ignore[arg-type]
-        return _facts(self.tensors.grads) == self._gradients and self.tensors.find_addresses() == self.tensors.addresses
+        return _form(self.tensors.grads) == self._form and self.tensors.find_addresses() == self.tensors.addresses
 
     def run(self, *args: Any) -> None:
         """Call the kernel with its tensors and ``args``."""
@@ -70,6 +67,8 @@ class GroupPlan:
     params: list[Tensor]
     has_grad: bytes
     """For each parameter, 1 if it has a gradient."""
+    states: list[State]
+    """Those of all groups: to compare them all is cheaper than to look up some."""
     calls: list[KernelCall]
 
     def take(
@@ -80,14 +79,16 @@ class GroupPlan:
         state: Mapping[Tensor, State],
     ) -> bool:
         """Use ``grads`` if a new plan would have the same calls. Return whether."""
+        if (
+            not _same(settings, self.settings)
+            or (len(params), len(state)) != (len(self.params), len(self.states))
+            or not _same(params, self.params)
+            or not _same(state.values(), self.states)
+            or present(grads) != self.has_grad
+        ):
+            return False
         try:
-            return (
-                _same(settings, self.settings)
-                and len(params) == len(self.params)
-                and _same(params, self.params)
-                and present(grads) == self.has_grad
-                and all(call.take(grads, state) for call in self.calls)
-            )
+            return all(call.take(grads) for call in self.calls)
         except RuntimeError:  # a sparse gradient has no address
             return False
 
@@ -107,8 +108,8 @@ def _same(values: Iterable[object], others: Iterable[object]) -> bool:
     return all(map(operator.is_, values, others))
 
 
-def _facts(grads: list[Tensor]) -> tuple[object, ...]:
-    return set(map(_dtype, grads)), array("q", map(Tensor.numel, grads)), bytes(map(Tensor.is_contiguous, grads))
+def _form(grads: list[Tensor]) -> tuple[object, ...]:
+    return set(map(_dtype, grads)), bytes(map(Tensor.is_contiguous, grads))
 
 
 def _layout(tensors: StepTensors) -> tuple[object, ...]:

@@ -54,8 +54,8 @@ def lion_update_triton_(tensors: StepTensors, scalars: StepScalars, telemetry: T
         table = tensors.launch
         skip = table.never if scalars.skip is None else _on(kind.device, scalars.skip)
         sums = _launch(table, {**arguments, "skip": skip, "TELEMETRY": telemetry is not None})
-    written = [tensor for name, role in tensors.roles().items() if name != "grads" for tensor in role]
-    torch.autograd.graph.increment_version(written)  # autograd did not see the writes
+    # Autograd did not see the writes. A backward pass that saved old values must fail, not use the new ones.
+    torch.autograd.graph.increment_version([*tensors.masters, *(tensors.model_copies or ())])
     if telemetry is not None:
         _merge(telemetry, sums, skip, sum(tensors.numels))
 

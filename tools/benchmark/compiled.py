@@ -139,13 +139,17 @@ def markdown(table: list[Row]) -> str:
     names = [gpu for gpu, (arch, _, _) in GPUS.items() if arch in archs]
     cells = [f"sm_{arch}: registers, spills, fma, executed" for arch in archs]
     lines = [
-        "| " + " | ".join(["variant", "bytes", *cells, "accesses, bits: number", *(f"issue, {n}" for n in names)]) + " |",
+        "| "
+        + " | ".join(["variant", "bytes", *cells, "accesses, bits: number", *(f"issue, {n}" for n in names)])
+        + " |",
         "|---" * (3 + len(archs) + len(names)) + "|",
     ]
     by_variant = {(one.name, one.arch): one for one in table}
     for name in dict.fromkeys(one.name for one in table):
         here = [by_variant[name, arch] for arch in archs]
-        columns = [f"{one.facts.registers}, {one.facts.spills}, {one.facts.contracted}, {one.executed:.1f}" for one in here]
+        columns = [
+            f"{one.facts.registers}, {one.facts.spills}, {one.facts.contracted}, {one.executed:.1f}" for one in here
+        ]
         widths = ", ".join(f"{bits}: {count}" for bits, count in sorted(here[-1].facts.widths.items(), reverse=True))
         shares = []
         for gpu in names:
@@ -159,8 +163,12 @@ def markdown(table: list[Row]) -> str:
 def main() -> None:
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(USUAL), metavar="NAME", help="'all', or names as in the table")
-    parser.add_argument("--archs", nargs="+", type=int, default=list(ARCHITECTURES), help="compute capabilities (%(default)s)")
+    parser.add_argument(
+        "--variants", nargs="+", default=list(USUAL), metavar="NAME", help="'all', or names as in the table"
+    )
+    parser.add_argument(
+        "--archs", nargs="+", type=int, default=list(ARCHITECTURES), help="compute capabilities (%(default)s)"
+    )
     parser.add_argument("--processes", type=int, default=1, help="compile in so many processes (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args()
