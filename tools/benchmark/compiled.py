@@ -3,8 +3,8 @@
     python -m tools.benchmark.compiled [--variants all] [--archs 80 90 100] [--json FILE]
 
 Estimates, not measurements: "executed" counts the instructions of a thread in a full block, divided by its elements.
-"Issue" is the share of the issue slots that a GPU needs for them while its memory is read and written at full speed; near
-100 % and above, the instructions limit the speed and not the memory.
+"Issue" is the share of the issue slots that a GPU needs for them while its memory is read and written at full speed.
+Near 100 % and above, the instructions limit the speed and not the memory.
 """
 
 import os
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import triton
 
-from megatron_lion.kernels.triton_lion import compile_time
+from megatron_lion.kernels.triton_lion import MAY_BE_ON_DEVICE, compile_time
 from megatron_lion.kernels.triton_lion_kernel import SIZE, lion_kernel
 from megatron_lion.step import StepKind
 from tools.benchmark.sass import ARCHITECTURES, Facts, compile_kernel, facts
@@ -49,20 +49,21 @@ GPUS = {"A100-80": (80, 108 * 128 * 1.41e9, 2.039e12), "H100": (90, 132 * 128 * 
 
 @dataclass(frozen=True)
 class Variant:
-    """Storage of one launch: master/gradient/momentum, with +copy, +telemetry and, for tails, +rest."""
+    """One launch: master/gradient/momentum, +copy, +telemetry, +scalars on the device, and +rest for tails."""
 
     master: str
     grad: str
     momentum: str
     copy: bool = False
     telemetry: bool = False
-    whole: bool = True
+    scalars: bool = False
+    rest: bool = False
 
     @property
     def name(self) -> str:
         """As in the table."""
-        words = ("copy", self.copy), ("telemetry", self.telemetry), ("rest", not self.whole)
-        return "+".join([f"{self.master}/{self.grad}/{self.momentum}", *(word for word, is_so in words if is_so)])
+        words = (word for word in ("copy", "telemetry", "scalars", "rest") if getattr(self, word))
+        return "+".join([f"{self.master}/{self.grad}/{self.momentum}", *words])
 
     @property
     def kind(self) -> StepKind:
@@ -80,20 +81,32 @@ class Variant:
     @property
     def bytes(self) -> float:
         """Bytes that a step reads and writes per element."""
+        codes = 2 + 4 / 32 if self.kind.scales else 0.0
+        return self.wide_bytes + codes
+
+    @property
+    def wide_bytes(self) -> int:
+        """Those in 128-bit accesses: all but int8 codes, of which a thread has 64 bits, and their scales."""
         kind = self.kind
-        twice = [kind.masters, kind.exp_avgs, *([kind.remainders] if kind.remainders else [])]
-        scales = 4 / 32 if kind.scales else 0.0
-        return 2 * sum(dtype.itemsize for dtype in twice) + kind.grads.itemsize + 2 * self.copy + scales
+        twice = [
+            kind.masters,
+            *([kind.remainders] if kind.remainders else []),
+            *([] if kind.scales else [kind.exp_avgs]),
+        ]
+        return 2 * sum(dtype.itemsize for dtype in twice) + kind.grads.itemsize + 2 * self.copy
 
 
 def variants() -> Iterator[Variant]:
-    """All variants of the kernel, without the combinations of scalars on the device."""
-    yield from itertools.starmap(
-        Variant,
-        itertools.product(
-            ("fp32", "bf16", "remainder"), ("fp32", "bf16"), DTYPES, (False, True), (False, True), (True, False)
-        ),
+    """All variants of the kernel, those with scalars on the device only without telemetry."""
+    choices = itertools.product(
+        ("fp32", "bf16", "remainder"),
+        ("fp32", "bf16"),
+        DTYPES,
+        *[(False, True)] * 4,  # copy, telemetry, scalars, rest
     )
+    for variant in itertools.starmap(Variant, choices):
+        if not (variant.telemetry and variant.scalars):
+            yield variant
 
 
 @dataclass(frozen=True)
@@ -103,12 +116,11 @@ class Row:
     name: str
     arch: int
     bytes: float
+    executed: float
+    """Instructions per element."""
+    wide: int
+    """128-bit accesses of a thread if all that can be are."""
     facts: Facts
-
-    @property
-    def executed(self) -> float:
-        """Instructions per element."""
-        return self.facts.executed / (SIZE / THREADS)
 
 
 def row(variant: Variant, arch: int) -> Row:
@@ -116,12 +128,15 @@ def row(variant: Variant, arch: int) -> Row:
     constants = {
         **compile_time(variant.kind),
         "TELEMETRY": variant.telemetry,
-        "ON_DEVICE": 0,
-        "WHOLE": variant.whole,
+        "ON_DEVICE": 7 if variant.scalars else 0,
+        "WHOLE": not variant.rest,
         "SIZE": SIZE,
     }
-    aligned = {"table", "tensor_of", "sums"}
-    return Row(variant.name, arch, variant.bytes, facts(compile_kernel(lion_kernel, TYPES, constants, aligned, arch)))
+    types = TYPES | (dict.fromkeys(MAY_BE_ON_DEVICE, "*fp32") if variant.scalars else {})
+    found = facts(compile_kernel(lion_kernel, types, constants, {"table", "tensor_of", "sums"}, arch))
+    elements = SIZE // THREADS
+    wide = elements * variant.wide_bytes // 16
+    return Row(variant.name, arch, variant.bytes, found.executed / elements, wide, found)
 
 
 def rows(chosen: Iterable[Variant], archs: Iterable[int], processes: int = 1) -> list[Row]:
@@ -136,51 +151,39 @@ def rows(chosen: Iterable[Variant], archs: Iterable[int], processes: int = 1) ->
 def markdown(table: list[Row]) -> str:
     """One line per variant, with a column per architecture."""
     archs = sorted({one.arch for one in table})
-    names = [gpu for gpu, (arch, _, _) in GPUS.items() if arch in archs]
-    cells = [f"sm_{arch}: registers, spills, fma, executed" for arch in archs]
-    lines = [
-        "| "
-        + " | ".join(["variant", "bytes", *cells, "accesses, bits: number", *(f"issue, {n}" for n in names)])
-        + " |",
-        "|---" * (3 + len(archs) + len(names)) + "|",
-    ]
-    by_variant = {(one.name, one.arch): one for one in table}
+    gpus = [gpu for gpu, (arch, _, _) in GPUS.items() if arch in archs]
+    titles = ["variant", "bytes", *(f"sm_{arch}" for arch in archs), "accesses", *(f"issue, {gpu}" for gpu in gpus)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    found = {(one.name, one.arch): one for one in table}
     for name in dict.fromkeys(one.name for one in table):
-        here = [by_variant[name, arch] for arch in archs]
-        columns = [
-            f"{one.facts.registers}, {one.facts.spills}, {one.facts.contracted}, {one.executed:.1f}" for one in here
-        ]
-        widths = ", ".join(f"{bits}: {count}" for bits, count in sorted(here[-1].facts.widths.items(), reverse=True))
-        shares = []
-        for gpu in names:
-            arch, slots, bandwidth = GPUS[gpu]
-            one = by_variant[name, arch]
-            shares.append(f"{bandwidth / one.bytes * one.executed / slots:.0%}")
-        lines.append("| " + " | ".join([name, f"{here[0].bytes:.3g}", *columns, widths, *shares]) + " |")
+        here = [found[name, arch] for arch in archs]
+        columns = [f"{one.facts.registers}, {one.facts.spills}, {one.facts.fma}, {one.executed:.1f}" for one in here]
+        widths = ", ".join(f"{count} x {bits}" for bits, count in sorted(here[0].facts.widths.items(), reverse=True))
+        shares = [_issue(found[name, GPUS[gpu][0]], *GPUS[gpu][1:]) for gpu in gpus]
+        lines.append(f"| {' | '.join([name, f'{here[0].bytes:.3g}', *columns, widths, *shares])} |")
     return "\n".join(lines)
+
+
+def _issue(one: Row, slots: float, bandwidth: float) -> str:
+    return f"{bandwidth / one.bytes * one.executed / slots:.0%}"
 
 
 def main() -> None:
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--variants", nargs="+", default=list(USUAL), metavar="NAME", help="'all', or names as in the table"
-    )
-    parser.add_argument(
-        "--archs", nargs="+", type=int, default=list(ARCHITECTURES), help="compute capabilities (%(default)s)"
-    )
+    parser.add_argument("--variants", nargs="+", default=list(USUAL), metavar="NAME", help="as in the table, or 'all'")
+    parser.add_argument("--archs", nargs="+", type=int, default=list(ARCHITECTURES), help="such as 90 for an H100")
     parser.add_argument("--processes", type=int, default=1, help="compile in so many processes (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args()
     known = {variant.name: variant for variant in variants()}
-    if args.variants == ["all"]:
-        args.variants = list(known)
-    if unknown := set(args.variants) - known.keys():
-        parser.error(f"unknown variants {sorted(unknown)}; valid: {', '.join(known)}")
-    table = rows([known[name] for name in args.variants], args.archs, args.processes)
-    print(f"Triton {triton.__version__}, torch {torch.__version__}: {len(table)} compilations\n\n{markdown(table)}")
+    names = list(known) if args.variants == ["all"] else args.variants
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"unknown variants: {', '.join(unknown)}. Valid: {', '.join(known)}")
+    table = rows([known[name] for name in names], args.archs, args.processes)
+    print(f"Triton {triton.__version__}: {len(table)} compilations\n\n{markdown(table)}")
     if args.json:
-        args.json.write_text(json.dumps([{**asdict(one), "executed": one.executed} for one in table], indent=1))
+        args.json.write_text(json.dumps([asdict(one) for one in table], indent=1))
 
 
 if __name__ == "__main__":

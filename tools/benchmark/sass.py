@@ -50,6 +50,8 @@ class Facts:
     """Loads and stores of registers in local memory."""
     contracted: int
     """Fused multiply-adds in the PTX, which round once where a product and a sum round twice."""
+    fma: int
+    """The same in the machine code. Correctly rounded divisions and roots consist of them."""
     flushed: int
     """Instructions in the PTX that flush denormals."""
     widths: dict[int, int]
@@ -75,6 +77,7 @@ def facts(compiled: Any) -> Facts:
         registers=int(registers[1]),
         spills=sum(op.startswith(("LDL", "STL")) for _, op, _ in program.code),
         contracted=len(re.findall(r"\bfma\.rn", ptx)),
+        fma=sum(op.startswith(("FFMA", "DFMA")) for _, op, _ in program.code),
         flushed=len(re.findall(r"\.ftz", ptx)),
         widths=dict(collections.Counter(int(count or 1) * int(bits) for count, bits in accesses)),
         executed=program.executed(),
