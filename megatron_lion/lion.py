@@ -61,8 +61,8 @@ class Lion(torch.optim.Optimizer):
             no sums.
 
     Raises:
-        LionError: a hyperparameter is out of range, a parameter is complex or integer, a gradient is sparse, or
-            another optimizer wrote the state dict.
+        LionError: a hyperparameter is out of range, a parameter is complex or integer, ``kernel="fused"`` does not
+            support a parameter on a GPU, a gradient is sparse, or another optimizer wrote the state dict.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -129,6 +129,7 @@ class Lion(torch.optim.Optimizer):
                 )
             if torch.is_tensor(param):
                 storage.check(param)
+                kernels.check_parameter(group["kernel"], storage.kind(param), param)
         super().add_param_group(group)
 
     @torch.no_grad()

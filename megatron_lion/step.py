@@ -68,8 +68,8 @@ class StepTensors:
     """None if there is no tensor."""
     numels: "array[int]" = field(init=False, repr=False)
     """Elements of each parameter, int64."""
-    addresses: "array[int]" = field(init=False, repr=False)
-    """Addresses of all tensors when this was constructed, one role after another, int64."""
+    addresses: list[int] = field(init=False, repr=False)
+    """Those of :meth:`all_tensors` when this was constructed."""
     launch: object | None = field(init=False, repr=False, default=None)
     """What a kernel has prepared for these tensors at these addresses."""
 
@@ -83,7 +83,7 @@ class StepTensors:
         if len(set(lengths.values())) > 1:
             raise ValueError(f"every list must have one entry per parameter, got lengths {lengths}")
         self.numels = array("q", map(Tensor.numel, self.masters))
-        self.addresses = self.find_addresses()
+        self.addresses = list(map(Tensor.data_ptr, self.all_tensors()))
         if self.masters:
             self.kind = _kind_of(roles)
             self._check_sizes(roles)
@@ -94,9 +94,9 @@ class StepTensors:
         """The lists of tensors that are present, by name, in the order of :data:`ROLES`."""
         return {name: tensors for name in ROLES if (tensors := getattr(self, name)) is not None}
 
-    def find_addresses(self) -> "array[int]":
-        """Today's ``addresses``. They change without the tensors when a storage is freed and allocated again."""
-        return array("q", map(Tensor.data_ptr, itertools.chain.from_iterable(self.roles().values())))
+    def all_tensors(self) -> list[Tensor]:
+        """All tensors, one role after another."""
+        return list(itertools.chain.from_iterable(self.roles().values()))
 
     def are_captured(self) -> bool:
         """Whether a CUDA graph is being captured on their device."""

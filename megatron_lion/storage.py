@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_lion.config import MASTER_WEIGHTS, MOMENTUM_DTYPES, LionError, check_choice
 from megatron_lion.precision import BlockLayout, dequantize, join_master, quantize, split_master
-from megatron_lion.step import StepTensors
+from megatron_lion.step import StepKind, StepTensors
 
 # Keys that tell Lion's parameter groups from another optimizer's.
 LION_GROUP_KEYS = frozenset({"lr", "betas", "weight_decay", "momentum_init", "maximize"})
@@ -59,6 +59,20 @@ class Storage:
         elif master == torch.int16:
             state["master_param"] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
         return state
+
+    def kind(self, param: Tensor) -> StepKind:
+        """The kind of an update of ``param`` whose gradient has the dtype of the parameter."""
+        master, momentum = self._master(param), self._momentum(param)
+        has_fp32_master = master == torch.float32
+        return StepKind(
+            param.device,
+            torch.float32 if has_fp32_master else param.dtype,
+            param.dtype,
+            momentum,
+            model_copies=param.dtype if has_fp32_master else None,
+            remainders=torch.int16 if master == torch.int16 else None,
+            scales=torch.bfloat16 if momentum == torch.int8 else None,
+        )
 
     def sizes(self, param: Tensor, layout: BlockLayout) -> tuple[int, int]:
         """Bytes of momentum and of master weights that :meth:`create` allocates for ``param``."""

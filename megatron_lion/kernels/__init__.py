@@ -11,7 +11,7 @@ from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_upda
 from megatron_lion.step import LionUpdate, StepKind
 from megatron_lion.update import lion_update_
 
-__all__ = ["KERNELS", "choose", "describe"]
+__all__ = ["KERNELS", "check_parameter", "choose", "describe"]
 
 
 def choose(kernel: str, kind: StepKind) -> LionUpdate:
@@ -37,6 +37,21 @@ def choose(kernel: str, kind: StepKind) -> LionUpdate:
     if kernel != "reference" and foreach_supports(kind):
         return lion_update_foreach_
     return lion_update_
+
+
+def check_parameter(kernel: str, kind: StepKind, param: torch.Tensor) -> None:
+    """Refuse ``"fused"`` before the first step if it cannot update ``param``, stored as ``kind``, on a GPU.
+
+    Raises:
+        LionError: the message has the reason.
+    """
+    if kernel == "fused" and kind.device.type == "cuda":
+        choose(kernel, kind)
+        if not param.is_contiguous():
+            raise LionError(
+                f"the fused kernel cannot be used on a GPU for a parameter that is not contiguous: shape "
+                f"{tuple(param.shape)}, strides {param.stride()}. Make it contiguous, or use auto, foreach or reference"
+            )
 
 
 def describe(kernel: str, kinds: Iterable[StepKind]) -> str:

@@ -75,7 +75,7 @@ def launch_table(tensors: StepTensors) -> LaunchTable:
 def _columns(tensors: StepTensors) -> tuple[Tensor, Tensor, Tensor]:
     """For each tensor its whole blocks, its other blocks, and the columns of the table."""
     count, roles = len(tensors.masters), tensors.roles()
-    given = iter(_int64(tensors.addresses).view(-1, count))
+    given = iter(_int64(array("q", tensors.addresses)).view(-1, count))
     addresses = torch.stack([next(given) if name in roles else torch.zeros(count, dtype=torch.int64) for name in ROLES])
     numels = _int64(tensors.numels)
     aligned = ~(addresses % ALIGNMENT).any(0)
