@@ -1,12 +1,13 @@
-"""The demo's two training runs: what launch/demo.sh does between the text and the figures.
+"""The demo, in an environment that is ready: text, two training runs, figures, and what to do next.
 
 Lion is killed with SIGKILL in the middle and resumed from its last checkpoint; SGD runs through. Each run's output goes
-to OUTPUT/{lion,sgd}/log.txt, the norm ratio that it measured on the way to norm_ratio.jsonl beside it. A run that is
+to OUTPUT/{lion,sgd}/log.txt, the norm ratio that it measured on the way to norm_ratio.jsonl next to it. A run that is
 complete there is kept.
 """
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,11 +23,12 @@ from megatron_lion.run import readable_errors
 from megatron_lion.training_log import TrainingLog, read_training_log
 
 ROOT = Path(__file__).resolve().parent.parent
+TEXT = "--vocab-size 512"
 RANKS = 4
 MODEL = "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128"
+NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 LAYOUT = "--tensor-model-parallel-size 2 --use-distributed-optimizer"
-ROUNDS = "--norm-ratio-interval 60 --norm-ratio-batches 20 --norm-ratio-at-start"
-BATCH = "--micro-batch-size 4 --global-batch-size 16 --lr-decay-style cosine --lr-warmup-iters 20 --num-workers 0"
+BATCH = "--micro-batch-size 16 --global-batch-size 32 --lr-decay-style cosine --lr-warmup-iters 10 --num-workers 0"
 # Each the best of a small sweep at this size (docs/results/demo.md); a tiny model takes larger steps than a real one.
 OPTIMIZERS = {
     "lion": "--optimizer lion --lr 1e-3 --min-lr 1e-4 --weight-decay 0.1",
@@ -50,10 +52,10 @@ def command(name: str, text: Path, folder: Path, iterations: int, save_interval:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)),
         *(
             str(ROOT / "launch" / "pretrain_gpt.py"),
-            *f"{MODEL} {LAYOUT} {BATCH} {run_flags.FLAGS} {run} {ROUNDS} {OPTIMIZERS[name]}".split(),
+            *f"{MODEL} {NO_DROPOUT} {LAYOUT} {BATCH} {run} {OPTIMIZERS[name]}".split(),
         ),
         *(*data, "--save", str(checkpoints), "--load", str(checkpoints), "--save-interval", str(save_interval)),
-        *("--norm-ratio-file", str(folder / "norm_ratio.jsonl")),
+        *("--norm-ratio-at-start", "--norm-ratio-file", str(folder / "norm_ratio.jsonl")),
     ]
 
 
@@ -129,23 +131,61 @@ def is_complete(folder: Path, iterations: int) -> bool:
     return "test" in log.final and iterations in log.loss
 
 
-def main() -> None:
+def figures(output: Path) -> None:
+    """Draw both runs' losses and norm ratios, and write their table."""
+    runs = {"Lion": output / "lion", "SGD": output / "sgd"}
+    logs = [word for name, folder in runs.items() for word in ("--run", f"{name}={folder / 'log.txt'}")]
+    tool("compare_runs.py", *logs, "--figure", output / "loss.png", "--table", output / "table.md")
+    rounds = [word for name, folder in runs.items() for word in ("--run", f"{name}={folder / 'norm_ratio.jsonl'}")]
+    tool("norm_ratio_figure.py", *rounds, "--figure", output / "norm_ratio.png")
+
+
+def tool(name: str, *words: object) -> None:
+    """Run one of tools/. Raises LionError where it fails; its own message is on the screen then."""
+    line = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
+    if status := subprocess.run(line, check=False).returncode:
+        raise LionError(f"tools/{name} failed with exit status {status}, see above")
+
+
+def next_steps(output: Path) -> str:
+    """What to look at, and the command lines that evaluate and export the Lion run's last checkpoint."""
+    checkpoints = output / "lion" / "checkpoints"
+    evaluation = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(ROOT / "tools" / "eval_wikitext103.py", "--checkpoints", checkpoints, "--steps", "latest"),
+        *("--text", ROOT / "README.md", "--detokenizer", "none"),
+        *("--tensor-model-parallel-size", "2", "--micro-batch-size", "16"),
+    ]
+    export = [sys.executable, ROOT / "tools" / "export_hf.py", "--checkpoints", checkpoints, "--output", output / "hf"]
+    return f"""Look at
+    {output / "loss.png"}          loss of both runs
+    {output / "norm_ratio.png"}    l1/l2 of the gradient
+    {output / "table.md"}          final losses
+    {output / "lion" / "log.txt"}  Megatron's log, with Lion's start-up line
+Evaluate Lion's checkpoint, on README.md
+    MEGATRON_LION_DEVICE=cpu {shlex.join(map(str, evaluation))}
+Export it to Hugging Face's format
+    MEGATRON_LION_DEVICE=cpu {shlex.join(map(str, export))}"""
+
+
+def say(title: str) -> None:
+    """A heading on the screen."""
+    print(f"\n== {title}", flush=True)
+
+
+def train_both(output: Path, iterations: int, batches: int) -> None:
     """Train with Lion, killed and resumed, then with SGD."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="folder made by tools/demo_text.py")
-    parser.add_argument("--output", type=Path, required=True, help="folder for logs and checkpoints")
-    parser.add_argument("--iterations", type=int, default=300, help="optimizer steps of each run (default 300)")
-    options = parser.parse_args()
-    save_interval = max(options.iterations // 3, 1)
-    kill_at = save_interval + save_interval // 2
+    save_interval = max(iterations // 3, 1)
+    kill_at = save_interval + save_interval // 3
     for name in OPTIMIZERS:
-        folder = options.output / name
-        if is_complete(folder, options.iterations):
+        folder = output / name
+        if is_complete(folder, iterations):
             print(f"  {name}: complete in {folder}, kept (remove the folder to train again)")
             continue
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        line = command(name, options.text, folder, options.iterations, save_interval)
+        line = command(name, output / "text", folder, iterations, save_interval)
+        line += f"--norm-ratio-batches {batches} --norm-ratio-interval {max(iterations // 2, 1)}".split()
         started = time.monotonic()
         if name == "lion":
             before = train(name, line, folder / "log.txt", kill_at=kill_at)
@@ -160,6 +200,23 @@ def main() -> None:
         else:
             train(name, line, folder / "log.txt")
         print(f"  {name}: done in {time.monotonic() - started:.0f} s")
+
+
+def main() -> None:
+    """Make the text, train with Lion, killed and resumed, then with SGD, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for text, logs, checkpoints and figures")
+    parser.add_argument("--iterations", type=int, default=90, help="steps of each run (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=60, help="batches of a norm-ratio round (default: %(default)s)")
+    options = parser.parse_args()
+    say("text: the documentation that ships with Python")
+    tool("demo_text.py", "--output", options.output / "text", *TEXT.split())
+    say("training: a tiny GPT on 4 gloo ranks, TP 2 x DP 2, distributed optimizer")
+    train_both(options.output, options.iterations, options.batches)
+    say("figures")
+    figures(options.output)
+    say("done")
+    print(next_steps(options.output.resolve()))
 
 
 if __name__ == "__main__":

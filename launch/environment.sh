@@ -44,6 +44,6 @@ make_environment() {
     rm -rf "$root/.venv"
     "$python" -m venv "$root/.venv"
     "$PYTHON" -m pip install --quiet --progress-bar off --constraint "$root/launch/constraints.txt" \
-        --editable "${root}[train,tools,test,paper]" emerging-optimizers
+        --editable "${root}[megatron,train,tools,test,paper]" emerging-optimizers
     echo "$stamp" >"$root/.venv/.complete"
 }

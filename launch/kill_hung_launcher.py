@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run a launcher, and kill it when it hangs: python launch/kill_hung_launcher.py SECONDS torchrun ...
+"""Run a launcher, and kill it when it hangs.
 
 torchrun (2.13) asks the rendezvous store again and again whether nodes are waiting (``num_nodes_waiting``). If the link
 to the store's machine is cut, that call waits in the kernel, past all of torchrun's timeouts, and ignores SIGTERM and
@@ -7,6 +7,7 @@ Ctrl-C. So a second process watches, and kills a launcher that has had no rank f
 its rendezvous may take, in which nodes wait for each other without ranks.
 """
 
+import argparse
 import contextlib
 import os
 import select
@@ -20,7 +21,17 @@ POLL_SECONDS = 5.0
 
 def main(arguments: list[str]) -> None:
     """Become the launcher, with a child that watches it: signals and the exit status are the launcher's own."""
-    seconds, command = float(arguments[0]), arguments[1:]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="kill_hung_launcher.py [-h] SECONDS torchrun ...",
+    )
+    parser.add_argument("seconds", type=float, metavar="SECONDS", help="kill a launcher without ranks after this time")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="torchrun ...", help="the launcher's command line")
+    options = parser.parse_args(arguments)
+    seconds, command = options.seconds, options.command
+    if not command:
+        parser.error("no launcher given, such as torchrun ...")
     launcher = os.getpid()
     handle = os.pidfd_open(launcher)
     if os.fork() == 0:

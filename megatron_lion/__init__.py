@@ -1,7 +1,8 @@
 """Lion for Megatron-Core.
 
-``import megatron_lion`` imports nothing else: torch comes with :class:`Lion`, Megatron with :func:`register`. So the
-import hook that ``megatron-lion enable`` sets costs an interpreter that trains nothing almost nothing.
+``import megatron_lion`` imports nothing else: torch comes with :class:`Lion`, Megatron with :func:`register` and
+:class:`Reports`. So the import hook that ``megatron-lion enable`` sets costs an interpreter that trains nothing almost
+nothing.
 """
 
 from megatron_lion.version import __version__
@@ -10,10 +11,18 @@ TYPE_CHECKING = False  # typing's own costs an import
 if TYPE_CHECKING:
     from typing import Any
 
-    from megatron_lion.config import LionError
+    from megatron_lion.config import LionError, NormRatioOptions
+    from megatron_lion.integration.reporting.reports import Reports
     from megatron_lion.lion import Lion
 
-__all__ = ["Lion", "LionError", "__version__", "register"]
+__all__ = ["Lion", "LionError", "NormRatioOptions", "Reports", "__version__", "register"]
+# Where each name is that is imported when it is first used.
+_LAZY = {
+    "Lion": "megatron_lion.lion",
+    "LionError": "megatron_lion.config",
+    "NormRatioOptions": "megatron_lion.config",
+    "Reports": "megatron_lion.integration.reporting.reports",
+}
 
 
 def register() -> None:
@@ -27,12 +36,8 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> "Any":
-    if name == "Lion":
-        from megatron_lion.lion import Lion
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return Lion
-    if name == "LionError":
-        from megatron_lion.config import LionError
-
-        return LionError
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

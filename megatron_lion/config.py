@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 PAPER_BETAS = (0.9, 0.99)
@@ -14,9 +14,10 @@ MOMENTUM_DTYPES = ("fp32", "bf16", "int8")
 MASTER_WEIGHTS = ("fp32", "remainder")
 INITS_FROM = ("adam", "fresh")
 
-# AdamW's rates for language models start here. Small models have been tuned to higher ones with Lion too
-# (docs/coming-from-adamw.md has the sources), so this gives a warning, not an error.
-ADAMW_LIKE_LR = 3e-4
+# Lion's published rates for language models (docs/coming-from-adamw.md, section 4): up to 2e-3 with weight decays from
+# 0.6, and up to 3e-4 with AdamW's usual weight decays. Others give a warning, not an error.
+HIGHEST_LR = 2e-3
+ADAMW_LIKE_LR, ADAMW_LIKE_WEIGHT_DECAY = 3e-4, 0.2
 
 
 class LionError(ValueError):
@@ -72,14 +73,14 @@ def check_rates(lr: float | None, weight_decay: float, min_lr: float | None = No
         raise LionError(f"--min-lr {min_lr:g} is greater than --lr {lr:g}; lower it with Lion's --lr")
 
 
-def warning_about(lr: float) -> str | None:
-    """A sentence if the learning rate looks like AdamW's, else None."""
-    if lr < ADAMW_LIKE_LR:
+def warning_about(lr: float, weight_decay: float) -> str | None:
+    """A sentence if the rates look like AdamW's and are outside the published ranges of Lion's, else None."""
+    if lr <= ADAMW_LIKE_LR or (lr <= HIGHEST_LR and weight_decay > ADAMW_LIKE_WEIGHT_DECAY):
         return None
     return (
-        f"--lr {lr:g} looks like AdamW's. Lion moves every element by the whole learning rate, so it usually needs a "
-        f"3 to 10 times lower one ({lr / 10:g} to {lr / 3:g}) with a 3 to 10 times higher --weight-decay; see "
-        "docs/coming-from-adamw.md"
+        f"--lr {lr:g} with --weight-decay {weight_decay:g} looks like AdamW's. Lion moves every element by the whole "
+        f"learning rate, so it usually needs a 3 to 10 times lower one ({lr / 10:g} to {lr / 3:g}) with a 3 to 10 "
+        "times higher --weight-decay; see docs/coming-from-adamw.md"
     )
 
 
@@ -105,6 +106,8 @@ class LionOptions:
     """how the momentum is stored, one of ``MOMENTUM_DTYPES``"""
     master_weights: str = "fp32"
     """how the fp32 master of a bf16 parameter is stored, one of ``MASTER_WEIGHTS``"""
+    fast_norm: bool = False
+    """one pass of this package's CPU kernel for Megatron's gradient norm, whose last bits may differ"""
     init_from: str | None = None
     """what Lion's momentum starts from if the checkpoint is Adam's, one of ``INITS_FROM``. None: refused"""
     rates_from_run: bool = False
@@ -130,6 +133,7 @@ class LionOptions:
             kernel=config.lion_kernel,
             momentum_dtype=momentum_dtype,
             master_weights=master_weights,
+            fast_norm=config.lion_fast_norm,
             init_from=config.lion_init_from,
             rates_from_run=config.lion_rates_from_run,
             saves_stacks=config.lion_saves_stacks,
@@ -140,8 +144,9 @@ class LionOptions:
     def write_to(self, config: Any) -> None:
         """Set every option in ``config``, in place, so that it says what is used."""
         config.lion_beta1, config.lion_beta2 = self.betas
-        for name in ("kernel", "momentum_dtype", "master_weights", "init_from", "rates_from_run", "saves_stacks"):
-            setattr(config, f"lion_{name}", getattr(self, name))
+        for option in fields(self):
+            if option.name != "betas":
+                setattr(config, f"lion_{option.name}", getattr(self, option.name))
 
     def _check_against(self, config: Any) -> None:
         offload = config.optimizer_cpu_offload
@@ -206,7 +211,8 @@ def _precision(config: Any) -> tuple[str, str]:
             f"--lion-momentum-dtype {momentum_dtype} contradicts --exp-avg-dtype {exp_avg}: remove one of them"
         )
     if master_weights is None:
-        as_remainders = aware and config.bf16 and not config.optimizer_cpu_offload
+        keeps_remainders = getattr(config, "store_param_remainders", True)  # the command line has no such flag
+        as_remainders = aware and config.bf16 and keeps_remainders and not config.optimizer_cpu_offload
         master_weights = "remainder" if as_remainders else LionOptions.master_weights
     return momentum_dtype, master_weights
 

@@ -30,27 +30,53 @@ STEPS = {
 }
 
 
-def pth_path() -> "Path":
-    """Where the hook's line lives in this environment."""
+def pth_paths() -> "list[Path]":
+    """Where this interpreter would find the hook's line: site-packages, and the user's if that is read too.
+
+    pip installs into the user's where the environment's is not writable.
+    """
+    import site
     import sysconfig
     from pathlib import Path
 
-    return Path(sysconfig.get_path("purelib")) / PTH_NAME
+    folders = [sysconfig.get_path("purelib")]
+    if site.ENABLE_USER_SITE:
+        folders.append(site.getusersitepackages())
+    return [Path(folder) / PTH_NAME for folder in folders]
 
 
 def is_enabled() -> bool:
     """Whether the hook is set in this environment."""
-    return pth_path().is_file()
+    return any(path.is_file() for path in pth_paths())
 
 
-def enable() -> None:
-    """Set the hook: from the next interpreter on, this environment's ``--optimizer lion`` is ours."""
-    pth_path().write_text(PTH_LINE, encoding="utf-8")
+def enable() -> "Path":
+    """Set the hook: from the next interpreter on, this environment's ``--optimizer lion`` is ours.
+
+    Returns the file that was written. Raises OSError for site-packages if no folder can be written.
+    """
+    first, *others = pth_paths()
+    try:
+        first.write_text(PTH_LINE, encoding="utf-8")
+        return first
+    except OSError:
+        for path in others:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(PTH_LINE, encoding="utf-8")
+                return path
+            except OSError:
+                continue
+        raise
 
 
-def disable() -> None:
-    """Take the hook away; nothing happens where it is not set."""
-    pth_path().unlink(missing_ok=True)
+def disable() -> "Path":
+    """Remove the hook; nothing happens where it is not set. Returns where it was, or would be."""
+    paths = pth_paths()
+    found = [path for path in paths if path.is_file()]
+    for path in found:
+        path.unlink()
+    return (found or paths)[0]
 
 
 def install() -> None:

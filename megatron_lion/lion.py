@@ -3,7 +3,7 @@
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,11 @@ class Lion(torch.optim.Optimizer):
     :mod:`megatron_lion.update`), so a step on a shard of a tensor is bit-identical to a step on the whole tensor.
 
     State per parameter: ``exp_avg`` (m), of the parameter's shape; :mod:`megatron_lion.storage` lists the additional
-    tensors of other precisions. Issues no collective.
+    tensors of other precisions. Issues no collective, except for a DTensor gradient with other placements than its
+    parameter, which is redistributed.
+
+    DTensor parameters (torch FSDP2, Megatron-FSDP) are stepped on each rank's local tensors, with state in DTensors of
+    the same placements. ``telemetry`` then has the sums of the local tensors.
 
     Args:
         params: parameters or parameter groups; each group may have its own ``lr``, ``betas``, ``weight_decay``,
@@ -106,7 +110,6 @@ class Lion(torch.optim.Optimizer):
 
     def _forget_plans(self) -> None:
         self._plans: dict[int, GroupPlan] = {}
-        # A graph reads a kernel's tables at each replay, so they must not be freed.
         self._captured: list[object] = self.__dict__.get("_captured", [])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -129,7 +132,7 @@ class Lion(torch.optim.Optimizer):
                 )
             if torch.is_tensor(param):
                 storage.check(param)
-                kernels.check_parameter(group["kernel"], storage.kind(param), param)
+                kernels.check_parameter(group["kernel"], storage.kind(param, param.dtype), param)
         super().add_param_group(group)
 
     @torch.no_grad()
@@ -176,11 +179,19 @@ class Lion(torch.optim.Optimizer):
                 storage = storage_of(group)
                 for param, state in zip(call.params, call.states, strict=True):
                     storage.set_momentum(state, param, state["exp_avg"], self._block_layout(param))
-            if call.tensors.are_captured():
+            if call.tensors.are_captured():  # a graph reads a kernel's tables at each replay
                 self._captured.append(call.tensors.launch)
 
     def _plan(self, group: dict[str, Any], grads: Grads, scalars: StepScalars) -> GroupPlan:
-        """Divide the parameters that have a gradient into calls of kernels. Creates missing state."""
+        """Divide the parameters that have a gradient into calls of kernels. Creates missing state.
+
+        With DTensor parameters a plan holds for one step only, because their gradients have other addresses than the
+        local tensors that kernels see.
+        """
+        grads = [
+            None if grad is None else _placed_as(param, grad)
+            for param, grad in zip(group["params"], grads, strict=True)
+        ]
         by_kind: defaultdict[Hashable, list[int]] = defaultdict(list)
         for index, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
             if grad is not None:
@@ -279,3 +290,14 @@ class Lion(torch.optim.Optimizer):
         finally:
             for hook in own:
                 hook.remove()
+
+
+def _placed_as(param: Tensor, grad: Any) -> Tensor:
+    """``grad`` with the placements of ``param`` if it is a DTensor with others, such as a sum that is still pending.
+
+    Issues the collective of that redistribution, on every rank of the mesh. Others are returned as they are.
+    """
+    placements = getattr(param, "placements", None)
+    if placements is None or getattr(grad, "placements", placements) == placements:
+        return cast(Tensor, grad)
+    return cast(Tensor, grad.redistribute(placements=placements))

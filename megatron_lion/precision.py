@@ -121,8 +121,8 @@ def _in_blocks(values: Tensor, layout: BlockLayout) -> Tensor:
     row = min(layout.row_length, BLOCK) if layout.row_length % BLOCK == 0 else layout.row_length
     before = layout.start % row
     after = -(before + values.numel()) % row
-    rows = functional.pad(values.flatten(), (before, after)).view(-1, row)
-    blocks = functional.pad(rows, (0, -row % BLOCK)).view(-1, BLOCK)
+    rows = _padded(values.flatten(), before, after).view(-1, row)
+    blocks = _padded(rows, 0, -row % BLOCK).reshape(-1, BLOCK)
     first = before // BLOCK
     return blocks[first : first + layout.count(values.numel())]
 
@@ -134,6 +134,11 @@ def _from_blocks(blocks: Tensor, layout: BlockLayout, numel: int) -> Tensor:
     before = layout.start % row
     missing_before = before // BLOCK
     missing_after = -(missing_before + blocks.shape[0]) % width
-    whole = functional.pad(blocks, (0, 0, missing_before, missing_after))
+    whole = _padded(blocks.flatten(), missing_before * BLOCK, missing_after * BLOCK)
     piece = whole.reshape(-1, width * BLOCK)[:, :row].reshape(-1)[before : before + numel]
     return piece.contiguous()  # for rows of one element it is a view of 32 times the memory
+
+
+def _padded(values: Tensor, before: int, after: int) -> Tensor:
+    """``values`` with zeros around the last dimension, or ``values`` themselves if there is nothing to add."""
+    return functional.pad(values, (before, after)) if before or after else values

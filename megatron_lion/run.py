@@ -15,6 +15,10 @@ from megatron_lion.config import LionError
 # How long a rank other than 0 waits before it prints. Where all ranks fail alike, rank 0 prints at once and exits, and
 # torchrun ends the others meanwhile. On a node without rank 0, the node's first rank does the same for its neighbors.
 GRACE_SECONDS = 5.0
+HELP = """usage: torchrun -m megatron_lion.run SCRIPT [FLAGS ...]
+
+Register megatron-lion, then run SCRIPT, your own Megatron training script, with FLAGS. The script's folder comes
+first on the path, as with `torchrun SCRIPT`. All flags: torchrun -m megatron_lion.run SCRIPT --help"""
 
 
 def report_error(error: LionError) -> None:
@@ -46,6 +50,9 @@ def readable_errors() -> Iterator[None]:
 
 def main() -> None:
     """Run ``sys.argv[1]`` as ``__main__`` with the rest as its arguments, as ``python SCRIPT ARGS`` would."""
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(HELP)
+        return
     with readable_errors():
         if len(sys.argv) < 2:
             raise LionError(

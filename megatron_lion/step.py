@@ -5,15 +5,19 @@ import operator
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from megatron_lion.precision import BlockLayout, block_counts
 from megatron_lion.telemetry import Telemetry
 
 _device, _dtype = operator.attrgetter("device"), operator.attrgetter("dtype")
+
+# The usual types. Only other ones need a closer look.
+PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
 # Each role of a step's tensors, in the order of StepKind's fields.
 ROLES = ("masters", "grads", "exp_avgs", "model_copies", "remainders", "scales")
@@ -43,10 +47,11 @@ class StepTensors:
     All tensors are on one device, and each list has one dtype. Tensors of a parameter have the same number of elements
     (except ``scales``), in any shape and memory layout. Only ``grads`` and ``blocks`` are not modified by an update.
 
-    The constructor checks all of this, once for all kernels. It issues no collective and does not wait for a device.
+    The constructor checks all of this, once for all kernels. It replaces each DTensor by this rank's local tensor, so
+    no kernel sees another one. It issues no collective and does not wait for a device.
 
     Raises:
-        ValueError: the lists, sizes, dtypes or devices do not fit together.
+        ValueError: the lists, sizes, dtypes or devices do not fit together, or a tensor has no memory of its own.
     """
 
     masters: list[Tensor]
@@ -76,6 +81,8 @@ class StepTensors:
     def __post_init__(self) -> None:
         if self.scales is not None and self.blocks is None:
             self.blocks = [BlockLayout.of_whole(master) for master in self.masters]
+        for name, tensors in self.roles().items():
+            setattr(self, name, _local(tensors))
         roles = self.roles()
         lengths = {name: len(tensors) for name, tensors in roles.items()}
         if self.scales is not None and self.blocks is not None:
@@ -166,13 +173,41 @@ class StepScalars(NamedTuple):
 
     def on_host(self) -> tuple[float, float, float, float, float]:
         """lr, beta1, beta2, weight_decay and grad_scale as Python floats."""
-        return (float(self.lr), self.beta1, self.beta2, float(self.weight_decay), float(self.grad_scale))
+        lr, weight_decay, grad_scale = on_host(self.lr, self.weight_decay, self.grad_scale)
+        return (lr, self.beta1, self.beta2, weight_decay, grad_scale)
+
+
+def on_host(*values: float | Tensor) -> list[float]:
+    """``values``, each a number or a one-element tensor, as Python floats. Waits at most once for a device."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    read: Iterator[Any] = iter(tensors)
+    if len(tensors) > 1 and len(set(map(_device, tensors))) == 1:
+        read = iter(torch.stack([tensor.detach().reshape(()).double() for tensor in tensors]).tolist())
+    return [float(next(read) if isinstance(value, Tensor) else value) for value in values]
 
 
 class LionUpdate(Protocol):
     """Signature of :func:`megatron_lion.update.lion_update_` and of every kernel that can replace it."""
 
     def __call__(self, tensors: StepTensors, scalars: StepScalars, telemetry: Telemetry | None = None) -> None: ...
+
+
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    """``tensors`` with each DTensor replaced by this rank's local tensor, which shares its memory."""
+    if PLAIN_TYPES.issuperset(map(type, tensors)):
+        return tensors
+    with torch.no_grad():
+        return [_local_tensor(tensor) for tensor in tensors]
+
+
+def _local_tensor(tensor: Any) -> Tensor:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if is_traceable_wrapper_subclass(local):  # the address of its memory would be wrong or 0
+        raise ValueError(
+            f"tensors of type {type(local).__name__} are not supported: they are wrappers without memory of their own. "
+            "Use plain tensors or DTensors of plain tensors"
+        )
+    return cast(Tensor, local)
 
 
 def _kind_of(roles: dict[str, list[Tensor]]) -> StepKind:

@@ -46,6 +46,11 @@ class Storage:
                 f"master_weights 'remainder' supports only bf16 and fp32 parameters, got {param.dtype} of shape "
                 f"{tuple(param.shape)}. Use master_weights='fp32'"
             )
+        if self.momentum_dtype == "int8" and hasattr(param, "placements"):
+            raise LionError(
+                f"momentum_dtype 'int8' does not support DTensor parameters, got one of shape {tuple(param.shape)}: a "
+                "local shard may cut a block of 32 elements, which has one scale. Use momentum_dtype='bf16'"
+            )
 
     def create(self, param: Tensor, layout: BlockLayout) -> State:
         """Return fresh state: zero momentum, and master weights equal to ``param``."""
@@ -60,25 +65,29 @@ class Storage:
             state["master_param"] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
         return state
 
-    def kind(self, param: Tensor) -> StepKind:
-        """The kind of an update of ``param`` whose gradient has the dtype of the parameter."""
-        master, momentum = self._master(param), self._momentum(param)
-        has_fp32_master = master == torch.float32
-        return StepKind(
-            param.device,
-            torch.float32 if has_fp32_master else param.dtype,
-            param.dtype,
-            momentum,
-            model_copies=param.dtype if has_fp32_master else None,
-            remainders=torch.int16 if master == torch.int16 else None,
-            scales=torch.bfloat16 if momentum == torch.int8 else None,
-        )
-
     def sizes(self, param: Tensor, layout: BlockLayout) -> tuple[int, int]:
         """Bytes of momentum and of master weights that :meth:`create` allocates for ``param``."""
         dtype, master = self._momentum(param), self._master(param)
         scales = 2 * layout.count(param.numel()) if dtype == torch.int8 else 0
         return param.numel() * dtype.itemsize + scales, param.numel() * master.itemsize if master else 0
+
+    def kind(self, param: Tensor, grads: torch.dtype, model_copies: torch.dtype | None = None) -> StepKind:
+        """Device and dtypes of a step's tensors for ``param``, as :func:`step_tensors` passes them to a kernel.
+
+        ``grads`` is the dtype of its gradient, ``model_copies`` that of a copy of a parameter without master weights.
+        """
+        master, momentum = self._master(param), self._momentum(param)
+        if master == torch.float32:
+            model_copies = param.dtype
+        return StepKind(
+            param.device,
+            masters=torch.float32 if master == torch.float32 else param.dtype,
+            grads=grads,
+            exp_avgs=momentum,
+            model_copies=model_copies,
+            remainders=torch.int16 if master == torch.int16 else None,
+            scales=torch.bfloat16 if momentum == torch.int8 else None,
+        )
 
     def set_momentum(
         self, state: State, param: Tensor, value: Tensor, layout: BlockLayout, *, exact: bool = False

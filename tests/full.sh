@@ -17,6 +17,7 @@ OMP_NUM_THREADS=1 "$PYTHON" -m pytest --durations=25 --junitxml="$record.xml" -o
 if [ $# -eq 0 ]; then
     "$PYTHON" tests/outcome_table.py "$record.xml" docs/results/tests.md
     "$PYTHON" tests/support_table.py "$record.json" docs/results/support.md
+    "$PYTHON" tests/support_table.py --entries "$record.json" docs/frameworks.md
     ./tests/versions.sh || status=$?
     own="$(PYTHONPATH=. "$PYTHON" -c "from megatron_lion.integration.compat import versions; print(versions.megatron_version())")"
     "$PYTHON" tests/support_table.py runs/tests/versions/*.json "$own=$record.json" docs/results/versions.md

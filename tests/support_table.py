@@ -4,6 +4,7 @@
     OMP_NUM_THREADS=1 python -m pytest --support-file=support.json    # every test, the slow ones too
     python tests/support_table.py support.json docs/results/support.md    # between the marker lines; --check: only look
     python tests/support_table.py 0.18.2.json 0.19.2=support.json docs/results/versions.md    # one column per Megatron
+    python tests/support_table.py --entries support.json docs/frameworks.md    # only rows "entry / feature"
 
 A row is there if all of its tests that ran have passed: with their number, or as refused where that is what they prove.
 One with a failure ends this with an error, one whose tests were all skipped is left out and named. Rows come in the
@@ -19,6 +20,7 @@ from typing import Any
 
 BEGIN = "<!-- support table: made by tests/support_table.py, do not edit -->"
 END = "<!-- end of the support table -->"
+SEPARATOR = " / "
 
 
 Rows = dict[str, dict[str, Any]]
@@ -53,9 +55,25 @@ def by_version(versions: dict[str, Rows]) -> str:
     return "\n".join(lines)
 
 
+def by_entry(rows: Rows) -> str:
+    """A Markdown table of the rows with a name like ``entry / feature``: a line per entry, a column per feature.
+
+    `-` where no test of a cell ran. Raises as :func:`table`.
+    """
+    cells = {tuple(row.split(SEPARATOR)): entry for row, entry in rows.items() if SEPARATOR in row}
+    refuse_failed({SEPARATOR.join(names): entry for names, entry in cells.items()})
+    entries, features = (list(dict.fromkeys(names[part] for names in sorted(cells))) for part in (0, 1))
+    lines = [f"| | {' | '.join(features)} |", f"|---|{'---|' * len(features)}"]
+    for name in entries:
+        found = [cell(cells.get((name, feature), {"tests": {}})) for feature in features]
+        lines.append(f"| {name} | {' | '.join(one or '-' for one in found)} |")
+    return "\n".join(lines)
+
+
 def ordered(rows: Rows) -> list[tuple[str, dict[str, Any]]]:
-    """Rows in the order of their tests' names."""
-    return sorted(rows.items(), key=lambda item: min(item[1]["tests"]))
+    """Rows in the order of their tests' names, without those of :func:`by_entry`."""
+    plain = {row: entry for row, entry in rows.items() if SEPARATOR not in row}
+    return sorted(plain.items(), key=lambda item: min(item[1]["tests"]))
 
 
 def refuse_failed(rows: Rows) -> None:
@@ -88,8 +106,8 @@ def rows_in(page: str) -> list[str]:
     return [line.split(" | ")[0].removeprefix("| ") for line in lines[1:]]
 
 
-def read(outcomes: list[str]) -> str:
-    """The table of one file of outcomes, or a column for each of several."""
+def read(outcomes: list[str], *, entries: bool = False) -> str:
+    """The table of one file of outcomes, that of its entries, or a column for each of several."""
     loaded = {}
     for item in outcomes:
         version, _, file = item.rpartition("=")
@@ -97,6 +115,8 @@ def read(outcomes: list[str]) -> str:
     if len(loaded) > 1:
         return by_version(loaded)
     (rows,) = loaded.values()
+    if entries:
+        return by_entry(rows)
     for row, entry in rows.items():
         if not cell(entry):
             print(f"left out, its tests were skipped: {row}", file=sys.stderr)
@@ -109,9 +129,10 @@ def main() -> None:
     parser.add_argument("outcomes", nargs="+", metavar="[VERSION=]JSON", help="what pytest --support-file wrote")
     parser.add_argument("page", type=Path, help="file to write the table into; - prints it")
     parser.add_argument("--check", action="store_true", help="change nothing; fail where the file's table is another")
+    parser.add_argument("--entries", action="store_true", help="write the table of entries and features")
     options = parser.parse_args()
     try:
-        made = read(options.outcomes)
+        made = read(options.outcomes, entries=options.entries)
         if str(options.page) == "-":
             print(made)
             return

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_lion.config import LionError, LionOptions, check_rates
+from megatron_lion.config import LionError, LionOptions, check_rates, warning_about
 
 
 @pytest.mark.parametrize("kernel", ["auto", "reference", "foreach", "fused"])
@@ -40,3 +40,22 @@ def test_unknown_options_are_refused(asked: dict[str, Any], said: str) -> None:
 def test_rates_that_lion_cannot_train_with_are_refused(rates: tuple[Any, ...], said: str) -> None:
     with pytest.raises(LionError, match=said):
         check_rates(*rates)
+
+
+# Lion's rates of docs/coming-from-adamw.md, section 4, and AdamW's there and in common use.
+PUBLISHED = [
+    (2e-3, 0.7), (1e-3, 0.7), (1e-3, 0.6), (5e-4, 0.7), (5e-4, 0.6), (3e-4, 0.1), (1e-4, 0.01), (1e-5, 0.01),
+]  # fmt: skip
+ADAMW = [(8e-3, 0.1), (4e-3, 0.2), (2e-3, 0.2), (6e-4, 0.1), (4e-3, 0.7), (1e-3, 0.0)]
+
+
+@pytest.mark.parametrize("rates", PUBLISHED, ids=str)
+def test_no_published_rate_of_lions_gives_a_warning(rates: tuple[float, float]) -> None:
+    assert warning_about(*rates) is None
+
+
+@pytest.mark.parametrize("rates", ADAMW, ids=str)
+def test_rates_like_adamws_give_a_warning(rates: tuple[float, float]) -> None:
+    assert str(warning_about(*rates)).startswith(
+        f"--lr {rates[0]:g} with --weight-decay {rates[1]:g} looks like AdamW's"
+    )

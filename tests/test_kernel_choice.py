@@ -36,31 +36,34 @@ def test_fused_is_chosen_on_a_cpu_for_fp32_and_bf16(kernel, dtypes):
     assert choose(kernel, kind(*dtypes)) is lion_update_fused_
 
 
-@pytest.mark.parametrize(
-    ("kernel", "dtypes"),
-    [("auto", (FP64, FP64, FP64)), ("foreach", (FP64, FP64, FP64)), ("foreach", (FP32, FP32, FP32))],
-)
-def test_foreach_is_chosen_for_uniform_tensors(kernel, dtypes):
-    assert choose(kernel, kind(*dtypes)) is lion_update_foreach_
+STORAGES = [
+    (FP64,) * 3,
+    (FP32,) * 3,
+    (BF16,) * 3,
+    (FP16,) * 3,
+    (FP32, FP32, FP64),
+    (FP32, BF16, FP32),
+    (BF16, FP32, FP32),
+]
 
 
-@pytest.mark.parametrize("dtypes", [(FP16, FP16, FP16), (FP32, FP32, FP64), (FP32, FP16, FP32)])
-def test_other_dtypes_go_to_the_reference_and_are_refused_by_fused(dtypes):
-    assert choose("auto", kind(*dtypes)) is lion_update_
+@pytest.mark.parametrize("dtypes", STORAGES)
+def test_foreach_is_chosen_for_every_storage_when_asked_for(dtypes):
+    assert choose("foreach", kind(*dtypes)) is lion_update_foreach_
+
+
+@pytest.mark.parametrize("dtypes", [(FP64, FP64, FP64), (FP16, FP16, FP16), (FP32, FP32, FP64), (FP32, FP16, FP32)])
+def test_other_dtypes_go_to_foreach_and_are_refused_by_fused(dtypes):
+    assert choose("auto", kind(*dtypes)) is lion_update_foreach_
     with pytest.raises(LionError, match="fused kernel cannot be used: it supports fp32 and bf16"):
         choose("fused", kind(*dtypes))
 
 
-@pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (BF16, FP32, FP32), (FP32, BF16, FP32)])
-def test_foreach_leaves_low_and_mixed_precision_to_the_reference(dtypes):
-    """In bf16 foreach would compute in bf16: the learning rate and every product would be rounded to 8 bits."""
-    assert choose("foreach", kind(*dtypes)) is lion_update_
-
-
 @pytest.mark.parametrize(
-    ("kernel", "taken"), [("auto", lion_update_fused_), ("foreach", lion_update_), ("reference", lion_update_)]
+    ("kernel", "taken"),
+    [("auto", lion_update_fused_), ("foreach", lion_update_foreach_), ("reference", lion_update_)],
 )
-def test_packed_state_goes_to_fused_or_the_reference(kernel, taken):
+def test_packed_state_goes_to_the_kernel_asked_for(kernel, taken):
     for packed in PACKED:
         assert choose(kernel, kind(BF16, FP32, FP32, **packed)) is taken
         assert choose(kernel, kind(FP32, FP32, FP32, **packed)) is taken
@@ -75,9 +78,9 @@ def test_only_bf16_model_copies_are_fused(copy, taken):
     assert choose("auto", kind(FP32, FP32, FP32, model_copies=copy)) is taken
 
 
-def test_packed_state_without_a_compiler_goes_to_the_reference(no_compiler):
+def test_packed_state_without_a_compiler_goes_to_foreach(no_compiler):
     for packed in PACKED:
-        assert choose("auto", kind(FP32, FP32, FP32, **packed)) is lion_update_
+        assert choose("auto", kind(FP32, FP32, FP32, **packed)) is lion_update_foreach_
 
 
 def test_the_reference_is_chosen_when_asked_for():

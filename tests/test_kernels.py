@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from megatron_lion.kernels import foreach
+from megatron_lion.kernels.chunks import chunks_of
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import lion_update_fused_
+from megatron_lion.step import StepTensors
 from megatron_lion.update import lion_update_
 from tests.kernel_calls import reference, run
 
@@ -145,7 +147,7 @@ def test_matrices_scalars_and_transposes_have_the_bits_of_the_reference(device, 
 @pytest.fixture
 def foreach_limit(monkeypatch, device):
     """Sets how many elements a call of a foreach operation may have."""
-    name = "MAX_NUMEL_PER_CALL_CPU" if device == "cpu" else "MAX_NUMEL_PER_CALL"
+    name = "MAX_NUMEL_CPU" if device == "cpu" else "MAX_NUMEL"
     return lambda limit: monkeypatch.setattr(foreach, name, limit)
 
 
@@ -161,12 +163,12 @@ def test_lists_longer_than_one_chunk_update_every_tensor_once(device, limit, for
 
 
 @EVERY_DEVICE
-def test_chunks_keep_to_the_limit_unless_a_tensor_that_cannot_be_cut_exceeds_it(device, foreach_limit):
-    foreach_limit(10)
-    params, grads, exp_avgs = problem([3, 7, 0, 1, 25, 9, 1, 1], FP32, device)
-    entries = [*zip(params, grads, exp_avgs, strict=True), [torch.ones(3, 4, device=device).t()] * 3]
-    sizes = [[param.numel() for param in params] for params, _, _ in foreach._chunks(entries)]
-    assert sizes == [[3, 7, 0], [1], [10], [10], [5], [9, 1], [1], [12]]
+def test_chunks_keep_to_the_limit_unless_a_tensor_that_cannot_be_cut_exceeds_it(device):
+    lists = [
+        [*tensors, torch.ones(3, 4, device=device).t()] for tensors in problem([3, 7, 0, 1, 25, 9, 1, 1], FP32, device)
+    ]
+    sizes = [[master.numel() for master in chunk.masters] for chunk in chunks_of(StepTensors(*lists), 10)]
+    assert sizes == [[3, 7], [1], [10], [10], [5], [9, 1], [1], [12]]
 
 
 @EVERY_KERNEL

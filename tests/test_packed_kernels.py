@@ -5,13 +5,16 @@ import itertools
 import pytest
 import torch
 
+from megatron_lion.kernels import foreach
+from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.precision import BLOCK, BlockLayout, quantize, split_master
 from tests.kernel_calls import reference, run
 from tests.test_kernels import LANGUAGE, assert_same_bits, problem, with_special_values
 
 FP32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
-EVERY_KERNEL = pytest.mark.parametrize("kernel", [lion_update_fused_], ids=["fused"])
+KERNELS = {"fused": lion_update_fused_, "foreach": lion_update_foreach_}
+EVERY_KERNEL = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 
 
 def packed(lists, param, grad, momentum, blocks=None, copies=False):
@@ -97,6 +100,16 @@ def test_chunks_of_a_large_tensor_on_any_number_of_threads_have_the_bits_of_the_
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("limit", [1, 40, 1000])
+@pytest.mark.parametrize("row", [1, 33, 96, 1000])
+def test_foreach_cuts_large_tensors_where_blocks_begin(limit, row, monkeypatch):
+    """Pieces that begin and end anywhere, together in chunks with whole tensors."""
+    monkeypatch.setattr(foreach, "MAX_NUMEL_CPU", limit)
+    blocks = [BlockLayout(start, row) for start in (0, row - row % BLOCK, 7, 3 * row + 40, 0, 32, 0)]
+    call = packed(problem([900, 300, 200, 0, 8 * row, 96, 32], FP32), "remainder", BF16, INT8, blocks, copies=True)
+    compare_packed(lion_update_foreach_, call, grad_scale=0.37)
+
+
 @EVERY_KERNEL
 def test_every_scale_and_code_is_read_as_the_reference_reads_it(kernel):
     """All bit patterns of a scale, denormals, infinities and NaN among them, each with 32 codes; the codes all 256."""
@@ -134,8 +147,9 @@ def test_every_class_of_master_is_rebuilt_and_split_as_the_reference_does(kernel
         compare_packed(kernel, call, steps=1, lr=lr)
 
 
-def test_tensors_that_are_not_contiguous_are_updated_too():
+@EVERY_KERNEL
+def test_tensors_that_are_not_contiguous_are_updated_too(kernel):
     params, grads, exp_avgs = ([t.view(20, 30) for t in ts] for ts in problem([600, 600], FP32))
     call = packed([params, [grads[0].t().contiguous().t(), grads[1]], exp_avgs], "remainder", FP32, INT8)
     assert not call["grads"][0].is_contiguous()
-    compare_packed(lion_update_fused_, call)
+    compare_packed(kernel, call)

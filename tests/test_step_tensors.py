@@ -86,3 +86,12 @@ def test_blocks_are_counted_as_one_by_one(row_length):
             elements = range(start, start + numel)
             blocks = {(element // row_length, element % row_length // 32) for element in elements}
             assert BlockLayout(start, row_length).count(numel) == len(blocks)
+
+
+def test_a_wrapper_without_memory_is_refused():
+    """A kernel would read at its address, which is not that of its data."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    wrapped = TwoTensor(torch.zeros(7), torch.zeros(7))
+    with pytest.raises(ValueError, match="tensors of type TwoTensor are not supported"):
+        StepTensors(masters=zeros(7), grads=[wrapped], exp_avgs=zeros(7))

@@ -21,6 +21,23 @@ def test_every_row_of_the_support_page_is_a_mark_on_a_test() -> None:
     assert set(rows) <= marked
 
 
+def test_every_cell_of_the_table_of_entries_is_a_mark_on_a_test() -> None:
+    marked = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        marked.update(re.findall(r'(?:supports|refuses)\(\s*"([^"]+ / [^"]+)"', path.read_text(encoding="utf-8")))
+    page = (ROOT / "docs/frameworks.md").read_text(encoding="utf-8").partition(support_table.BEGIN)[2]
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    features, cells = lines[0], lines[1:]
+    shown = {
+        f"{name} / {feature}"
+        for name, *found in cells
+        for feature, one in zip(features, found, strict=True)
+        if one != "-"
+    }
+    assert shown
+    assert shown == marked
+
+
 # Two tests prove one row, one another, which does what it is told, one a refusal.
 MARKED = """
 import pytest
@@ -70,6 +87,20 @@ def test_the_table_is_made_from_outcomes(tmp_path: Path) -> None:
     assert support_table.with_table(written, made) == written
     with pytest.raises(ValueError, match="no marker lines"):
         support_table.with_table("no markers", made)
+
+
+def test_entries_and_features_make_a_table_of_their_own() -> None:
+    passed, refused = {"how": "run", "tests": {"a": "passed", "b": "passed"}}, {"how": "run", "tests": {"c": "refused"}}
+    rows = {"core / resume": passed, "Bridge / refusals": refused, "Bridge / resume": passed, "BERT": passed}
+    assert support_table.by_entry(rows).splitlines() == [
+        "| | refusals | resume |",
+        "|---|---|---|",
+        "| Bridge | refused | 2 |",
+        "| core | - | 2 |",
+    ]
+    assert [row for row, _ in support_table.ordered(rows)] == ["BERT"]
+    with pytest.raises(ValueError, match="speak against: core / resume"):
+        support_table.by_entry(rows | {"core / resume": {"how": "run", "tests": {"a": "failed"}}})
 
 
 def test_a_failed_row_stops_the_table_and_a_skipped_one_is_left_out(tmp_path: Path) -> None:

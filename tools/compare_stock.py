@@ -195,7 +195,7 @@ def main() -> None:
         inspect_one_step(side, Path(folder))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="ranks for a command line of your own. Default: 2")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks for your own command line (default: %(default)s)")
     parser.add_argument("flags", nargs="*", help="Megatron's flags, after --")
     options = parser.parse_args()
     import torch

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the corpus")
-    add("--vocab-size", type=int, default=2048, metavar="N", help="pieces in the tokenizer (default 2048)")
+    add("--vocab-size", type=int, default=2048, metavar="N", help="pieces in the tokenizer (default: %(default)s)")
     add("--max-megabytes", type=float, metavar="N", help="keep a sample of the text of at most N megabytes")
     add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text, a blank line after each document")
     add("--force", action="store_true", help="rebuild a complete corpus (clear any --data-cache-path of it yourself)")

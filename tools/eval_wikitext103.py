@@ -27,6 +27,7 @@ from evaluation import checkpoints, windows
 
 import megatron_lion
 from megatron_lion.config import LionError
+from megatron_lion.integration.cpu import torch_cuda
 from megatron_lion.run import readable_errors
 
 
@@ -87,6 +88,7 @@ def finished(output: Path | None, settings: dict[str, Any], prints: dict[str, st
 
 def evaluate(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Score every step that ``options`` asks for and return what goes to --output. Run by every rank."""
+    torch_cuda.require_device()
     steps = checkpoints.find_steps(options.checkpoints, options.steps)
     for step in steps:
         checkpoints.require_gpt(checkpoints.iteration_folder(options.checkpoints, step))
@@ -168,13 +170,29 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--checkpoints", type=Path, required=True, metavar="DIR", help="a run's --save folder")
-    add("--steps", default="all", metavar="STEPS", help="all (default), latest, or numbers such as 10000,20000")
+    add(
+        "--steps",
+        default="all",
+        metavar="STEPS",
+        help="all, latest, or numbers such as 10000,20000 (default: %(default)s)",
+    )
     add("--text", type=Path, metavar="FILE", help="WikiText-103's test tokens or any text (default: from the hub)")
-    add("--detokenizer", choices=sorted(windows.DETOKENIZERS), default="wikitext", help="none for ordinary text")
+    add(
+        "--detokenizer",
+        choices=sorted(windows.DETOKENIZERS),
+        default="wikitext",
+        help="none for ordinary text (default: %(default)s)",
+    )
     add("--window", type=int, metavar="N", help="tokens in a window (default: the longest the model holds)")
-    add("--overlapping-eval", type=int, default=32, metavar="N", help="a window begins N tokens after the last (32)")
+    add(
+        "--overlapping-eval",
+        type=int,
+        default=32,
+        metavar="N",
+        help="a window begins N tokens after the last (default: %(default)s)",
+    )
     add("--raw-logits", action="store_true", help="let the rows that pad the vocabulary into the softmax")
-    add("--output", type=Path, metavar="FILE", help="JSON, written after each step and gone on with")
+    add("--output", type=Path, metavar="FILE", help="JSON results, updated after each step; rerun to resume")
     return parser.parse_known_args(arguments)
 
 

@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoints", type=Path, required=True, metavar="DIR", help="a run's --save folder")
-    add("--step", default="latest", metavar="N", help="the iteration to export (default: the latest)")
+    add("--step", default="latest", metavar="N", help="the iteration to export (default: %(default)s)")
     add("--output", type=Path, required=True, metavar="DIR", help="the folder to write; must not exist")
     add_tokenizer_arguments(parser)
     export(parser.parse_args(arguments))

@@ -246,9 +246,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--keep-newlines", action="store_true", help="keep line breaks inside sentences")
     add("--split", metavar="N,N,N", help="shares of train, valid and test, by each document's hash (default: no split)")
     add(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that tokenize (default: cores)"
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes that tokenize (default: %(default)s)",
     )
-    add("--shard-megabytes", type=float, default=16.0, metavar="N", help="text in a shard, the unit of resuming (16)")
+    add(
+        "--shard-megabytes",
+        type=float,
+        default=16.0,
+        metavar="N",
+        help="text in a shard, the unit of resuming (default: %(default)s)",
+    )
     add("--strict", action="store_true", help="stop at the first bad line instead of skipping and counting")
     add("--verify", action="store_true", help="compare what is at --output-prefix with its manifest, and write nothing")
     sources.add_arguments(parser)

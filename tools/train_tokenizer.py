@@ -47,7 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the vocabulary's files")
     add("--tokenizer-type", choices=FILES, required=True, help="Megatron's name of the tokenizer")
     add("--vocab-size", type=int, required=True, metavar="N", help="entries, special tokens included")
-    add("--max-megabytes", type=float, default=256.0, metavar="N", help="text to train on, from the start (256)")
+    add(
+        "--max-megabytes",
+        type=float,
+        default=256.0,
+        metavar="N",
+        help="text to train on, from the start (default: %(default)s)",
+    )
     sources.add_arguments(parser)
     args = parser.parse_args(arguments)
     found = sources.find_sources(

@@ -1,16 +1,17 @@
-"""What a recipe's run needs: parameters and bytes on each GPU, floating-point operations and bytes sent in each step.
+"""Estimates for a recipe: parameters and bytes on each GPU, floating-point operations and bytes sent in each step.
 
 Parameters, gradients and optimizer state are counted exactly as Megatron-Core lays them out; activations and the
 traffic are estimates, by the formulas in the docstrings.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from .recipes import Recipe
 
 GIB = 1 << 30
-# Bytes of state for each parameter: moments, and master weights beside 16-bit parameters.
+# Bytes of state for each parameter: moments, and master weights of 16-bit parameters.
 MOMENTS = {"lion": 4.0, "adam": 8.0, "sgd": 4.0}
 LION_MOMENTUM = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 32}
 MASTER_WEIGHTS = {"fp32": 4.0, "remainder": 2.0}
@@ -46,21 +47,27 @@ def padded_vocabulary(recipe: Recipe) -> int:
 def parameters(recipe: Recipe) -> list[int]:
     """Parameters on one rank of each pipeline stage, as GPTModel and BertModel of megatron-core 0.19 have them.
 
-    With h hidden, f = ffn, t = TP, V = padded vocabulary, P = positions; biases and LayerNorms counted::
+    With h hidden, k = h x query groups / heads, f = ffn (twice as wide going in with SwiGLU: u = 2 f, else u = f),
+    t = TP, V = padded vocabulary, P = learned positions, n = 2 h for a LayerNorm or h for an RMSNorm::
 
-        layer      (4 h^2 + 2 h f + 3 h + f) / t + 2 h + 4 h
+        layer      (2 h^2 + 2 h k + h u + h f) / t + 2 n            biases: + (h + 2 k + u) / t + 2 h
         first      V h / t + P h                    (BERT: + 2 h token types)
-        last       2 h final norm, + V h / t where the first stage is another one or the output is untied
+        last       n final norm, + V h / t where the first stage is another one or the output is untied
                    (BERT: + h^2 + 3 h head, V / t bias, h^2 + h pooler, 2 h + 2 order)
     """
     h, tp, pp = int(recipe["hidden-size"]), recipe.layout["TP"], recipe.layout["PP"]
-    f = int(recipe.get("ffn-hidden-size", 4 * h))
+    k, f, norm = _key_width(recipe), _ffn(recipe), h if recipe.get("normalization") == "RMSNorm" else 2 * h
+    up = 2 * f if recipe.get("swiglu") else f
     vocabulary = padded_vocabulary(recipe) // tp
     bert = recipe["script"] == "pretrain_bert.py"
-    layer = (4 * h * h + 2 * h * f + 3 * h + f) // tp + 6 * h
+    layer = (2 * h * h + 2 * h * k + h * up + h * f) // tp + 2 * norm
+    if not recipe.get("disable-bias-linear"):
+        layer += (h + 2 * k + up) // tp + 2 * h
     stages = [int(recipe["num-layers"]) // pp * layer for _ in range(pp)]
-    stages[0] += vocabulary * h + int(recipe["max-position-embeddings"]) * h + (2 * h if bert else 0)
-    stages[-1] += 2 * h
+    stages[0] += vocabulary * h + (2 * h if bert else 0)
+    if recipe.get("position-embedding-type", "learned_absolute") == "learned_absolute":
+        stages[0] += int(recipe["max-position-embeddings"]) * h
+    stages[-1] += norm
     if pp > 1 or recipe.get("untie-embeddings-and-output-weights"):
         stages[-1] += vocabulary * h
     if bert:
@@ -68,15 +75,29 @@ def parameters(recipe: Recipe) -> list[int]:
     return stages
 
 
+def _ffn(recipe: Recipe) -> int:
+    """Megatron's default is 4 h, and with SwiGLU two thirds of that, as a multiple of 64."""
+    h = int(recipe["hidden-size"])
+    default = int(4 * h * 2 / 3 / 64) * 64 if recipe.get("swiglu") else 4 * h
+    return int(recipe.get("ffn-hidden-size", default))
+
+
+def _key_width(recipe: Recipe) -> int:
+    """Width of the keys of all heads, and of the values."""
+    h, heads = int(recipe["hidden-size"]), int(recipe["num-attention-heads"])
+    groups = int(recipe.get("num-query-groups", 1)) if recipe.get("group-query-attention") else heads
+    return h // heads * groups
+
+
 def total_parameters(recipe: Recipe) -> int:
     """Parameters of the whole model, each once: those of the same recipe on one rank, with its padded vocabulary."""
     alone = {"tensor-model-parallel-size": 1, "pipeline-model-parallel-size": 1}
     alone["vocab-size"] = padded_vocabulary(recipe)
-    return parameters(Recipe(names=recipe.names, settings=recipe.settings | alone, environment={}))[0]
+    return parameters(dataclasses.replace(recipe, settings=recipe.settings | alone))[0]
 
 
 def memory(recipe: Recipe) -> Memory:
-    """Bytes on the fullest GPU. State, over DP if sharded: moments, and master weights beside 16-bit parameters."""
+    """Bytes on the fullest GPU. State, over DP if sharded: moments, and master weights of 16-bit parameters."""
     count = max(parameters(recipe))
     half = bool(recipe.get("bf16") or recipe.get("fp16"))
     shards = recipe.dp * recipe.layout["CP"] if recipe.get("use-distributed-optimizer") else 1
@@ -103,36 +124,48 @@ def _state_bytes(recipe: Recipe, half: bool) -> float:
 def _activations(recipe: Recipe, width: int) -> int:
     """Bytes that the first stage holds for the backward pass, and the logits of the last one.
 
-    Korthikanti et al. (2022), arXiv 2205.05198, equation 2, for b sequences of s tokens, a heads, 16-bit values::
+    Korthikanti et al. (2022), arXiv 2205.05198, equation 2, for b sequences of s tokens, a heads, 16-bit values, with
+    the keys' width k and SwiGLU (u and f as in :func:`parameters`) counted in the same way::
 
-        s b h (10 + 24 / t + 5 a s / (h t)) per layer, 34 without tensor parallelism; 2 s b h with full recomputation
+        s b (8 h + 2 h with dropout + (4 h + 4 k + 2 u + 2 f) / t + 5 a s / t) per layer: 34 s b h for f = u = 4 h
+        2 s b h with full recomputation
 
-    Attention kernels that never store the scores (flash) need less: the last summand is then absent. Logits: s b V / t
-    in 16 bits and twice in fp32.
+    Sequence parallelism also divides the first two summands by t. Attention kernels that never store the scores
+    (flash) need less: the last summand is then absent. Logits: s b V / t in 16 bits and twice in fp32.
     """
     s, b = int(recipe["seq-length"]) // recipe.layout["CP"], int(recipe["micro-batch-size"])
-    h = int(recipe["hidden-size"])
+    h, k, f = int(recipe["hidden-size"]), _key_width(recipe), _ffn(recipe)
     tp, pp, heads = recipe.layout["TP"], recipe.layout["PP"], int(recipe["num-attention-heads"])
-    stored_scores = recipe.get("transformer-impl") == "local"
-    unsharded = 10 / tp if recipe.get("sequence-parallel") else 10
-    per_layer = unsharded + 24 / tp + (5 * heads * s / (h * tp) if stored_scores else 0)
+    unsharded = (10 if recipe.get("hidden-dropout", 0.1) else 8) * h
+    sharded = 4 * h + 4 * k + (4 if recipe.get("swiglu") else 2) * f + 2 * f
+    if recipe.get("transformer-impl") == "local":
+        sharded += 5 * heads * s
+    per_layer = unsharded / (tp if recipe.get("sequence-parallel") else 1) + sharded / tp
     if recipe.get("recompute-granularity") == "full":
-        per_layer = 2.0
+        per_layer = 2.0 * h
     layers = int(recipe["num-layers"]) // pp
     in_flight = pp  # 1F1B: the first stage holds as many micro-batches as there are stages
     logits = s * b * padded_vocabulary(recipe) // tp * (width + 8)
-    return math.ceil(s * b * h * per_layer * layers * in_flight * width / 2) + logits
+    return math.ceil(s * b * per_layer * layers * in_flight * width / 2) + logits
 
 
 def flops_per_step(recipe: Recipe) -> float:
     """Floating-point operations of one step's forward and backward passes, as Megatron counts them::
 
-    6 B s (L (4 h^2 + s h + 2 h f) + V h)
+    6 B s (L (2 h^2 + 2 h k + s h + h u + h f) + V h)        k, u, f as in :func:`parameters`
     """
-    h, s = int(recipe["hidden-size"]), int(recipe["seq-length"])
-    f = int(recipe.get("ffn-hidden-size", 4 * h))
-    layers = int(recipe["num-layers"]) * (4 * h * h + s * h + 2 * h * f)
+    h, s, k, f = int(recipe["hidden-size"]), int(recipe["seq-length"]), _key_width(recipe), _ffn(recipe)
+    up = 2 * f if recipe.get("swiglu") else f
+    layers = int(recipe["num-layers"]) * (2 * h * h + 2 * h * k + s * h + h * up + h * f)
     return 6.0 * int(recipe["global-batch-size"]) * s * (layers + padded_vocabulary(recipe) * h)
+
+
+def hours(recipe: Recipe, utilization: float) -> float | None:
+    """Hours of all steps if each GPU reaches ``utilization`` of its peak; None if the recipe states no peak."""
+    if not (peak := recipe.get("gpu-peak-tflops")):
+        return None
+    seconds = flops_per_step(recipe) / recipe.ranks / (utilization * 1e12 * peak)
+    return seconds * int(recipe["train-iters"]) / 3600
 
 
 def wire_bytes_per_step(recipe: Recipe) -> dict[str, int]:

@@ -1,13 +1,14 @@
-"""Start a recipe: a model with an optimizer on a cluster, each a file in configs/ (or a YAML file of your own).
+"""Start a recipe: a model, an optimizer and a cluster, each a file in configs/ or a YAML file of your own.
 
-    python launch/launch.py tiny_gpt lion cpu                            here, now
-    python launch/launch.py gpt2_small lion a100x16 --dry-run            what would run, and what it needs
-    python launch/launch.py gpt2_small lion a100x16 --print              the torchrun line of each node
-    python launch/launch.py gpt2_small sgd a100x16 --slurm lr=3e-4       a Slurm job
-    python launch/launch.py tiny_gpt lion cpu train-iters=20 -- --log-params-norm      further flags of Megatron's
+    python launch/launch.py tiny_gpt lion cpu                          run here
+    python launch/launch.py gpt2_small lion h100x8 --dry-run           show settings, memory, hours and the command
+    python launch/launch.py llama_7b lion h100x32 --print              print the torchrun line of each node
+    python launch/launch.py llama_7b lion h100x32 --slurm lr=8e-5      submit a Slurm job
+    python launch/launch.py llama_7b lion h100x32 --slurm --print      print its batch script
+    python launch/launch.py tiny_gpt lion cpu -- --log-params-norm     pass a further flag to Megatron
 
-Everything is checked before a process starts. The run's folder (key run) holds recipe.json, log.txt, checkpoints/,
-tensorboard/ and norm_ratio.jsonl; the same line given again resumes from the last checkpoint.
+Everything is checked before a process starts. The folder of the run (key run) gets recipe.json, log.txt, checkpoints/,
+tensorboard/ and norm_ratio.jsonl. The same command resumes from the last checkpoint.
 """
 
 import argparse
@@ -18,56 +19,31 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_lion.config import LionError
+from megatron_lion.config import LionError, did_you_mean
 from megatron_lion.version import __version__
 
-from . import child_process, commands, estimates, progress_line, recipe_checks, recipes, tail
-from .recipes import ROOT, Recipe
+from . import (
+    child_process,
+    commands,
+    extra_flags,
+    progress_line,
+    recipe_checks,
+    recipe_files,
+    recipes,
+    report,
+    slurm,
+    tail,
+)
+from .keys import TOPICS
+from .recipe_files import ROOT
+from .recipes import Recipe
 
-# Keys that must not change when a run resumes from its checkpoints.
+OPTIONS = ("--dry-run", "--print", "--slurm", "--help")
+# Keys that cannot change when a run resumes from its checkpoints.
 FIXED = (
     "script", "num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size", "max-position-embeddings",
     "tokenizer-type", "optimizer", "lr", "min-lr", "train-iters", "lr-decay-iters",
 )  # fmt: skip
-
-
-def report(recipe: Recipe, extra: list[str]) -> str:
-    """The resolved recipe, the command and what it needs, as text."""
-    needed, wire = estimates.memory(recipe), estimates.wire_bytes_per_step(recipe)
-    tokens = recipe["global-batch-size"] * recipe["seq-length"]
-    flops = estimates.flops_per_step(recipe)
-    sizes = " x ".join(f"{name} {size}" for name, size in {**recipe.layout, "DP": recipe.dp}.items())
-    rows = {
-        "ranks": f"{recipe['nodes']} x {recipe['gpus-per-node']} ({sizes})",
-        "parameters": f"{estimates.total_parameters(recipe):,}, vocabulary {estimates.padded_vocabulary(recipe):,}",
-        "steps": f"{recipe['train-iters']:,}",
-        "tokens": f"{tokens:,} a step, {tokens * recipe['train-iters']:.3g} in all",
-        "memory on the fullest": _memory_row(needed, recipe["gpu-memory-gib"]),
-        "floating-point operations": f"{flops:.3g} a step ({flops / recipe.ranks:.3g} on each GPU)",
-        "sent by each GPU": ", ".join(f"{name} {_size(count)}" for name, count in wire.items() if count) or "nothing",
-    }
-    if interval := recipe.get("norm-ratio-interval"):
-        rows["norm-ratio rounds"] = f"{recipe['norm-ratio-batches']} batches every {interval:,} steps"
-    if peak := recipe.get("gpu-peak-tflops"):
-        rows["a step at 40 % of the peak"] = f"{flops / recipe.ranks / (0.4e12 * peak):.3g} s"
-    settings = "\n".join(f"  {key}: {value}" for key, value in sorted(recipe.settings.items()))
-    text = f"recipe {' '.join(recipe.names)}\n{settings}\n\n"
-    text += "\n".join(f"{name:26} {value}" for name, value in rows.items())
-    if missing := recipe_checks.missing_files(recipe):
-        text += "\n\nnot on this machine:\n" + "\n".join(f"  {entry}" for entry in missing)
-    return f"{text}\n\n{commands.printed(recipe, extra)}\n"
-
-
-def _memory_row(needed: estimates.Memory, there: float) -> str:
-    parts = ("weights", "gradients", "state", "round_copy", "activations")
-    listed = " + ".join(
-        f"{name.replace('_', ' ')} {_size(getattr(needed, name))}" for name in parts if getattr(needed, name)
-    )
-    return f"{_size(needed.total)} of {there:g} GiB: {listed}"
-
-
-def _size(count: int) -> str:
-    return f"{count / estimates.GIB:.2f} GiB" if count >= estimates.GIB / 10 else f"{count / 2**20:.2f} MiB"
 
 
 def versions() -> dict[str, str | None]:
@@ -89,9 +65,9 @@ def versions() -> dict[str, str | None]:
 
 
 def prepare_folder(recipe: Recipe, extra: list[str]) -> Path:
-    """Make the run's folder and save the recipe in it; each start with another recipe or code gets another file.
+    """Make the run's folder and save the recipe in it. A start with another recipe or other code gets another file.
 
-    Raises LionError where checkpoints there belong to another run.
+    Raises LionError if the folder has checkpoints of another run.
     """
     folder = Path(recipe["run"])
     saved = sorted(folder.glob("recipe*.json"), key=lambda path: path.stat().st_mtime)
@@ -100,7 +76,7 @@ def prepare_folder(recipe: Recipe, extra: list[str]) -> Path:
         for key in FIXED:
             if before.get(key) != recipe.get(key):
                 raise LionError(
-                    f"{folder} holds checkpoints of a run with {key}={before.get(key)}, not {recipe.get(key)}: use "
+                    f"{folder} has checkpoints of a run with {key}={before.get(key)}, not {recipe.get(key)}: use "
                     f"another folder as run=..., or {key}={before.get(key)} to resume that run"
                 )
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +88,7 @@ def prepare_folder(recipe: Recipe, extra: list[str]) -> Path:
 
 
 def run_here(recipe: Recipe, extra: list[str]) -> int:
-    """Run torchrun on this machine, its output in log.txt and, with readable steps, on the screen. Returns its status.
+    """Run torchrun on this machine and return its status. Its output goes to log.txt and, step by step, to the screen.
 
     Ctrl-C, SIGTERM and SIGHUP end the run: the ranks save, and this function returns when torchrun has ended.
     """
@@ -126,7 +102,7 @@ def run_here(recipe: Recipe, extra: list[str]) -> int:
         if torch.cuda.device_count() < recipe["gpus-per-node"]:
             raise LionError(
                 f"gpus-per-node is {recipe['gpus-per-node']}, but torch sees {torch.cuda.device_count()} GPUs here: "
-                "set gpus-per-node, or take the cluster cpu"
+                "set gpus-per-node, or use the cluster cpu"
             )
     folder = prepare_folder(recipe, extra)
     line = commands.torchrun(recipe, extra, [sys.executable, "-m", "torch.distributed.run"])
@@ -144,45 +120,66 @@ def run_here(recipe: Recipe, extra: list[str]) -> int:
 
 
 def submit(recipe: Recipe, extra: list[str], python: str) -> int:
-    """Write the batch script into the run's folder and hand it to sbatch; without sbatch, say how."""
-    script = commands.slurm_script(recipe, extra, python)
+    """Write the batch script into the run's folder and submit it. Raises LionError if there is no sbatch here."""
+    script = slurm.script(recipe, extra, python)
     path = prepare_folder(recipe, extra) / "job.sh"
     path.write_text(script, encoding="utf-8")
     try:
         return subprocess.run(["sbatch", str(path)], check=False).returncode
     except FileNotFoundError:
-        raise LionError(f"sbatch is not on this machine; {path} is written: run sbatch on it where Slurm is") from None
+        raise LionError(f"sbatch is not installed here. {path} is written: submit it where Slurm is") from None
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line up to ``--``."""
+    files = "\n".join(f"  {kind:11} {recipe_files.known(kind)}" for kind in recipe_files.KINDS)
+    keys = "\n".join(f"  {topic}: {', '.join(entries)}" for topic, entries in TOPICS.items())
+    made = argparse.ArgumentParser(
+        prog="launch.py",
+        description=__doc__,
+        epilog=f"files in configs/:\n{files}\n\nkeys (docs/recipes.md):\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="launch.py MODEL OPTIMIZER CLUSTER [key=value ...] [--dry-run | [--slurm] [--print]] [-- FLAGS]",
+    )
+    made.add_argument("words", nargs="*", metavar="MODEL OPTIMIZER CLUSTER key=value", help="see above")
+    made.add_argument("--dry-run", action="store_true", help="show settings, estimates and command; start nothing")
+    made.add_argument("--print", action="store_true", help="print the torchrun line of each node; start nothing")
+    made.add_argument("--slurm", action="store_true", help="submit a Slurm job; with --print, only print its script")
+
+    def error(message: str) -> None:
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        hint = f": {did_you_mean(words.split()[0], OPTIONS)}" if unknown else ""
+        raise LionError(f"{message}{hint}. Usage: {made.usage}")
+
+    made.error = error  # type: ignore[method-assign, assignment]
+    return made
 
 
 def main(arguments: list[str]) -> int:
-    """Read the command line, resolve, check, and do what was asked. Returns the exit status."""
-    own, extra = (
-        (arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :])
-        if "--" in arguments
-        else (arguments, [])
-    )
-    known = "\n".join(f"  {kind:11} {recipes.known(kind)}" for kind in recipes.KINDS)
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"configs/:\n{known}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="launch.py MODEL OPTIMIZER CLUSTER [key=value ...] [--dry-run | --print | --slurm] [-- FLAGS]",
-    )
-    for name in ("model", "optimizer", "cluster"):
-        parser.add_argument(name)
-    parser.add_argument("override", nargs="*", metavar="key=value", help="settings that differ from the files'")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="say what would run and what it needs; start nothing")
-    what.add_argument("--print", action="store_true", help="print the torchrun line of each node; start nothing")
-    what.add_argument("--slurm", action="store_true", help="write the batch script and submit it")
-    options = parser.parse_intermixed_args(own)
-    recipe = recipes.resolve(options.model, options.optimizer, options.cluster, options.override)
-    recipe_checks.check(recipe, extra)
+    """Read the command line, resolve the recipe, check it, and do what was asked. Returns the exit status."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser().parse_intermixed_args(arguments[:end])
+    names, own = options.words[:3], options.words[3:]
+    if len(names) < 3 or any("=" in name and not name.endswith((".yaml", ".yml")) for name in names):
+        raise LionError(
+            f"expected MODEL OPTIMIZER CLUSTER, got {' '.join(names) or 'nothing'}: for example tiny_gpt lion cpu. "
+            "--help lists the names"
+        )
+    if options.dry_run and (options.slurm or options.print):
+        raise LionError("--dry-run shows everything but the Slurm script: remove it, or use --slurm --print")
+    flags, extra = extra_flags.split(arguments[end + 1 :])
+    overrides = [*own, *flags]
+    on_cpu = os.environ.get("MEGATRON_LION_DEVICE") == "cpu"
+    runs_here = not (options.slurm or options.print)
+    if on_cpu and runs_here and not any(override.startswith("device=") for override in overrides):
+        overrides.append("device=cpu")
+    recipe = recipes.resolve(*names, overrides)
+    recipe_checks.check(recipe)
     if options.dry_run:
-        print(report(recipe, extra))
+        print(report.report(recipe, extra))
         return 0
     if options.print:
-        print(commands.printed(recipe, extra))
+        print(slurm.script(recipe, extra, sys.executable) if options.slurm else commands.printed(recipe, extra))
         return 0
     recipe_checks.check_files(recipe)
     return submit(recipe, extra, sys.executable) if options.slurm else run_here(recipe, extra)

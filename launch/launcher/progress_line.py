@@ -1,4 +1,4 @@
-"""One readable line a step, in the place of Megatron's own on the screen; log.txt keeps Megatron's."""
+"""One readable line for each step on the screen; log.txt keeps Megatron's."""
 
 import datetime
 import re

@@ -1,21 +1,20 @@
-"""What must hold before anything starts: each check names the key, its value and the fix."""
+"""Checks of a recipe before anything starts. Each error names the key, its value and the fix."""
 
 import math
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lion.config import LionError, LionOptions, betas_or_default, check_choice, check_non_negative
 
-from . import estimates
-from .recipes import MEGATRON_KEYS, ROOT, SLURM_PORTS, SLURM_WARNING, Recipe
+from . import estimates, slurm
+from .recipe_files import ROOT
+from .recipes import SLURM_PORTS, Recipe
 
 POSITIVE = (
     "num-layers", "hidden-size", "num-attention-heads", "seq-length", "max-position-embeddings", "global-batch-size",
     "micro-batch-size", "train-iters", "vocab-size", "nodes", "gpus-per-node", "tensor-model-parallel-size",
     "pipeline-model-parallel-size", "context-parallel-size", "save-interval", "eval-interval", "log-interval",
     "lr-decay-iters", "norm-ratio-batches", "gpu-memory-gib", "distributed-timeout-minutes", "slurm-cpus",
-    "join-timeout",
+    "join-timeout", "num-query-groups", "ffn-hidden-size",
 )  # fmt: skip
 FRACTIONS = (
     "hidden-dropout", "attention-dropout", "mask-prob", "short-seq-prob", "sgd-momentum", "adam-beta1", "adam-beta2",
@@ -27,6 +26,8 @@ CHOICES = {
     "distributed-backend": ("nccl", "gloo"),
     "lr-decay-style": ("constant", "linear", "cosine", "inverse-square-root"),
     "recompute-granularity": ("full", "selective"),
+    "normalization": ("LayerNorm", "RMSNorm"),
+    "position-embedding-type": ("learned_absolute", "rope"),
     "lion-momentum-dtype": tuple(estimates.LION_MOMENTUM),
     "lion-master-weights": tuple(estimates.MASTER_WEIGHTS),
 }
@@ -39,69 +40,41 @@ DATA_KEYS = ("train-data-path", "valid-data-path", "test-data-path")
 FILE_KEYS = ("tokenizer-model", "vocab-file", "merge-file")
 
 
-def check(recipe: Recipe, extra: Sequence[str] = ()) -> None:
-    """Raise LionError for the first thing that cannot work; needs no GPU, no Megatron and none of the files.
-
-    ``extra`` are the words after ``--``, which Megatron reads last: a recipe's key among them would win unchecked.
-    """
-    for word in extra:
-        key = word.partition("=")[0].removeprefix("--").replace("_", "-")
-        if word.startswith("--") and key in MEGATRON_KEYS:
-            raise LionError(
-                f"{word} after -- is a recipe's key: set it as {key}=..., so that it is checked and recorded"
-            )
+def check(recipe: Recipe) -> None:
+    """Raise LionError for the first setting that cannot work; needs no GPU, no Megatron and none of the files."""
     missing = [key for key in REQUIRED if key not in recipe.settings]
     if missing:
+        reasons = "".join(f" {note}" for note in recipe.notes)
         raise LionError(
-            f"the recipe sets no {', '.join(missing)}: add it to a file, or as {missing[0]}=... to the command"
+            f"the recipe does not set {', '.join(missing)}: add it to a file, or as {missing[0]}=... to the "
+            f"command.{reasons}"
         )
     _check_values(recipe)
     _check_model(recipe)
     _check_layout(recipe)
     _check_schedule(recipe)
     _check_device(recipe)
+    slurm.check(recipe)
     _check_memory(recipe)
 
 
 def _check_values(recipe: Recipe) -> None:
     for key in POSITIVE:
         if key in recipe.settings and not recipe[key] > 0:
-            raise LionError(f"{key} must be above 0, got {recipe[key]:g}")
+            raise LionError(f"{key} must be greater than 0, got {recipe[key]:g}")
     for key in FRACTIONS:
         if key in recipe.settings and not 0.0 <= recipe[key] < 1.0:
-            raise LionError(f"{key} must lie in [0, 1), got {recipe[key]:g}")
+            raise LionError(f"{key} must be in [0, 1), got {recipe[key]:g}")
     for key, valid in CHOICES.items():
         if key in recipe.settings:
             check_choice(key, recipe[key], valid)
     last_port = 65536 - SLURM_PORTS
     if not 1 <= recipe.get("master-port", 1) <= last_port:
-        raise LionError(f"master-port must lie in [1, {last_port}], got {recipe['master-port']}")
-    if "slurm-time" in recipe.settings and slurm_seconds(recipe["slurm-time"]) <= SLURM_WARNING:
-        raise LionError(
-            f"slurm-time {recipe['slurm-time']} is not longer than the {SLURM_WARNING} seconds before its end at which "
-            "a job is told to save and end: each one would end at its first step. Give more"
-        )
+        raise LionError(f"master-port must be in [1, {last_port}], got {recipe['master-port']}")
     for key in ("lr", "min-lr", "weight-decay", "clip-grad"):
         check_non_negative(key, recipe.get(key, 0.0))
     if recipe["optimizer"] == "lion":
         LionOptions(betas=betas_or_default(recipe.get("lion-beta1"), recipe.get("lion-beta2")))
-
-
-def slurm_seconds(text: str) -> float:
-    """A time limit of sbatch in seconds.
-
-    It is minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds;
-    0 and UNLIMITED are no limit. Raises LionError for anything else.
-    """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
-    if text.upper() in ("INFINITE", "UNLIMITED"):
-        return math.inf
-    if not found:
-        raise LionError(f"slurm-time {text!r} is not a Slurm time limit; use one like 2-00:00:00 or 12:30:00")
-    numbers = [int(number) for number in found.groups()[1:] if number is not None]
-    units = (60, 1) if found[1] is None and len(numbers) < 3 else (3600, 60, 1)
-    seconds = 86400 * int(found[1] or 0) + sum(n * unit for n, unit in zip(numbers, units, strict=False))
-    return seconds or math.inf
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -111,7 +84,13 @@ def _check_model(recipe: Recipe) -> None:
     tp, pp = recipe.layout["TP"], recipe.layout["PP"]
     if heads % tp:
         raise LionError(
-            f"num-attention-heads {heads} is not divisible by tensor-model-parallel-size {tp}: {_divisors(heads)}"
+            f"num-attention-heads {heads} is not divisible by tensor-model-parallel-size {tp}: "
+            f"{_divisors(math.gcd(heads, recipe['gpus-per-node']))}"
+        )
+    if recipe.get("group-query-attention") and heads % recipe.get("num-query-groups", 1):
+        raise LionError(
+            f"num-attention-heads {heads} is not divisible by num-query-groups {recipe['num-query-groups']}: "
+            f"{_divisors(heads)}"
         )
     if recipe["num-layers"] % pp:
         raise LionError(
@@ -120,11 +99,14 @@ def _check_model(recipe: Recipe) -> None:
         )
     if recipe["seq-length"] > recipe["max-position-embeddings"]:
         raise LionError(
-            f"seq-length {recipe['seq-length']} is above max-position-embeddings {recipe['max-position-embeddings']}: "
-            "raise the latter with it"
+            f"seq-length {recipe['seq-length']} is greater than max-position-embeddings "
+            f"{recipe['max-position-embeddings']}: raise max-position-embeddings, too"
         )
     if recipe.get("sequence-parallel") and tp == 1:
-        raise LionError("sequence-parallel needs tensor-model-parallel-size above 1: set it, or drop sequence-parallel")
+        raise LionError(
+            "sequence-parallel needs a tensor-model-parallel-size of at least 2: raise it, or set "
+            "sequence-parallel=false"
+        )
     if recipe.get("bf16") and recipe.get("fp16"):
         raise LionError("bf16 and fp16 are both true: set one of them to false")
 
@@ -140,13 +122,14 @@ def _check_layout(recipe: Recipe) -> None:
         )
     if layout["TP"] > recipe["gpus-per-node"]:
         raise LionError(
-            f"tensor-model-parallel-size {layout['TP']} reaches over the gpus-per-node {recipe['gpus-per-node']} of a "
-            "node: lower it, and raise pipeline-model-parallel-size instead"
+            f"tensor-model-parallel-size {layout['TP']} exceeds gpus-per-node {recipe['gpus-per-node']}: use one of "
+            f"{', '.join(map(str, _divisors_of(recipe['gpus-per-node'])))}, and raise pipeline-model-parallel-size "
+            "instead"
         )
     if recipe.addresses and len(recipe.addresses) != recipe["nodes"]:
         raise LionError(
-            f"node-addresses {recipe['node-addresses']} are {len(recipe.addresses)}, but nodes is {recipe['nodes']}: "
-            "set one for each, separated by commas"
+            f"node-addresses lists {len(recipe.addresses)} of {recipe['nodes']} nodes ({recipe['node-addresses']}): "
+            "set one address for each node, separated by commas"
         )
     step = recipe["micro-batch-size"] * recipe.dp
     if recipe["global-batch-size"] % step:
@@ -154,7 +137,7 @@ def _check_layout(recipe: Recipe) -> None:
         nearest = f"{below} or {below + step}" if below else str(step)
         raise LionError(
             f"global-batch-size {recipe['global-batch-size']} is not divisible by micro-batch-size "
-            f"{recipe['micro-batch-size']} x {recipe.dp} data-parallel replicas: take {nearest}, or another "
+            f"{recipe['micro-batch-size']} x {recipe.dp} data-parallel replicas: use {nearest}, or another "
             "micro-batch-size"
         )
 
@@ -174,15 +157,16 @@ def _check_device(recipe: Recipe) -> None:
     if on_cpu != (recipe["distributed-backend"] == "gloo"):
         right = "gloo" if on_cpu else "nccl"
         raise LionError(
-            f"device {recipe['device']} with distributed-backend {recipe['distributed-backend']}: take "
-            f"distributed-backend={right}"
+            f"device {recipe['device']} with distributed-backend {recipe['distributed-backend']} is not "
+            f"supported: use distributed-backend={right}"
         )
     if on_cpu and recipe.environment.get("MEGATRON_LION_DEVICE") != "cpu":
         raise LionError(
-            "device cpu needs MEGATRON_LION_DEVICE: cpu under environment, as configs/clusters/cpu.yaml has it"
+            "device cpu needs MEGATRON_LION_DEVICE: cpu under environment in the cluster file (see "
+            "configs/clusters/cpu.yaml), or device=cpu on the command line, which sets it"
         )
     if on_cpu and recipe.get("transformer-impl") != "local":
-        raise LionError(f"transformer-impl {recipe.get('transformer-impl')} needs a GPU: take transformer-impl=local")
+        raise LionError(f"transformer-impl {recipe.get('transformer-impl')} needs a GPU: use transformer-impl=local")
 
 
 def _check_memory(recipe: Recipe) -> None:
@@ -191,22 +175,22 @@ def _check_memory(recipe: Recipe) -> None:
         return
     remedy = (
         "lower micro-batch-size"
-        if needed.static + needed.round_copy <= 0.8 * there
-        else "raise nodes or the layout's TP"
+        if needed.static + needed.round_copy <= 0.8 * there and recipe["micro-batch-size"] > 1
+        else "raise nodes or tensor-model-parallel-size"
     )
     raise LionError(
-        f"about {needed.total / estimates.GIB:.1f} GiB on each GPU (weights, gradients and state "
-        f"{needed.static / estimates.GIB:.1f}, activations {needed.activations / estimates.GIB:.1f}) are more than "
+        f"the run needs about {needed.total / estimates.GIB:.1f} GiB on each GPU (weights, gradients and state "
+        f"{needed.static / estimates.GIB:.1f}, activations {needed.activations / estimates.GIB:.1f}), more than "
         f"gpu-memory-gib {recipe['gpu-memory-gib']:g}: {remedy}, or correct gpu-memory-gib"
     )
 
 
 def missing_files(recipe: Recipe) -> list[str]:
-    """What the recipe reads and this machine lacks: ``key: path``, one for each key."""
+    """Files that the recipe reads and that are missing or empty here: ``key: path``, one for each key."""
     found = []
     for key in DATA_KEYS:
         for prefix in [recipe[key]] if key in recipe.settings else []:
-            absent = [suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
+            absent = [suffix for suffix in (".bin", ".idx") if not _has_content(Path(prefix + suffix))]
             if absent:
                 found.append(f"{key}: {prefix}{' and '.join(absent)}")
     return found + [
@@ -214,8 +198,12 @@ def missing_files(recipe: Recipe) -> list[str]:
     ]
 
 
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
 def check_files(recipe: Recipe) -> None:
-    """Raise LionError naming every file that is not there."""
+    """Raise LionError naming every file that is missing or empty."""
     absent = missing_files(recipe)
     if not (ROOT / "launch" / recipe["script"]).is_file():
         raise LionError(
@@ -224,9 +212,13 @@ def check_files(recipe: Recipe) -> None:
     if absent:
         maker = "demo_text.py" if recipe["tokenizer-type"] == "SentencePieceTokenizer" else "prepare_text.py"
         raise LionError(
-            f"not there: {'; '.join(absent)}. Make them with tools/{maker}, or set data=... to where they are"
+            f"missing or empty files: {'; '.join(absent)}. Make them with tools/{maker}, or set data=... to their path"
         )
 
 
 def _divisors(number: int) -> str:
-    return f"take one of {', '.join(str(n) for n in range(1, number + 1) if number % n == 0)}"
+    return f"use one of {', '.join(map(str, _divisors_of(number)))}"
+
+
+def _divisors_of(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -1,85 +1,34 @@
 """Recipes: a model, an optimizer and a cluster file make one table of settings, with overrides, every key checked."""
 
-import contextlib
+import itertools
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import yaml
+from megatron_lion.config import LionError
+from megatron_lion.integration.cpu import run_flags
 
-from megatron_lion.config import LionError, did_you_mean
+from . import recipe_files
+from .keys import PATH_KEYS, typed
+from .recipe_files import KINDS, Table
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "configs"
-KINDS = ("models", "optimizers", "clusters")
 SLURM_WARNING = 600  # seconds before its time limit at which a Slurm job is told to save and end
-SLURM_PORTS = 1000  # a Slurm job's nodes meet at one of so many ports from master-port on, by the job's number
-
-# What launch.py itself reads. Everything else is a flag of Megatron's, without its dashes.
-LAUNCH_KEYS: dict[str, type] = {
-    "script": str,
-    "data": str,
-    "run": str,
-    "vocab-size": int,  # for the estimates: Megatron asks the tokenizer
-    "nodes": int,
-    "gpus-per-node": int,
-    "device": str,
-    "gpu-memory-gib": float,
-    "gpu-peak-tflops": float,
-    "max-restarts": int,
-    "join-timeout": int,  # seconds that a node waits for the others, 600 where nothing is said
-    "master-address": str,
-    "master-port": int,
-    "node-addresses": str,  # one for each node, commas between
-    "slurm-time": str,
-    "slurm-cpus": int,  # on each node; one for each rank and each of its data workers where nothing is said
-    "slurm-partition": str,
-    "slurm-account": str,
-    "slurm-setup": str,
-}
-MEGATRON_KEYS: dict[str, type] = {
-    **dict.fromkeys((
-        "num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "seq-length",
-        "max-position-embeddings", "global-batch-size", "micro-batch-size", "train-iters", "lr-decay-iters",
-        "lr-warmup-iters", "seed", "make-vocab-size-divisible-by", "log-interval", "eval-interval", "eval-iters",
-        "save-interval", "exit-interval", "norm-ratio-interval", "norm-ratio-batches", "tensor-model-parallel-size",
-        "pipeline-model-parallel-size", "context-parallel-size", "distributed-timeout-minutes", "num-workers",
-    ), int),
-    **dict.fromkeys((
-        "hidden-dropout", "attention-dropout", "init-method-std", "clip-grad", "mask-prob", "short-seq-prob", "lr",
-        "min-lr", "lion-beta1", "lion-beta2", "sgd-momentum", "adam-beta1", "adam-beta2", "adam-eps", "weight-decay",
-    ), float),
-    **dict.fromkeys((
-        "optimizer", "lr-decay-style", "train-data-path", "valid-data-path", "test-data-path", "data-cache-path",
-        "tokenizer-type", "tokenizer-model", "vocab-file", "merge-file", "transformer-impl", "attention-backend",
-        "recompute-granularity", "distributed-backend", "save", "load", "tensorboard-dir", "norm-ratio-file",
-        "lion-momentum-dtype", "lion-master-weights",
-    ), str),
-    **dict.fromkeys((
-        "bf16", "fp16", "untie-embeddings-and-output-weights", "sequence-parallel", "use-distributed-optimizer",
-        "overlap-grad-reduce", "overlap-param-gather", "exit-signal-handler", "log-throughput", "norm-ratio-at-start",
-        "grad-reduce-in-bf16",
-        "no-gradient-accumulation-fusion", "no-rope-fusion", "no-persist-layer-norm", "no-masked-softmax-fusion",
-    ), bool),
-}  # fmt: skip
-KEYS = LAUNCH_KEYS | MEGATRON_KEYS
-PATH_KEYS = (
-    "data", "run", "train-data-path", "valid-data-path", "test-data-path", "data-cache-path", "tokenizer-model",
-    "vocab-file", "merge-file", "save", "load", "tensorboard-dir", "norm-ratio-file",
-)  # fmt: skip
-BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+SLURM_PORTS = 1000  # the nodes of a Slurm job meet at one of so many ports from master-port on, by the job's number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A resolved recipe: where it comes from, its settings, and the environment of its processes."""
+    """A resolved recipe: its settings, where each comes from, and the environment of its processes."""
 
     names: tuple[str, str, str]
     settings: dict[str, Any]
     environment: dict[str, str]
+    sources: dict[str, str] = field(default_factory=dict)
+    """by key: the file, and what its comment says"""
+    notes: tuple[str, ...] = ()
+    """what a reader must know before the run, from the key ``note`` of the files"""
 
     def __getitem__(self, key: str) -> Any:
         return self.settings[key]
@@ -94,7 +43,7 @@ class Recipe:
 
     @property
     def addresses(self) -> list[str]:
-        """The nodes' addresses where they were given, in the nodes' order."""
+        """The nodes' addresses if they are set, in the order of the nodes."""
         return str(self.get("node-addresses", "")).replace(" ", "").split(",") if self.get("node-addresses") else []
 
     @property
@@ -114,134 +63,96 @@ class Recipe:
         return self.ranks // (layout["TP"] * layout["PP"] * layout["CP"])
 
 
+class _Settings:
+    """Settings while they are collected: a later value replaces an earlier one, and its source says so."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+        self.files: dict[str, Path] = {}
+        self.notes: list[str] = []
+
+    def add_file(self, path: Path, kind: str, table: Table) -> None:
+        """The keys of one file. Raises LionError if another file has set one of them."""
+        for key in table:
+            if key in self.files and key != "note":
+                raise LionError(f"{key} is set in both {self.files[key]} and {path}; keep one")
+            self.files[key] = path
+        self.add(table, f"in {path}", kind)
+
+    def add(self, table: Table, where: str, source: str) -> None:
+        """Each key of ``table`` with its comment; ``where`` is for error messages."""
+        for key, value in table.items():
+            if key == "note":
+                self.notes.append(" ".join(str(value).split()))
+            else:
+                comment = table.comments.get(key, "")
+                self.replace(key, typed(key, value, where), f"{source}: {comment}" if comment else source)
+
+    def replace(self, key: str, value: Any, source: str) -> None:
+        if self.values.get(key, value) != value:
+            source += f" (instead of {self.values[key]})"
+        self.values[key], self.sources[key] = value, source
+
+
 def resolve(model: str, optimizer: str, cluster: str, overrides: list[str]) -> Recipe:
     """Read the three files, apply the model's ``with`` section for the optimizer, then ``key=value`` overrides.
 
     Each name is that of a file in configs/ without its suffix, or a path of your own ending in .yaml. Paths in the
-    recipe become absolute: relative ones start from the current folder, ~ is the home folder. Raises LionError for an
-    unknown name, key or kind of value, and for a key that is set twice.
+    recipe become absolute: relative ones start from the current folder, ~ is the home folder. ``device=cpu`` as an
+    override also sets the flags and variables that a run without a GPU needs. Raises LionError for an unknown name,
+    key or kind of value, and for a key that is set twice.
     """
-    read = [_read(kind, name) for kind, name in zip(KINDS, (model, optimizer, cluster), strict=True)]
+    read = [recipe_files.read(kind, name) for kind, name in zip(KINDS, (model, optimizer, cluster), strict=True)]
     names = tuple(path.stem for path, _ in read)
-    settings: dict[str, Any] = {}
     environment: dict[str, str] = {}
-    origin: dict[str, Path] = {}
+    settings = _Settings()
     for kind, (path, content) in zip(KINDS, read, strict=True):
-        environment |= _environment(content.pop("environment", {}), path)
+        environment |= recipe_files.environment(content.pop("environment", Table({}, {})), path)
         if kind == "models":
-            own = _own_settings(content.pop("with", {}), path)
-        for key, value in content.items():
-            if key in origin:
-                raise LionError(f"{key} is set in both {origin[key]} and {path}; keep one")
-            origin[key] = path
-            settings[key] = _typed(key, value, f"in {path}")
-    settings |= own.get(names[1], {})
+            own = _checked_with(content.pop("with", Table({}, {})), path)
+        settings.add_file(path, kind[:-1], content)
+    if names[1] in own:
+        settings.add(own[names[1]], f"in {read[0][0]} with {names[1]}", f"model, with {names[1]}")
+    given = set()
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise LionError(f"{override!r} is not key=value, for example lr=2e-5")
-        settings[key] = _typed(key, text, "on the command line")
-    settings.setdefault("run", f"runs/{'-'.join(names)}")
-    settings = {key: _expanded(settings, key) for key in settings}
-    return Recipe(names=names, settings=settings, environment=environment)  # type: ignore[arg-type]
+        settings.replace(key, typed(key, text, "on the command line"), "command line")
+        given.add(key)
+    if "device" in given and settings.values["device"] == "cpu":
+        _move_to_cpu(settings, environment, given)
+    settings.values.setdefault("run", f"runs/{'-'.join(names)}")
+    return Recipe(
+        names=names,  # type: ignore[arg-type]
+        settings={key: _expanded(settings.values, key) for key in settings.values},
+        environment=environment,
+        sources=settings.sources,
+        notes=tuple(settings.notes),
+    )
 
 
-class _TextLoader(yaml.SafeLoader):
-    """Every value is the text as written, so that the key decides its type and not YAML 1.1 (12:30:00, on, 0777).
+def _move_to_cpu(settings: _Settings, environment: dict[str, str], given: set[str]) -> None:
+    """Set, in place, what a run without a GPU needs, except for the keys that are ``given`` on the command line."""
+    words = [*run_flags.FLAGS.split(), "--"]
+    for word, following in itertools.pairwise(words):
+        key = word.removeprefix("--")
+        if word.startswith("--") and key not in given:
+            value = "true" if following.startswith("--") else following
+            settings.replace(key, typed(key, value, "for the CPU"), "device=cpu")
+    environment |= run_flags.ENVIRONMENT
 
-    Only ``<<`` keeps its meaning, and null stays null. A key that a table sets twice is an error.
-    """
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":merge", ":null"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+def _checked_with(content: Any, path: Path) -> dict[str, Table]:
+    """A model's ``with`` section: its settings for each optimizer. Those of other optimizers are checked, too."""
+    sections = {
+        optimizer: recipe_files.as_table(own, f"with: {optimizer} in {path}")
+        for optimizer, own in recipe_files.as_table(content, f"with in {path}").items()
     }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in lines:
-                raise LionError(f"{name} is set on line {lines[name]} and on line {line}: keep one of them")
-            lines[name] = line
-        return super().construct_mapping(node, deep)
-
-
-def _read(kind: str, name: str) -> tuple[Path, dict[str, Any]]:
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise LionError(f"{kind[:-1]} file {name} does not exist: use a YAML file, or one of {known(kind)}")
-    else:
-        path = CONFIGS / kind / f"{name}.yaml"
-        if not path.is_file():
-            raise LionError(f"unknown {kind[:-1]} {name!r}: {did_you_mean(name, known(kind).split(', '))}")
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_TextLoader)
-    except LionError as error:
-        raise LionError(f"{shown}: {error}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LionError(f"{shown} cannot be read: {' '.join(str(error).split())}") from error
-    return shown, _table(content, str(shown))
-
-
-def _table(value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise LionError(f"{what} must hold one table of key: value lines, got {_kind(value)}")
-    return value
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__} {value!r}"
-
-
-def _environment(content: Any, path: Path) -> dict[str, str]:
-    """The processes' environment: texts as written. Names go into shell lines as they are, so they are names there."""
-    table = _table(content, f"environment in {path}")
-    for name, value in table.items():
-        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", str(name)):
-            raise LionError(
-                f"environment {name!r} in {path} is not the name of a variable: use letters, digits and _, and no "
-                "digit first"
-            )
-        if not isinstance(value, str):
-            raise LionError(f'environment in {path}: {name} must be a text, got {_kind(value)}; "" is an empty one')
-    return table
-
-
-def _own_settings(content: Any, path: Path) -> dict[str, dict[str, Any]]:
-    """A model's ``with`` section: the settings that it has for each optimizer."""
-    return {
-        optimizer: {
-            key: _typed(key, value, f"in {path} with {optimizer}")
-            for key, value in _table(own, f"with: {optimizer} in {path}").items()
-        }
-        for optimizer, own in _table(content, f"with in {path}").items()
-    }
-
-
-def known(kind: str) -> str:
-    """The names of the files of a kind, in one line."""
-    return ", ".join(sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml")))
-
-
-def _typed(key: str, value: Any, where: str) -> Any:
-    """What the text ``value`` says for a key of that type. Raises LionError where it says nothing of the kind."""
-    if key not in KEYS:
-        raise LionError(
-            f"unknown key {key!r} {where}: {did_you_mean(key, KEYS)}. Other flags of Megatron's go after --"
-        )
-    expected = KEYS[key]
-    if isinstance(value, str):
-        if expected is str:
-            return value
-        if expected is bool and value.lower() in BOOLEANS:
-            return BOOLEANS[value.lower()]
-        if expected is float or (expected is int and re.fullmatch(r"[+-]?\d[\d_]*", value)):
-            with contextlib.suppress(ValueError):
-                return expected(value)
-    raise LionError(f"{key} {where} must be {TYPE_NAMES[expected]}, got {value!r}")
+    for optimizer, own in sections.items():
+        _Settings().add(own, f"in {path} with {optimizer}", "")
+    return sections
 
 
 def _expanded(settings: dict[str, Any], key: str, inside: tuple[str, ...] = ()) -> Any:

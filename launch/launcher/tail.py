@@ -1,4 +1,4 @@
-"""What another process writes to a file, line by line, as it writes."""
+"""Follow a file that another process writes."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,30 +1,57 @@
-"""``megatron-lion doctor``: which Lion a training run in this environment would use, and whether it would work."""
+"""``megatron-lion doctor``: which Megatron and which Lion a training command would use, and whether it would work."""
 
+import ast
 import contextlib
 import importlib.metadata
 import importlib.util
 import io
+import logging
+import os
 import platform
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_lion import hook
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 from megatron_lion.version import __version__
 
+OURS = "megatron-lion, every parameter"
 
-def main() -> int:
-    """Print the report. Returns 0 where training with this Lion would work, else 1, the reason being the last line."""
-    _print_versions()
-    problem = _first_problem()
-    _print_which_lion()
+
+def main(script: Path | None = None, flags: list[str] | None = None, *, verbose: bool = False) -> int:
+    """Print the report on ``torchrun script flags``, or on this environment. Issues no collective.
+
+    Returns 0 where training with this Lion would work, else 1, the reason being the last line. Leaves ``sys.path`` as
+    the script would have it.
+    """
+    folder = script.resolve().parent if script else None
+    elsewhere = _search_as(folder)
+    _print_versions(elsewhere)
+    problem = _first_problem(verbose)
+    _print_which_lion(script, flags or [])
     if problem:
         print(f"\nNOT READY: {problem}")
         return 1
     print("\nREADY: --optimizer lion would train every parameter with megatron-lion as said above")
     return 0
+
+
+def _search_as(folder: Path | None) -> Path | None:
+    """Make ``sys.path`` that of ``torchrun SCRIPT``, ``folder`` being the script's.
+
+    Returns another Megatron that ``torchrun -m megatron_lion.run SCRIPT`` would find: ``-m`` searches the current
+    folder too, after the script's.
+    """
+    if not sys.flags.safe_path:
+        del sys.path[0]  # this command's folder
+    environment, start = sys.path[:], [str(folder)] if folder else []
+    sys.path[:] = [*start, os.getcwd(), *environment]
+    with_current_folder = compat.megatron_path()
+    sys.path[:] = [*start, *environment]
+    return None if with_current_folder == compat.megatron_path() else with_current_folder
 
 
 def _row(name: str, value: str) -> None:
@@ -39,19 +66,34 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def _print_versions() -> None:
-    _row("megatron-lion", __version__)
+def _print_versions(elsewhere: Path | None) -> None:
+    _row("megatron-lion", f"{__version__} ({Path(__file__).parent.parent})")
     _row("python", f"{platform.python_version()} ({sys.prefix})")
     _row("torch", version_of("torch") or "missing")
-    core = compat.megatron_version()
-    _row("megatron-core", f"{core} ({compat.megatron_path()})" if core else "missing")
+    core, used = compat.megatron_version(), compat.megatron_path()
+    _row("megatron-core", f"{core} ({used})" if core else "missing")
+    for path in dict.fromkeys(Path(entry) / "megatron" / "core" for entry in sys.path):
+        if (path / "package_info.py").is_file() and used and not path.samefile(used):
+            _row("  not used", f"{compat.version_at(path)} ({path}), which comes later on the path")
+    if elsewhere:
+        _row("  in this folder", f"torchrun -m megatron_lion.run uses {compat.version_at(elsewhere)} ({elsewhere})")
     _row(
         "megatron.training",
-        "there" if compat.has_training() else "not in this Megatron: core-level training loops only",
+        "found" if compat.has_training() else "not in this Megatron: core-level training loops only",
     )
-    _row("transformer-engine", version_of("transformer-engine") or "not installed")
-    _row("apex (NVIDIA's)", "there" if _has_nvidia_apex() else "not installed")
+    _print_fused_kernels(version_of("transformer-engine"), _has_nvidia_apex())
     _row("emerging-optimizers", version_of("emerging-optimizers") or "not installed (not needed)")
+
+
+def _print_fused_kernels(te: str | None, apex: bool) -> None:
+    """Transformer Engine and Apex, and what they change: Megatron's layers, and its gradient norm (clip_grads 11)."""
+    _row("transformer-engine", te or "not installed: Megatron needs --transformer-impl local")
+    needed = "--no-gradient-accumulation-fusion" + ("" if te else " --no-persist-layer-norm")
+    _row("apex (NVIDIA's)", "found" if apex else f"not installed: Megatron needs {needed}")
+    if os.environ.get("MEGATRON_LION_DEVICE") == "cpu":
+        _row("", "MEGATRON_LION_DEVICE=cpu sets these flags")
+    norm = "Transformer Engine's kernels" if te else "Apex's kernels" if apex else "torch, which is slower"
+    _row("", f"Lion's step uses neither. Megatron's gradient norm and clip use {norm}")
 
 
 def _has_nvidia_apex() -> bool:
@@ -62,40 +104,42 @@ def _has_nvidia_apex() -> bool:
         return False
 
 
-def _first_problem() -> str | None:
-    """Check device, version and seams in the order in which a run would meet them; None where all is well."""
+def _first_problem(verbose: bool) -> str | None:
+    """Check device, version and Megatron's names in the order in which a run would meet them; None if all is well."""
     try:
         import torch
 
         from megatron_lion.integration.cpu import torch_cuda
 
         on_cpu, on_gpu = torch_cuda.wanted(), torch.cuda.is_available()
-        use_cpu = f"{torch_cuda.DEVICE_VARIABLE}=cpu"
         if on_gpu:
             _row("device", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
         else:
-            _row("device", f"CPU ({use_cpu})" if on_cpu else "no GPU")
+            _row("device", f"CPU ({torch_cuda.DEVICE_VARIABLE}=cpu)" if on_cpu else "no GPU")
         compat.require_supported_version()
         if on_cpu:
             torch_cuda.replace_cuda()
-        _check_seams()
+        _check_seams(verbose)
+        torch_cuda.require_device()
     except (LionError, ImportError) as error:
         return str(error)
-    if not (on_cpu or on_gpu):
-        return f"no GPU is visible to torch {torch.__version__}; to train on the CPU set {use_cpu}"
     return None
 
 
-def _check_seams() -> None:
+def _check_seams(verbose: bool) -> None:
     from megatron_lion.integration import register
 
     training = compat.has_training()
-    compat.require(compat.seams_of(training=training))
     with _quiet():
+        compat.require(compat.seams_of(training=training))
         problems = {seam: seam.problem() for seam in register.seams(training=training)}
-    for seam, problem in problems.items():
-        _row("seam", f"{'ok ' if problem is None else 'BAD'} {seam.module}.{seam.name}")
-    register.require_known_megatron(training=training)
+    failed = [seam for seam, problem in problems.items() if problem]
+    count = f"{len(failed)} of {len(problems)} checks failed" if failed else f"all {len(problems)} checks passed"
+    _row("compatibility", count + ("" if verbose or failed else " (--verbose lists them)"))
+    for seam in problems if verbose else failed:
+        _row("  failed" if seam in failed else "  ok", f"{seam.module}.{seam.name}")
+    with _quiet():
+        register.require_known_megatron(training=training)
 
 
 @contextlib.contextmanager
@@ -103,21 +147,57 @@ def _quiet() -> Iterator[None]:
     """Megatron's imports warn about packages that a user of this report has just read about."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
-def _print_which_lion() -> None:
+def _print_which_lion(script: Path | None, flags: list[str]) -> None:
+    name = str(script or "pretrain_gpt.py")
     print("\nWhich Lion --optimizer lion is:")
-    ours = "megatron-lion, every parameter"
-    plain = ours if hook.is_enabled() else f"{_stock_lion()} (`megatron-lion enable` makes it megatron-lion)"
-    for command, which in (
-        ("torchrun pretrain_gpt.py", plain),
-        ("torchrun -m megatron_lion.run pretrain_gpt.py", ours),
-        ("torchrun launch/pretrain_gpt.py", ours),
-        ("a script that calls megatron_lion.register()", ours),
-    ):
-        print(f"  {command:46} {which}")
+    if script and _imports_us(script):
+        commands = {f"torchrun {name}": f"{OURS}, if the script registers it, as its imports suggest"}
+    else:
+        enabled = f"{_stock_lion()} (`megatron-lion enable` makes it megatron-lion)"
+        commands = {
+            f"torchrun {name}": OURS if hook.is_enabled() else enabled,
+            f"torchrun -m megatron_lion.run {name}": OURS,
+        }
+    if script is None:
+        commands |= {"torchrun launch/pretrain_gpt.py": OURS, "a script that calls megatron_lion.register()": OURS}
+    width = max(map(len, commands))
+    for command, which in commands.items():
+        print(f"  {command:{width}} {which}")
+    if script is None:
+        print("A Megatron in the script's folder comes first: `megatron-lion doctor SCRIPT` looks there.")
+    elif (optimizer := _optimizer_in(flags)) != "lion":
+        print(f"This command's optimizer is {optimizer}: add --optimizer lion.")
     print("A run of ours says so in its log: `megatron-lion: lion on N of N parameters`.")
+
+
+def _imports_us(script: Path) -> bool:
+    """Whether the source of ``script`` imports this package."""
+    try:
+        tree = ast.parse(script.read_bytes())
+    except SyntaxError:
+        return False
+    nodes = list(ast.walk(tree))
+    names = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return any(name.partition(".")[0] == "megatron_lion" for name in names)
+
+
+def _optimizer_in(flags: list[str]) -> str:
+    """The value of the last --optimizer in ``flags``; Megatron's default is adam."""
+    value = "adam"
+    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+        if flag == "--optimizer":
+            value = following
+        elif flag.startswith("--optimizer="):
+            value = flag.partition("=")[2]
+    return value
 
 
 def _stock_lion() -> str:

@@ -91,10 +91,12 @@ def seams(*, training: bool) -> tuple[Seam, ...]:
 
 
 def _core_patches() -> list[Patch]:
+    from megatron_lion.integration.checkpoint import core_load, integrity
     from megatron_lion.integration.cpu import megatron_patches
     from megatron_lion.integration.optimizer import factory
 
-    return _needed([*factory.CORE, *(megatron_patches.CORE if torch_cuda.wanted() else ())])
+    on_cpu = megatron_patches.CORE if torch_cuda.wanted() else ()
+    return _needed([*factory.CORE, *core_load.CORE, *integrity.CORE, *on_cpu])
 
 
 def _training_patches() -> list[Patch]:

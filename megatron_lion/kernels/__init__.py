@@ -6,7 +6,7 @@ import torch
 
 from megatron_lion.config import KERNELS, LionError
 from megatron_lion.kernels import compiler
-from megatron_lion.kernels.foreach import foreach_supports, lion_update_foreach_
+from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_update_fused_, supports_dtypes
 from megatron_lion.step import LionUpdate, StepKind
 from megatron_lion.update import lion_update_
@@ -17,9 +17,8 @@ __all__ = ["KERNELS", "check_parameter", "choose", "describe"]
 def choose(kernel: str, kind: StepKind) -> LionUpdate:
     """Return the update function for tensors of ``kind``.
 
-    - ``"auto"``: the fused CPU kernel if :func:`fused_supports` the kind and a C++ compiler works, else foreach if
-      :func:`foreach_supports` the kind, else the reference.
-    - ``"foreach"``: the reference for what foreach does not support: packed state and mixed dtypes.
+    - ``"auto"``: the fused CPU kernel if :func:`fused_supports` the kind and a C++ compiler works, else foreach.
+    - ``"foreach"``: always foreach.
     - ``"fused"``: on a GPU the Triton kernel. It has run only in Triton's interpreter, so ``"auto"`` never uses it.
     - ``"reference"``: always the reference.
 
@@ -34,9 +33,7 @@ def choose(kernel: str, kind: StepKind) -> LionUpdate:
             return lion_update_fused_
         if kernel == "fused":
             raise LionError(f"the fused kernel cannot be used: {problem}. Use auto, foreach or reference")
-    if kernel != "reference" and foreach_supports(kind):
-        return lion_update_foreach_
-    return lion_update_
+    return lion_update_ if kernel == "reference" else lion_update_foreach_
 
 
 def check_parameter(kernel: str, kind: StepKind, param: torch.Tensor) -> None:

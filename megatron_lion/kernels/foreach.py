@@ -1,87 +1,123 @@
-"""Lion on lists of tensors with torch's ``_foreach`` operations: few launches on a GPU, few Python calls on a CPU."""
+"""Lion with torch's ``_foreach`` operations on chunks of many tensors: few launches on a GPU, for every storage."""
 
-import itertools
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from megatron_lion.kernels.chunks import Chunk, chunks_of
+from megatron_lion.precision import BLOCK, BlockLayout, dequantize, join_master, quantize, split_master
 from megatron_lion.step import StepKind, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
+from megatron_lion.update import compute_dtype
 
-# Maximum elements per foreach call. On a GPU long lists mean few launches; the limit is there because temporaries for
-# all parameters would double the peak memory of a step. On a CPU the temporaries must stay in the cache and in memory
-# that malloc keeps: with 2^26 elements the system mapped them page by page in every step, which took 5 times as long.
-MAX_NUMEL_PER_CALL = 1 << 26
-MAX_NUMEL_PER_CALL_CPU = 1 << 18
-
-
-def foreach_supports(kind: StepKind) -> bool:
-    """Whether masters, gradients and momenta have one dtype that is also that of the arithmetic (fp32 or fp64)."""
-    dtypes = {kind.masters, kind.grads, kind.exp_avgs}
-    return not kind.is_packed and len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
+# Maximum elements of a chunk, which bounds the temporary memory. On a GPU a chunk must also be large enough that its
+# kernels, not their launches, take the time. On a CPU the temporaries must stay in the cache and in memory that malloc
+# keeps: with 2^26 elements the system mapped them page by page in every step, which took 5 times as long.
+MAX_NUMEL = 1 << 24
+MAX_NUMEL_PACKED = 1 << 22  # packed state needs more bytes per element
+MAX_NUMEL_CPU = 1 << 18
 
 
 @torch.no_grad()
 def lion_update_foreach_(tensors: StepTensors, scalars: StepScalars, telemetry: Telemetry | None = None) -> None:
-    """:func:`megatron_lion.update.lion_update_` for tensors that :func:`foreach_supports`; the same bits, in place.
+    """:func:`megatron_lion.update.lion_update_` for tensors of any storage; the same bits, in place.
 
-    Needs two temporaries, three if ``grad_scale`` is not 1, of at most ``MAX_NUMEL_PER_CALL`` elements, on a CPU
-    ``MAX_NUMEL_PER_CALL_CPU``; more for larger tensors that are not contiguous. Issues no collective. Raises ValueError
-    for unsupported tensors.
+    Temporary memory is bounded by one chunk: at most ``MAX_NUMEL`` elements (``MAX_NUMEL_PACKED`` with remainders or
+    int8 momentum, ``MAX_NUMEL_CPU`` on a CPU), more only for larger tensors that are not contiguous. Per element of a
+    chunk it takes 12 bytes for fp32 masters and momenta, 16 to 20 if those are bf16, 26 with remainders and 30 with
+    int8 momentum: on a GPU at most 340 MB. Issues no collective.
     """
     if tensors.kind is None or scalars.skips():
         return
-    if not foreach_supports(tensors.kind):
-        raise ValueError(f"the foreach kernel does not support {tensors.kind}; use kernels.choose")
-    lr, beta1, beta2, weight_decay, grad_scale = scalars.on_host()
-    for p, g, m, *copies in _chunks(list(zip(*tensors.roles().values(), strict=True))):
-        if grad_scale != 1.0:
-            g = torch._foreach_mul(g, grad_scale)
-        step = torch._foreach_mul(m, beta1)
-        term = torch._foreach_mul(g, 1.0 - beta1)
-        torch._foreach_add_(step, term)
-        torch._foreach_sign_(step)
-        del term
-        if telemetry is not None:
-            for sign, grad, exp_avg in zip(step, g, m, strict=True):
-                telemetry.add_direction(sign, grad, exp_avg)
-        term = torch._foreach_mul(p, weight_decay)
-        torch._foreach_add_(step, term)
-        torch._foreach_mul_(step, lr)
-        torch._foreach_sub_(p, step)
-        del step, term
-        if telemetry is not None:
-            for param in p:
-                telemetry.add_param(param)
-        term = torch._foreach_mul(g, 1.0 - beta2)
-        torch._foreach_mul_(m, beta2)
-        torch._foreach_add_(m, term)
-        for model_copies in copies:
-            torch._foreach_copy_(model_copies, p)
+    numbers = scalars.on_host()
+    for chunk in chunks_of(tensors, _limit(tensors.kind)):
+        _update_chunk(chunk, numbers, telemetry)
 
 
-def _chunks(entries: list[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Split ``entries`` (one per parameter) into lists per role, of at most the limit's elements or one entry."""
-    chunk: list[tuple[Tensor, ...]] = []
-    numel = 0
-    for entry in itertools.chain.from_iterable(map(_pieces, entries)):
-        if chunk and numel + entry[0].numel() > _limit(entry[0]):
-            yield list(zip(*chunk, strict=True))
-            chunk, numel = [], 0
-        chunk.append(entry)
-        numel += entry[0].numel()
-    if chunk:
-        yield list(zip(*chunk, strict=True))
+def _limit(kind: StepKind) -> int:
+    """Maximum elements of a chunk."""
+    if kind.device.type == "cpu":
+        return MAX_NUMEL_CPU
+    return MAX_NUMEL_PACKED if kind.is_packed else MAX_NUMEL
 
 
-def _pieces(entry: tuple[Tensor, ...]) -> Iterable[tuple[Tensor, ...]]:
-    """``entry`` split into flat pieces of at most the limit's elements, if its tensors are contiguous."""
-    limit = _limit(entry[0])
-    if entry[0].numel() <= limit or not all(tensor.is_contiguous() for tensor in entry):
-        return [entry]
-    return zip(*(torch.split(tensor.view(-1), limit) for tensor in entry), strict=True)
+def _update_chunk(chunk: Chunk, numbers: tuple[float, float, float, float, float], telemetry: Telemetry | None) -> None:
+    lr, beta1, beta2, weight_decay, grad_scale = numbers
+    dtype = compute_dtype(chunk.masters[0])
+    layout = chunk.layout or BlockLayout(0, BLOCK)  # not used without scales
+    thetas, store_thetas = _values(chunk.masters, chunk.remainders, dtype, join_master, split_master)
+    momenta, store_momenta = _values(
+        chunk.exp_avgs,
+        chunk.scales,
+        dtype,
+        functools.partial(dequantize, layout=layout),
+        functools.partial(quantize, layout=layout),
+    )
+    grads = _converted(chunk.grads, dtype)
+    if grad_scale != 1.0:
+        grads = list(torch._foreach_mul(grads, grad_scale))
+    steps = list(torch._foreach_mul(momenta, beta1))
+    torch._foreach_add_(steps, torch._foreach_mul(grads, 1.0 - beta1))
+    torch._foreach_sign_(steps)
+    if telemetry is not None:
+        telemetry.add_direction(*map(_flat, (steps, grads, momenta)))
+    torch._foreach_add_(steps, torch._foreach_mul(thetas, weight_decay))
+    torch._foreach_mul_(steps, lr)
+    torch._foreach_sub_(thetas, steps)
+    del steps
+    if telemetry is not None:
+        telemetry.add_param(_flat(thetas))
+    if chunk.model_copies is not None:
+        torch._foreach_copy_(chunk.model_copies, thetas)
+    store_thetas()
+    del thetas, store_thetas
+    torch._foreach_mul_(momenta, beta2)
+    torch._foreach_add_(momenta, torch._foreach_mul(grads, 1.0 - beta2))
+    del grads
+    store_momenta()
 
 
-def _limit(tensor: Tensor) -> int:
-    return MAX_NUMEL_PER_CALL_CPU if tensor.device.type == "cpu" else MAX_NUMEL_PER_CALL
+def _values(
+    stored: list[Tensor],
+    rest: list[Tensor] | None,
+    dtype: torch.dtype,
+    join: Callable[[Tensor, Tensor], Tensor],
+    split: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> tuple[list[Tensor], Callable[[], None]]:
+    """The values of ``stored`` in ``dtype``, to be changed in place, and a function that stores them afterwards.
+
+    Without ``rest`` they are ``stored`` themselves where the dtype is the same. With it, ``join`` makes the values of
+    all tensors, flattened, and ``split`` is its inverse.
+    """
+    if rest is None:
+        values = _converted(stored, dtype)
+        return values, lambda: None if values is stored else torch._foreach_copy_(stored, values)
+    flat = join(_flat(stored), _flat(rest))
+
+    def store() -> None:
+        for tensors, new in zip((stored, rest), split(flat), strict=True):
+            torch._foreach_copy_(tensors, _shaped(new, tensors))
+
+    return _shaped(flat, stored), store
+
+
+def _converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """``tensors`` themselves if they have ``dtype``, else new ones."""
+    if tensors[0].dtype == dtype:
+        return tensors
+    values = _shaped(tensors[0].new_empty(sum(map(Tensor.numel, tensors)), dtype=dtype), tensors)
+    torch._foreach_copy_(values, tensors)
+    return values
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """All elements of ``tensors``, one tensor after another; a view if possible."""
+    return tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _shaped(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Views of ``flat`` with the shapes of ``tensors``."""
+    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -25,7 +25,7 @@ def make_environment(root: Path) -> str:
 @pytest.mark.parametrize(
     ("file", "before", "after", "again"),
     [
-        ("pyproject.toml", '"torch>=2.6"', '"torch>=2.7"', True),
+        ("pyproject.toml", '"torch>2.5.1"', '"torch>2.6"', True),
         ("pyproject.toml", '"pytest>=8"', '"pytest>=9"', True),
         ("launch/constraints.txt", "torch==", "torch>=", True),
         ("pyproject.toml", "line-length = 120", "line-length = 100", False),

@@ -1,6 +1,5 @@
 """Every model with every optimizer on the cpu cluster: a few steps of the line that launch.py makes, on real text."""
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -11,7 +10,7 @@ import train_tokenizer
 
 from launch.launcher import commands, recipe_checks
 from tests.harness import ROOT, run_ranks
-from tests.launch.recipe_cases import MODELS, OPTIMIZERS, recipe
+from tests.launch.recipe_cases import PAIRS, recipe
 
 # All that differs from the recipes: how long they run, and for those of the paper how large the model and batch are.
 SHORT = (
@@ -22,10 +21,11 @@ SMALL = (
     "num-layers=2", "hidden-size=64", "num-attention-heads=4", "seq-length=64", "max-position-embeddings=64",
     "global-batch-size=16", "micro-batch-size=4",
 )  # fmt: skip
-IN_CI = {("tiny_bert", "lion"), ("gpt2_small", "sgd")}
-PAIRS = [
-    pytest.param(*pair, marks=[] if pair in IN_CI else pytest.mark.slow)
-    for pair in itertools.product(MODELS, OPTIMIZERS)
+IN_CI = {("tiny_bert", "lion"), ("gpt2_small", "sgd_paper"), ("llama_7b", "lion")}
+RUNS = [
+    pytest.param(model, optimizer, marks=[] if (model, optimizer) in IN_CI else pytest.mark.slow)
+    for model, optimizers in PAIRS.items()
+    for optimizer in optimizers
 ]
 
 
@@ -51,12 +51,17 @@ def corpora(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     return found
 
 
-@pytest.mark.parametrize(("model", "optimizer"), PAIRS)
+@pytest.mark.parametrize(("model", "optimizer"), RUNS)
 def test_the_recipe_trains_measures_evaluates_and_saves(
-    model: str, optimizer: str, corpora: dict[str, str], tmp_path: Path
+    model: str, optimizer: str, text: Path, corpora: dict[str, str], tmp_path: Path
 ) -> None:
     tokenizer = recipe(model, optimizer, "cpu")["tokenizer-type"]
-    size = () if model.startswith("tiny_") else SMALL
+    size = [] if model.startswith("tiny_") else [*SMALL]
+    if model.startswith("llama_"):
+        size += ["ffn-hidden-size=128", f"tokenizer-model={text}/tokenizer.model"]
+        size += [f"{split}-data-path={text}/{split}_text_document" for split in ("train", "valid", "test")]
+        tokenizer = "SentencePieceTokenizer"
+        size.append(f"tokenizer-type={tokenizer}")
     found = recipe(model, optimizer, "cpu", *SHORT, *size, f"data={corpora[tokenizer]}", f"run={tmp_path}/run")
     recipe_checks.check_files(found)
     flags = commands.training_flags(found, [])

@@ -48,7 +48,7 @@ def finish(process: "subprocess.Popen[str]", timeout: float = 240.0) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["lion", "sgd", "sgd_no_momentum", "adam"])
+@pytest.mark.parametrize("optimizer", ["lion", "sgd", "sgd_paper_no_momentum", "adamw"])
 def test_the_recipe_runs_and_leaves_what_it_says(text: Path, tmp_path: Path, optimizer: str) -> None:
     steps = ["train-iters=4", "eval-interval=4", "save-interval=4", "norm-ratio-interval=2"]
     output = finish(start(text, tmp_path / "run", optimizer, *steps))
@@ -71,10 +71,10 @@ def test_a_run_that_is_preempted_or_interrupted_saves_at_once_and_the_same_line_
     text: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
     """In a round, after a first save: the round's workers and the server of that save's queue get the signal too."""
-    steps = ["train-iters=30", "eval-interval=30", "save-interval=3", "norm-ratio-interval=5", WORKERS]
+    steps = ["train-iters=10", "eval-interval=10", "save-interval=3", "norm-ratio-interval=5", WORKERS]
     process = start(text, tmp_path / "run", "lion", *steps, "norm-ratio-batches=12")
     assert process.stdout is not None
-    assert any(line.startswith("step 5/30 | lm loss ") for line in process.stdout)
+    assert any(line.startswith("step 5/10 | lm loss ") for line in process.stdout)
     while data_workers(process) < 2 * 4:  # of training, validation, test, and the round
         assert process.poll() is None
         time.sleep(0.01)
@@ -87,9 +87,9 @@ def test_a_run_that_is_preempted_or_interrupted_saves_at_once_and_the_same_line_
 
     finish(start(text, tmp_path / "run", "lion", *steps))
     whole = read_training_log(tmp_path / "run" / "log.txt")
-    assert sorted(whole.loss) == list(range(1, 31))
+    assert sorted(whole.loss) == list(range(1, 11))
     rounds = (tmp_path / "run" / "norm_ratio.jsonl").read_text().splitlines()
-    assert [json.loads(line)["iteration"] for line in rounds] == [5, 10, 15, 20, 25, 30]
+    assert [json.loads(line)["iteration"] for line in rounds] == [5, 10]
     assert "test" in whole.final
 
 

@@ -27,9 +27,9 @@ def measured(
 
 CASES = [
     *(("lion", dp, overrides) for dp in (1, 2, 4) for overrides in ([], ["bf16=true"])),
-    *(("adam", dp, ["bf16=true"]) for dp in (1, 2, 4)),
+    *(("adamw", dp, ["bf16=true"]) for dp in (1, 2, 4)),
     ("sgd", 2, ["bf16=true"]),
-    ("sgd_no_momentum", 2, ["bf16=true"]),
+    ("sgd_paper_no_momentum", 2, ["bf16=true"]),
     ("lion", 2, ["bf16=true", "use-distributed-optimizer=false"]),
     ("lion", 2, ["bf16=true", "lion-momentum-dtype=int8", "lion-master-weights=remainder", "grad-reduce-in-bf16=true"]),
 ]

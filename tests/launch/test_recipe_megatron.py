@@ -1,122 +1,87 @@
-"""The recipes in the Megatron that is installed: its own parser and validation, and its count of FLOPs."""
+"""The recipes in the Megatron that is installed: its own parser and validation, its count of FLOPs, its models."""
 
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launch.launcher import commands, estimates, recipes
+from launch.launcher import commands, estimates, extra_flags, keys, recipes
+from tests.harness import run_ranks
 from tests.launch.recipe_cases import CASES, recipe
 
-# Reads [ranks, line] pairs as JSON; answers each with what Megatron made of it.
-PARSE = """
-import argparse, json, os, sys
-import megatron_lion
-
-megatron_lion.register()
-import torch
-from megatron.core import parallel_state
-from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
-from megatron.core.models.bert.bert_model import BertModel
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
-from megatron.training import arguments
-from megatron.training.training import num_floating_point_operations
-
-
-def outcome(ranks, padded, line):
-    os.environ["WORLD_SIZE"] = str(ranks)
-    sys.argv = ["pretrain.py", *line]
-    try:
-        args = arguments.parse_args()
-        arguments.validate_args(args)
-    except (Exception, SystemExit) as error:
-        return {"refused": repr(error)}
-    args.padded_vocab_size = padded
-    kept = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str, list))}
-    return kept | {"flops": num_floating_point_operations(args, args.global_batch_size)}
-
-
-parser = arguments.add_megatron_arguments(argparse.ArgumentParser())
-flags = [name for action in parser._actions for name in action.option_strings]
-
-
-def count(bert, layers, hidden, heads, vocabulary, positions):
-    config = TransformerConfig(
-        num_layers=layers, hidden_size=hidden, num_attention_heads=heads, use_cpu_initialization=True
-    )
-    shared = {"vocab_size": vocabulary, "max_sequence_length": positions, "share_embeddings_and_output_weights": True}
-    if bert:
-        model = BertModel(config, num_tokentypes=2, transformer_layer_spec=bert_layer_local_spec, **shared)
-    else:
-        model = GPTModel(config, transformer_layer_spec=get_gpt_layer_local_spec(), **shared)
-    return sum(param.numel() for param in model.parameters())
-
-
-asked = json.load(sys.stdin)
-torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-parallel_state.initialize_model_parallel()
-model_parallel_cuda_manual_seed(1)
-counts = [count(*model) for model in asked["models"]]
-outcomes = [outcome(ranks, padded, line) for ranks, padded, line in asked["lines"]]
-print("ANSWERS", json.dumps({"flags": flags, "outcomes": outcomes, "counts": counts}))
-"""
-# Switches that Megatron keeps under another name, turned round.
-TURNED = {
-    "no-masked-softmax-fusion": "masked_softmax_fusion",
-    "no-rope-fusion": "apply_rope_fusion",
-    "no-gradient-accumulation-fusion": "gradient_accumulation_fusion",
+# Switches that Megatron keeps under another name, and whether they are turned round.
+RENAMED = {
+    "no-masked-softmax-fusion": ("masked_softmax_fusion", True),
+    "no-rope-fusion": ("apply_rope_fusion", True),
+    "no-gradient-accumulation-fusion": ("gradient_accumulation_fusion", True),
+    "disable-bias-linear": ("add_bias_linear", True),
+    "norm-epsilon": ("layernorm_epsilon", False),
 }
-
-# BERT or not, layers, hidden, heads, vocabulary rows, positions.
-COUNTED = [(bert, layers, 64, 4, 256, 32) for bert in (True, False) for layers in (1, 3)]
+SIZES = {"hidden": 64, "heads": 4, "vocabulary": 256, "positions": 32}
+COUNTED = [
+    {"bert": bert, "llama": llama, "layers": layers, **SIZES}
+    for bert, llama in ((True, False), (False, False), (False, True))
+    for layers in (1, 3)
+]
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict:
-    """Megatron's flags, and its arguments for every case, from one process."""
-    found = [recipe(*case) for case in CASES]
-    asked = [(one.ranks, estimates.padded_vocabulary(one), commands.training_flags(one, [])) for one in found]
-    environment = {**os.environ, "MEGATRON_LION_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "RANK": "0"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PARSE],
-        input=json.dumps({"lines": asked, "models": COUNTED}),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.split("ANSWERS ")[-1])
+def found() -> list[recipes.Recipe]:
+    """Every case, resolved."""
+    return [recipe(*case) for case in CASES]
 
 
-def test_megatron_takes_every_recipe_and_keeps_every_value(answers: dict) -> None:
-    for case, answer in zip(CASES, answers["outcomes"], strict=True):
-        found = recipe(*case)
+@pytest.fixture(scope="module")
+def answers(found: list[recipes.Recipe], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Megatron's flags, its arguments for every case, and its models' parameters, from one process."""
+    folder = tmp_path_factory.mktemp("answers")
+    lines = [(one.ranks, estimates.padded_vocabulary(one), commands.training_flags(one, [])) for one in found]
+    files = {"ASKED": folder / "asked.json", "ANSWERS": folder / "answers.json"}
+    files["ASKED"].write_text(json.dumps({"lines": lines, "models": COUNTED}))
+    environment = {name: str(path) for name, path in files.items()}
+    run = run_ranks(script=Path(__file__).with_name("parse_recipes.py"), environment=environment)
+    assert run.returncode == 0, run.output[-3000:]
+    answers: dict[str, Any] = json.loads(files["ANSWERS"].read_text())
+    return answers
+
+
+def test_megatron_takes_every_recipe_and_keeps_every_value(
+    found: list[recipes.Recipe], answers: dict[str, Any]
+) -> None:
+    for case, one, answer in zip(CASES, found, answers["outcomes"], strict=True):
         assert "refused" not in answer, f"{case}: {answer}"
-        for key in recipes.MEGATRON_KEYS.keys() & found.settings.keys():
-            kept = answer[TURNED.get(key, key.replace("-", "_"))]
-            kept = kept[0] if isinstance(kept, list) else not kept if key in TURNED else kept
-            assert kept == found[key], f"{case}: --{key} {found[key]} became {kept}"
+        for key in keys.MEGATRON_KEYS.keys() & one.settings.keys():
+            if key.startswith("norm-ratio") and not one.get("norm-ratio-interval"):
+                continue  # not on the command line
+            name, is_turned = RENAMED.get(key, (key.replace("-", "_"), False))
+            kept = answer[name]
+            kept = kept[0] if isinstance(kept, list) else not kept if is_turned else kept
+            assert kept == one[key], f"{case}: --{key} {one[key]} became {kept}"
 
 
-def test_the_flops_are_megatrons_own_count(answers: dict) -> None:
-    for case, answer in zip(CASES, answers["outcomes"], strict=True):
-        assert estimates.flops_per_step(recipe(*case)) == pytest.approx(answer["flops"], rel=1e-12), case
+def test_the_flops_are_megatrons_own_count(found: list[recipes.Recipe], answers: dict[str, Any]) -> None:
+    for case, one, answer in zip(CASES, found, answers["outcomes"], strict=True):
+        assert estimates.flops_per_step(one) == pytest.approx(answer["flops"], rel=1e-12), case
 
 
-def test_the_parameters_are_those_of_megatrons_models(answers: dict) -> None:
-    for (bert, layers, hidden, heads, vocabulary, positions), count in zip(COUNTED, answers["counts"], strict=True):
-        sizes = {"num-layers": layers, "hidden-size": hidden, "num-attention-heads": heads, "vocab-size": vocabulary}
-        sizes |= {"max-position-embeddings": positions, "seq-length": positions}
-        found = recipe("tiny_bert" if bert else "tiny_gpt", "lion", "cpu", *(f"{k}={v}" for k, v in sizes.items()))
+def test_the_parameters_are_those_of_megatrons_models(answers: dict[str, Any]) -> None:
+    for model, count in zip(COUNTED, answers["counts"], strict=True):
+        sizes = {"num-layers": model["layers"], "hidden-size": 64, "num-attention-heads": 4, "vocab-size": 256}
+        sizes |= {"max-position-embeddings": 32, "seq-length": 32}
+        if model["llama"]:
+            sizes |= {"group-query-attention": "true", "num-query-groups": 2, "ffn-hidden-size": 192}
+        name = "tiny_bert" if model["bert"] else "llama_130m" if model["llama"] else "tiny_gpt"
+        found = recipe(name, "lion", "cpu", *(f"{key}={value}" for key, value in sizes.items()))
         assert estimates.parameters(found) == [count]
 
 
-def test_every_key_of_a_recipe_is_a_flag_of_megatrons(answers: dict) -> None:
+def test_every_key_of_a_recipe_is_a_flag_of_megatrons(answers: dict[str, Any]) -> None:
     """Those that no file in configs/ sets, too."""
-    assert [key for key in recipes.MEGATRON_KEYS if f"--{key}" not in answers["flags"]] == []
+    assert [key for key in keys.MEGATRON_KEYS if f"--{key}" not in answers["flags"]] == []
+
+
+def test_every_flag_of_megatrons_is_known_without_importing_it(answers: dict[str, Any]) -> None:
+    """So that no flag after -- is refused that Megatron has."""
+    known = extra_flags.known_flags()
+    assert [flag for flag in answers["flags"] if flag.removeprefix("--") not in known] == ["-h", "--help"]

@@ -4,20 +4,15 @@ import json
 import os
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch.launcher import commands
 from megatron_lion.config import LionError
-from tests.launch.recipe_cases import CASES, ROOT, recipe
-
-
-def script(*case: str, **settings: object) -> str:
-    return commands.slurm_script(recipe(*case, *(f"{k}={v}" for k, v in settings.items())), [], sys.executable)
+from tests.launch.recipe_cases import CASES, ROOT
+from tests.launch.slurm_stubs import install, run, script
 
 
 @pytest.mark.parametrize("cluster", sorted({case[2] for case in CASES}))
@@ -26,7 +21,7 @@ def test_the_script_is_sound_shell(cluster: str, tmp_path: Path) -> None:
         "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     )
     for model in ("tiny_gpt", "bert_base"):
-        text = script(model, "lion", cluster, data="/data/a folder/it's", run=f"{tmp_path}/a run")
+        text = script(model, "lion_paper", cluster, data="/data/a folder/it's", run=f"{tmp_path}/a run")
         assert "$$" not in text
         path = tmp_path / "job.sh"
         path.write_text(text)
@@ -39,7 +34,7 @@ def test_the_script_is_sound_shell(cluster: str, tmp_path: Path) -> None:
 
 
 def test_the_options_are_the_recipes() -> None:
-    text = script("gpt2_small", "lion", "a100x16", **{"slurm-partition": "gpu", "slurm-account": "lab-1"})
+    text = script("gpt2_small", "lion_paper", "a100x16", **{"slurm-partition": "gpu", "slurm-account": "lab-1"})
     for line in (
         "--nodes=2",
         "--gpus-per-node=8",
@@ -139,26 +134,9 @@ def test_a_name_that_no_variable_can_have_is_refused(tmp_path: Path, name: str) 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
-    """A folder with stand-ins for scontrol and srun: the first logs, the second notes its words and acts as told."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    tools = {
-        "scontrol": f'[ "$1" = show ] && printf "node7\\nnode8\\n" || echo "$@" >> {tmp_path}/scontrol.log',
-        "srun": f'printf "%s\\n" "$@" > {tmp_path}/srun.log; eval "$ACT"',
-    }
-    for name, body in tools.items():
-        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
-        (folder / name).chmod(stat.S_IRWXU)
+    """A folder with stand-ins for scontrol and srun."""
+    install(tmp_path)
     return tmp_path
-
-
-def run(cluster: Path, act: str, text: str = "", *, nodes: int = 2, job: int = 42) -> subprocess.CompletedProcess[str]:
-    settings = {"train-iters": 300, "nodes": nodes}
-    text = text or script("tiny_gpt", "lion", "cpu", run=cluster / "run", **settings)
-    path = f"{cluster}/bin{os.pathsep}{os.environ['PATH']}"
-    environment = {"PATH": path, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": str(job), "ACT": act}
-    environment["SEEN"] = str(cluster / "seen")
-    return subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environment, check=False)
 
 
 def saves(cluster: Path, iteration: int) -> str:

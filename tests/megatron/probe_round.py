@@ -29,7 +29,8 @@ from megatron_lion.integration import compat
 from megatron_lion.integration.loop_callbacks import Step
 from megatron_lion.integration.reporting import gradient_shards
 from megatron_lion.integration.reporting.norm_ratio import round_data, schedule
-from megatron_lion.integration.reporting.norm_ratio.measure import all_reduce, run_round
+from megatron_lion.integration.reporting.norm_ratio.loop_round import run_round
+from megatron_lion.integration.reporting.norm_ratio.measure import all_reduce
 from megatron_lion.stats import GradientRound
 
 VOCABULARY = (1 << 30, 0)  # no padding

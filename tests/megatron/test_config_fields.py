@@ -79,6 +79,24 @@ def mimo():
     return MimoModel.__new__(MimoModel)
 
 
+def mimo_directly(config):
+    from megatron.core.models.mimo import optimizer
+
+    class OneRank:
+        def is_current_rank_in_grid(self):
+            return True
+
+    optimizer._get_pg_collection_for_optimizer = lambda grid: None
+    described = argparse.Namespace(module_to_grid_map={{optimizer_key(): OneRank()}})
+    return optimizer.get_mimo_optimizer(argparse.Namespace(mimo_config=described, language_model=chunk()), config)
+
+
+def optimizer_key():
+    from megatron.core.models.mimo.config.role import MIMO_LANGUAGE_MODULE_KEY
+
+    return MIMO_LANGUAGE_MODULE_KEY
+
+
 def build(config, *chunks):
     return get_megatron_optimizer(config, list(chunks) or [chunk()])
 
@@ -134,6 +152,7 @@ EXPECTED: dict[str, Any] = {
     "stored(lion(lion_momentum_dtype='int8', **BF16))": ["int8", "fp32"],
     "stored(lion(**BF16, **AWARE))": BF16_REMAINDER,
     "stored(dataclasses.replace(lion(**BF16, **AWARE), lr=1e-5))": BF16_REMAINDER,
+    "stored(lion(store_param_remainders=False, **BF16, **AWARE))": ["bf16", "fp32"],
     "stored(from_arguments(**BF16, **AWARE))": BF16_REMAINDER,
     "stored(Deferred(optimizer='lion', **BF16, **AWARE).finalize())": BF16_REMAINDER,
     "stored(lion(lion_momentum_dtype='int8', lion_master_weights='fp32', **BF16, **FP32_AWARE))": ["int8", "fp32"],
@@ -162,6 +181,8 @@ REFUSED = {
     "build(lion(lion_kernel='fusd'))": "--lion-kernel 'fusd' is unknown: did you mean 'fused'",
     "build(older())": "this OptimizerConfig was made before megatron_lion.register()",
 }
+if minor_version() >= "0.17":  # before, Megatron has no optimizer for it
+    REFUSED["mimo_directly(lion())"] = f"MimoModel {NOT_SUPPORTED}Megatron builds an optimizer for each of its modules"
 
 
 def probe(lines: list[str], before: str = "") -> subprocess.CompletedProcess[str]:

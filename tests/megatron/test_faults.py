@@ -14,7 +14,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_lion.integration.checkpoint.integrity import DamagedRecord, complete_iterations, recovery_hint, verify_crc
+from megatron_lion.config import LionError
+from megatron_lion.integration.checkpoint.integrity import (
+    DamagedRecord,
+    complete_iterations,
+    read_errors_named,
+    recovery_hint,
+    verify_crc,
+)
 from tests.harness import (
     BATCH,
     CPU,
@@ -232,9 +239,16 @@ def test_the_advice_names_whole_checkpoints_alone(tmp_path: Path) -> None:
         if whole:
             (folder / ".metadata").touch()
     (tmp_path / TRACKER).write_text("8")
-    assert "--ckpt-step (2, 4)" in recovery_hint(str(tmp_path), SimpleNamespace(ckpt_step=None))
-    assert "--ckpt-step (2, 8)" in recovery_hint(str(tmp_path), SimpleNamespace(ckpt_step=4))
-    assert "no other checkpoint" in recovery_hint(str(tmp_path / "elsewhere"), SimpleNamespace(ckpt_step=None))
+    assert "--ckpt-step (2, 4)" in recovery_hint(str(tmp_path), 8)
+    assert "--ckpt-step (2, 8)" in recovery_hint(str(tmp_path), 4)
+    assert "no other checkpoint" in recovery_hint(str(tmp_path / "elsewhere"), None)
+
+
+def advice_for(folder: Path) -> str:
+    """The hint after a checkpoint of ``folder`` could not be read."""
+    with pytest.raises(LionError) as raised, read_errors_named(str(folder), SimpleNamespace(ckpt_step=None)):
+        raise OSError("damaged")
+    return str(raised.value)
 
 
 def test_folders_and_trackers_that_only_look_like_megatrons_do_not_hide_the_damage(tmp_path: Path) -> None:
@@ -243,9 +257,9 @@ def test_folders_and_trackers_that_only_look_like_megatrons_do_not_hide_the_dama
         (tmp_path / name / ".metadata").touch()
     assert complete_iterations(str(tmp_path)) == [20]
     (tmp_path / TRACKER).write_text("²")  # a digit for str.isdigit, but not for int
-    assert "--ckpt-step (20)" in recovery_hint(str(tmp_path), SimpleNamespace(ckpt_step=None))
+    assert "--ckpt-step (20)" in advice_for(tmp_path)
     (tmp_path / TRACKER).write_bytes(b"\xff\xfe\0")
-    assert "--ckpt-step (20)" in recovery_hint(str(tmp_path), SimpleNamespace(ckpt_step=None))
+    assert "--ckpt-step (20)" in advice_for(tmp_path)
 
 
 # ---- a full disk ----

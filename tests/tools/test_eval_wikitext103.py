@@ -13,7 +13,7 @@ import torch
 from evaluation import checkpoints, windows
 
 from megatron_lion.config import LionError
-from tests.harness import CPU, HORIZON, Run, pretrain, run_ranks
+from tests.harness import HORIZON, Run, pretrain, run_ranks
 
 SCRIPT = Path(eval_wikitext103.__file__)
 # Rows that pad the vocabulary (512 to 768, so that the last tensor-parallel rank has padding alone), positions that
@@ -46,7 +46,7 @@ def saved(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(folder: Path, sample: Path, output: Path, *flags: str, ranks: int = 1) -> Run:
     return run_ranks(
         f"--checkpoints {folder} --text {sample} --output {output} --window {WINDOW} --overlapping-eval {STEP}",
-        f"--micro-batch-size 4 {CPU}",
+        "--micro-batch-size 4",
         *flags,
         script=SCRIPT,
         ranks=ranks,

@@ -67,10 +67,14 @@ def rows(parameters: int, exceptions: float, repeats: int) -> list[tuple[str, st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parameters", type=int, default=16_000_000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--exceptions", type=float, default=0.003, help="as a share of 16-bit parameters")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--parameters", type=int, default=16_000_000, help="elements of the message (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--exceptions", type=float, default=0.003, help="share of 16-bit parameters (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="measurements (default: %(default)s)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     print(f"{args.parameters:,} parameters, {args.threads} thread(s)")

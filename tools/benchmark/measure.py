@@ -18,6 +18,15 @@ from tools.benchmark.traffic import Stream, streaming_pass
 # its own may fall short of its memory.
 PASSES = {"the limit of ": 0, "the limit, fetched ahead, of ": 512}
 EVICTING_BYTES = 1 << 30  # more than any cache holds
+# The rows of the figure, and their names there; the table has all.
+FIGURE = {
+    "megatron-lion fused": "megatron-lion, fp32 state",
+    "megatron-lion fused, remainder, int8 momentum, bf16 gradient": "megatron-lion, 3.1 bytes of state",
+    "DeepSpeed CPULion": "DeepSpeed CPULion",
+    "torch AdamW fused": "torch AdamW, fused",
+    "emerging-optimizers Lion": "emerging-optimizers Lion (stock Megatron's)",
+    "lion-pytorch eager": "lion-pytorch",
+}
 
 
 @dataclass
@@ -179,23 +188,29 @@ def write_json(path: Path, **record: object) -> None:
 
 
 def plot(table: Sequence[Row], path: Path, title: str) -> None:
-    """A bar for each row, SVG or PNG by the name's ending: ours in another color, with a mark where its limit is."""
+    """A dot for each row of ``FIGURE`` that was measured, SVG or PNG by the name's ending; marks where its limit is."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colors = ["tab:orange" if row.name.startswith(OURS) else "tab:blue" for row in table]
-    figure, axes = plt.subplots(figsize=(9, 0.3 * len(table) + 1.2), layout="constrained")
-    bars = axes.barh([row.name for row in table], [row.milliseconds for row in table], color=colors, log=True)
-    axes.bar_label(bars, [f"{row.milliseconds:.1f}" for row in table], padding=3, fontsize=8)
-    limits_shown = {y: row.limit_milliseconds for y, row in enumerate(table) if row.limit_milliseconds}
-    edges = [y - 0.4 for y in limits_shown], [y + 0.4 for y in limits_shown]
-    axes.vlines(list(limits_shown.values()), *edges, color="black", linewidth=1.5, label="limit for as many bytes")
-    axes.legend(fontsize=8)
-    axes.margins(x=0.2, y=0.01)
-    axes.invert_yaxis()
-    axes.set_xlabel("ms per step, median, on a logarithmic scale")
+    shown = [row for row in table if row.name in FIGURE] or list(table[:6])
+    figure, axes = plt.subplots(figsize=(7.5, 0.42 * len(shown) + 1.3), layout="constrained")
+    for is_ours, name, color in ((True, "megatron-lion", "tab:orange"), (False, "others", "tab:blue")):
+        at = [y for y, row in enumerate(shown) if row.name.startswith(OURS) is is_ours]
+        axes.plot([shown[y].milliseconds for y in at], at, "o", color=color, markersize=8, label=name)
+    limits = {y: row.limit_milliseconds for y, row in enumerate(shown) if row.limit_milliseconds}
+    axes.plot(list(limits.values()), list(limits), "|", color="black", markersize=14, label="limit for its bytes")
+    for y, row in enumerate(shown):
+        axes.annotate(
+            f"{row.milliseconds:.0f} ms", (row.milliseconds, y), (8, 0), textcoords="offset points", va="center"
+        )
+    axes.set_yticks(range(len(shown)), [FIGURE.get(row.name, row.name) for row in shown])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlim(0, 1.25 * max(row.milliseconds for row in shown))
+    axes.set_xlabel("ms per step, median")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="upper right")
     figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -1,11 +1,9 @@
-"""What a norm-ratio round costs beside training's own forward and backward passes, in pairs, inside Megatron's loop.
+"""Compare the time of a norm-ratio round with that of as many forward and backward passes, inside Megatron's loop.
 
-torchrun --nproc-per-node 2 -m tools.benchmark.norm_ratio_round --optimizer lion --lr 1e-4 <Megatron's flags>
-
-Give it the command line of the run that you have in mind, with --train-iters 2. After the first step it measures, in
-turns, a round of --norm-ratio-batches batches (10 unless given) and as many forward and backward passes with gradient
-reduction as training makes them, on the same samples through the same loader. BENCHMARK_PAIRS (12) pairs, half of them
-in the other order; printed are the medians and the median of the ratios.
+Use the command line of the run that you have in mind, with --train-iters 2. After the first step it measures, in turns,
+a round of --norm-ratio-batches batches (10 unless given) and as many forward and backward passes with gradient
+reduction as training makes them, on the same samples through the same loader. It makes BENCHMARK_PAIRS (12) pairs, half
+of them in the other order, and prints the medians and the median of the ratios.
 """
 
 import os
@@ -23,10 +21,11 @@ from megatron_lion.config import LionError
 from megatron_lion.integration import console
 from megatron_lion.integration.loop_callbacks import Step
 from megatron_lion.integration.reporting.norm_ratio.isolation import isolated
-from megatron_lion.integration.reporting.norm_ratio.measure import forward_backward, own_iterator, run_round
+from megatron_lion.integration.reporting.norm_ratio.loop_round import forward_backward, own_iterator, run_round
 from megatron_lion.integration.reporting.norm_ratio.schedule import Rounds
 from megatron_lion.run import readable_errors
 
+USAGE = "torchrun --nproc-per-node 2 -m tools.benchmark.norm_ratio_round --optimizer lion --lr 1e-4 <Megatron's flags>"
 PAIRS = int(os.environ.get("BENCHMARK_PAIRS", "12"))
 
 
@@ -34,6 +33,8 @@ def passes(step: Step, datasets: list[Any], batches: int) -> None:
     """As many forward and backward passes as a round makes, and nothing else."""
     iterator, _ = own_iterator(step, datasets, batches, iteration=0)
     for _ in range(batches):
+        for chunk in step.model:
+            chunk.zero_grad_buffer()
         forward_backward(step, step.forward_step_func, iterator)
 
 
@@ -75,6 +76,9 @@ def benchmark(rounds: Rounds, batches: int) -> None:
 
 def main() -> None:
     """Train one step, then measure."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(f"usage: {USAGE}\n\n{__doc__}\nAll of Megatron's flags: python launch/pretrain_gpt.py --help")
+        return
     if "--norm-ratio-interval" in sys.argv or "--norm-ratio-at-start" in sys.argv:
         raise LionError("the benchmark starts its rounds by itself: leave out --norm-ratio-interval and -at-start")
     sys.argv += ["--norm-ratio-interval", "1", "--norm-ratio-file", os.devnull]

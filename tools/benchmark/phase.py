@@ -115,14 +115,18 @@ def table_of(columns: dict[Any, dict[str, float]], title: str) -> str:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=tuple(MODELS), default="gpt2-small", help="whose parameters (%(default)s)")
+    parser.add_argument(
+        "--shapes", choices=tuple(MODELS), default="gpt2-small", help="whose parameters (default: %(default)s)"
+    )
     parser.add_argument("--numel", type=int, help="one flat tensor of so many elements instead")
     parser.add_argument("--host", action="store_true", help="many tiny parameters: the host's own time")
     parser.add_argument("--ranks", type=int, nargs="*", help="how many ranks to start, one number after the other")
     parser.add_argument("--wait-for-gather", action="store_true", help="the step ends with the parameters' all-gather")
-    parser.add_argument("--peers", nargs="*", choices=STOCK, default=STOCK, help="which of stock's (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of a rank (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each that are counted (%(default)s)")
+    parser.add_argument("--peers", nargs="*", choices=STOCK, default=STOCK, help="which of stock's (default: all)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of a rank (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each that are counted (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     return parser
 

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Every table of docs/results/benchmarks.md in one command, on a machine that does nothing else. Usage: tools/benchmark/run_all.sh [OUT]
+# usage: tools/benchmark/run_all.sh [OUT]
+#
+# Every table of docs/results/benchmarks.md in one command, on a machine that does nothing else, into OUT/benchmarks.md.
 # PYTHON names the interpreter; THREADS the threads of a step (default 2). Peers: see python -m tools.benchmark.step --help.
 set -euo pipefail
+
+case "${1:-}" in --help | -h) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;; esac
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 PYTHON="${PYTHON:-python3}" THREADS="${THREADS:-2}" OUT="${1:-$ROOT/runs/benchmarks}"

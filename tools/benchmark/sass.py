@@ -5,6 +5,7 @@ been imported without ``TRITON_INTERPRET``.
 """
 
 import collections
+import inspect
 import re
 import subprocess
 import tempfile
@@ -30,14 +31,13 @@ def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any]
     of 16.
     """
     positions = [index for index, name in enumerate(kernel.arg_names) if name in aligned]
-    try:
-        attributes: Any = {(index,): [["tt.divisibility", 16]] for index in positions}
-        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-        source = ASTSource(kernel, signature, constants, attributes)
-    except TypeError:  # Triton before 3.3
+    if "constants" in inspect.signature(ASTSource.__init__).parameters:  # Triton before 3.3
         from triton.backends.compiler import AttrsDescriptor
 
         source = ASTSource(kernel, types, constants, AttrsDescriptor.from_hints(dict.fromkeys(positions, 16)))
+    else:
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in positions})
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False})
 
 

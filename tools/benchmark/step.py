@@ -74,23 +74,29 @@ def measure_queued(args: argparse.Namespace, params: peers.Params, names: list[s
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=tuple(MODELS), default="gpt2-small", help="whose parameters (%(default)s)")
+    parser.add_argument(
+        "--shapes", choices=tuple(MODELS), default="gpt2-small", help="whose parameters (default: %(default)s)"
+    )
     parser.add_argument("--numel", type=int, help="one flat tensor of so many elements instead")
-    parser.add_argument("--tensors", type=int, default=1, help="with --numel: so many of them (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where they are (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="steps of each that are counted (%(default)s)")
+    parser.add_argument("--tensors", type=int, default=1, help="with --numel: so many of them (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where they are (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each that are counted (default: %(default)s)")
     parser.add_argument(
         "--peers",
         nargs="*",
         default=["installed"],
         metavar="NAME",
-        help="'all'; 'installed' (the default: without those that compile for minutes); or names of "
-        + ", ".join(peers.PEERS),
+        help="all; installed, without those that compile for minutes; or names of "
+        f"{', '.join(peers.PEERS)} (default: installed)",
     )
     parser.add_argument("--queued", action="store_true", help="measure on a CPU as on a GPU, to rehearse that")
     parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="TEXT", help="queued: only candidates with one of these in the name"
+        "--only", nargs="+", default=[""], metavar="TEXT", help="queued: only candidates whose name has one of these"
     )
     parser.add_argument("--rows", type=Path, help="queued: append each row there as a JSON line when it is measured")
     parser.add_argument("--json", type=Path, help="write the rows there as well")

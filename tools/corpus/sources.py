@@ -70,9 +70,19 @@ def find_sources(inputs: Sequence[str], *, key: str, documents: str, dataset_spl
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how documents are found in what --input names."""
     add = parser.add_argument_group("documents").add_argument
-    add("--json-keys", default="text", metavar="KEY", help="the field or column that holds the text (default text)")
-    add("--dataset-split", default="train", metavar="NAME", help="which split of a hub data set (default train)")
-    add("--text-documents", choices=DOCUMENT_RULES, default="blank-line", help="what ends a document in plain text")
+    add(
+        "--json-keys",
+        default="text",
+        metavar="KEY",
+        help="the field or column that holds the text (default: %(default)s)",
+    )
+    add("--dataset-split", default="train", metavar="NAME", help="which split of a hub data set (default: %(default)s)")
+    add(
+        "--text-documents",
+        choices=DOCUMENT_RULES,
+        default="blank-line",
+        help="what ends a document in plain text (default: %(default)s)",
+    )
 
 
 def suffix_of(path: Path) -> str | None:

@@ -58,7 +58,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for summary.md, rows.jsonl and log.txt")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install, for this check only")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a rehearsal (default: %(default)s)"
+    )
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these parts")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"

@@ -167,7 +167,7 @@ def machine(device: str) -> dict[str, str]:
 def main() -> int:
     """Print and record both; see the module's docstring for the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: %(default)s)")
     parser.add_argument("--rows", type=Path)
     args = parser.parse_args()
     missing = problems(args.device)

@@ -128,14 +128,19 @@ def parse() -> argparse.Namespace:
     add("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text to train on (default: Python's documentation)")
     add("--evaluate", type=Path, metavar="FILE", help="text of the perplexities, WikiText's test tokens for example")
     add("--run", type=named_run, action="append", default=[], metavar="OPTIMIZER=JSONL", help="rounds; repeatable")
-    add("--model", default="tiny GPT", metavar="NAME", help="what made the rounds of --run, for the report")
-    add("--seeds", type=int, default=5, metavar="N", help="repeats of each optimizer (5)")
-    add("--iterations", type=int, default=200, metavar="N", help="steps of each run (200)")
-    add("--rounds", type=int, default=10, metavar="N", help="rounds and checkpoints of each run (10)")
-    add("--batches", type=int, default=16, metavar="N", help="batches of a round (16)")
+    add(
+        "--model",
+        default="tiny GPT",
+        metavar="NAME",
+        help="what made the rounds of --run, for the report (default: %(default)s)",
+    )
+    add("--seeds", type=int, default=5, metavar="N", help="repeats of each optimizer (default: %(default)s)")
+    add("--iterations", type=int, default=200, metavar="N", help="steps of each run (default: %(default)s)")
+    add("--rounds", type=int, default=10, metavar="N", help="rounds and checkpoints of each run (default: %(default)s)")
+    add("--batches", type=int, default=16, metavar="N", help="batches of a round (default: %(default)s)")
     sgd, lion = LEARNING_RATES["sgd"], LEARNING_RATES["lion"]
-    add("--sgd-lr", type=float, default=sgd, metavar="X", help=f"SGD's rate ({sgd:g}; Lion's is {lion:g})")
-    add("--threads", type=int, default=1, metavar="N", help="threads of a run (1)")
+    add("--sgd-lr", type=float, default=sgd, metavar="X", help=f"SGD's rate; Lion's is {lion:g} (default: %(default)s)")
+    add("--threads", type=int, default=1, metavar="N", help="threads of a run (default: %(default)s)")
     options = parser.parse_args()
     if not options.sgd_lr > 0:
         raise LionError(f"--sgd-lr {options.sgd_lr:g}: a learning rate is above zero")

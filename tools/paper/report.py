@@ -57,7 +57,8 @@ def language_pairs(runs: Path) -> dict[str, dict[str, Path]]:
             model, optimizer = names["model"], names["optimizer"]
         except (ValueError, KeyError, TypeError):  # cut short: the folder's usual name says the same
             model, optimizer, *_ = [*path.parent.name.split("-"), "unknown"]
-        pairs.setdefault(str(model), {})[str(optimizer)] = path.parent
+        # Sorted, the paper's settings (lion_paper) come after tuned ones of the same model (lion) and replace them.
+        pairs.setdefault(str(model), {})[str(optimizer).removesuffix("_paper")] = path.parent
     studies = (("the demo's GPT", "demo", ""), ("tiny GPT", "rates", "-1"), ("small BERT", "scaling-bert", "-400"))
     for model, where, suffix in studies:
         folder = runs / where
@@ -120,11 +121,13 @@ def main() -> None:
     """Write the report and say what is in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: runs)")
-    add("--output", type=Path, default=Path("report"), metavar="DIR", help="folder for the pages (default: report)")
-    add("--hardware", default=this_machine(), metavar="TEXT", help="what the runs were made on (default: this machine)")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: %(default)s)")
+    add(
+        "--output", type=Path, default=Path("report"), metavar="DIR", help="folder for the pages (default: %(default)s)"
+    )
+    add("--hardware", metavar="TEXT", help="what the runs were made on (default: this machine)")
     options = parser.parse_args()
-    for row in write_report(options.runs, options.output, options.hardware):
+    for row in write_report(options.runs, options.output, options.hardware or this_machine()):
         print(f"{row.exhibit.name:10} {'run here' if row.findings else 'not run here'}")
         for problem in [*row.problems, *(entry for found in row.findings for entry in found.missing)]:
             print(f"           {problem}")

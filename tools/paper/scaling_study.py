@@ -137,16 +137,30 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder for runs, figures and results")
-    add("--model", choices=texts.CORPORA, default="gpt", help="what is trained, or was (gpt)")
+    add("--model", choices=texts.CORPORA, default="gpt", help="what is trained, or was (default: %(default)s)")
     add("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text to train on (default: Python's documentation)")
     add("--run", type=named_run, action="append", default=[], metavar="OPTIMIZER=JSONL", help="rounds; repeatable")
-    add("--sizes", type=int, nargs="+", choices=SIZES, default=list(SIZES), metavar="H", help="hidden sizes to train")
-    add("--optimizers", nargs="+", choices=LEARNING_RATES, default=list(LEARNING_RATES), help="(default: all three)")
-    add("--iterations", type=int, default=30, metavar="N", help="steps of each run (30)")
-    add("--interval", type=int, default=15, metavar="N", help="a round after every N steps (15)")
-    add("--batches", type=int, default=64, metavar="N", help="batches of a round (64)")
-    add("--seed", type=int, default=1234, metavar="N", help="(1234)")
-    add("--threads", type=int, default=1, metavar="N", help="threads of a run (1)")
+    add(
+        "--sizes",
+        type=int,
+        nargs="+",
+        choices=SIZES,
+        default=list(SIZES),
+        metavar="H",
+        help="hidden sizes to train (default: all)",
+    )
+    add(
+        "--optimizers",
+        nargs="+",
+        choices=LEARNING_RATES,
+        default=list(LEARNING_RATES),
+        help="which optimizers (default: all)",
+    )
+    add("--iterations", type=int, default=30, metavar="N", help="steps of each run (default: %(default)s)")
+    add("--interval", type=int, default=15, metavar="N", help="a round after every N steps (default: %(default)s)")
+    add("--batches", type=int, default=64, metavar="N", help="batches of a round (default: %(default)s)")
+    add("--seed", type=int, default=1234, metavar="N", help="of weights and batches (default: %(default)s)")
+    add("--threads", type=int, default=1, metavar="N", help="threads of a run (default: %(default)s)")
     options = parser.parse_args()
     if options.run and options.text:
         raise LionError("--run takes rounds that are there, --text trains: give one of them")

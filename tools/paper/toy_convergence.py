@@ -273,16 +273,20 @@ def main() -> None:
     """Run everything, draw it and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for figures and results")
-    parser.add_argument("--starts", type=_count, default=5, metavar="N", help="starting points (default 5)")
-    parser.add_argument("--repeats", type=_count, default=5, metavar="N", help="runs from each of them (default 5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the starts and the noise (default 0)")
+    parser.add_argument("--starts", type=_count, default=5, metavar="N", help="starting points (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=_count, default=5, metavar="N", help="runs from each of them (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the starts and the noise (default: %(default)s)"
+    )
     parser.add_argument(
         "--momentum-init",
         choices=MOMENTUM_INITS,
         default="gradient",
-        help="m_0 for the paper's settings: gradient as in its proof (default), zero as in practice",
+        help="m_0 for the paper's settings: gradient as in its proof, zero as in practice (default: %(default)s)",
     )
-    parser.add_argument("--format", choices=("svg", "pdf"), default="svg", help="of the figures (default svg)")
+    parser.add_argument("--format", choices=("svg", "pdf"), default="svg", help="of the figures (default: %(default)s)")
     options = parser.parse_args()
     began = time.perf_counter()
     result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "minimum": minimum()}

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,19 @@ def moments(state: dict[str, Any], path: str) -> frozenset[str]:
     from megatron.core import dist_checkpointing
 
     if dist_checkpointing.check_is_distributed_checkpoint(path):
-        found = (STATE_KEY.search(key) for key in dist_checkpointing.load_tensors_metadata(path))
-        return MOMENTS & {match[1] or match[2] for match in found if match}
+        return kinds_of_momentum(dist_checkpointing.load_tensors_metadata(path))
     parts = state.get("optimizer") or []
     parts = [part.get("optimizer", part) for part in (parts if isinstance(parts, list) else [parts])]
     keys = {key for part in parts for group in part.get("param_groups", ()) for key in group}
     if "momentum_init" in keys:
         return frozenset({"exp_avg"})
     return frozenset({"exp_avg", "exp_avg_sq"}) if "eps" in keys else frozenset()
+
+
+def kinds_of_momentum(keys: Iterable[str]) -> frozenset[str]:
+    """The kinds of momentum among the keys of a ``torch_dist`` checkpoint."""
+    found = (STATE_KEY.search(key) for key in keys)
+    return MOMENTS & {match[1] or match[2] for match in found if match}
 
 
 def refuse_foreign_format(args: Any) -> None:

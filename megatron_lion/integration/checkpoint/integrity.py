@@ -65,12 +65,14 @@ def write_errors_named(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         ) from error
 
 
-TRAINING = (
+CORE = (
     compat.wrap(
         "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
         get_filesystem_reader,
         parameters=("checkpoint_dir",),
     ),
+)
+TRAINING = (
     compat.wrap(
         "megatron.training.checkpointing:save_checkpoint",
         write_errors_named,
@@ -90,13 +92,22 @@ def read_errors_named(load_dir: str, args: Any) -> Iterator[None]:
     except SystemExit as error:  # with status 0, which torchrun takes for the end of training (363, 1743)
         if error.code or args.exit_on_missing_checkpoint:
             raise
-        raise LionError(f"{_unreadable_folder(load_dir)}. {recovery_hint(load_dir, args)}") from error
+        hint = recovery_hint(load_dir, _asked_for(load_dir, args))
+        raise LionError(f"{_unreadable_folder(load_dir)}. {hint}") from error
     except (Exception, CheckpointException) as error:
-        cause = next(filter(_is_read_error, causes(error)), None)
-        if cause is None:
-            raise
-        problem = f"the checkpoint in {_folder(load_dir, args)} cannot be read: {cause}"
-        raise LionError(f"{problem}. {recovery_hint(load_dir, args)}") from error
+        if problem := read_problem(error, _folder(load_dir, args)):
+            raise LionError(problem) from error
+        raise
+
+
+def read_problem(error: BaseException, folder: Path) -> str | None:
+    """The message for an error in reading the checkpoint in ``folder``, or None for another kind of error."""
+    cause = next(filter(_is_read_error, causes(error)), None)
+    if cause is None:
+        return None
+    is_named = CHECKPOINT_FOLDER.fullmatch(folder.name)
+    load_dir, failed = (str(folder.parent), int(folder.name[5:])) if is_named else (str(folder), None)
+    return f"the checkpoint in {folder} cannot be read: {cause}. {recovery_hint(load_dir, failed)}"
 
 
 def _is_read_error(error: BaseException) -> bool:
@@ -147,9 +158,8 @@ def check_common_state(load_dir: str | None, args: Any) -> None:
             verify_crc(file, str(path), 0)
 
 
-def recovery_hint(load_dir: str, args: Any) -> str:
-    """The other complete checkpoints in ``load_dir``, and how to load one."""
-    failed = _asked_for(load_dir, args)
+def recovery_hint(load_dir: str, failed: int | None) -> str:
+    """The complete checkpoints in ``load_dir`` other than that of iteration ``failed``, and how to load one."""
     whole = [iteration for iteration in complete_iterations(load_dir) if iteration != failed]
     if not whole:
         return f"There is no other checkpoint in {load_dir} to go back to. Nothing was changed"

@@ -45,8 +45,10 @@ def without_step() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def folding_the_clip_factor(fold: Callable[[list[Any], float], bool]) -> Iterator[None]:
+def folding_the_clip_factor(fold: Callable[[list[Any], Any], bool]) -> Iterator[None]:
     """Offer each clip factor that Megatron is about to multiply into gradients to ``fold``, which may apply it instead.
+
+    The factor is 1 or less, a number, or a tensor where Megatron's norm is one (with Transformer Engine or Apex).
 
     ``ChainedOptimizer.step`` (0.19.2: optimizer 1875) scales all gradients in place, one more read and write of each.
     """
@@ -55,11 +57,31 @@ def folding_the_clip_factor(fold: Callable[[list[Any], float], bool]) -> Iterato
     stock_clip = optimizer.clip_grad_by_total_norm_fp32
 
     def clip(parameters: list[Any], max_norm: float, total_norm: Any, use_decoupled_grad: bool = False) -> None:
-        factor = float(max_norm / (total_norm + 1.0e-6))  # clip_grads 178
-        if not fold(parameters, min(factor, 1.0)):
+        factor = max_norm / (total_norm + 1.0e-6)  # clip_grads 178
+        if not fold(parameters, min(factor, 1.0) if isinstance(factor, float) else factor.clamp(max=1.0)):
             stock_clip(parameters, max_norm, total_norm, use_decoupled_grad)
 
     with temporarily(optimizer, clip_grad_by_total_norm_fp32=clip):
+        yield
+
+
+@contextlib.contextmanager
+def gradient_norm_by(l2_norm: Callable[[list[Any]], Any]) -> Iterator[None]:
+    """Let Megatron's gradient norm call ``l2_norm`` for the 2-norm of a rank's gradients: a one-element fp32 tensor.
+
+    ``get_grad_norm_fp32`` (0.19.2: clip_grads 115) passes it the gradients that Megatron counts on this rank, and adds
+    up the squares over ranks. ``l2_norm`` may return None, and then Megatron computes the norm.
+    """
+    from megatron.core.optimizer import clip_grads
+
+    stock = clip_grads.l2_norm_impl
+
+    def l2_norm_impl(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Any]], *args: Any) -> Any:
+        (grads,) = tensor_lists
+        norm = l2_norm(grads)
+        return stock(chunk_size, noop_flag, tensor_lists, *args) if norm is None else (norm, None)
+
+    with temporarily(clip_grads, l2_norm_impl=l2_norm_impl):
         yield
 
 
@@ -158,6 +180,14 @@ def params_outside_the_norm(sub_optimizer: Any) -> list[Any]:
     return [param for param in sub_optimizer.get_parameters() if id(gradient_of(sub_optimizer, param)) not in seen]
 
 
+def reduces_norm_over_all_ranks(sub_optimizer: Any) -> bool:
+    """Whether the gradient norm of an optimizer in Megatron's chain is a sum over every rank."""
+    import torch
+
+    group = sub_optimizer.get_grad_stats_parallel_group()
+    return torch.distributed.get_world_size(group) == torch.distributed.get_world_size()
+
+
 def gradient_of(sub_optimizer: Any, param: Any) -> Any:
     """The gradient of ``param``, one of the parameters of ``sub_optimizer``; None if it has none."""
     return getattr(param, "decoupled_grad" if is_precision_aware(sub_optimizer.config) else "grad", None)
@@ -198,20 +228,16 @@ def moe_metrics_kept() -> Iterator[None]:
 def gather_parameters(model_chunks: list[Any], optimizer: Any, *, hooked: bool) -> None:
     """Finish the all-gather of parameters that overlaps with the forward pass, as Megatron's evaluation does.
 
-    Where the hooks that wait for it are on (``hooked``) they are taken off, to be put back by
-    :func:`gather_in_forward_again`.
+    Where the hooks that wait for it are on (``hooked``) they are taken off. The chunk's ``enable_forward_pre_hook``
+    puts them back.
     """
-    import megatron.training.training as training
-
-    gather = training.disable_forward_pre_hook if hooked else training.force_param_sync
-    gather(model_chunks, **({"optimizer": optimizer} if installed_traits().sync_asks_optimizer else {}))
-
-
-def gather_in_forward_again(model_chunks: list[Any]) -> None:
-    """Put back the hooks that :func:`gather_parameters` took off."""
-    import megatron.training.training as training
-
-    training.enable_forward_pre_hook(model_chunks)
+    if installed_traits().sync_asks_optimizer:
+        optimizer.prepare_model_params_for_param_sync()
+    for chunk in model_chunks:
+        if hooked:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        else:
+            chunk.start_param_sync(force_sync=True)
 
 
 def forked_random_states() -> contextlib.AbstractContextManager[None]:

@@ -51,10 +51,14 @@ class Seam:
     def problem(self) -> str | None:
         """What is wrong with this seam in the Megatron that is installed, or None."""
         try:
-            holder, name = self.holder()
-            target: Any = getattr(holder, name)
+            importlib.import_module(self.module)
         except ImportError as error:
             return f"{self.module} cannot be imported ({error}; pip install 'megatron-lion[train]' has what it needs)"
+        except Exception as error:  # whatever a package that Megatron imports may raise
+            return f"{self.module} cannot be imported ({type(error).__name__}: {error})"
+        try:
+            holder, name = self.holder()
+            target: Any = getattr(holder, name)
         except AttributeError:
             return f"{self.module}.{self.name} is gone"
         found = tuple(inspect.signature(target).parameters) if self.parameters else ()
@@ -109,6 +113,7 @@ CORE: tuple[Seam, ...] = (
             "fp16",
             "use_distributed_optimizer",
             "use_precision_aware_optimizer",
+            "store_param_remainders",
             "main_grads_dtype",
             "main_params_dtype",
             "exp_avg_dtype",
@@ -131,8 +136,16 @@ CORE: tuple[Seam, ...] = (
         "clip_grad_by_total_norm_fp32",
         ("parameters", "max_norm", "total_norm", "use_decoupled_grad"),
     ),
+    Seam(
+        "megatron.core.optimizer.clip_grads",
+        "get_grad_norm_fp32",
+        ("grads_for_norm", "norm_type", "grad_stats_parallel_group"),
+        uses=("multi_tensor_applier", "l2_norm_impl"),
+    ),
+    Seam("megatron.core.optimizer.clip_grads", "l2_norm_impl"),
     Seam(_OPTIMIZER, "MegatronOptimizer.__init__", uses=("optimizer", "config", "init_state_fn")),
     Seam(_OPTIMIZER, "MegatronOptimizer.get_parameters", ("self",)),
+    Seam(_OPTIMIZER, "MegatronOptimizer.get_grad_stats_parallel_group", ("self",)),
     Seam(_OPTIMIZER, "MegatronOptimizer.get_main_grads_for_grad_norm", ("self",), until="0.18"),
     Seam(_OPTIMIZER, "MegatronOptimizer.get_grads_for_grad_norm", ("self",), since="0.19"),
     Seam(
@@ -206,7 +219,8 @@ CORE: tuple[Seam, ...] = (
     Seam(_CHECKPOINT, "load_content_metadata", ("preloaded_state_dict",)),
     Seam(_CHECKPOINT, "load_tensors_metadata", ("checkpoint_dir",)),
     Seam(_CHECKPOINT, "check_is_distributed_checkpoint", ("checkpoint_dir",)),
-    Seam(f"{_CHECKPOINT}.mapping", "ShardedTensor", ("data", "local_shape", "global_shape", "global_offset")),
+    Seam("torch.distributed.checkpoint", "FileSystemReader._slice_file", ("self", "file", "sinfo")),
+    Seam(f"{_CHECKPOINT}.mapping", "ShardedTensor", ("key", "data", "local_shape", "global_shape", "global_offset")),
     Seam("megatron.core.tensor_parallel.random", "_fork_rng"),
     Seam("megatron.core.rerun_state_machine", "get_rerun_state_machine"),
     Seam("megatron.core.rerun_state_machine", "RerunMode.DISABLED"),
@@ -235,8 +249,21 @@ TRAINING: tuple[Seam, ...] = (
         "DistributedDataParallel.__init__",
         uses=("ddp_config", "remove_forward_pre_hook_handles"),
     ),
-    Seam("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel.zero_grad_buffer", ("self",)),
-    Seam("torch.distributed.checkpoint", "FileSystemReader._slice_file", ("self", "file", "sinfo")),
+    *(
+        Seam("megatron.core.distributed.distributed_data_parallel", f"DistributedDataParallel.{name}", (parameter,))
+        for name, parameter in {
+            "zero_grad_buffer": "self",
+            "disable_forward_pre_hook": "param_sync",
+            "enable_forward_pre_hook": "self",
+            "start_param_sync": "force_sync",
+        }.items()
+    ),
+    Seam(
+        "megatron.core.distributed.distributed_data_parallel_config",
+        "DistributedDataParallelConfig.__init__",
+        ("use_distributed_optimizer", "overlap_param_gather"),
+    ),
+    Seam(_OPTIMIZER, "ChainedOptimizer.prepare_model_params_for_param_sync", ("self",), since="0.19"),
     # Megatron's loop looks up what this package replaces.
     Seam(_LOOP, "setup_model_and_optimizer", uses=("get_megatron_optimizer", "get_megatron_optimizer_config")),
     Seam(_LOOP, "get_megatron_optimizer", ("config",)),
@@ -244,12 +271,6 @@ TRAINING: tuple[Seam, ...] = (
     Seam(_LOOP, "get_megatron_optimizer_config", ("args",), uses=("fields", "OptimizerConfig"), since="0.18"),
     Seam(_LOOP, "pretrain", ("model_type", "forward_step_func"), uses=("initialize_megatron",)),
     Seam(_LOOP, "train", uses=("train_step", "post_training_step_callbacks")),
-    Seam(_LOOP, "should_disable_forward_pre_hook", ("args",)),
-    Seam(_LOOP, "disable_forward_pre_hook", ("model_chunks",), until="0.18"),
-    Seam(_LOOP, "disable_forward_pre_hook", ("model_chunks", "optimizer"), since="0.19"),
-    Seam(_LOOP, "enable_forward_pre_hook", ("model_chunks",)),
-    Seam(_LOOP, "force_param_sync", ("model_chunks",), until="0.18"),
-    Seam(_LOOP, "force_param_sync", ("model_chunks", "optimizer"), since="0.19"),
     Seam(
         "megatron.training.initialize",
         "initialize_megatron",

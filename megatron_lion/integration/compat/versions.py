@@ -1,5 +1,6 @@
 """Supported versions of megatron-core, how they differ, and the installed one."""
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -129,8 +130,11 @@ def megatron_version() -> str | None:
     None where there is none, "?" for each part that it does not state.
     """
     folder = megatron_path()
-    if folder is None:
-        return None
+    return None if folder is None else version_at(folder)
+
+
+def version_at(folder: Path) -> str:
+    """The version of the ``megatron.core`` in ``folder``; "?" for each part that it does not state."""
     info = folder / "package_info.py"
     text = info.read_text(encoding="utf-8") if info.is_file() else ""
     numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)", text, flags=re.MULTILINE))
@@ -156,8 +160,31 @@ def has_training() -> bool:
     return core is not None and training is not None and training.parent.parent == core.parent
 
 
+def resiliency_problem() -> str | None:
+    """Why the installed Megatron cannot be imported next to the installed nvidia-resiliency-ext, or None.
+
+    megatron-core 0.18 and 0.19 read ``__version__`` of it at import, which releases up to 0.4.1 lack.
+    """
+    folder = megatron_path()
+    reader = folder / "dist_checkpointing" / "strategies" / "nvrx.py" if folder else None
+    if reader is None or not reader.is_file() or "nvrx.__version__" not in reader.read_text(encoding="utf-8"):
+        return None
+    try:
+        package = importlib.import_module("nvidia_resiliency_ext")
+    except ImportError:
+        return None
+    if hasattr(package, "__version__"):
+        return None
+    return (
+        f"megatron-core {megatron_version()} cannot be imported: it reads nvidia_resiliency_ext.__version__, which the "
+        f"installed nvidia-resiliency-ext ({', '.join(package.__path__)}) lacks, as all releases up to 0.4.1. pip "
+        "uninstall nvidia-resiliency-ext, or install 0.6.0, which megatron-core 0.19.2 asks for; in a read-only image "
+        "with pip install --no-deps --target DIR, and DIR on PYTHONPATH"
+    )
+
+
 def require_supported_version() -> None:
-    """Raise LionError if Megatron is missing or of an untested version."""
+    """Raise LionError if Megatron is missing, of an untested version, or cannot be imported for a known reason."""
     version = megatron_version()
     if version is None:
         raise LionError(
@@ -168,3 +195,5 @@ def require_supported_version() -> None:
         raise LionError(
             f"megatron-core {version} ({megatron_path()}) is not supported; supported: {SUPPORTED}. {INSTALL_HINT}"
         )
+    if problem := resiliency_problem():
+        raise LionError(problem)

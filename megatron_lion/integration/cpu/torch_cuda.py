@@ -37,6 +37,21 @@ def wanted() -> bool:
     return check_choice(DEVICE_VARIABLE, os.environ.get(DEVICE_VARIABLE, "cuda").lower(), ("cpu", "cuda")) == "cpu"
 
 
+def require_device() -> None:
+    """Raise LionError if there is no GPU and the CPU was not asked for."""
+    if not (wanted() or torch.cuda.is_available()):
+        raise LionError(no_gpu())
+
+
+def no_gpu() -> str:
+    """Why torch sees no GPU, as far as it knows, and what to do."""
+    built = "" if torch.version.cuda or torch.version.hip else ", which is built without CUDA"
+    return (
+        f"no GPU is visible to torch {torch.__version__}{built}. Set {DEVICE_VARIABLE}=cpu to train on the CPU, for "
+        "tests and trials"
+    )
+
+
 def replace_cuda() -> None:
     """Answer torch's CUDA calls with the CPU, for this process and for good. Idempotent.
 

@@ -2,15 +2,17 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 from megatron_lion.config import INITS_FROM, KERNELS, LionError, LionOptions, check_rates, did_you_mean
-from megatron_lion.integration import compat
+from megatron_lion.integration import compat, console
 from megatron_lion.integration.checkpoint import formats, init_from_adam, ownership
+from megatron_lion.integration.cpu import run_flags, torch_cuda
 from megatron_lion.integration.flags import norm_ratio_arguments as norm_ratio
 from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import config_fields, refusals
+from megatron_lion.integration.optimizer import config_fields, fast_norm, refusals
 from megatron_lion.integration.reporting import step_telemetry
 
 
@@ -23,7 +25,9 @@ def add_megatron_arguments(stock: Callable[..., Any], parser: argparse.ArgumentP
 
 
 def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any] | None = None) -> Any:
-    """Check our flags, before and after Megatron checks its own."""
+    """Check our flags, before and after Megatron checks its own. On the CPU, set the flags that it needs first."""
+    if torch_cuda.wanted() and (flags := run_flags.apply(args)):
+        console.say(f"{torch_cuda.DEVICE_VARIABLE}=cpu sets {' '.join(flags)}")
     _require_ranks(args)
     norm_ratio.check(args)
     step_telemetry.check(args)
@@ -34,6 +38,7 @@ def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]
 
 def _validate_another(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]) -> Any:
     config_fields.fill_betas(args)
+    fast_norm.refuse_without_lion(args)
     if args.lion_init_from:
         raise LionError(
             f"--lion-init-from {args.lion_init_from} has no effect with --optimizer {args.optimizer}: remove it, or "
@@ -58,6 +63,7 @@ def _validate_lion(stock: Callable[..., Any], args: Any, defaults: dict[str, Any
 
 def _settle(args: Any) -> None:
     """Check the command line, turn it into options and write these back, for Megatron's configuration to copy."""
+    torch_cuda.require_device()
     refusals.refuse_flags(args)
     formats.refuse_foreign_format(args)
     check_rates(args.lr, args.weight_decay, args.min_lr)
@@ -109,19 +115,22 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
     optimizer.type = optimizer_name
     for dest, ours in zip(config_fields.BETAS, LionOptions.betas, strict=True):
         flag = f"--{dest.replace('_', '-')}"
-        option = flags.get(dest) or parser.add_argument(flag, type=float, help="Of Lion.")  # before 0.17 it has none
+        option = flags.get(dest) or parser.add_argument(flag, type=float)  # Megatron has none before 0.17
+        stock = "" if option.default is None else f"; with other optimizers {option.default:g}"
         option.default = None
-        option.help = f"{option.help} With --optimizer lion: {ours:g} unless given."
+        option.help = f"Lion's {dest.removeprefix('lion_')} (default: {ours:g}{stock})."
 
     parser.add_argument(
         "--lion-kernel",
         default=LionOptions.kernel,
         metavar=f"{{{','.join(KERNELS)}}}",
-        help="How Lion's step is computed; all give the same bits. Default: auto, the fastest that this machine has.",
+        help="How a step is computed. All give the same bits. auto: on a CPU with a C++ compiler one fused pass; "
+        "otherwise torch's foreach for fp32 state and gradients, else the slow reference (default: %(default)s).",
     )
 
     state_precision.add(parser)
     step_telemetry.add(parser)
+    fast_norm.add(parser)
 
     parser.add_argument(
         "--lion-init-from",
@@ -133,6 +142,9 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
 
     def error(message: str) -> None:
         raise LionError(f"{message}. All flags: --help")
+
+    for action in parser._actions:  # some of Megatron's help texts have a lone %, at which --help fails
+        action.help = action.help and re.sub(r"%%|%(?!\()", "%%", action.help)
 
     # argparse would print the message, and all of Megatron's usage, once for every rank.
     parser.error = error  # type: ignore[method-assign, assignment]

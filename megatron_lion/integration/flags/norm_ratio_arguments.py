@@ -38,21 +38,21 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="After every N iterations run further global batches forward and backward, with the parameters held "
-        "fixed, and record ||g||_1 / ||g||_2 of the mean gradient g. 0, the default, is off.",
+        "fixed, and record ||g||_1 / ||g||_2 of the mean gradient g. 0 is off (default: %(default)s).",
     )
     group.add_argument(
         "--norm-ratio-batches",
         type=int,
         default=None,
         metavar="B",
-        help=f"Global batches of a round. Default: {NormRatioOptions.batches}.",
+        help=f"Global batches of a round (default: {NormRatioOptions.batches}).",
     )
     group.add_argument(
         "--norm-ratio-file",
         default=None,
         metavar="FILE",
-        help="Where each round is appended as one line of JSON. Default: norm_ratio.jsonl in --save, else in "
-        "--tensorboard-dir, else in the working directory.",
+        help="Where each round is appended as one line of JSON (default: norm_ratio.jsonl in --save, else in "
+        "--tensorboard-dir, else in the working directory).",
     )
     group.add_argument(
         "--norm-ratio-at-start",

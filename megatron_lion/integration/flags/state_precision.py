@@ -23,15 +23,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--lion-momentum-dtype",
         default=None,
         metavar=f"{{{','.join(MOMENTUM_DTYPES)}}}",
-        help=f"How to store Lion's momentum; int8 has a bf16 scale for every {BLOCK} elements. Default: "
-        f"{LionOptions.momentum_dtype}, or --exp-avg-dtype with --use-precision-aware-optimizer.",
+        help=f"How to store Lion's momentum; int8 has a bf16 scale for every {BLOCK} elements (default: "
+        f"{LionOptions.momentum_dtype}; --exp-avg-dtype with --use-precision-aware-optimizer).",
     )
     parser.add_argument(
         "--lion-master-weights",
         default=None,
         metavar=f"{{{','.join(MASTER_WEIGHTS)}}}",
-        help="How to store the fp32 master of a bf16 parameter: fp32, or the 16 bits that it lacks. Default: "
-        f"{LionOptions.master_weights}; remainder with --use-precision-aware-optimizer and --bf16, as Adam does.",
+        help="How to store the fp32 master of a bf16 parameter: fp32, or the 16 bits that it lacks (default: "
+        f"{LionOptions.master_weights}; remainder with --use-precision-aware-optimizer and --bf16, as Adam does).",
     )
 
 

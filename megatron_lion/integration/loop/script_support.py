@@ -1,5 +1,6 @@
 """What the pretraining scripts share: data sets from Megatron's flags, checks of the data and of each loss, the run."""
 
+import sys
 from typing import Any
 
 import torch
@@ -49,11 +50,14 @@ def check_loss(loss: torch.Tensor) -> None:
 def parse_command_line(script: str, *, left_out: tuple[str, ...], instead: str, tokenizer_type: str) -> Any:
     """Register, then parse and validate Megatron's command line; ``tokenizer_type`` is the default one.
 
-    Raises LionError for the flags that ``script`` leaves out, with ``instead`` as what to do, and for data
-    that its manifest disowns.
+    Raises LionError without a device, for the flags that ``script`` leaves out, with ``instead`` as what to do, and for
+    data that its manifest disowns.
     """
     import megatron_lion
+    from megatron_lion.integration.cpu import torch_cuda
 
+    if not {"-h", "--help"} & set(sys.argv):  # which any machine can print
+        torch_cuda.require_device()
     megatron_lion.register()
     from megatron_lion.integration.loop import vocabularies
     from megatron_lion.integration.loop.pretrain import parse_and_validate_args

@@ -12,9 +12,11 @@ from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.checkpoint import group_settings
 from megatron_lion.integration.checkpoint.formats import EXPERTS_APART
+from megatron_lion.integration.optimizer import fast_norm
 from megatron_lion.integration.optimizer.offload import LIONS
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.precision import BLOCK
+from megatron_lion.step import on_host
 
 
 class LionChainedOptimizer(ChainedOptimizer):
@@ -40,7 +42,8 @@ class LionChainedOptimizer(ChainedOptimizer):
 
     @compat.overrides
     def get_grad_norm(self) -> Any:
-        self._grad_norm = super().get_grad_norm()
+        with fast_norm.used_if_asked(self.options):
+            self._grad_norm = super().get_grad_norm()
         return self._grad_norm
 
     @compat.overrides
@@ -49,7 +52,7 @@ class LionChainedOptimizer(ChainedOptimizer):
         with compat.folding_the_clip_factor(self._fold):
             return super().step()
 
-    def _fold(self, parameters: list[torch.Tensor], factor: float) -> bool:
+    def _fold(self, parameters: list[torch.Tensor], factor: float | torch.Tensor) -> bool:
         """Let the sub-optimizer that has exactly these parameters apply ``factor``. Returns whether there is one.
 
         There is none if a sub-optimizer has a second group with a separate norm, for multi-token prediction.
@@ -66,36 +69,63 @@ class LionChainedOptimizer(ChainedOptimizer):
         try:
             return self._step_if_finite()
         finally:
-            for sub_optimizer in self.chained_optimizers:
-                if isinstance(sub_optimizer.optimizer, LIONS):
-                    sub_optimizer.optimizer.grad_scale = 1.0
+            for lion in self._lions():
+                lion.grad_scale = 1.0
 
     def _step_if_finite(self) -> bool:
-        if not self._every_gradient_is_finite():
-            console.warn(f"gradient norm {float(self._grad_norm)}: this update is skipped, nothing was changed")
+        """Step unless a rank has a NaN or an infinity. Reads all that the host needs with at most one wait.
+
+        Issues one all-reduce of two numbers if ranks must agree, and in the first step after a load.
+        """
+        agreed = self._over_ranks() if self._is_loaded or self._must_agree else (0.0, 0.0)
+        scaled = [lion for lion in self._lions() if isinstance(lion.grad_scale, torch.Tensor)]
+        norm, bad, waiting, *factors = on_host(self._grad_norm, *agreed, *(lion.grad_scale for lion in scaled))
+        if bad or not math.isfinite(norm):
+            console.warn(f"gradient norm {norm}: this update is skipped, nothing was changed")
             return False
+        if waiting:
+            console.say(
+                f"int8 momentum: {waiting:.0f} elements over all ranks were not saved in these blocks of {BLOCK}; "
+                "their loaded fp32 values are used in this step, which quantizes them"
+            )
+        self._is_loaded = False
+        for lion, factor in zip(scaled, factors, strict=True):
+            lion.grad_scale = factor
         return bool(super().step_with_ready_grads())
 
-    def _every_gradient_is_finite(self) -> bool:
-        """Whether no rank has a NaN or an infinity. Issues one all-reduce of two numbers.
+    def _over_ranks(self) -> tuple[torch.Tensor, ...]:
+        """How many ranks have a gradient that is not finite, and how many elements are to be quantized, on the device.
+
+        Nothing here waits for the device: numbers go there as arguments of a kernel, not as copies.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+        size, waiting = sums[:1], sums[1:]
+        size.add_(self._grad_norm)
+        grads = (compat.gradient_of(sub_optimizer, param) for sub_optimizer, param in self._outside_the_norm)
+        if unseen := [grad for grad in grads if grad is not None]:
+            size.add_(torch.stack(torch._foreach_norm(unseen)).double().sum())
+        size.copy_(size.isfinite().logical_not())
+        waiting.add_(self._unquantized() if self._is_loaded else 0)
+        torch.distributed.all_reduce(sums)
+        return sums.unbind()
+
+    @functools.cached_property
+    def _must_agree(self) -> bool:
+        """Whether a rank could have a NaN that the norm of another does not show. Issues one all-reduce, once.
 
         The norm leaves out some gradients that Lion uses: of parameters that are not split, on every tensor-parallel
-        rank but the first; of a tied copy; of multi-token prediction.
+        rank but the first; of a tied copy; of multi-token prediction. Without the distributed optimizer it is not
+        reduced over data-parallel ranks.
         """
-        grads = (compat.gradient_of(sub_optimizer, param) for sub_optimizer, param in self._outside_the_norm)
-        unseen = [grad for grad in grads if grad is not None]
-        size = float(self._grad_norm) + sum(float(norm) for norm in (torch._foreach_norm(unseen) if unseen else ()))
-        waiting = self._unquantized() if self._is_loaded else 0
-        sums = torch.tensor([not math.isfinite(size), waiting], dtype=torch.float64, device=torch.cuda.current_device())
-        torch.distributed.all_reduce(sums)
-        bad, waiting = (int(number) for number in sums.tolist())
-        if waiting and not bad:
-            console.say(
-                f"int8 momentum: {waiting} elements over all ranks were not saved in these blocks of {BLOCK}; their "
-                "loaded fp32 values are used in this step, which quantizes them"
-            )
-        self._is_loaded = self._is_loaded and bool(bad)
-        return not bad
+        partial = not all(map(compat.reduces_norm_over_all_ranks, self.chained_optimizers))
+        found = bool(partial or self._outside_the_norm)
+        ranks = torch.full((1,), float(found), device=torch.cuda.current_device())
+        torch.distributed.all_reduce(ranks)
+        return bool(ranks)
+
+    def _lions(self) -> list[Any]:
+        inner = [sub_optimizer.optimizer for sub_optimizer in self.chained_optimizers]
+        return [optimizer for optimizer in inner if isinstance(optimizer, LIONS)]
 
     def _unquantized(self) -> int:
         return sum(

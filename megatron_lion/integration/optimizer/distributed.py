@@ -127,11 +127,16 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
                 shard: self._slice(param)
                 for shards, params in zip(self.shard_fp32_from_float16_groups, self.model_float16_groups, strict=True)
                 for shard, param in zip(shards, params, strict=True)
-                if shard is not None and param.dtype == torch.bfloat16 and not compat.is_quantized(param)
+                if shard is not None and self.lion_copies(param)
             }
             self._addresses = addresses
         shards = sum(len(group) for group in self.shard_fp32_from_float16_groups)
         return len(self.optimizer.model_copies) == shards
+
+    @staticmethod
+    def lion_copies(param: torch.nn.Parameter) -> bool:
+        """Whether Lion writes ``param`` as a copy of its fp32 master, where Megatron holds the master."""
+        return param.dtype == torch.bfloat16 and not compat.is_quantized(param)
 
     def _slice(self, param: torch.nn.Parameter) -> torch.Tensor:
         span = self._get_model_param_range_map(param)["gbuf_world_in_bucket"]

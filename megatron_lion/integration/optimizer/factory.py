@@ -6,6 +6,7 @@ scaler and mixed-precision wrappers, for dense and for expert parameters.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import config_fields, offload, refusals, startup_report
+from megatron_lion.integration.optimizer import config_fields, fast_norm, offload, refusals, startup_report
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer, init_lion_state
 from megatron_lion.integration.optimizer.sgd_and_adam import (
@@ -33,7 +34,7 @@ def get_megatron_optimizer(
 
     build = functools.partial(stock, config, model_chunks, *args, **kwargs)
     if config.optimizer == "lion":
-        return _build_lion(optimizers, config, model_chunks, build)
+        return _build_lion(config, model_chunks, build)
     if config.optimizer == "sgd":
         with compat.temporarily(optimizers, DistributedOptimizer=SGDDistributedOptimizer):
             return _with_init_state(build(), init_sgd_state)
@@ -41,6 +42,22 @@ def get_megatron_optimizer(
         with compat.temporarily(optimizers, DistributedOptimizer=TorchAdamDistributedOptimizer):
             return build()
     return build()
+
+
+def build_lion(config: Any, model_chunks: list[Any], **kwargs: Any) -> Any:
+    """Build Lion with the arguments of ``get_megatron_optimizer``, without registration.
+
+    Raises LionError if this Megatron is not supported, and as registration's ``get_megatron_optimizer`` does.
+    """
+    import megatron.core.optimizer as optimizers
+
+    compat.require_supported_version()
+    compat.require(compat.seams_of(training=False))
+    stock = inspect.unwrap(optimizers.get_megatron_optimizer)
+    optimizer = _build_lion(config, model_chunks, functools.partial(stock, config, model_chunks, **kwargs))
+    for name in ("sharded_state_dict", "save_parameter_state"):
+        setattr(optimizer, name, functools.partial(with_state, getattr(type(optimizer), name), optimizer))
+    return optimizer
 
 
 def build_unless_lion(stock: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,11 +127,14 @@ TRAINING = (
 )
 
 
-def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: Callable[[], Any]) -> Any:
+def _build_lion(config: Any, model_chunks: list[Any], build: Callable[[], Any]) -> Any:
     """Build Lion with ``build``, which is Megatron's function for the model, in the place of SGD."""
+    import megatron.core.optimizer as optimizers
+
     config_fields.refuse_earlier_instance(config)
     options = LionOptions.from_config(config)
     refusals.refuse_where_built(config, options, model_chunks)
+    fast_norm.check(options, model_chunks)
     options.write_to(config)
     stored = {"momentum_dtype": options.momentum_dtype, "master_weights": options.master_weights}
     if not state_precision.use_precision_aware_path(config, options, model_chunks):

@@ -80,6 +80,11 @@ class OffloadingLion(HybridDeviceOptimizer):
         """The fp32 parameters that are stepped on the CPU."""
         return [param for side in self.cpu_optimizers for group in side.param_groups for param in group["params"]]
 
+    def device_parameters(self) -> list[Tensor]:
+        """The fp32 parameters that are stepped on the device."""
+        sides = [side for side in self.sub_optimizers if isinstance(side, DeviceLion)]
+        return [param for side in sides for group in side.param_groups for param in group["params"]]
+
     @compat.overrides
     def state_dict(self) -> dict[str, Any]:
         """As HybridDeviceOptimizer, without the settings of this run, so that any run can read it."""

@@ -3,6 +3,7 @@
 Scripts on ``megatron.core`` and frameworks around it do not use Megatron's command line, so the second check is theirs.
 """
 
+import inspect
 import sys
 from typing import Any
 
@@ -37,14 +38,14 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
     if getattr(config, "optimizer_cuda_graph", False):  # a field since 0.17
         raise _unsupported("optimizer_cuda_graph")
     state_precision.refuse_offload_before_0_19(config)
+    if any(map(_is_mimo, model_chunks)) or _is_called_for_mimo():
+        raise LionError(
+            "MimoModel is not supported with --optimizer lion: Megatron builds an optimizer for each of its modules, "
+            "on different ranks. Use another optimizer"
+        )
     for chunk in model_chunks:
         if getattr(getattr(chunk, "ddp_config", None), "use_megatron_fsdp", False):
             raise _unsupported("use_megatron_fsdp")
-        if _is_mimo(chunk):
-            raise LionError(
-                "MimoModel is not supported with --optimizer lion: Megatron builds an optimizer for each of its "
-                "modules, on different ranks. Use another optimizer"
-            )
         if any(_is_dtensor(param) for param in chunk.parameters()):
             raise _unsupported("use_torch_fsdp2")
     formats.refuse_layers_frozen_apart(options, model_chunks)
@@ -58,6 +59,17 @@ def _is_mimo(chunk: Any) -> bool:
     """Whether ``chunk`` is a MimoModel. Its module takes seconds to import, and Megatron imports it only if used."""
     mimo = sys.modules.get("megatron.core.models.mimo.model.base")
     return mimo is not None and isinstance(chunk, mimo.MimoModel)
+
+
+def _is_called_for_mimo() -> bool:
+    """Whether ``get_mimo_optimizer`` is running. It passes one module of a MimoModel, which looks like any model."""
+    function = getattr(sys.modules.get("megatron.core.models.mimo.optimizer"), "get_mimo_optimizer", None)
+    if function is None:
+        return False
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not inspect.unwrap(function).__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_dtensor(param: Any) -> bool:

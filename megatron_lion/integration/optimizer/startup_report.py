@@ -1,5 +1,6 @@
 """The start-up line: what is active, counted over all ranks rather than read from the flags."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from megatron_lion.config import LionOptions, warning_about
 from megatron_lion.integration import compat
 from megatron_lion.integration.console import say, warn
 from megatron_lion.integration.cpu import torch_cuda
+from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer
 from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
 from megatron_lion.integration.reporting import gradient_shards
 from megatron_lion.step import StepKind
+from megatron_lion.storage import Storage, storage_of
 
 
 def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer: Any) -> None:
@@ -27,7 +30,7 @@ def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer
         *([param for _, param in pairs] for pairs in (trainable, missed))
     )
     sharding, state = _state_bytes(options, config, optimizer)
-    kernel = kernels.describe(options.kernel, _updated_kinds(options, optimizer))
+    kernel = kernels.describe(options.kernel, _updated_kinds(optimizer))
     say(
         f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
         f"betas ({options.betas[0]:g}, {options.betas[1]:g}), weight decay {config.weight_decay:g}, "
@@ -36,7 +39,7 @@ def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer
     if missed_tensors:
         names = ", ".join(name for name, _ in missed) or "none"
         warn(f"{missed_tensors} trainable parameters are not on Lion; on rank 0: {names}")
-    if warning := warning_about(config.lr):
+    if warning := warning_about(config.lr, config.weight_decay):
         warn(warning)
     if len(model_chunks) > 1 and not compat.installed_traits().waits_before_it_frees and not torch_cuda.wanted():
         warn(
@@ -59,31 +62,40 @@ def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:
     return covered
 
 
-def _updated_kinds(options: LionOptions, optimizer: Any) -> list[StepKind]:
+def _updated_kinds(optimizer: Any) -> list[StepKind]:
     """Devices and dtypes of this rank's updates, by which the kernel is chosen. If some are offloaded, only those."""
     sub_optimizers = compat.sub_optimizers_of(optimizer)
-    masters = _offloaded(sub_optimizers) or [
-        param
+    if hybrids := _hybrids(sub_optimizers):
+        params = _offloaded(sub_optimizers) or [param for hybrid in hybrids for param in hybrid.device_parameters()]
+        return _distinct(Storage().kind(param, param.dtype) for param in params)
+    return _distinct(
+        _kind(sub_optimizer, param, inner, group)
         for sub_optimizer in sub_optimizers
-        if sub_optimizer.optimizer is not None
-        for param in sub_optimizer.get_parameters()
-    ]
-    remainders = torch.int16 if options.master_weights == "remainder" else None
-    scales = torch.bfloat16 if options.momentum_dtype == "int8" else None
-    return [
-        StepKind(device, dtype, dtype, dtype, remainders=remainders, scales=scales)
-        for device, dtype in dict.fromkeys((master.device, master.dtype) for master in masters)
-    ]
+        if isinstance(sub_optimizer.optimizer, LIONS)
+        for param, inner, group in compat.updated_params(sub_optimizer)
+    )
+
+
+def _kind(sub_optimizer: Any, param: Any, inner: torch.Tensor, group: dict[str, Any]) -> StepKind:
+    """The kind of the update of ``inner``, which is the inner optimizer's tensor for the model's ``param``."""
+    if compat.is_precision_aware(sub_optimizer.config):
+        return storage_of(group).kind(inner, getattr(param, "main_grad", inner).dtype)
+    copied = isinstance(sub_optimizer, LionDistributedOptimizer) and sub_optimizer.lion_copies(param)
+    return storage_of(group).kind(inner, inner.dtype, param.dtype if copied else None)
+
+
+def _distinct(kinds: Iterable[StepKind]) -> list[StepKind]:
+    return list(dict.fromkeys(kinds))
 
 
 def _offloaded(sub_optimizers: list[Any]) -> list[torch.Tensor]:
     """The masters that are stepped on the CPU for a device."""
-    hybrids = [
-        sub_optimizer.optimizer
-        for sub_optimizer in sub_optimizers
-        if isinstance(sub_optimizer.optimizer, OffloadingLion)
-    ]
-    return [param for hybrid in hybrids for param in hybrid.host_parameters()]
+    return [param for hybrid in _hybrids(sub_optimizers) for param in hybrid.host_parameters()]
+
+
+def _hybrids(sub_optimizers: list[Any]) -> list[OffloadingLion]:
+    inner = [sub_optimizer.optimizer for sub_optimizer in sub_optimizers]
+    return [optimizer for optimizer in inner if isinstance(optimizer, OffloadingLion)]
 
 
 def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int, int]:

@@ -39,49 +39,59 @@ def check(args: Any) -> None:
         raise LionError(f"--lion-telemetry needs --optimizer lion, and this run has {args.optimizer}: remove the flag")
 
 
+class StepTelemetry:
+    """Measures and reports every ``interval``-th step of one optimizer, starting with the next one.
+
+    Args:
+        optimizer: Megatron's optimizer around Lion. Each Lion in it is told which of its parameters this rank counts.
+        interval: number of steps from one report to the next, at least 1.
+        write: receives the values of each report.
+    """
+
+    def __init__(self, optimizer: Any, interval: int, write: metrics.Write) -> None:
+        self.optimizer, self.interval, self.write = optimizer, interval, write
+        self._lions = []
+        for sub_optimizer in compat.sub_optimizers_of(optimizer):
+            if isinstance(sub_optimizer.optimizer, ShardedLion):
+                self._lions.append(sub_optimizer.optimizer)
+                sub_optimizer.optimizer.counted = {
+                    inner
+                    for param, inner, _ in compat.updated_params(sub_optimizer)
+                    if gradient_shards.counts_here(sub_optimizer, param)
+                }
+        self._measure_next_step(True)
+
+    def after_step(self, iteration: int) -> None:
+        """Report the step that was number ``iteration`` if it is due, and measure the next one if that is.
+
+        Issues two small all-reduces over all ranks for a report.
+        """
+        if iteration % self.interval == 0:
+            report(over_ranks(self._lions), iteration, self.write)
+        self._measure_next_step((iteration + 1) % self.interval == 0)
+
+    def _measure_next_step(self, wanted: bool) -> None:
+        for lion in self._lions:
+            lion.telemetry = Telemetry() if wanted else None
+
+
+_current: StepTelemetry | None = None
+
+
 def before_step(step: Step, iteration: int) -> None:
-    """Measure the first step."""
+    """In Megatron's loop: measure the first step of an optimizer."""
+    global _current
     from megatron.training import get_args
 
-    if get_args().lion_telemetry and any(lion.counted is None for lion in _lions(step.optimizer)):
-        begin(step.optimizer)
-        measure_next_step(step.optimizer, True)
+    args = get_args()
+    if args.lion_telemetry and (_current is None or _current.optimizer is not step.optimizer):
+        _current = StepTelemetry(step.optimizer, args.log_interval, metrics.write)
 
 
 def after_step(optimizer: Any, iteration: int) -> None:
-    """Report a step that was measured, and measure the next one if its log line is due."""
-    from megatron.training import get_args
-
-    if get_args().lion_telemetry:
-        interval = get_args().log_interval
-        if iteration % interval == 0:
-            report(over_ranks(_lions(optimizer)), iteration)
-        measure_next_step(optimizer, (iteration + 1) % interval == 0)
-
-
-def begin(optimizer: Any) -> None:
-    """Tell each Lion which of its parameters this rank counts."""
-    for sub_optimizer in compat.sub_optimizers_of(optimizer):
-        if isinstance(sub_optimizer.optimizer, ShardedLion):
-            sub_optimizer.optimizer.counted = {
-                inner
-                for param, inner, _ in compat.updated_params(sub_optimizer)
-                if gradient_shards.counts_here(sub_optimizer, param)
-            }
-
-
-def measure_next_step(optimizer: Any, wanted: bool) -> None:
-    """Have the next step of each Lion add to fresh sums, or to none."""
-    for lion in _lions(optimizer):
-        lion.telemetry = Telemetry() if wanted else None
-
-
-def _lions(optimizer: Any) -> list[ShardedLion]:
-    return [
-        sub_optimizer.optimizer
-        for sub_optimizer in compat.sub_optimizers_of(optimizer)
-        if isinstance(sub_optimizer.optimizer, ShardedLion)
-    ]
+    """In Megatron's loop: report a step that was measured."""
+    if _current is not None:
+        _current.after_step(iteration)
 
 
 def over_ranks(lions: list[ShardedLion]) -> Telemetry:
@@ -98,8 +108,8 @@ def over_ranks(lions: list[ShardedLion]) -> Telemetry:
     return Telemetry(**values, linf_param=largest.item())
 
 
-def report(total: Telemetry, iteration: int) -> None:
-    """One line on rank 0, and TensorBoard and Weights & Biases where they are on."""
+def report(total: Telemetry, iteration: int, write: metrics.Write) -> None:
+    """Log one line on rank 0, and pass the values to ``write``."""
     if total.elements == 0:
         console.say(f"step {iteration}: no update was made")
         return
@@ -108,4 +118,4 @@ def report(total: Telemetry, iteration: int) -> None:
         f"{total.flipped_share:.3%}, agreement {total.agreement:.4f}, max |theta| {total.linf_param:.6g} "
         f"({total.elements} elements)"
     )
-    metrics.write({f"lion/{name}": getattr(total, name) for name in METRICS}, iteration)
+    write({f"lion/{name}": getattr(total, name) for name in METRICS}, iteration)

@@ -20,7 +20,10 @@ class Exhibit:
 
 
 VISION = "python -m tools.paper.vision_study --dataset {0} --data DIR --output runs/vision/{0}"
-LANGUAGE = "for o in lion sgd; do python launch/launch.py {0} $o a100x16; python launch/launch.py {1} $o a100x16; done"
+LANGUAGE = (
+    "for o in lion_paper sgd_paper; do python launch/launch.py {0} $o a100x16; "
+    "python launch/launch.py {1} $o a100x16; done"
+)
 TWO_COLUMNS = "Left: mean training loss and {0}, LION against SGD. Right: r = ||g||_1 / ||g||_2 over training. {1}"
 RATIO = "LION is the better one throughout, and r stays of the order of sqrt(d)."
 

@@ -16,10 +16,10 @@ def isolated(model_chunks: list[Any], optimizer: Any, config: Any, *, stepped: b
     """Restore on leaving, bit for bit, everything that the passes inside change in training.
 
     Restored: the random states of Python, numpy, torch, the device and Megatron's tracker; the model's buffers (for
-    example a router's expert bias); the mixture-of-experts metrics; the iteration timer, which is stopped meanwhile;
-    the rerun state machine, which is off. Parameters are gathered first if their all-gather overlaps with the forward
-    pass, and its hooks are off inside, as in Megatron's own evaluation. Gradient buffers are zeroed, as each step
-    begins by zeroing them. Issues the collectives of that all-gather and of the timer's barrier.
+    example a router's expert bias); the mixture-of-experts metrics; the rerun state machine, which is off. Parameters
+    are gathered first if their all-gather overlaps with the forward pass, and its hooks are off inside, as in
+    Megatron's own evaluation. Gradient buffers are zeroed, as each step begins by zeroing them. Issues the collectives
+    of that all-gather.
 
     Args:
         model_chunks: the model of this rank, wrapped in Megatron's DistributedDataParallel.
@@ -28,7 +28,6 @@ def isolated(model_chunks: list[Any], optimizer: Any, config: Any, *, stepped: b
         stepped: whether this process has made an optimizer step, after which parameters may wait for their gather.
     """
     with (
-        _interval_timer_stopped(),
         _parameters_gathered(model_chunks, optimizer, stepped=stepped),
         compat.temporarily(config, timers=None, param_sync_func=None),
         compat.rerun_disabled(),
@@ -44,21 +43,9 @@ def isolated(model_chunks: list[Any], optimizer: Any, config: Any, *, stepped: b
 
 
 @contextlib.contextmanager
-def _interval_timer_stopped() -> Iterator[None]:
-    from megatron.training import get_timers
-
-    timer = get_timers()("interval-time", log_level=0)
-    timer.stop()
-    yield
-    timer.start(barrier=True)  # not after an error, which other ranks may not share
-
-
-@contextlib.contextmanager
 def _parameters_gathered(model_chunks: list[Any], optimizer: Any, *, stepped: bool) -> Iterator[None]:
-    from megatron.training import get_args
-    from megatron.training.training import should_disable_forward_pre_hook
-
-    overlapped = should_disable_forward_pre_hook(get_args())
+    ddp_config = model_chunks[0].ddp_config
+    overlapped = ddp_config.use_distributed_optimizer and ddp_config.overlap_param_gather
     # Megatron itself keeps the hooks off until the first step of a process is over.
     hooked = overlapped and len(model_chunks[0].remove_forward_pre_hook_handles) > 0
     if hooked or (overlapped and stepped):
@@ -67,7 +54,8 @@ def _parameters_gathered(model_chunks: list[Any], optimizer: Any, *, stepped: bo
         yield
     finally:
         if hooked:
-            compat.gather_in_forward_again(model_chunks)
+            for chunk in model_chunks:
+                chunk.enable_forward_pre_hook()
 
 
 @contextlib.contextmanager

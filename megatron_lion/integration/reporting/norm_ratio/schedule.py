@@ -7,10 +7,11 @@ mode, dropout on: it is the gradient of the training loss. Routers' auxiliary lo
 the recorded loss. Training is not changed (:mod:`.isolation`).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +22,7 @@ from megatron_lion.integration.loop_callbacks import Step
 from megatron_lion.integration.reporting import metrics
 from megatron_lion.integration.reporting.norm_ratio import round_data
 from megatron_lion.integration.reporting.norm_ratio.isolation import isolated
-from megatron_lion.integration.reporting.norm_ratio.measure import run_round
+from megatron_lion.integration.reporting.norm_ratio.loop_round import run_round
 from megatron_lion.stats import GradientRecord
 from megatron_lion.stats.writer import RecordFile
 
@@ -32,48 +33,76 @@ METRICS = {
 }
 
 
-@dataclass
-class Rounds:
-    """The rounds of one process's training: when each is due, and what it needs."""
+class Measure(Protocol):
+    """Runs one round after ``iteration`` steps and reports it. ``stepped``: this process has made a step."""
 
-    datasets: list[Any] = field(default_factory=list)
-    """this rank's training dataset for each model chunk; empty where another rank reads for it"""
-    step: Step | None = None
-    """the latest step, without its data; None before the first"""
+    def __call__(self, options: NormRatioOptions, iteration: int, *, stepped: bool) -> None: ...
 
-    def before_step(self, step: Step, iteration: int) -> None:
-        """Keep ``step``; before the first one prepare the file, and measure if asked for."""
-        from megatron.training import get_args
 
-        # Without the iterator: kept to the end, it keeps the workers that read data, and Python waits for them at exit.
-        first, self.step = self.step is None, replace(step, data_iterator=round_data.form_of(step.data_iterator))
-        if not first:
-            return
-        round_data.check_datasets(self.datasets)
-        options = norm_ratio_arguments.options_from(get_args())
-        file, is_new = RecordFile(Path(options.file)), [True]
+class RoundSchedule:
+    """When each round of one training is due. Makes the record file ready."""
+
+    def __init__(self, options: NormRatioOptions, measure: Measure) -> None:
+        self.options, self.measure = options, measure
+
+    def start(self, iteration: int) -> None:
+        """Before the first step, after ``iteration`` earlier ones. Measure if asked for. Issues one broadcast."""
+        file, is_new = RecordFile(Path(self.options.file)), [True]
         if torch.distributed.get_rank() == 0:
             if moved := file.resume(iteration):
                 console.say(moved)
             is_new = [file.is_empty()]
         torch.distributed.broadcast_object_list(is_new, src=0)
-        if options.at_start and is_new[0]:
-            self.measure(options, iteration, stepped=False)
+        if self.options.at_start and is_new[0]:
+            self.measure(self.options, iteration, stepped=False)
 
     def after_step(self, iteration: int) -> None:
         """Measure if a round is due after ``iteration`` steps."""
+        if self.options.interval and iteration % self.options.interval == 0:
+            self.measure(self.options, iteration, stepped=True)
+
+
+@dataclass
+class Rounds:
+    """The rounds in Megatron's loop: the data and the step that they need."""
+
+    datasets: list[Any] = field(default_factory=list)
+    """this rank's training dataset for each model chunk; empty where another rank reads for it"""
+    step: Step | None = None
+    """the latest step, without its data; None before the first"""
+    schedule: RoundSchedule | None = None
+    """None before the first step, and without rounds"""
+
+    def before_step(self, step: Step, iteration: int) -> None:
+        """Keep ``step``; before the first one start the schedule."""
         from megatron.training import get_args
 
-        options = norm_ratio_arguments.options_from(get_args())
-        if options.interval and iteration % options.interval == 0:
-            self.measure(options, iteration, stepped=True)
+        # Without the iterator: kept to the end, it keeps the workers that read data, and Python waits for them at exit.
+        self.step = replace(step, data_iterator=round_data.form_of(step.data_iterator))
+        if self.schedule is None:
+            round_data.check_datasets(self.datasets)
+            self.schedule = RoundSchedule(norm_ratio_arguments.options_from(get_args()), self.measure)
+            self.schedule.start(iteration)
 
     def measure(self, options: NormRatioOptions, iteration: int, *, stepped: bool) -> None:
         """Run one round and report it."""
         assert self.step is not None
-        with isolated(self.step.model, self.step.optimizer, self.step.config, stepped=stepped):
+        with (
+            _interval_timer_stopped(),
+            isolated(self.step.model, self.step.optimizer, self.step.config, stepped=stepped),
+        ):
             record, tokens = run_round(self.step, self.datasets, options.batches, iteration)
-        report(record, options, iteration, tokens)
+        report(record, options, iteration, {"tokens": tokens}, metrics.write)
+
+
+@contextlib.contextmanager
+def _interval_timer_stopped() -> Iterator[None]:
+    from megatron.training import get_timers
+
+    timer = get_timers()("interval-time", log_level=0)
+    timer.stop()
+    yield
+    timer.start(barrier=True)  # not after an error, which other ranks may not share
 
 
 _rounds = Rounds()
@@ -95,8 +124,9 @@ def before_step(step: Step, iteration: int) -> None:
 
 
 def after_step(optimizer: Any, iteration: int) -> None:
-    """Measure after each step whose round is due."""
-    _rounds.after_step(iteration)
+    """Measure if a round is due after this step."""
+    if _rounds.schedule is not None:
+        _rounds.schedule.after_step(iteration)
 
 
 TRAINING = (
@@ -108,13 +138,21 @@ TRAINING = (
 )
 
 
-def report(record: GradientRecord, options: NormRatioOptions, iteration: int, tokens: int) -> None:
-    """Append the record to its file and say it on rank 0; write it to TensorBoard and Weights & Biases, if on."""
+def report(
+    record: GradientRecord,
+    options: NormRatioOptions,
+    iteration: int,
+    known: dict[str, Any],
+    write: metrics.Write,
+) -> None:
+    """Append the record, with what else is ``known`` of the round, to its file, and say it, on rank 0.
+
+    ``write`` receives the values.
+    """
     if torch.distributed.get_rank() == 0:
-        RecordFile(Path(options.file)).append(record.to_json({"iteration": iteration, "tokens": tokens}))
+        RecordFile(Path(options.file)).append(record.to_json({"iteration": iteration, **known}))
     console.say(line(record, iteration))
-    values = {name: getattr(record, key) for name, key in METRICS.items() if getattr(record, key) is not None}
-    metrics.write(values, iteration)
+    write({name: getattr(record, key) for name, key in METRICS.items() if getattr(record, key) is not None}, iteration)
 
 
 def line(record: GradientRecord, iteration: int) -> str:

@@ -1,0 +1,92 @@
+"""Flags after ``--``: a recipe's own keys become overrides, the names of all others are checked."""
+
+import functools
+import importlib.util
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_lion.config import LionError
+
+from .keys import MEGATRON_KEYS, nearest
+from .recipe_files import ROOT
+
+OURS = ROOT / "megatron_lion" / "integration"
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The ``key=value`` overrides among the words after ``--``, and the words that Megatron gets as they are.
+
+    Raises LionError for a flag that the installed Megatron does not have, without starting it.
+    """
+    overrides: list[str] = []
+    extra: list[str] = []
+    for flag, values in _grouped(words):
+        name, equals, value = flag.removeprefix("--").partition("=")
+        given = [value, *values] if equals else values
+        if name not in MEGATRON_KEYS:
+            _check_name(name)
+            extra += [flag, *values]
+        elif MEGATRON_KEYS[name] is bool and not given:
+            overrides.append(f"{name}=true")
+        elif MEGATRON_KEYS[name] is not bool and len(given) == 1:
+            overrides.append(f"{name}={given[0]}")
+        else:
+            allowed = "no value" if MEGATRON_KEYS[name] is bool else "one value"
+            raise LionError(f"--{name} after -- takes {allowed}, got {' '.join(given) or 'none'}")
+    return overrides, extra
+
+
+def _grouped(words: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each flag with the words up to the next one."""
+    if words and not words[0].startswith("--"):
+        raise LionError(f"{words[0]!r} after -- is not a flag: write --FLAG VALUE")
+    starts = [place for place, word in enumerate(words) if word.startswith("--")]
+    for start, end in itertools.pairwise([*starts, len(words)]):
+        yield words[start], words[start + 1 : end]
+
+
+def _check_name(name: str) -> None:
+    known = known_flags()
+    if known and name not in known:
+        raise LionError(
+            f"unknown flag --{name} after --: {nearest(name, known)}launch/pretrain_gpt.py --help lists Megatron's "
+            "flags"
+        )
+
+
+def known_flags() -> frozenset[str]:
+    """Names of the flags in the source of the Megatron that a run would import; empty if there is none here.
+
+    They are read from the text of its files: importing Megatron takes ten seconds, and may not be possible on a login
+    node. Flags are written out in the text (``BooleanOptionalAction`` adds ``--no-FLAG``), or made from the fields of
+    classes named Config (``--FIELD``; ``--no-FIELD`` and ``--disable-FIELD`` if the default is True). So this has every
+    flag of the parser, and names that are none.
+    """
+    megatron = _folder()
+    return frozenset() if megatron is None else _flags_in(megatron)
+
+
+@functools.cache
+def _flags_in(megatron: Path) -> frozenset[str]:
+    names: set[str] = set()
+    for path in [*megatron.rglob("*.py"), *OURS.rglob("*.py")]:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if "--" not in text and "Config" not in text:
+            continue
+        written = re.findall(r"""["']--([a-z0-9][\w-]*)["']""", text)
+        names.update(written, (f"no-{name}" for name in written))
+        if re.search(r"^class \w*Config\b", text, re.MULTILINE):
+            fields = [field.replace("_", "-") for field in re.findall(r"^    ([a-z]\w*) *:", text, re.MULTILINE)]
+            names.update(fields, (f"{prefix}-{name}" for name in fields for prefix in ("no", "disable")))
+    return frozenset(names)
+
+
+def _folder() -> Path | None:
+    """The folder ``megatron`` that has ``megatron.training``, found without importing it."""
+    try:
+        found = importlib.util.find_spec("megatron.training")
+    except ImportError:
+        return None
+    return Path(found.origin).parents[1] if found and found.origin else None
