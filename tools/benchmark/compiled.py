@@ -37,11 +37,11 @@ TYPES = {
     "skip": "*i32",
     "sums": "*fp64",
 }
-# What Megatron's flags make, and telemetry.
+# What Megatron's flags make, telemetry, and tails.
 USUAL = (
     "fp32/fp32/fp32", "fp32/fp32/fp32+copy", "bf16/bf16/bf16", "fp32/fp32/bf16+copy", "fp32/fp32/int8+copy",
     "remainder/fp32/fp32", "remainder/fp32/bf16", "remainder/bf16/bf16", "remainder/fp32/int8", "remainder/bf16/int8",
-    "fp32/fp32/fp32+telemetry", "remainder/bf16/int8+telemetry",
+    "fp32/fp32/fp32+telemetry", "remainder/bf16/int8+telemetry", "fp32/fp32/fp32+copy+rest", "remainder/bf16/int8+rest",
 )  # fmt: skip
 # Instructions per second and bytes per second: SMs x 128 lanes x clock, memory bandwidth.
 GPUS = {"A100-80": (80, 108 * 128 * 1.41e9, 2.039e12), "H100": (90, 132 * 128 * 1.755e9, 3.35e12)}

@@ -56,6 +56,8 @@ class Facts:
     """Instructions in the PTX that flush denormals."""
     widths: dict[int, int]
     """Accesses of global memory by their bits per thread, in the PTX."""
+    vectors: int
+    """Those of several numbers."""
     executed: int
     """Instructions that a thread executes, without slow paths that are entered only for special values."""
     loads_after_stores: int
@@ -80,6 +82,7 @@ def facts(compiled: Any) -> Facts:
         fma=sum(op.startswith(("FFMA", "DFMA")) for _, op, _ in program.code),
         flushed=len(re.findall(r"\.ftz", ptx)),
         widths=dict(collections.Counter(int(count or 1) * int(bits) for count, bits in accesses)),
+        vectors=sum(bool(count) for count, _ in accesses),
         executed=program.executed(),
         loads_after_stores=sum(_loads_after_stores(compiled.asm["ttgir"])),
     )
