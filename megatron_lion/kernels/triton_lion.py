@@ -48,7 +48,8 @@ def lion_update_triton_(tensors: StepTensors, scalars: StepScalars, telemetry: T
         lion_update_triton_(tensors.select(contiguous), scalars, telemetry)
         return
     arguments = _arguments(kind, scalars)
-    with torch.cuda.device_of(tensors.masters[0]):  # Triton launches on the current device
+    # Triton launches on the current device.
+    with torch.cuda.device_of(tensors.masters[0]):  # type: ignore[no-untyped-call]
         if not isinstance(tensors.launch, LaunchTable):
             tensors.launch = launch_table(tensors)
         table = tensors.launch

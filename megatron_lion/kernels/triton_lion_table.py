@@ -61,14 +61,16 @@ def launch_table(tensors: StepTensors) -> LaunchTable:
         host = host.pin_memory()
     table = host.to(device, non_blocking=True)
     number = torch.arange(len(host), dtype=torch.int32, device=device)
+
+    def tensor_of(column: int, programs: Tensor) -> Tensor:
+        # output_size: else it would wait for the device
+        return torch.repeat_interleave(number, table[:, column], output_size=int(programs.sum()))
+
     return LaunchTable(
-        table[:, :-2].contiguous(),
-        *(
-            # output_size: else it would wait for the device
-            torch.repeat_interleave(number, table[:, column], output_size=int(counts.sum()))
-            for column, counts in ((-2, whole), (-1, rest))
-        ),
-        torch.zeros(1, dtype=torch.int32, device=device),
+        rows=table[:, :-2].contiguous(),
+        whole=tensor_of(-2, whole),
+        rest=tensor_of(-1, rest),
+        never=torch.zeros(1, dtype=torch.int32, device=device),
     )
 
 
