@@ -1,5 +1,6 @@
 """Lion as an ordinary ``torch.optim.Optimizer``."""
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
@@ -10,11 +11,15 @@ from torch.optim.optimizer import ParamsT
 
 from megatron_lion import kernels
 from megatron_lion.config import MOMENTUM_INITS, PAPER_BETAS, LionError, check_betas, check_choice, check_non_negative
+from megatron_lion.plan import GroupPlan, KernelCall, present
 from megatron_lion.precision import BlockLayout
 from megatron_lion.step import StepScalars
 from megatron_lion.storage import State, restored_states, step_tensors, storage_of
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import compute_dtype
+
+Grads = list[Tensor | None]
+_grad = operator.attrgetter("grad")
 
 # Settings of this run, which loading a state does not change.
 KEPT_ON_LOAD = ("kernel", "momentum_dtype", "master_weights")
@@ -60,8 +65,8 @@ class Lion(torch.optim.Optimizer):
             no sums.
 
     Raises:
-        LionError: a hyperparameter is out of range, a parameter is complex or integer, a gradient is sparse, or
-            another optimizer wrote the state dict.
+        LionError: a hyperparameter is out of range, a parameter is complex or integer, ``kernel="fused"`` does not
+            support a parameter on a GPU, a gradient is sparse, or another optimizer wrote the state dict.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -95,7 +100,17 @@ class Lion(torch.optim.Optimizer):
             "momentum_dtype": momentum_dtype,
             "master_weights": master_weights,
         }
+        self._forget_plans()
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by ``load_state_dict`` and by pickle."""
+        super().__setstate__(state)
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        self._plans: dict[int, GroupPlan] = {}
+        self._captured: list[object] = self.__dict__.get("_captured", [])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. Missing settings get the defaults. Nothing is added if a check fails."""
@@ -117,6 +132,7 @@ class Lion(torch.optim.Optimizer):
                 )
             if torch.is_tensor(param):
                 storage.check(param)
+                kernels.check_parameter(group["kernel"], storage.kind(param, param.dtype), param)
         super().add_param_group(group)
 
     @torch.no_grad()
@@ -133,45 +149,72 @@ class Lion(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:  # before anything is updated
-            for param in group["params"]:
-                if (grad := param.grad) is not None and grad.is_sparse:
-                    raise LionError(
-                        f"Lion does not support sparse gradients (parameter of shape {tuple(param.shape)}). Nothing "
-                        "was updated. Build the embedding with sparse=False"
-                    )
-        for group in self.param_groups:
-            self._step_group(group)
+        ready = [(group, *self._ready(group)) for group in self.param_groups]  # before anything is updated
+        for group, grads, plan in ready:
+            self._step_group(group, grads, plan)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        scalars = self._scalars(group)
-        by_kind: defaultdict[Hashable, list[tuple[Tensor, Tensor, State]]] = defaultdict(list)
-        for param in group["params"]:
-            if (grad := self._gradient(param)) is not None:
-                grad = _placed_as(param, -grad if group["maximize"] else grad)
-                state = self.state[param] or self._begin(param, grad, group, scalars)
-                by_kind[self._kind(param, grad, state)].append((param, grad, state))
-        for entries in by_kind.values():
-            self._update(group, scalars, *zip(*entries, strict=True))
+    def _ready(self, group: dict[str, Any]) -> tuple[Grads, GroupPlan | None]:
+        """The group's gradients, and the plan of its last step if that still holds. Updates nothing."""
+        params = group["params"]
+        grads = self._gradients(params)
+        plan = self._plans.get(id(group))
+        if plan is not None and plan.take(self._settings(group), params, grads, self.state):
+            return grads, plan
+        for param, grad in zip(params, grads, strict=True):
+            if grad is not None and grad.is_sparse:
+                raise LionError(
+                    f"Lion does not support sparse gradients (parameter of shape {tuple(param.shape)}). Nothing was "
+                    "updated. Build the embedding with sparse=False"
+                )
+        return grads, None
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        scalars: StepScalars,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[State],
-    ) -> None:
-        """Update parameters of one kind."""
-        tensors = step_tensors(params, grads, states, self._block_layout, self._model_copies(params))
+    def _step_group(self, group: dict[str, Any], grads: Grads, plan: GroupPlan | None) -> None:
+        scalars = self._scalars(group)
+        if plan is None:
+            plan = self._plan(group, grads, scalars)
+        for call in plan.calls:
+            call.run(scalars, self._telemetry_of(call.params[0]))
+            if group.get("momentum_dtype") == "int8" and call.tensors.scales is None:  # loaded in fp32, set_momentum
+                storage = storage_of(group)
+                for param, state in zip(call.params, call.states, strict=True):
+                    storage.set_momentum(state, param, state["exp_avg"], self._block_layout(param))
+            if call.tensors.are_captured():  # a graph reads a kernel's tables at each replay
+                self._captured.append(call.tensors.launch)
+
+    def _plan(self, group: dict[str, Any], grads: Grads, scalars: StepScalars) -> GroupPlan:
+        """Divide the parameters that have a gradient into calls of kernels. Creates missing state.
+
+        With DTensor parameters a plan holds for one step only, because their gradients have other addresses than the
+        local tensors that kernels see.
+        """
+        grads = [
+            None if grad is None else _placed_as(param, grad)
+            for param, grad in zip(group["params"], grads, strict=True)
+        ]
+        by_kind: defaultdict[Hashable, list[int]] = defaultdict(list)
+        for index, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
+            if grad is not None:
+                state = self.state[param] or self._begin(param, grad, group, scalars)
+                by_kind[self._kind(param, grad, state)].append(index)
+        calls = [self._call(group, grads, indices) for indices in by_kind.values()]
+        states = list(self.state.values())
+        plan = GroupPlan(self._settings(group), list(group["params"]), present(grads), states, calls)
+        if previous := self._plans.get(id(group)):
+            plan.inherit(previous)
+        self._plans[id(group)] = plan
+        return plan
+
+    def _call(self, group: dict[str, Any], grads: Grads, indices: list[int]) -> KernelCall:
+        """The call that updates the parameters at ``indices``, which are of one kind."""
+        params = [group["params"][index] for index in indices]
+        states = [self.state[param] for param in params]
+        grads_here = [grad for index in indices if (grad := grads[index]) is not None]
+        tensors = step_tensors(params, grads_here, states, self._block_layout, self._model_copies(params))
         assert tensors.kind is not None  # there are tensors
         update = kernels.choose(group.get("kernel", "auto"), tensors.kind)
-        update(tensors, scalars, self._telemetry_of(params[0]))
-        if group.get("momentum_dtype") == "int8" and tensors.scales is None:  # loaded in fp32, see set_momentum
-            storage = storage_of(group)
-            for param, state in zip(params, states, strict=True):
-                storage.set_momentum(state, param, state["exp_avg"], self._block_layout(param))
+        chosen = set(indices)
+        return KernelCall(update, tensors, params, states, [index in chosen for index in range(len(grads))])
 
     def _begin(self, param: Tensor, grad: Tensor, group: dict[str, Any], scalars: StepScalars) -> State:
         """Create the state of ``param`` before its first step."""
@@ -189,10 +232,10 @@ class Lion(torch.optim.Optimizer):
 
     def _scalars(self, group: dict[str, Any]) -> StepScalars:
         beta1, beta2 = group["betas"]
-        return StepScalars(group["lr"], beta1, beta2, group["weight_decay"])
+        return StepScalars(group["lr"], beta1, beta2, group["weight_decay"], -1.0 if group["maximize"] else 1.0)
 
-    def _gradient(self, param: Tensor) -> Tensor | None:
-        return param.grad
+    def _gradients(self, params: list[Tensor]) -> Grads:
+        return list(map(_grad, params))
 
     def _block_layout(self, param: Tensor) -> BlockLayout:
         return BlockLayout.of_whole(param)
@@ -203,6 +246,10 @@ class Lion(torch.optim.Optimizer):
 
     def _telemetry_of(self, param: Tensor) -> Telemetry | None:
         return self.telemetry
+
+    def _settings(self, group: dict[str, Any]) -> tuple[object, ...]:
+        """Objects other than tensors and state on which the calls of a group's step depend, compared by identity."""
+        return group.get("kernel"), group.get("momentum_dtype"), self.telemetry is None
 
     def _kind(self, param: Tensor, grad: Tensor, state: State) -> Hashable:
         """Equal for parameters that one call of a kernel can update."""

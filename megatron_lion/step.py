@@ -73,6 +73,10 @@ class StepTensors:
     """None if there is no tensor."""
     numels: "array[int]" = field(init=False, repr=False)
     """Elements of each parameter, int64."""
+    addresses: list[int] = field(init=False, repr=False)
+    """Those of :meth:`all_tensors` when this was constructed."""
+    launch: object | None = field(init=False, repr=False, default=None)
+    """What a kernel has prepared for these tensors at these addresses."""
 
     def __post_init__(self) -> None:
         if self.scales is not None and self.blocks is None:
@@ -86,6 +90,7 @@ class StepTensors:
         if len(set(lengths.values())) > 1:
             raise ValueError(f"every list must have one entry per parameter, got lengths {lengths}")
         self.numels = array("q", map(Tensor.numel, self.masters))
+        self.addresses = list(map(Tensor.data_ptr, self.all_tensors()))
         if self.masters:
             self.kind = _kind_of(roles)
             self._check_sizes(roles)
@@ -95,6 +100,17 @@ class StepTensors:
     def roles(self) -> dict[str, list[Tensor]]:
         """The lists of tensors that are present, by name, in the order of :data:`ROLES`."""
         return {name: tensors for name in ROLES if (tensors := getattr(self, name)) is not None}
+
+    def all_tensors(self) -> list[Tensor]:
+        """All tensors, one role after another."""
+        return list(itertools.chain.from_iterable(self.roles().values()))
+
+    def are_captured(self) -> bool:
+        """Whether a CUDA graph is being captured on their device."""
+        if self.kind is None or self.kind.device.type != "cuda":
+            return False
+        with torch.cuda.device(self.kind.device):
+            return torch.cuda.is_current_stream_capturing()
 
     def entries(self) -> Iterator[tuple[Any, ...]]:
         """One tuple per parameter: a tensor for each of :data:`ROLES`, then its layout. None where a role is absent."""

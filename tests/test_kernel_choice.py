@@ -4,7 +4,9 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_lion import Lion
 from megatron_lion.config import LionError
 from megatron_lion.kernels import choose, compiler, describe, fused
 from megatron_lion.kernels.foreach import lion_update_foreach_
@@ -103,6 +105,42 @@ def test_fused_on_a_gpu_without_triton_is_refused(monkeypatch):
 def test_fused_on_a_gpu_refuses_other_dtypes():
     with pytest.raises(LionError, match=r"it supports fp32 and bf16.*got masters torch.float64.*on cuda"):
         choose("fused", kind(FP64, FP64, FP64, device="cuda"))
+
+
+@pytest.fixture
+def gpu():
+    """Tensors on "cuda" exist only in name."""
+    with FakeTensorMode():
+        yield torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "said"),
+    [
+        (FP64, {}, "supports fp32 and bf16"),
+        (FP16, {}, "supports fp32 and bf16"),
+        (FP16, {"master_weights": "fp32"}, r"got masters .*float32.* model_copies torch.float16"),
+    ],
+)
+def test_lion_refuses_what_fused_does_not_support_on_a_gpu_before_the_first_step(gpu, dtype, settings, said):
+    with pytest.raises(LionError, match=said):
+        Lion([torch.nn.Parameter(torch.ones(3, dtype=dtype, device=gpu))], kernel="fused", **settings)
+    Lion([torch.nn.Parameter(torch.ones(3, dtype=dtype, device=gpu))], kernel="reference", **settings)
+
+
+def test_lion_refuses_parameters_that_are_not_contiguous_with_fused_on_a_gpu(gpu):
+    layout = {"memory_format": torch.channels_last, "device": gpu}
+    with pytest.raises(LionError, match=r"not contiguous: shape \(2, 3, 4, 5\), strides"):
+        Lion([torch.nn.Parameter(torch.empty(2, 3, 4, 5, **layout))], kernel="fused")
+    Lion([torch.nn.Parameter(torch.empty(2, 3, 4, 5, device=gpu))], kernel="fused")
+
+
+def test_lion_refuses_fused_on_a_gpu_without_triton(gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "megatron_lion.kernels.triton_lion", raising=False)
+    monkeypatch.delitem(sys.modules, "megatron_lion.kernels.triton_lion_kernel", raising=False)
+    with pytest.raises(LionError, match="Install triton"):
+        Lion([torch.nn.Parameter(torch.ones(3, device=gpu))], kernel="fused")
 
 
 def test_each_kernel_that_runs_is_described_once():

@@ -1,6 +1,7 @@
 """The Triton kernel has the bits of the reference: in Triton's interpreter, and on a GPU where there is one."""
 
 import collections
+import contextlib
 import importlib
 import itertools
 from dataclasses import asdict
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lion import kernels
+from megatron_lion import LionError, kernels
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.precision import BlockLayout
+from megatron_lion.step import StepTensors
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
 from tests.kernel_calls import reference, run
@@ -51,12 +53,14 @@ def test_gradients_that_nearly_cancel_the_momentum_have_the_bits_of_the_referenc
 
 
 def test_unaligned_slices_leave_the_elements_between_them():
-    flats = [tensors[0] for tensors in problem([3011], FP32, DEVICE)]
+    """Slices of 1,024 elements or more, with special values, that begin between and at multiples of 16 bytes."""
+    flats = [tensors[0] for tensors in with_special_values(problem([5011], FP32, DEVICE))]
     before = [flat.clone() for flat in flats]
-    cuts = [(1, 4), (4, 4), (5, 1030), (1031, 3010)]
-    compare(update, [[flat[start:stop] for start, stop in cuts] for flat in flats], **LANGUAGE)
+    cuts = [(1, 4), (4, 4), (5, 1030), (1031, 2900), (2904, 5010)]
+    compare(update, [[flat[start:stop] for start, stop in cuts] for flat in flats], steps=2, **LANGUAGE)
+    between = [0, 4, 1030, *range(2900, 2904), 5010]
     for flat, old in zip(flats, before, strict=True):
-        assert_same_bits([flat[[0, 4, 1030, 3010]]], [old[[0, 4, 1030, 3010]]])
+        assert_same_bits([flat[between]], [old[between]])
 
 
 def test_the_copy_is_the_new_parameter_rounded_to_bf16():
@@ -111,7 +115,7 @@ def test_the_skip_flag_leaves_everything_as_it_was(skip):
 
 @pytest.mark.parametrize("mix", [(FP32, FP32, FP32), ("remainder", BF16, torch.int8)], ids=str)
 def test_the_sums_of_a_step_are_the_references_and_change_no_bit(mix):
-    lists = problem([4099, 0, 33], FP32, DEVICE)
+    lists = problem([4099, 0, 33, 1056], FP32, DEVICE)
     lists[1][0][:7] = 0
     call = packed(lists, *mix)
     ours, right = (asdict(sums(kernel, call, grad_scale=0.3, beta1=0.5)) for kernel in (update, lion_update_))
@@ -153,46 +157,126 @@ def test_a_skipped_step_sums_nothing():
     assert telemetry == Telemetry()
 
 
-@pytest.mark.parametrize("tensors", [1, 5, 40])
-def test_one_launch_however_many_tensors(tensors, monkeypatch):
-    launches = []
-    kernel = triton_lion._lion_kernel
+class Launches:
+    """Stands in for the kernel and records the grids and arguments of its launches."""
 
-    class Counted:
-        def __getitem__(self, grid):
-            launches.append(grid)
-            return kernel[grid]
+    def __init__(self, monkeypatch):
+        self.kernel, self.made = triton_lion.lion_kernel, []
+        monkeypatch.setattr(triton_lion, "lion_kernel", self)
 
-    monkeypatch.setattr(triton_lion, "_lion_kernel", Counted())
-    compare(update, problem([7] * tensors, FP32, DEVICE), steps=1, **LANGUAGE)
-    assert len(launches) == 1
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.made.append((grid, kwargs))
+            self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+    @property
+    def number(self):
+        return len(self.made)
 
 
-def test_a_second_call_copies_no_table_to_the_device():
-    """What a captured graph needs: addresses and blocks are on the device from the first call on those tensors on."""
-    lists = problem([2000, 3], FP32, DEVICE)
-    counts, lr = [], torch.tensor(1e-3, device=DEVICE)
-    for tensors in (lists, lists, [[t[:1] for t in ts] for ts in lists], lists):
-        before = triton_lion._tables.cache_info().misses
+@pytest.mark.parametrize(("sizes", "whole"), [([2048] * 3, [True]), ([7] * 40, [False]), ([2055] * 5, [True, False])])
+def test_one_launch_for_whole_blocks_and_one_for_tails_however_many_tensors(sizes, whole, monkeypatch):
+    launches = Launches(monkeypatch)
+    compare(update, problem(sizes, FP32, DEVICE), steps=1, **LANGUAGE)
+    assert [arguments["WHOLE"] for _, arguments in launches.made] == whole
+
+
+def test_only_a_step_on_other_addresses_copies_a_table_to_the_device(monkeypatch):
+    """What a captured graph needs, and what makes a step cheap. Gradients may be other tensors at the same address."""
+    tables = []
+    make = triton_lion.launch_table
+    monkeypatch.setattr(triton_lion, "launch_table", lambda tensors: tables.append(1) or make(tensors))
+    monkeypatch.setattr(kernels, "choose", lambda *args, **kwargs: update)
+    params, grads, _ = problem([2000, 3], FP32, DEVICE)
+    lion = ShardedLion(params, lr=torch.tensor(1e-3, device=DEVICE))
+    views, moved = [grad.view(-1) for grad in grads], [grad.clone() for grad in grads]
+    counts = []
+    for current in (grads, grads, views, moved, moved, [grad[:] for grad in moved]):
+        for param, grad in zip(params, current, strict=True):
+            param.grad = grad
         with TensorsFromHost() as made:
-            run(update, *tensors, lr=lr, beta1=0.9, beta2=0.95, weight_decay=0.1)
-        counts.append((triton_lion._tables.cache_info().misses - before, made.count > 0))
-    assert counts == [(1, True), (0, False), (1, True), (0, False)]
+            lion.step()
+        counts.append((len(tables), made.count > 0))
+        tables.clear()
+    copied, not_copied = (1, True), (0, False)
+    assert counts == [copied, not_copied, not_copied, copied, not_copied, not_copied]
 
 
 class TensorsFromHost(TorchDispatchMode):
-    """Counts the tensors that are made of Python numbers on the host."""
+    """Counts the tensors that are made of Python numbers or buffers on the host."""
 
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten.lift_fresh.default
+        self.count += func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.repeat_interleave.Tensor)
         return func(*args, **(kwargs or {}))
+
+
+def test_new_addresses_inside_a_capture_are_refused_and_tables_of_a_capture_are_kept(monkeypatch):
+    monkeypatch.setattr(kernels, "choose", lambda *args, **kwargs: update)
+    (param,), (grad,), _ = problem([100], FP32, DEVICE)
+    lion = ShardedLion([param], lr=1e-3)
+    lion.init_state()
+    param.grad = grad
+    before = param.clone()
+    with monkeypatch.context() as capturing:
+        capturing.setattr(StepTensors, "are_captured", lambda tensors: True)
+        with pytest.raises(LionError, match="Make one step with the same parameters, gradients and state before"):
+            lion.step()
+    assert_same_bits([param], [before])
+    lion.step()
+    with monkeypatch.context() as capturing:
+        capturing.setattr(StepTensors, "are_captured", lambda tensors: True)
+        lion.step()
+    (table,) = lion._captured
+    param.grad = grad.clone()
+    lion.step()
+    assert lion._captured == [table]
+    assert lion._plans[id(lion.param_groups[0])].calls[0].tensors.launch is not table
+
+
+def test_the_tensors_device_is_the_current_one_while_tables_are_made_and_kernels_launched(monkeypatch):
+    """Triton launches on the current device, which may be another one than the tensors'."""
+    entered, seen = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+        entered.pop()
+
+    make, launch = triton_lion.launch_table, triton_lion._launch
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(triton_lion, "launch_table", lambda *args: seen.append(list(entered)) or make(*args))
+    monkeypatch.setattr(triton_lion, "_launch", lambda *args: seen.append(list(entered)) or launch(*args))
+    params, grads, exp_avgs = problem([100], FP32, DEVICE)
+    run(update, params, grads, exp_avgs, **LANGUAGE)
+    assert len(seen) == 2
+    assert all(len(tensors) == 1 and tensors[0] is params[0] for tensors in seen)
+    assert not entered
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "grad_scale", "skip"])
+def test_a_scalar_on_another_device_is_refused(name):
+    lists = problem([100], FP32, DEVICE)
+    with pytest.raises(ValueError, match=r"scalars .* must be there or on the CPU, got meta"):
+        run(update, *lists, **{**LANGUAGE, name: torch.zeros(1, dtype=torch.int32, device="meta")})
+
+
+def test_autograd_refuses_values_that_the_kernel_has_overwritten():
+    (param,), (grad,), (exp_avg,) = problem([100], FP32, DEVICE)
+    param.requires_grad_()
+    loss = (param * param).sum()
+    run(update, [param.detach()], [grad], [exp_avg], **LANGUAGE)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_packed_state_has_the_bits_of_the_reference(mix):
-    lists = with_special_values(problem([1, 0, 5003, 31, 32, 33, 1055], FP32, DEVICE))
+    lists = with_special_values(problem([1, 0, 4128, 2300, 31, 32, 33], FP32, DEVICE))
     compare_packed(update, packed(lists, *mix, copies=True), grad_scale=0.37)
 
 
@@ -204,12 +288,12 @@ def test_packed_state_has_the_bits_of_the_reference(mix):
 )
 def test_no_program_loads_an_address_that_it_has_stored_to(mix, telemetry, monkeypatch):
     """On a GPU another thread may do the load, and nothing makes it wait for the store."""
-    call = packed(problem([1, 0, 1055], FP32), *mix, copies=True)
+    call = packed(problem([1, 0, 1056], FP32), *mix, copies=True)
     programs = Programs(monkeypatch)
     run(update, **call, **LANGUAGE, telemetry=Telemetry() if telemetry else None)
-    assert len(programs.stored) == 3
+    assert len(programs.stored) == 3, "a whole block, its tensor's tail, and the small tensor"
     written = set().union(*programs.stored.values())
-    assert len(written & programs.loaded) >= 2 * 1056, "parameters and momenta are loaded and stored"
+    assert len(written & programs.loaded) >= 2 * 1057, "parameters and momenta are loaded and stored"
     assert not programs.loaded_after_a_store
 
 
@@ -218,17 +302,18 @@ class Programs:
 
     def __init__(self, monkeypatch):
         self.loaded, self.stored, self.loaded_after_a_store = set(), collections.defaultdict(set), set()
+        launches = Launches(monkeypatch)
         builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
         load, store = builder.create_masked_load, builder.create_masked_store
 
         def recorded_load(builder, pointers, mask, *rest):
             addresses = self._addresses(pointers, mask)
             self.loaded |= addresses
-            self.loaded_after_a_store |= addresses & self.stored[builder.grid_idx]
+            self.loaded_after_a_store |= addresses & self.stored[launches.number, builder.grid_idx]
             return load(builder, pointers, mask, *rest)
 
         def recorded_store(builder, pointers, value, mask, *rest):
-            self.stored[builder.grid_idx] |= self._addresses(pointers, mask)
+            self.stored[launches.number, builder.grid_idx] |= self._addresses(pointers, mask)
             return store(builder, pointers, value, mask, *rest)
 
         monkeypatch.setattr(builder, "create_masked_load", recorded_load)
@@ -241,8 +326,9 @@ class Programs:
 
 @pytest.mark.parametrize("row", [1, 33, 96, 1000])
 def test_pieces_that_begin_and_end_anywhere_have_the_bits_of_the_reference(row):
-    blocks = [BlockLayout(start, row) for start in (0, row - row % 32, 7, 3 * row + 40)]
-    compare_packed(update, packed(problem([900, 300, 200, 0], FP32, DEVICE), "remainder", BF16, torch.int8, blocks))
+    blocks = [BlockLayout(start, row) for start in (0, row - row % 32, 7, 3 * row + 40, 64)]
+    lists = problem([900, 300, 200, 0, 1100], FP32, DEVICE)
+    compare_packed(update, packed(lists, "remainder", BF16, torch.int8, blocks))
 
 
 def test_momentum_of_every_magnitude_is_quantized_as_the_reference_does():
@@ -251,10 +337,16 @@ def test_momentum_of_every_magnitude_is_quantized_as_the_reference_does():
     compare_packed(update, packed(lists, FP32, FP32, torch.int8), steps=1, beta2=0.0)
 
 
-def test_unsupported_tensors_are_refused():
-    for tensor, said in ((torch.ones(3, 4).t(), "only contiguous"), (torch.ones(3).double(), "does not support")):
-        with pytest.raises(ValueError, match=said):
-            run(update, *([tensor.to(DEVICE).clone()] for _ in range(3)), **LANGUAGE)
+def test_dtypes_that_the_kernel_does_not_support_are_refused():
+    with pytest.raises(ValueError, match="does not support"):
+        run(update, *([torch.ones(3, dtype=torch.float64, device=DEVICE)] for _ in range(3)), **LANGUAGE)
+
+
+def test_parameters_with_tensors_that_are_not_contiguous_go_to_the_reference(monkeypatch):
+    launches = Launches(monkeypatch)
+    lists = [[flat[:12].view(3, 4).t(), flat[12:]] for (flat,) in problem([43], FP32, DEVICE)]
+    compare(update, lists, steps=1, **LANGUAGE)
+    assert launches.number == 1
 
 
 def test_empty_lists_are_accepted():

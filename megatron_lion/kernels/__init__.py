@@ -12,7 +12,7 @@ from megatron_lion.step import LionUpdate, StepKind, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
 
-__all__ = ["KERNELS", "choose", "describe"]
+__all__ = ["KERNELS", "check_parameter", "choose", "describe"]
 
 
 def choose(kernel: str, kind: StepKind) -> LionUpdate:
@@ -39,6 +39,21 @@ def choose(kernel: str, kind: StepKind) -> LionUpdate:
     if kernel == "fused":
         raise LionError(f"the fused kernel cannot be used: {problem}. Use auto, foreach or reference")
     return lion_update_foreach_
+
+
+def check_parameter(kernel: str, kind: StepKind, param: torch.Tensor) -> None:
+    """Refuse ``"fused"`` before the first step if it cannot update ``param``, stored as ``kind``, on a GPU.
+
+    Raises:
+        LionError: the message has the reason.
+    """
+    if kernel == "fused" and kind.device.type == "cuda":
+        choose(kernel, kind)
+        if not param.is_contiguous():
+            raise LionError(
+                f"the fused kernel cannot be used on a GPU for a parameter that is not contiguous: shape "
+                f"{tuple(param.shape)}, strides {param.stride()}. Make it contiguous, or use auto, foreach or reference"
+            )
 
 
 def describe(kernel: str, kinds: Iterable[StepKind]) -> str:

@@ -30,6 +30,6 @@ def test_nothing_is_contracted_flushed_or_spilled_and_accesses_are_wide(argument
     assert rows
     for row in rows:
         # A multiply-add rounds once where the update rounds twice, and a flushed denormal is another number.
-        assert row["fma"] == row["ftz"] == row["spilled"] == 0, row
+        assert row["contracted"] == row["flushed"] == row["spills"] == 0, row
         assert row["registers"] <= 128, row
-        assert row["vector_accesses"] > 0 or row["kernel"] in ("replace_kernel", "table_kernel"), row
+        assert row["vectors"] > 0 or row["kernel"] in ("replace_kernel", "table_kernel"), row

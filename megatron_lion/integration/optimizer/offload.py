@@ -13,6 +13,8 @@ from torch import Tensor
 from megatron_lion.config import LionOptions
 from megatron_lion.integration import compat
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
+from megatron_lion.lion import Grads
+from megatron_lion.plan import GroupPlan
 
 # Group settings that come from the run's command line and not from a checkpoint.
 OF_THIS_RUN = (
@@ -31,12 +33,11 @@ class HalfOfLion(ShardedLion):
     def __init__(self, params: Any) -> None:
         super().__init__(params)
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _ready(self, group: dict[str, Any]) -> tuple[Grads, GroupPlan | None]:
         # The parameter is an fp32 master, which HybridDeviceOptimizer also puts into the state after every step.
         for param in group["params"]:
-            if self._gradient(param) is not None:
-                self.state[param].pop("master_param", None)
-        super()._step_group(group)
+            self.state.get(param, {}).pop("master_param", None)
+        return super()._ready(group)
 
 
 class HostLion(HalfOfLion):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_lion.config import check_choice
-from megatron_lion.lion import Lion
+from megatron_lion.lion import Grads, Lion
+from megatron_lion.plan import GroupPlan
 from megatron_lion.precision import BlockLayout
 from megatron_lion.step import StepScalars
 from megatron_lion.storage import State, master_values, momentum_values, storage_of
@@ -28,9 +29,9 @@ class ShardedLion(Lion):
     """One int32 element. If it is not 0, a step changes nothing. Kernels on a GPU read it there, unless the step sets
     momentum outside of the kernel: to the first gradient, or from fp32 to int8."""
     model_copies: Mapping[Tensor, Tensor] = MappingProxyType({})
-    """For each parameter: a 16-bit copy that the step writes as well."""
+    """For each parameter: a 16-bit copy that the step writes as well. To change one, assign a mapping."""
     blocks: Mapping[Tensor, BlockLayout] = MappingProxyType({})
-    """Position of each shard in its parameter. The default is a whole parameter."""
+    """Position of each shard in its parameter. The default is a whole parameter. To change one, assign a mapping."""
     use_decoupled_grad: bool = False
     """Read gradients from ``decoupled_grad``, which may have another dtype than the parameter, instead of ``grad``."""
     counted: Collection[Tensor] | None = None
@@ -86,22 +87,28 @@ class ShardedLion(Lion):
             if param in self.state and "exp_avg_scale" not in self.state[param]
         )
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        if self.skip is None or not (self._sets_momentum_on_host(group) and bool(self.skip)):
-            super()._step_group(group)
+    def _step_group(self, group: dict[str, Any], grads: Grads, plan: GroupPlan | None) -> None:
+        if self.skip is None or not (self._sets_momentum_on_host(group, grads) and bool(self.skip)):
+            super()._step_group(group, grads, plan)
 
-    def _sets_momentum_on_host(self, group: dict[str, Any]) -> bool:
+    def _sets_momentum_on_host(self, group: dict[str, Any], grads: Grads) -> bool:
         """Whether this step sets momentum outside of the kernel: to the first gradient, or from fp32 to int8."""
-        states = [self.state.get(param) for param in group["params"] if self._gradient(param) is not None]
-        begins = group["momentum_init"] == "gradient" and not all(states)
-        is_int8 = group.get("momentum_dtype") == "int8"
+        from_gradient, is_int8 = group["momentum_init"] == "gradient", group.get("momentum_dtype") == "int8"
+        if not (from_gradient or is_int8):
+            return False
+        params = (param for param, grad in zip(group["params"], grads, strict=True) if grad is not None)
+        states = list(map(self.state.get, params))
+        begins = from_gradient and not all(states)
         return begins or (is_int8 and any(state and "exp_avg_scale" not in state for state in states))
 
     def _scalars(self, group: dict[str, Any]) -> StepScalars:
-        return super()._scalars(group)._replace(grad_scale=self.grad_scale, skip=self.skip)
+        grad_scale = -self.grad_scale if group["maximize"] else self.grad_scale
+        return super()._scalars(group)._replace(grad_scale=grad_scale, skip=self.skip)
 
-    def _gradient(self, param: Tensor) -> Tensor | None:
-        return getattr(param, "decoupled_grad", None) if self.use_decoupled_grad else param.grad
+    def _gradients(self, params: list[Tensor]) -> Grads:
+        if not self.use_decoupled_grad:
+            return super()._gradients(params)
+        return [getattr(param, "decoupled_grad", None) for param in params]
 
     def _block_layout(self, param: Tensor) -> BlockLayout:
         layout = self.blocks.get(param)
@@ -112,6 +119,9 @@ class ShardedLion(Lion):
 
     def _telemetry_of(self, param: Tensor) -> Telemetry | None:
         return self.telemetry if self.counted is None or param in self.counted else None
+
+    def _settings(self, group: dict[str, Any]) -> tuple[object, ...]:
+        return *super()._settings(group), self.model_copies, self.blocks, self.counted
 
     def _kind(self, param: Tensor, grad: Tensor, state: State) -> Hashable:
         kind = super()._kind(param, grad, state)

@@ -1,0 +1,74 @@
+"""The Triton kernel as GPUs get it: compiled without a GPU, and the machine code inspected.
+
+Triton's interpreter runs the kernel in order, in Python's arithmetic. It cannot show what is tested here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+# Small and large storage, both launches, telemetry, and scalars on the device.
+FEW = (
+    "fp32/fp32/fp32+copy+scalars",
+    "remainder/bf16/int8",
+    "remainder/bf16/int8+rest",
+    "bf16/bf16/bf16+telemetry",
+)
+# Instructions per element of a whole block.
+CEILINGS = {"fp32/fp32/fp32+copy": 40, "fp32/fp32/fp32+copy+scalars": 40, "remainder/bf16/int8": 70}
+
+
+@pytest.fixture(
+    scope="module", params=[FEW, pytest.param(("all", "--processes", "2"), marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def rows(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tools.benchmark.compiled", "--json", str(folder / "rows"), "--variants"]
+    done = subprocess.run([*command, *request.param], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((folder / "rows").read_text())
+    assert {row["arch"] for row in found} == {80, 90, 100}
+    return found
+
+
+def failing(rows, is_right):
+    return [f"{row['name']} on sm_{row['arch']}: {row['facts']}" for row in rows if not is_right(row, row["facts"])]
+
+
+def is_whole(row):
+    return "rest" not in row["name"]
+
+
+def test_no_address_is_loaded_after_a_store(rows):
+    """Triton has no barrier between a store to global memory and another thread's load of the same address."""
+    assert not failing(rows, lambda row, facts: facts["loads_after_stores"] == 0)
+
+
+def test_products_and_sums_round_separately_and_denormals_stay(rows):
+    assert not failing(rows, lambda row, facts: facts["contracted"] == facts["flushed"] == 0)
+
+
+def test_only_divisions_and_roots_have_multiply_adds_in_the_machine_code(rows):
+    assert not failing(rows, lambda row, facts: facts["fma"] == 0 or "int8" in row["name"])
+
+
+def test_no_register_is_spilled(rows):
+    assert not failing(rows, lambda row, facts: facts["spills"] == 0)
+
+
+def test_whole_blocks_are_read_and_written_16_bytes_at_a_time(rows):
+    assert not failing(rows, lambda row, facts: facts["widths"].get("128", 0) == row["wide"] or not is_whole(row))
+    assert not failing(rows, lambda row, facts: facts["widths"].get("8", 0) == 0 or not is_whole(row))
+
+
+def test_few_instructions_are_executed_per_element(rows):
+    assert any(row["name"] in CEILINGS for row in rows)
+    assert not failing(rows, lambda row, facts: row["executed"] <= CEILINGS.get(row["name"], float("inf")))
