@@ -261,6 +261,9 @@ def broken_resiliency_extension(folder: Path) -> Clean:
     clean.run("pip install -q --no-deps nvidia-resiliency-ext==0.4.1")
     assert "NOT READY" in clean.doctor(status=1)
     clean.run("pip uninstall -q -y nvidia-resiliency-ext")
+    assert "NOT READY" in clean.doctor(status=1)  # pip has left an empty folder, which is a package for Python
+    folder = clean.site_packages.relative_to(clean.folder) / "nvidia_resiliency_ext"
+    clean.run(f"rmdir {folder}")
     assert "READY" in clean.doctor()
     return clean
 
