@@ -21,6 +21,7 @@ from tests import versions
 from tests.harness import BATCH, MODEL, PRETRAIN_GPT, RATE, ROOT
 
 OTHER_RELEASE = "0.18.2"
+IMAGE_TORCH = "2.6.0a0+ecf3bae40a.nv25.1"  # as a container image calls its own build
 COPIED = ("megatron_lion", "launch", "containers", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 HIDDEN = re.compile(r"megatron|__editable__|setuptools|pkg_resources|_distutils_hack|wheel|pip\b|pip-|.*\.pth$")
 MEGATRON = re.compile(r"megatron$|megatron_core-")
@@ -33,8 +34,8 @@ out.
 """
 # What the page shows of an output.
 SHOWN = re.compile(
-    r"^(megatron-core  |  not used|READY|NOT READY|megatron-lion: (?!MEGATRON_LION_DEVICE)|megatron-lion \w+abled|"
-    r"Successfully (un)?installed)"
+    r"^(torch  |megatron-core  |  not used|READY|NOT READY|megatron-lion: (?!MEGATRON_LION_DEVICE)|"
+    r"megatron-lion \w+abled|Successfully (un)?installed)"
 )
 
 
@@ -44,6 +45,7 @@ class Clean:
 
     folder: Path
     has_megatron: bool = True
+    torch: str | None = None  # what the installed torch is said to be: an image's own build, which needs nothing
     variables: dict[str, str] = field(default_factory=dict)
     prefix: list[str] = field(default_factory=list)
     record: list[tuple[str, str]] = field(default_factory=list)
@@ -63,6 +65,12 @@ class Clean:
                 wanted = self.has_megatron if MEGATRON.match(entry.name) else not HIDDEN.match(entry.name)
                 if wanted and not (packages / entry.name).exists():
                     (packages / entry.name).symlink_to(entry)
+        if self.torch:
+            (metadata,) = packages.glob("torch-*.dist-info")
+            metadata.unlink()
+            metadata = packages / f"torch-{self.torch}.dist-info"
+            metadata.mkdir()
+            (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {self.torch}\n")
         (self.site_packages / "packages.pth").write_text(f"{packages}\n")
         self.bin = self.environment / "bin"
         self.start_with(self.bin / "python")
@@ -85,8 +93,9 @@ class Clean:
         """A training script that does not name us, in a folder that may have a Megatron too."""
         folder.mkdir()
         script = folder / "pretrain_gpt.py"
+        script.write_text("import runpy\nrunpy.run_path(__file__ + '.body', run_name='__main__')\n")
         nothing = "import megatron_lion\nmegatron_lion.register = lambda: None\n"
-        script.write_text(nothing + PRETRAIN_GPT.read_text())
+        Path(f"{script}.body").write_text(nothing + PRETRAIN_GPT.read_text())
         if megatron:
             (folder / "megatron").symlink_to(megatron / "megatron")
         return script
@@ -161,11 +170,12 @@ def checkout_beside_wheel(folder: Path) -> Clean:
 
 def old_setuptools(folder: Path) -> Clean:
     """Plain `pip install .` where constraints pin setuptools 70, as some images do. No Megatron is fetched."""
-    clean = Clean(folder, has_megatron=False)
+    clean = Clean(folder, has_megatron=False, torch=IMAGE_TORCH)
     (folder / "constraints.txt").write_text("setuptools==70.0.0\n")
     clean.variables["PIP_CONSTRAINT"] = str(folder / "constraints.txt")
     clean.run("pip install ./megatron-lion")
-    assert "megatron-core is not installed" in clean.doctor(status=1)
+    report = clean.doctor(status=1)
+    assert "megatron-core is not installed" in report and IMAGE_TORCH in report
     script = clean.checkout(folder / "Megatron-LM", versions.wheel(OTHER_RELEASE))
     assert "READY" in clean.doctor(script)
     return clean
@@ -251,6 +261,9 @@ def broken_resiliency_extension(folder: Path) -> Clean:
     clean.run("pip install -q --no-deps nvidia-resiliency-ext==0.4.1")
     assert "NOT READY" in clean.doctor(status=1)
     clean.run("pip uninstall -q -y nvidia-resiliency-ext")
+    assert "NOT READY" in clean.doctor(status=1)  # pip has left an empty folder, which is a package for Python
+    folder = clean.site_packages.relative_to(clean.folder) / "nvidia_resiliency_ext"
+    clean.run(f"rmdir {folder}")
     assert "READY" in clean.doctor()
     return clean
 
