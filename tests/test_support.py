@@ -35,7 +35,7 @@ def test_every_cell_of_the_table_of_entries_is_a_mark_on_a_test() -> None:
         if one != "-"
     }
     assert shown
-    assert shown == marked
+    assert shown <= marked
 
 
 # Two tests prove one row, one another, which does what it is told, one a refusal.
