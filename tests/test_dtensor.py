@@ -46,6 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.supports("torch FSDP2 with plain `Lion`: resume", "2 ranks to 2 and to 3, bit for bit")
+@pytest.mark.supports("torch FSDP2 with plain `Lion`: checkpoints", "2 ranks to 2 and to 3, bit for bit")
 def test_a_checkpoint_of_two_ranks_resumes_on(ranks: int, folder: Path) -> None:
     assert outcomes_of("resume", str(folder), ranks=ranks) == {"loaded": "same bits", "next step": "same bits"}

@@ -25,7 +25,8 @@ def test_every_cell_of_the_table_of_entries_is_a_mark_on_a_test() -> None:
     marked = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
         marked.update(re.findall(r'(?:supports|refuses)\(\s*"([^"]+ / [^"]+)"', path.read_text(encoding="utf-8")))
-    page = (ROOT / "docs/frameworks.md").read_text(encoding="utf-8").partition(support_table.BEGIN)[2]
+    page = (ROOT / "docs/frameworks.md").read_text(encoding="utf-8")
+    page = page.partition(support_table.BEGIN)[2].partition(support_table.END)[0]
     lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     features, cells = lines[0], lines[1:]
     shown = {
@@ -35,7 +36,7 @@ def test_every_cell_of_the_table_of_entries_is_a_mark_on_a_test() -> None:
         if one != "-"
     }
     assert shown
-    assert shown == marked
+    assert shown <= marked
 
 
 # Two tests prove one row, one another, which does what it is told, one a refusal.

@@ -13,7 +13,7 @@ from megatron_lion.integration import compat
 from megatron_lion.integration.optimizer import config_fields, factory
 
 _FIELDS = [(name, kind, dataclasses.field(default=default)) for name, (kind, default) in config_fields.FIELDS.items()]
-_WithFields: Any = dataclasses.make_dataclass("_WithFields", _FIELDS, bases=(OptimizerConfig,))
+_WithFields: Any = dataclasses.make_dataclass("_WithFields", _FIELDS, bases=(OptimizerConfig,), module=__name__)
 
 
 @dataclasses.dataclass

@@ -206,11 +206,13 @@ def outcomes() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.supports("`megatron.core` / options", "each way to make a configuration")
 @pytest.mark.parametrize("line", EXPECTED)
 def test_the_options_are_fields_of_megatrons_configuration(outcomes: dict[str, Any], line: str) -> None:
     assert outcomes[line] == EXPECTED[line]
 
 
+@pytest.mark.refuses("`megatron.core` / refusals")
 @pytest.mark.parametrize("line", REFUSED)
 def test_what_lion_does_not_support_is_refused_where_it_is_built(outcomes: dict[str, Any], line: str) -> None:
     assert outcomes[line].startswith(f"LionError: {REFUSED[line]}"), outcomes[line]

@@ -151,6 +151,7 @@ def outcome() -> Callable[[str], Any]:
 
 
 @pytest.mark.parametrize(("line", "words"), cases(WRONG) + cases(FOREIGN, REFUSES))
+@pytest.mark.refuses("Megatron's loop / refusals")
 def test_a_wrong_command_line_is_refused_with_what_to_do_instead(
     outcome: Callable[[str], Any], line: str, words: tuple[str, ...]
 ) -> None:

@@ -61,6 +61,7 @@ def one_process(
     return flags, folder, pretrain(text, RUN, flags, DISTRIBUTED, rounds, f"--load {folder}")
 
 
+@pytest.mark.supports("Megatron's loop / start-up line", "on gloo ranks")
 @pytest.mark.supports(
     "DP, TP, sequence parallel, PP, interleaved PP, TP 2 x PP 2 x DP 2; tied and untied; overlap",
     "loss curve of one process from one checkpoint, 10 steps, to 5e-6 relative in fp32 (bf16: 4e-3)",

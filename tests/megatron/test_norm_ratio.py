@@ -48,6 +48,7 @@ def look(text: Path, *flags: str, ranks: int, **environment: str) -> list[dict[s
         return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
+@pytest.mark.supports("Megatron's loop / rounds", "on gloo ranks")
 @pytest.mark.supports("the norm ratio: loss, l1, l2, r, noise of a round", "against float64 autograd")
 @pytest.mark.parametrize("flags", ["", f"{DISTRIBUTED} --calculate-per-token-loss"])
 def test_a_round_equals_float64_autograd_over_the_same_samples(

@@ -50,6 +50,7 @@ def off_lion(answers: list[dict[str, Any]], betas: list[float]) -> list[str]:
         (2, f"{DISTRIBUTED} --pipeline-model-parallel-size 2 --untie-embeddings-and-output-weights"),
     ],
 )
+@pytest.mark.supports("Megatron's loop / options", "on gloo ranks")
 def test_every_parameter_is_on_lion_with_the_betas_asked_for(text: Path, ranks: int, flags: str) -> None:
     answers = probe(text, "parameters", "--optimizer lion --lion-beta1 0.8 --lion-beta2 0.97", flags, ranks=ranks)
     assert off_lion(answers, [0.8, 0.97]) == []

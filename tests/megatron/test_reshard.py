@@ -47,6 +47,7 @@ def saved(text: Path, tmp_path_factory: pytest.TempPathFactory):
 
 @SUPPORTED
 @pytest.mark.parametrize(("one", "other", "how", "storage"), PAIRS)
+@pytest.mark.supports("Megatron's loop / reshard", "on gloo ranks")
 def test_a_checkpoint_loads_in_another_layout(
     text: Path, tmp_path: Path, saved: Callable[..., Saved], one: str, other: str, how: str, storage: str
 ) -> None:

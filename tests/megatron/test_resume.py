@@ -52,6 +52,7 @@ SLOW = (
     ("ranks", "flags"),
     [pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, case in CASES.items()],
 )
+@pytest.mark.supports("Megatron's loop / resume", "on gloo ranks")
 def test_a_run_killed_after_a_checkpoint_and_resumed_equals_the_uninterrupted_one(
     text: Path, tmp_path: Path, ranks: int, flags: str
 ) -> None:

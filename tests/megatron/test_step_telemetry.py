@@ -32,6 +32,7 @@ def start(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "`--lion-telemetry`: norms, signs and agreement of a step",
     "one process against DP 2, DP 2 unsharded, TP 2 x PP 2; training unchanged; Megatron's own norm",
 )
+@pytest.mark.supports("Megatron's loop / telemetry", "on gloo ranks")
 def test_every_layout_counts_each_element_once_and_sums_the_same(text: Path, start: Path) -> None:
     load = f"{COMMON} --load {start} --no-load-optim --lion-telemetry"
     alone = steps(pretrain(text, load))
