@@ -3,12 +3,13 @@
 import runpy
 import sys
 
+from megatron_lion.integration import compat
 from megatron_lion.integration.cpu import megatron_patches, torch_cuda
 from tests.bridge import stand_ins
 
 if __name__ == "__main__":
     torch_cuda.replace_cuda()
-    for patch in megatron_patches.CORE:
+    for patch in (*megatron_patches.CORE, compat.WHEEL_WITHOUT_MAKEFILE):
         if patch.seam.is_needed:
             patch.apply()
     stand_ins.install()
