@@ -1,4 +1,4 @@
-"""``megatron-lion doctor [--cluster] | enable | disable``."""
+"""``megatron-lion doctor [--cluster] | enable | disable | rehearse``."""
 
 import argparse
 import sys
@@ -12,6 +12,7 @@ COMMANDS = {
     "doctor": "say which Lion a training run here would use, and whether it would work; exit 1 where it would not",
     "enable": "let a plain `torchrun pretrain_gpt.py --optimizer lion` in this environment run this Lion",
     "disable": "undo `enable`",
+    "rehearse": "build ranks of a run without a GPU: does it start, and does it fit (rehearse --help)",
 }
 
 
@@ -28,6 +29,11 @@ def _command(value: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["rehearse"]:  # the flags after its script are the script's
+        from megatron_lion.cli.rehearse import main as rehearse
+
+        return rehearse(arguments[1:], _Parser)
     parser = _Parser(
         prog="megatron-lion",
         description="Lion for Megatron-Core.",
@@ -35,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"megatron-lion {__version__}")
-    parser.add_argument("command", type=_command, metavar="{doctor,enable,disable}")
+    parser.add_argument("command", type=_command, metavar="{doctor,enable,disable,rehearse}")
     cluster = parser.add_argument_group(
         "doctor under a launcher, such as torchrun --no-python megatron-lion"
     ).add_argument

@@ -10,6 +10,7 @@ from megatron_lion.integration import compat
 from megatron_lion.integration.console import say, warn
 from megatron_lion.integration.cpu import torch_cuda
 from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
+from megatron_lion.integration.rehearsal import fake_ranks
 from megatron_lion.integration.reporting import gradient_shards
 from megatron_lion.step import StepKind
 
@@ -28,8 +29,9 @@ def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer
     )
     sharding, state = _state_bytes(options, config, optimizer)
     kernel = kernels.describe(options.kernel, _updated_kinds(options, optimizer))
+    of_rank = f" of rank {torch.distributed.get_rank()}" if fake_ranks.is_active() else ""
     say(
-        f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
+        f"lion on {tensors - missed_tensors} of {tensors} parameters{of_rank} ({_count(elements)}), "
         f"betas ({options.betas[0]:g}, {options.betas[1]:g}), weight decay {config.weight_decay:g}, "
         f"{sharding}: {state} per rank, kernel {kernel}"
     )

@@ -1,0 +1,166 @@
+"""What a save of this run writes, and whether the checkpoint of ``--load`` fits, without its tensors."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_lion.config import LionError
+from megatron_lion.integration import compat
+
+# Megatron writes this many files from each rank (0.19.2: filesystem_async, thread_count).
+FILES_OF_A_RANK = 2
+# The sizes of a layout that a checkpoint may be converted between.
+LAYOUT = {
+    "tensor_model_parallel_size": "TP",
+    "pipeline_model_parallel_size": "PP",
+    "expert_model_parallel_size": "EP",
+    "data_parallel_size": "DP",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one rank's model-parallel group contributes to a checkpoint."""
+
+    weights: dict[str, int]
+    """bytes of each tensor of the model, whole over all ranks, by its key"""
+    state: int
+    """bytes of optimizer state of all data-parallel ranks of this rank's groups, or of the whole model if
+    ``state_is_whole``"""
+    state_is_whole: bool
+    groups: int
+    """such groups in a pipeline stage"""
+
+
+@dataclass
+class Loaded:
+    """The checkpoint of ``--load``, as far as its metadata says."""
+
+    folder: str
+    iteration: int
+    tensors: int
+    converted: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Checked(BaseException):
+    """Ends a load where the tensors would be read."""
+
+
+def plan(args: Any, model_chunks: list[Any], optimizer: Any) -> Plan | None:
+    """The plan of a ``torch_dist`` checkpoint; None for another format, or where nothing is saved."""
+    if not args.save or args.ckpt_format != "torch_dist":
+        return None
+    from megatron.core import parallel_state as mpu
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.training import checkpointing
+
+    whole = bool(args.dist_ckpt_optim_fully_reshardable)
+    metadata = checkpointing._build_sharded_state_dict_metadata(args)
+    metadata.setdefault("dp_cp_group", mpu.get_data_parallel_group(with_context_parallel=True))
+    state_dict = checkpointing.generate_state_dict(
+        args,
+        checkpointing.unwrap_model(model_chunks),
+        None if args.no_save_optim else optimizer,
+        None,
+        None,
+        optim_sd_kwargs={"metadata": metadata, "is_loading": True},  # a save would gather real tensors
+        model_sd_kwargs={"metadata": metadata},
+    )
+    state_dict.pop("args")
+    saved = state_dict.pop("optimizer", None)
+    weights = {tensor.key: _global_bytes(tensor) for tensor in _sharded(state_dict, ShardedTensor)}
+    keyed = {tensor.key: _global_bytes(tensor) for tensor in _sharded(saved, ShardedTensor)}
+    size = torch.distributed.get_world_size() // args.pipeline_model_parallel_size
+    replicas = mpu.get_data_parallel_world_size(with_context_parallel=True)
+    return Plan(weights=weights, state=sum(keyed.values()), state_is_whole=whole, groups=size // replicas)
+
+
+@contextlib.contextmanager
+def metadata_only(args: Any) -> Iterator[Callable[..., Any]]:
+    """Yield a replacement for Megatron's ``load_checkpoint``, which reads no tensor, and where it leaves a Loaded."""
+    from megatron.training import checkpointing
+
+    def load_checkpoint(stock: Callable[..., Any], *positional: Any, **named: Any) -> tuple[Any, Loaded | None]:
+        found: list[Loaded] = []
+
+        def load(sharded_state_dict: Any, checkpoint_dir: Any, *_: Any, **__: Any) -> None:
+            found.append(_check(args, sharded_state_dict, str(checkpoint_dir)))
+            raise _Checked
+
+        try:
+            with compat.temporarily(checkpointing.dist_checkpointing, load=load):
+                return stock(*positional, **named), None
+        except _Checked:
+            return (found[0].iteration, 0), found[0]
+
+    yield load_checkpoint
+
+
+def _check(args: Any, sharded_state_dict: Any, folder: str) -> Loaded:
+    """Raise LionError where a tensor that this rank would read is missing or has another shape in ``folder``."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    saved = dist_checkpointing.load_tensors_metadata(folder)
+    wanted = list(_sharded(sharded_state_dict, ShardedTensor))
+    missing = sorted({tensor.key for tensor in wanted} - saved.keys())
+    if missing:
+        raise LionError(
+            f"{folder} lacks {len(missing)} of the tensors that this rank would load, such as {missing[0]}: the model "
+            "or the optimizer is another one"
+        )
+    for tensor in wanted:
+        shape = tuple(saved[tensor.key].global_shape)
+        if shape != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch:
+            raise LionError(
+                f"{tensor.key} has shape {shape} in {folder} and {tuple(tensor.global_shape)} in this run: the model "
+                "is another one"
+            )
+    common = dist_checkpointing.load_common_state_dict(folder)
+    loaded = Loaded(folder=folder, iteration=int(common.get("iteration", 0)), tensors=len(wanted))
+    loaded.converted = _converted(common.get("args"), args)
+    return loaded
+
+
+def _converted(saved_args: Any, args: Any) -> list[str]:
+    """What a load would convert: the layout, and the precision of the state."""
+    found = []
+    for dest, name in LAYOUT.items():
+        saved, running = getattr(saved_args, dest, None), getattr(args, dest, None)
+        if None not in (saved, running) and saved != running:
+            found.append(f"{name} {saved} to {running}")
+    saved_optimizer = getattr(saved_args, "optimizer", args.optimizer)
+    if saved_optimizer != args.optimizer:
+        found.append(f"optimizer {saved_optimizer} to {args.optimizer} (--lion-init-from {args.lion_init_from})")
+    if args.optimizer == "lion":
+        for dest, what in (("lion_momentum_dtype", "momentum"), ("lion_master_weights", "master weights")):
+            saved, running = getattr(saved_args, dest, None) or "fp32", getattr(args, dest)
+            if saved != running:
+                found.append(f"{what} {saved} to {running}")
+    return found
+
+
+def _sharded(tree: Any, kind: type) -> Iterator[Any]:
+    """Every ``kind`` in nested dicts and lists. A factory, which cuts a tensor in several, is applied."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    if isinstance(tree, kind):
+        yield tree
+    elif isinstance(tree, ShardedTensorFactory):
+        yield from _sharded(tree.build(), kind)
+    elif isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _sharded(value, kind)
+
+
+def _global_bytes(tensor: Any) -> int:
+    elements = 1
+    for size in tensor.global_shape:
+        elements *= size
+    return elements * int(tensor.dtype.itemsize)

@@ -1,0 +1,28 @@
+"""Run in a forked process: rehearses one rank of a run, and leaves its report.
+
+    rehearsed_ranks.py RANK WORLD_SIZE STEPS SCRIPT <flags>
+
+The file is SIZES/rehearsed-RANK.json. A refusal is printed as ``megatron-lion rehearse`` prints it.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_lion.integration.rehearsal import one_rank
+from megatron_lion.run import readable_errors
+
+
+def main() -> None:
+    rank, world_size, steps = map(int, sys.argv[1:4])
+    script, *flags = sys.argv[4:]
+    with readable_errors():
+        report = one_rank.rehearse(script, flags, rank=rank, world_size=world_size, steps=steps)
+    path = Path(os.environ["SIZES"]) / f"rehearsed-{rank}.json"
+    path.write_text(json.dumps(asdict(report)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
