@@ -2,6 +2,7 @@
 
     python launch/launch.py tiny_gpt lion cpu                            here, now
     python launch/launch.py gpt2_small lion a100x16 --dry-run            what would run, and what it needs
+    python launch/launch.py gpt2_small lion a100x16 --rehearse           the start of the run, without its GPUs
     python launch/launch.py gpt2_small lion a100x16 --print              the torchrun line of each node
     python launch/launch.py gpt2_small sgd a100x16 --slurm lr=3e-4       a Slurm job
     python launch/launch.py tiny_gpt lion cpu train-iters=20 -- --log-params-norm      further flags of Megatron's
@@ -21,7 +22,7 @@ from pathlib import Path
 from megatron_lion.config import LionError
 from megatron_lion.version import __version__
 
-from . import child_process, commands, estimates, progress_line, recipe_checks, recipes, tail
+from . import child_process, commands, estimates, progress_line, recipe_checks, recipes, rehearsal, tail
 from .recipes import ROOT, Recipe
 
 # Keys that must not change when a run resumes from its checkpoints.
@@ -166,13 +167,14 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         epilog=f"configs/:\n{known}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="launch.py MODEL OPTIMIZER CLUSTER [key=value ...] [--dry-run | --print | --slurm] [-- FLAGS]",
+        usage="launch.py MODEL OPTIMIZER CLUSTER [key=value ...] [--dry-run|--rehearse|--print|--slurm] [-- FLAGS]",
     )
     for name in ("model", "optimizer", "cluster"):
         parser.add_argument(name)
     parser.add_argument("override", nargs="*", metavar="key=value", help="settings that differ from the files'")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="say what would run and what it needs; start nothing")
+    what.add_argument("--rehearse", action="store_true", help="build ranks of the run here, without a GPU")
     what.add_argument("--print", action="store_true", help="print the torchrun line of each node; start nothing")
     what.add_argument("--slurm", action="store_true", help="write the batch script and submit it")
     options = parser.parse_intermixed_args(own)
@@ -181,6 +183,8 @@ def main(arguments: list[str]) -> int:
     if options.dry_run:
         print(report(recipe, extra))
         return 0
+    if options.rehearse:
+        return rehearsal.run(recipe, extra)
     if options.print:
         print(commands.printed(recipe, extra))
         return 0

@@ -55,7 +55,8 @@ def _rehearse_one(rank: int, options: Any) -> RankReport:
         if not result.exists():
             raise WouldNotStart(_why(rank, options.world_size, process.exitcode, lines))
         ours = [line for line in lines if line.startswith("megatron-lion:")]
-        print("\n".join(ours), file=sys.stderr, flush=True)
+        if ours:
+            print("\n".join(ours), file=sys.stderr, flush=True)
         return RankReport(**json.loads(result.read_text(encoding="utf-8")))
 
 

@@ -116,20 +116,13 @@ def _checkpoint(reports: list[RankReport]) -> str | None:
     first, stages = reports[0], [report for report in _by_stage(reports) if report.checkpoint]
     if not stages:
         return "checkpoint: not planned (no --save, --steps, or a format other than torch_dist)"
-    weights: dict[str, int] = {}
+    whole: dict[str, int] = {}
     for report in stages:
-        weights |= report.checkpoint["weights"]  # type: ignore[index]
-    states = {report.stage: report.checkpoint for report in stages}
-    if all(plan["state_is_whole"] for plan in states.values() if plan):
-        state = max(plan["state"] for plan in states.values() if plan)
-    else:
-        known = sorted(states)
-        nearest = (min(known, key=lambda stage: abs(stage - each)) for each in range(first.layout["PP"]))
-        state = sum(states[stage]["state"] * states[stage]["groups"] for stage in nearest)  # type: ignore[index]
-    return (
-        f"checkpoint: {size(sum(weights.values()) + state)} ({size(sum(weights.values()))} of weights, "
-        f"{size(state)} of optimizer state), up to {FILES_OF_A_RANK * first.world_size:,} files"
-    )
+        whole |= report.checkpoint["whole"]  # type: ignore[index]
+    by_stage = {report.stage: report.checkpoint["state_of_stage"] for report in stages}  # type: ignore[index]
+    nearest = (min(by_stage, key=lambda known: abs(known - stage)) for stage in range(first.layout["PP"]))
+    total = sum(whole.values()) + sum(by_stage[stage] for stage in nearest)
+    return f"checkpoint: {size(total)}, up to {FILES_OF_A_RANK * first.world_size:,} files"
 
 
 def _loaded(report: RankReport) -> str | None:

@@ -93,7 +93,10 @@ def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int
 
     Every data-parallel replica adds 1/replicas of what it holds. A tensor-parallel parameter adds its elements on
     every rank of its group but counts as a tensor on the first one only; a tied copy on another stage adds nothing.
+    If the other ranks do not exist, the numbers are those of this rank.
     """
+    if fake_ranks.is_active():
+        return len(trainable), len(missed), sum(param.numel() for param in trainable)
     counts = [0.0, 0.0, 0.0]
     for column, params in enumerate((trainable, missed)):
         for param in (param for param in params if not gradient_shards.is_tied_copy(param)):

@@ -1,8 +1,7 @@
 """What a save of this run writes, and whether the checkpoint of ``--load`` fits, without its tensors."""
 
-import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,16 +22,12 @@ LAYOUT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one rank's model-parallel group contributes to a checkpoint."""
+    """What the ranks of one pipeline stage contribute to a checkpoint."""
 
-    weights: dict[str, int]
-    """bytes of each tensor of the model, whole over all ranks, by its key"""
-    state: int
-    """bytes of optimizer state of all data-parallel ranks of this rank's groups, or of the whole model if
-    ``state_is_whole``"""
-    state_is_whole: bool
-    groups: int
-    """such groups in a pipeline stage"""
+    whole: dict[str, int]
+    """bytes of each tensor that is saved by its name, over all ranks and stages"""
+    state_of_stage: int
+    """bytes of optimizer state that is saved by buckets, over all ranks of this stage"""
 
 
 @dataclass
@@ -43,9 +38,6 @@ class Loaded:
     iteration: int
     tensors: int
     converted: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class _Checked(BaseException):
@@ -60,46 +52,54 @@ def plan(args: Any, model_chunks: list[Any], optimizer: Any) -> Plan | None:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.training import checkpointing
 
-    whole = bool(args.dist_ckpt_optim_fully_reshardable)
     metadata = checkpointing._build_sharded_state_dict_metadata(args)
     metadata.setdefault("dp_cp_group", mpu.get_data_parallel_group(with_context_parallel=True))
     state_dict = checkpointing.generate_state_dict(
         args,
         checkpointing.unwrap_model(model_chunks),
-        None if args.no_save_optim else optimizer,
+        optimizer,
         None,
         None,
         optim_sd_kwargs={"metadata": metadata, "is_loading": True},  # a save would gather real tensors
         model_sd_kwargs={"metadata": metadata},
     )
     state_dict.pop("args")
-    saved = state_dict.pop("optimizer", None)
-    weights = {tensor.key: _global_bytes(tensor) for tensor in _sharded(state_dict, ShardedTensor)}
-    keyed = {tensor.key: _global_bytes(tensor) for tensor in _sharded(saved, ShardedTensor)}
-    size = torch.distributed.get_world_size() // args.pipeline_model_parallel_size
-    replicas = mpu.get_data_parallel_world_size(with_context_parallel=True)
-    return Plan(weights=weights, state=sum(keyed.values()), state_is_whole=whole, groups=size // replicas)
+    state = state_dict.pop("optimizer", None)
+    by_bucket = args.use_distributed_optimizer and not args.dist_ckpt_optim_fully_reshardable
+    whole = [*_sharded(state_dict, ShardedTensor), *([] if by_bucket else _sharded(state, ShardedTensor))]
+    ranks = torch.distributed.get_world_size() // args.pipeline_model_parallel_size
+    sub_optimizers = compat.sub_optimizers_of(optimizer)
+    parts = [state] if len(sub_optimizers) == 1 else [state[index] for index in range(len(sub_optimizers))]
+    return Plan(
+        whole={tensor.key: _global_bytes(tensor) for tensor in whole},
+        state_of_stage=sum(
+            ranks // sub_optimizer.data_parallel_group.size() * _global_bytes(tensor)
+            for sub_optimizer, part in zip(sub_optimizers, parts, strict=True)
+            for tensor in {tensor.key: tensor for tensor in _sharded(part, ShardedTensor)}.values()
+        )
+        if by_bucket and state is not None
+        else 0,
+    )
 
 
-@contextlib.contextmanager
-def metadata_only(args: Any) -> Iterator[Callable[..., Any]]:
-    """Yield a replacement for Megatron's ``load_checkpoint``, which reads no tensor, and where it leaves a Loaded."""
+def load_metadata(args: Any, stock: Callable[..., Any], *positional: Any, **named: Any) -> tuple[Any, Loaded | None]:
+    """Call Megatron's ``load_checkpoint`` up to where it reads tensors. Returns its result and what was checked.
+
+    Raises LionError for a checkpoint that does not fit. Nothing is checked, None, where there is no checkpoint.
+    """
     from megatron.training import checkpointing
 
-    def load_checkpoint(stock: Callable[..., Any], *positional: Any, **named: Any) -> tuple[Any, Loaded | None]:
-        found: list[Loaded] = []
+    found: list[Loaded] = []
 
-        def load(sharded_state_dict: Any, checkpoint_dir: Any, *_: Any, **__: Any) -> None:
-            found.append(_check(args, sharded_state_dict, str(checkpoint_dir)))
-            raise _Checked
+    def load(sharded_state_dict: Any, checkpoint_dir: Any, *_: Any, **__: Any) -> None:
+        found.append(_check(args, sharded_state_dict, str(checkpoint_dir)))
+        raise _Checked
 
-        try:
-            with compat.temporarily(checkpointing.dist_checkpointing, load=load):
-                return stock(*positional, **named), None
-        except _Checked:
-            return (found[0].iteration, 0), found[0]
-
-    yield load_checkpoint
+    try:
+        with compat.temporarily(checkpointing.dist_checkpointing, load=load):
+            return stock(*positional, **named), None
+    except _Checked:
+        return (found[0].iteration, 0), found[0]
 
 
 def _check(args: Any, sharded_state_dict: Any, folder: str) -> Loaded:

@@ -4,6 +4,7 @@ A collective returns at once. An all-reduce keeps this rank's value, an all-gath
 come from one other rank only, by broadcast or point to point, is zero.
 """
 
+import functools
 import os
 import types
 from typing import Any
@@ -54,26 +55,32 @@ def _make_every_group_fake() -> None:
 
 def _receive_zeros(rank: int) -> None:
     """The fake group leaves a receive buffer as it was allocated, which may hold NaN or an index out of range."""
-    stock_broadcast, stock_batch = dist.broadcast, dist.batch_isend_irecv
 
-    def broadcast(tensor: torch.Tensor, src: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    def broadcast(stock: Any, tensor: torch.Tensor, src: int | None = None, *args: Any, **kwargs: Any) -> Any:
         if src not in (None, rank):
-            tensor.zero_()
-        return stock_broadcast(tensor, src, *args, **kwargs)
+            tensor.detach().zero_()
+        return stock(tensor, src, *args, **kwargs)
 
-    def batch_isend_irecv(operations: list[Any]) -> Any:
-        for operation in operations:
-            if operation.op is dist.irecv:
-                operation.tensor.zero_()
-        return stock_batch(operations)
+    def receive(stock: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        tensor.detach().zero_()
+        return stock(tensor, *args, **kwargs)
 
-    def receiving(stock: Any) -> Any:
-        def receive(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            tensor.zero_()
-            return stock(tensor, *args, **kwargs)
+    def all_to_all_single(stock: Any, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output.detach().zero_()
+        return stock(output, *map(_as_list, args), **{name: _as_list(value) for name, value in kwargs.items()})
 
-        return receive
+    for name, wrapper in (("broadcast", broadcast), ("recv", receive), ("irecv", receive)):
+        _wrap(name, wrapper)
+    _wrap("all_to_all_single", all_to_all_single)
 
-    dist.broadcast, dist.recv = broadcast, receiving(dist.recv)
-    dist.batch_isend_irecv = batch_isend_irecv  # type: ignore[assignment]
-    dist.irecv = dist.distributed_c10d.irecv = receiving(dist.irecv)  # torch checks that an operation has its own
+
+def _as_list(value: Any) -> Any:
+    """Megatron leaves the split sizes on the CPU in tensors, which torch does not accept."""
+    return value.tolist() if isinstance(value, torch.Tensor) and not value.is_floating_point() else value
+
+
+def _wrap(name: str, wrapper: Any) -> None:
+    """Replace a function of torch.distributed, also where torch itself looks it up."""
+    replacement = functools.partial(wrapper, getattr(dist, name))
+    for module in (dist, dist.distributed_c10d):
+        setattr(module, name, replacement)

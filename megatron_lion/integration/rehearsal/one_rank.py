@@ -108,6 +108,7 @@ def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[Non
     def clock(what: str) -> None:
         report.seconds[what] = time.monotonic() - started - sum(report.seconds.values())
 
+    on_meta = contextlib.ExitStack()
     stock_validate = arguments.validate_args
 
     def validate_args(args: Any, *rest: Any, **named: Any) -> Any:
@@ -128,27 +129,21 @@ def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[Non
 
     def build(*positional: Any, **named: Any) -> Any:
         clock("model and buffers")
-        with torch_cuda.answered_by(torch_cuda.CPU):
-            return stock_build(*positional, **named)
+        on_meta.close()  # what the optimizer makes for its parameters is on meta as they are
+        return stock_build(*positional, **named)
 
     def load(*positional: Any, **named: Any) -> Any:
-        with (
-            torch_cuda.answered_by(torch_cuda.CPU),
-            checkpoint_plan.metadata_only(training.get_args()) as load_metadata,
-        ):
-            result, loaded = load_metadata(stock_load, *positional, **named)
-            report.loaded = loaded.as_dict() if loaded else None
-            return result
+        result, loaded = checkpoint_plan.load_metadata(training.get_args(), stock_load, *positional, **named)
+        report.loaded = asdict(loaded) if loaded else None
+        return result
 
     def setup(*positional: Any, **named: Any) -> Any:
         clock("arguments and process groups")
         args = training.get_args()
         report.real_memory = _why_real(args, steps)
-        device = torch_cuda.CPU if report.real_memory else torch_cuda.META
-        with (
-            torch_cuda.answered_by(device),
-            compat.temporarily(training, get_megatron_optimizer=build, load_checkpoint=load),
-        ):
+        if not report.real_memory:
+            on_meta.enter_context(torch_cuda.answered_by(torch_cuda.META))
+        with on_meta, compat.temporarily(training, get_megatron_optimizer=build, load_checkpoint=load):
             model, optimizer, scheduler = stock_setup(*positional, **named)
         clock("optimizer")
         _describe(report, args, model, optimizer)
