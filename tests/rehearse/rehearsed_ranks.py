@@ -11,14 +11,15 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_lion import run
 from megatron_lion.integration.rehearsal import one_rank
-from megatron_lion.run import readable_errors
 
 
 def main() -> None:
     rank, world_size, steps = map(int, sys.argv[1:4])
     script, *flags = sys.argv[4:]
-    with readable_errors():
+    run.GRACE_SECONDS = 0.0
+    with run.readable_errors():
         report = one_rank.rehearse(script, flags, rank=rank, world_size=world_size, steps=steps)
     path = Path(os.environ["SIZES"]) / f"rehearsed-{rank}.json"
     path.write_text(json.dumps(asdict(report)), encoding="utf-8")

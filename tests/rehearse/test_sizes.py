@@ -8,7 +8,7 @@ from tests.harness import CPU
 from tests.rehearse.rehearsals import FLAGS, KINDS, LION, real_sizes, report
 
 TP_2, PP_2 = "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2"
-EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2"
 INT8 = "--lion-momentum-dtype int8 --lion-master-weights remainder"
 SMALL = "--lion-momentum-dtype bf16 --lion-master-weights remainder --grad-reduce-in-bf16"
 
@@ -34,10 +34,10 @@ def test_a_rehearsed_rank_has_the_bytes_of_a_real_one(tmp_path: Path, ranks: int
         (1, ""),
         (2, ""),
         (4, ""),
-        (8, ""),
+        (8, "--global-batch-size 16"),
         (2, TP_2),
         (2, f"{PP_2} --overlap-grad-reduce"),
-        (2, f"{EXPERTS} --expert-model-parallel-size 2"),
+        (2, EXPERTS),
     ],
 )
 def test_a_rehearsed_rank_has_the_bytes_of_a_real_one_in_every_layout(

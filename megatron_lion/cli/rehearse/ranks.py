@@ -67,6 +67,7 @@ def _child(rank: int, options: Any, log: Path, result: Path) -> None:
         os.dup2(descriptor, stream)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    run.GRACE_SECONDS = 0.0  # no other rank prints first
     try:
         report = one_rank.rehearse(
             options.script, options.flags, rank=rank, world_size=options.world_size, steps=options.steps

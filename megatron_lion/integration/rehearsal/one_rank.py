@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-import megatron_lion
-from megatron_lion import run
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 from megatron_lion.integration.compat.versions import INSTALL_HINT
 from megatron_lion.integration.cpu import torch_cuda
+from megatron_lion.integration.register import register
 from megatron_lion.integration.rehearsal import checkpoint_plan, fake_ranks, local_modules, made_up_steps
 
 
@@ -60,7 +59,7 @@ def preload() -> None:
     """Import and register what every rank needs, before their processes are forked. Raises LionError without a loop."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # about packages that are not here
         warnings.simplefilter("ignore")
-        megatron_lion.register()
+        register()
     if not compat.has_training():
         raise LionError(
             "rehearse needs Megatron's training loop, megatron.training, which this megatron-core does not have. "
@@ -81,9 +80,8 @@ def rehearse(script: str, flags: list[str], *, rank: int, world_size: int, steps
         SystemExit: the script ended otherwise.
     """
     started = time.monotonic()
-    run.GRACE_SECONDS = 0.0  # no other rank prints first
     fake_ranks.start(rank, world_size)
-    megatron_lion.register()
+    register()
     report = RankReport(rank=rank, world_size=world_size)
     report.seconds["imports and registration"] = time.monotonic() - started
     if not Path(script).is_file():
