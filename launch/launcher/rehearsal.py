@@ -21,23 +21,22 @@ def run(recipe: Recipe, extra: list[str], words: list[str] | None = None) -> int
     os.environ.update(recipe.environment)
     line = ["--world-size", str(recipe.ranks), "--gpu-memory", str(recipe["gpu-memory-gib"])]
     line += ["--estimate", json.dumps(_estimate(recipe)), *(words or [])]
-    flags = commands.training_flags(*_without_files(recipe, extra))
-    return main([*line, str(ROOT / "launch" / recipe["script"]), *flags])
+    return main([*line, str(ROOT / "launch" / recipe["script"]), *flags(recipe, extra)])
 
 
-def _estimate(recipe: Recipe) -> dict[str, int]:
-    needed = estimates.memory(recipe)
-    return {"weights": needed.weights, "gradients": needed.gradients, "state": needed.state}
-
-
-def _without_files(recipe: Recipe, extra: list[str]) -> tuple[Recipe, list[str]]:
-    """Recipe and further flags, with a tokenizer of numbers if the files of the recipe's are not on this machine."""
+def flags(recipe: Recipe, extra: list[str]) -> list[str]:
+    """The script's flags, with a tokenizer of numbers if the files of the recipe's are not on this machine."""
     absent = [entry.partition(":")[0] for entry in recipe_checks.missing_files(recipe)]
     if not any(key in absent for key in TOKENIZER_KEYS):
-        return recipe, extra
+        return commands.training_flags(recipe, extra)
     words = recipe["vocab-size"]
     print(f"{', '.join(absent)} are not on this machine: rehearsing with NullTokenizer, {words:,} words, no data")
     settings: dict[str, Any] = {key: value for key, value in recipe.settings.items() if key not in TOKENIZER_KEYS}
     settings |= {"tokenizer-type": "NullTokenizer"}
     numbered = Recipe(names=recipe.names, settings=settings, environment=recipe.environment)
-    return numbered, [*extra, "--vocab-size", str(words)]
+    return commands.training_flags(numbered, [*extra, "--vocab-size", str(words)])
+
+
+def _estimate(recipe: Recipe) -> dict[str, int]:
+    needed = estimates.memory(recipe)
+    return {"weights": needed.weights, "gradients": needed.gradients, "state": needed.state}
