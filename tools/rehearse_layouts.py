@@ -89,6 +89,8 @@ class Layout:
         padded = -(-self.vocabulary // multiple) * multiple
         dense = padded * h // tp + (0 if self.groups or self.latent else self.sequence * h)
         layers = self.first_stage or self.layers // self.pp
+        if self.pp == 1:  # the last stage is here too
+            dense += padded * h // tp + h
         expert = 0
         for layer in range(layers):
             dense += self._attention + 2 * h * (1 if self.gated else 2)

@@ -8,6 +8,7 @@ import torch
 
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat
+from megatron_lion.integration.checkpoint import formats
 
 # Megatron writes this many files from each rank (0.19.2: filesystem_async, thread_count).
 FILES_OF_A_RANK = 2
@@ -87,8 +88,15 @@ def load_metadata(args: Any, stock: Callable[..., Any], *positional: Any, **name
 
     Raises LionError for a checkpoint that does not fit. Nothing is checked, None, where there is no checkpoint.
     """
+    from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
     from megatron.training import checkpointing
 
+    if args.load and checkpointing.checkpoint_exists(args.load):
+        folder = checkpointing.get_load_checkpoint_path_by_args(args)
+        if not check_is_distributed_checkpoint(folder):
+            formats.refuse_other_shards(args)
+            unknown = "unknown, the legacy format has no metadata. Only the names of its shards were checked"
+            return (0, 0), Loaded(folder=str(folder), iteration=0, tensors=0, converted=[unknown])
     found: list[Loaded] = []
 
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *_: Any, **__: Any) -> None:

@@ -22,6 +22,18 @@ from megatron_lion.integration.cpu import torch_cuda
 from megatron_lion.integration.register import register
 from megatron_lion.integration.rehearsal import checkpoint_plan, fake_ranks, local_modules, made_up_steps
 
+_LOOP = "megatron.training.training"
+_CHECKPOINTS = "megatron.training.checkpointing"
+# What a rehearsal replaces or calls in Megatron, in addition to what registration has checked.
+SEAMS = (
+    compat.Seam(_LOOP, "pretrain", uses=("setup_model_and_optimizer", "build_train_valid_test_data_iterators")),
+    compat.Seam(_LOOP, "setup_model_and_optimizer", uses=("get_megatron_optimizer", "load_checkpoint")),
+    compat.Seam(_CHECKPOINTS, "_build_sharded_state_dict_metadata", ("args",)),
+    compat.Seam(_CHECKPOINTS, "generate_state_dict", ("args", "model", "optimizer", "optim_sd_kwargs")),
+    compat.Seam(_CHECKPOINTS, "_load_global_dist_base_checkpoint", uses=("dist_checkpointing", "load")),
+    compat.Seam("megatron.core.transformer.dot_product_attention", "DotProductAttention.__init__", ("config",)),
+)
+
 
 @dataclass
 class RankReport:
@@ -56,7 +68,10 @@ class _Built(BaseException):
 
 
 def preload() -> None:
-    """Import and register what every rank needs, before their processes are forked. Raises LionError without a loop."""
+    """Import and register what every rank needs, before their processes are forked.
+
+    Raises LionError for a Megatron without a training loop, or with another one than a rehearsal knows.
+    """
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # about packages that are not here
         warnings.simplefilter("ignore")
         register()
@@ -65,6 +80,7 @@ def preload() -> None:
             "rehearse needs Megatron's training loop, megatron.training, which this megatron-core does not have. "
             f"{INSTALL_HINT}"
         )
+    compat.require(SEAMS)
     for module in ("megatron.training.training", "megatron.training.checkpointing", "megatron.core.models.gpt"):
         importlib.import_module(module)
 
