@@ -20,18 +20,12 @@ OTHERS = {
     "heads that tensor parallelism does not divide": (2, "--tensor-model-parallel-size 2 --num-attention-heads 3"),
     "a batch that the replicas do not divide": (2, "--micro-batch-size 3"),
     "experts that expert parallelism does not divide": (2, "--num-experts 3 --expert-model-parallel-size 2"),
-    "query groups that tensor parallelism does not divide": (
-        4,
-        "--tensor-model-parallel-size 4 --group-query-attention --num-query-groups 2",
-    ),
-    "a sequence that tensor parallelism does not divide": (
-        2,
-        "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 31",
-    ),
+    "query groups that do not divide the heads": (1, "--group-query-attention --num-query-groups 3"),
     "positions that are too few": (1, "--max-position-embeddings 16"),
     "a rate above its bound": (1, "--min-lr 1e-2"),
     "Megatron-FSDP": (1, "--use-megatron-fsdp --no-gradient-accumulation-fusion"),
     "remainders of fp16": (1, "--fp16 --lion-master-weights remainder"),
+    "two precisions": (1, "--fp16"),
     "a vocabulary file that is missing": (1, "--tokenizer-type GPT2BPETokenizer --vocab-file none --merge-file none"),
 }
 
@@ -41,9 +35,9 @@ def reasons(output: str) -> set[str]:
     return {found[0].strip() for line in output.splitlines() if (found := REASON.search(line))}
 
 
-def assert_refused_alike(folder: Path, ranks: int, flags: str) -> None:
+def assert_refused_alike(folder: Path, ranks: int, flags: str, steps: int = 0) -> None:
     real = run_ranks(FLAGS, LION, flags, CPU, ranks=ranks)
-    rehearsed = rehearse(folder, FLAGS, LION, flags, rank=0, ranks=ranks)
+    rehearsed = rehearse(folder, FLAGS, LION, flags, rank=0, ranks=ranks, steps=steps)
     assert real.returncode != 0
     assert rehearsed.returncode != 0, rehearsed.output[-2000:]
     said = reasons(rehearsed.output)
@@ -63,10 +57,14 @@ def test_other_broken_setups_are_refused_as_by_the_real_run(tmp_path: Path, case
     assert_refused_alike(tmp_path, *OTHERS[case])
 
 
-@pytest.mark.parametrize(
-    "flags", ["--fp8-format hybrid --fp8-param-gather", "--use-torch-fsdp2", "--moe-single-grouped-weight"]
-)
 @pytest.mark.slow
+def test_a_step_that_fails_is_found_with_steps(tmp_path: Path) -> None:
+    flags = "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 31"
+    assert_refused_alike(tmp_path, 2, flags, steps=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--fp8-format hybrid --fp8-param-gather", "--moe-single-grouped-weight"])
 def test_what_has_no_replacement_without_a_gpu_is_refused(tmp_path: Path, flags: str) -> None:
     run = rehearse(tmp_path, FLAGS, LION, flags, rank=0, ranks=8)
     flag = flags.split()[-1]

@@ -14,7 +14,7 @@ EXPERTS = (
 
 
 def assert_steps(folder: Path, rank: int, *flags: str) -> None:
-    steps = report(folder, FLAGS, LION, *flags, rank=rank, ranks=8, steps=2).steps
+    steps = report(folder, FLAGS, LION, "--global-batch-size 16", *flags, rank=rank, ranks=8, steps=2).steps
     assert steps is not None
     assert steps["steps"] == 2
     assert steps["activations"] > 0
