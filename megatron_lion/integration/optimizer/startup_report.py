@@ -28,7 +28,9 @@ def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer
         *([param for _, param in pairs] for pairs in (trainable, missed))
     )
     sharding, state = _state_bytes(options, config, optimizer)
-    kernel = kernels.describe(options.kernel, _updated_kinds(options, optimizer))
+    kinds = _updated_kinds(options, optimizer)
+    on_meta = any(kind.device.type == "meta" for kind in kinds)  # a rehearsal
+    kernel = f"{options.kernel}, chosen on the GPU" if on_meta else kernels.describe(options.kernel, kinds)
     of_rank = f" of rank {torch.distributed.get_rank()}" if fake_ranks.is_active() else ""
     say(
         f"lion on {tensors - missed_tensors} of {tensors} parameters{of_rank} ({_count(elements)}), "
