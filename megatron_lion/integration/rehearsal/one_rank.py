@@ -116,6 +116,7 @@ def rehearse(script: str, flags: list[str], *, rank: int, world_size: int, steps
 @contextlib.contextmanager
 def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[None]:
     """Replace what Megatron's loop does at the flags, the model, the optimizer, the checkpoint and the data."""
+    import megatron.core.datasets.utils as dataset_utils
     import megatron.training.arguments as arguments
     import megatron.training.training as training
 
@@ -172,6 +173,7 @@ def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[Non
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(compat.temporarily(training, setup_model_and_optimizer=setup))
+        stack.enter_context(compat.temporarily(dataset_utils, compile_helpers=lambda: None))  # no data is read
         if steps:
             stack.enter_context(made_up_steps.taking_over(steps, finish))
         yield
