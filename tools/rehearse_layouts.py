@@ -65,8 +65,10 @@ class Layout:
     tp: int = 1
     pp: int = 1
     ep: int = 1
-    first_stage: int = 0
-    """layers of the first stage; 0 for an even share"""
+    stage: int = 0
+    """the pipeline stage whose first rank is rehearsed"""
+    stage_layers: int = 0
+    """layers of that stage; 0 for an even share"""
 
     @property
     def command_line(self) -> str:
@@ -82,19 +84,25 @@ class Layout:
         )
 
     @property
-    def first_rank(self) -> tuple[int, int]:
-        """Dense and expert parameters of rank 0, counted from the architecture."""
+    def rank(self) -> int:
+        """The rehearsed rank. Megatron's pipeline stages are the outermost dimension of the ranks."""
+        return self.stage * self.ranks // self.pp
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Dense and expert parameters of the rehearsed rank, counted from the architecture."""
         h, tp = self.hidden, self.tp
         multiple = 128 * tp
         padded = -(-self.vocabulary // multiple) * multiple
-        dense = padded * h // tp + (0 if self.groups or self.latent else self.sequence * h)
-        layers = self.first_stage or self.layers // self.pp
+        dense = 0
+        if self.stage == 0:
+            dense += padded * h // tp + (0 if self.groups or self.latent else self.sequence * h)
         if self.pp == 1:  # the last stage is here too
             dense += padded * h // tp + h
         expert = 0
-        for layer in range(layers):
+        for layer in range(self.stage_layers or self.layers // self.pp):
             dense += self._attention + 2 * h * (1 if self.gated else 2)
-            if self.experts and layer >= self.dense_layers:
+            if self.experts and (self.stage > 0 or layer >= self.dense_layers):
                 dense += h * self.experts + 3 * h * self.shared_ffn // tp
                 expert += self.experts // self.ep * 3 * h * (self.expert_ffn or self.ffn)
             else:
@@ -114,8 +122,8 @@ class Layout:
         return h * (h + keys) // tp + h * h // tp + biases
 
     def expected(self, state_bytes: float) -> dict[str, float]:
-        """Bytes of rank 0 with bf16 weights, fp32 gradients and ``state_bytes`` for each parameter."""
-        dense, expert = self.first_rank
+        """Bytes of that rank with bf16 weights, fp32 gradients and ``state_bytes`` for each parameter."""
+        dense, expert = self.parameters
         dp = self.ranks // (self.tp * self.pp)
         count = dense + expert
         # The expert-tensor-parallel size is the tensor-parallel one.
@@ -138,7 +146,7 @@ LAYOUTS = {
     ),
     "llama3_405b": Layout(
         ranks=16384, layers=126, hidden=16384, heads=128, ffn=53248, vocabulary=128256, sequence=8192, batch=2048,
-        groups=8, tp=8, pp=16, first_stage=7,
+        groups=8, tp=8, pp=16, stage_layers=7,
         flags=f"{LLAMA} --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
     ),
     "mixtral_8x7b": Layout(
@@ -148,7 +156,8 @@ LAYOUTS = {
     ),
     "deepseek_v3_like": Layout(
         ranks=2048, layers=61, hidden=7168, heads=128, ffn=18432, vocabulary=129280, sequence=4096, batch=1920 * 8,
-        latent=True, experts=256, expert_ffn=2048, shared_ffn=2048, dense_layers=3, pp=16, ep=64, first_stage=3,
+        latent=True, experts=256, expert_ffn=2048, shared_ffn=2048, dense_layers=3, pp=16, ep=64,
+        stage=1, stage_layers=4,
         flags="--swiglu --normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights "
         "--disable-bias-linear --multi-latent-attention --q-lora-rank 1536 --kv-lora-rank 512 --qk-head-dim 128 "
         "--qk-pos-emb-head-dim 64 --v-head-dim 128 --qk-layernorm --rotary-scaling-factor 40 "
@@ -170,16 +179,16 @@ def rehearse(script: Path, flags: list[str], ranks: int, chosen: list[int] | Non
 
 
 def public_rows(name: str, layout: Layout) -> list[str]:
-    """A row for each storage of rank 0."""
+    """A row for each storage."""
     from megatron_lion.cli.rehearse.ranks import WouldNotStart
 
     rows = []
     for storage, (flags, state_bytes) in STORAGES.items():
         words = f"{layout.command_line} {flags}".split()
         sizes = f"TP {layout.tp}, PP {layout.pp}" + (f", EP {layout.ep}" if layout.ep > 1 else "")
-        head = f"| {name} | {layout.ranks:,} | {sizes} | {storage} |"
+        head = f"| {name} | {layout.rank:,} of {layout.ranks:,} | {sizes} | {storage} |"
         try:
-            (report,), seconds = rehearse(ROOT / "launch" / "pretrain_gpt.py", words, layout.ranks, [0])
+            (report,), seconds = rehearse(ROOT / "launch" / "pretrain_gpt.py", words, layout.ranks, [layout.rank])
         except (LionError, WouldNotStart) as error:
             rows.append(f"{head} refused: {str(error).splitlines()[-2 if chr(10) in str(error) else -1]} |" + " |" * 6)
             continue
@@ -234,11 +243,11 @@ Fullest of the rehearsed ranks, in MiB; in parentheses the difference from the r
 
 ## Layouts of public models
 
-Rank 0, in GiB; in parentheses the difference from what the architecture says (formulas in the tool). State is momentum
-and master weights. The layouts are examples, not the settings of the original runs. Time and peak memory are those of
-the process on a machine with other work.
+One rank, in GiB; in parentheses the difference from what the architecture says (formulas in the tool). State is
+momentum and master weights. The layouts are examples, not the settings of the original runs. Time and peak memory are
+those of the process on a machine with other work.
 
-| model | ranks | layout | momentum, masters | parameters | weights | gradients | state | total | time | host memory |
+| model | rank | layout | momentum, masters | parameters | weights | gradients | state | total | time | host memory |
 |---|---|---|---|---|---|---|---|---|---|---|
 {layouts}
 """

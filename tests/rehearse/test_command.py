@@ -15,13 +15,13 @@ PP_2 = "--pipeline-model-parallel-size 2"
 
 def test_the_command_reports_the_first_and_the_last_stage(tmp_path: Path) -> None:
     reports = tmp_path / "reports.json"
-    options = f"rehearse --world-size 4096 --gpu-memory 1e-5 --json {reports} {PRETRAIN_GPT}"
-    run = run_ranks(options, FLAGS, LION, PP_2, "--global-batch-size 4096", script=COMMAND)
+    options = f"rehearse --world-size 64 --gpu-memory 1e-5 --json {reports} {PRETRAIN_GPT}"
+    run = run_ranks(options, FLAGS, LION, PP_2, "--global-batch-size 64", script=COMMAND)
     assert run.returncode == 1, run.output[-3000:]
-    assert "rehearsed 4 of 4,096 ranks (PP 2 x DP 2048), lion. This is not training" in run.output
+    assert "rehearsed 4 of 64 ranks (PP 2 x DP 32), lion. This is not training" in run.output
     assert run.output.rstrip().endswith("TOO LARGE")
     assert "parameters of rank 0 (" in run.output
-    assert [report["rank"] for report in json.loads(reports.read_text())] == [0, 2047, 2048, 4095]
+    assert [report["rank"] for report in json.loads(reports.read_text())] == [0, 31, 32, 63]
 
 
 @pytest.mark.slow

@@ -105,24 +105,30 @@ def replace(args: Any) -> list[str]:
     for dest, value in KERNELS.items():
         if hasattr(args, dest):
             setattr(args, dest, value)
-    if args.context_parallel_size > 1:
+    for flag in only_te_attention(args):
+        replaced.append(f"{flag}: Transformer Engine's attention by Megatron's local one: neither has parameters")
         _let_attention_be_local()
-        replaced.append(
-            f"--context-parallel-size {args.context_parallel_size}: Transformer Engine's attention by Megatron's local "
-            "one: neither has parameters"
-        )
     return replaced
 
 
+def only_te_attention(args: Any) -> list[str]:
+    """The flags in ``args`` that only Transformer Engine's attention can compute."""
+    flags = [f"--context-parallel-size {args.context_parallel_size}"] if args.context_parallel_size > 1 else []
+    return flags + (["--multi-latent-attention"] if getattr(args, "multi_latent_attention", False) else [])
+
+
 def _let_attention_be_local() -> None:
-    """Megatron's own attention refuses context parallelism, which it cannot compute (dot_product_attention 58)."""
+    """Let Megatron's own attention be built where it cannot compute (0.19.2: dot_product_attention 58).
+
+    It refuses context parallelism, and does not know the channels of multi-latent attention.
+    """
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     from megatron_lion.integration.compat import temporarily
 
     stock = DotProductAttention.__init__
 
-    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, config: Any, *args: Any, k_channels: Any = None, v_channels: Any = None, **kwargs: Any) -> None:
         with temporarily(config, context_parallel_size=1):
             stock(self, config, *args, **kwargs)
 

@@ -9,16 +9,17 @@ import torch
 
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, loop_callbacks
+from megatron_lion.integration.rehearsal import local_modules
 
 _saved: dict[str, int] = {}
 
 
 def check(args: Any) -> None:
     """Raise LionError where a step cannot be computed without a GPU. Turns off what would be saved."""
-    if args.context_parallel_size > 1:
+    if flags := local_modules.only_te_attention(args):
         raise LionError(
-            f"--steps with --context-parallel-size {args.context_parallel_size}: Megatron's local attention cannot "
-            "compute it. Rehearse without --steps, or without context parallelism"
+            f"--steps is not supported with {flags[0]}, which Megatron's local attention cannot compute. Rehearse "
+            "without --steps, or without the flag"
         )
     args.save = None
     args.norm_ratio_interval = 0
