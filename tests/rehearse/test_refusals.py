@@ -20,11 +20,9 @@ OTHERS = {
     "heads that tensor parallelism does not divide": (2, "--tensor-model-parallel-size 2 --num-attention-heads 3"),
     "a batch that the replicas do not divide": (2, "--micro-batch-size 3"),
     "experts that expert parallelism does not divide": (2, "--num-experts 3 --expert-model-parallel-size 2"),
-    "query groups that do not divide the heads": (1, "--group-query-attention --num-query-groups 3"),
     "positions that are too few": (1, "--max-position-embeddings 16"),
     "a rate above its bound": (1, "--min-lr 1e-2"),
     "Megatron-FSDP": (1, "--use-megatron-fsdp --no-gradient-accumulation-fusion"),
-    "remainders of fp16": (1, "--fp16 --lion-master-weights remainder"),
     "two precisions": (1, "--fp16"),
     "a vocabulary file that is missing": (1, "--tokenizer-type GPT2BPETokenizer --vocab-file none --merge-file none"),
 }
