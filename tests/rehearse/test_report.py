@@ -58,10 +58,10 @@ def test_the_estimate_is_compared_with_what_was_built() -> None:
 
 
 def test_padding_is_counted_and_a_checkpoint_adds_up_the_stages() -> None:
-    plan = {"whole": {"a": GIB, "b": GIB}, "state_of_stage": GIB}
+    plan = {"whole": {"a": GIB, "b": GIB}, "state_of_stage": GIB, "files_of_rank": 2}
     text = report.text([rank_report(checkpoint=plan)], {}, None)
     assert "1 buckets of gradients, 1,000 elements, 10 of them padding (1.000 %)" in text
-    assert "checkpoint: 6.00 GiB, up to 128 files" in text  # 2 whole tensors, 4 stages
+    assert "checkpoint: 6.00 GiB, up to 128 files of tensors" in text  # 2 whole tensors, 4 stages
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import math
 
-from megatron_lion.integration.rehearsal.checkpoint_plan import FILES_OF_A_RANK
 from megatron_lion.integration.rehearsal.one_rank import RankReport
 
 GIB = 1 << 30
@@ -122,7 +121,8 @@ def _checkpoint(reports: list[RankReport]) -> str | None:
     by_stage = {report.stage: report.checkpoint["state_of_stage"] for report in stages}  # type: ignore[index]
     nearest = (min(by_stage, key=lambda known: abs(known - stage)) for stage in range(first.layout["PP"]))
     total = sum(whole.values()) + sum(by_stage[stage] for stage in nearest)
-    return f"checkpoint: {size(total)}, up to {FILES_OF_A_RANK * first.world_size:,} files"
+    files = first.world_size * stages[0].checkpoint["files_of_rank"]  # type: ignore[index]
+    return f"checkpoint: {size(total)}, up to {files:,} files of tensors"
 
 
 def _loaded(report: RankReport) -> str | None:

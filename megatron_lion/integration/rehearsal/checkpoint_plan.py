@@ -10,8 +10,6 @@ from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint import formats
 
-# Megatron writes this many files from each rank (0.19.2: filesystem_async, thread_count).
-FILES_OF_A_RANK = 2
 # The sizes of a layout that a checkpoint may be converted between.
 LAYOUT = {
     "tensor_model_parallel_size": "TP",
@@ -29,6 +27,8 @@ class Plan:
     """bytes of each tensor that is saved by its name, over all ranks and stages"""
     state_of_stage: int
     """bytes of optimizer state that is saved by buckets, over all ranks of this stage"""
+    files_of_rank: int
+    """files of tensors that each rank writes, as long as it has so many tensors"""
 
 
 @dataclass
@@ -80,6 +80,8 @@ def plan(args: Any, model_chunks: list[Any], optimizer: Any) -> Plan | None:
         )
         if by_bucket and state is not None
         else 0,
+        # Megatron ignores the flag for its other saves (0.19.2: checkpointing 781).
+        files_of_rank=args.dist_ckpt_workers if args.async_save and args.ckpt_assume_constant_structure else 1,
     )
 
 

@@ -180,11 +180,11 @@ def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[Non
 
 
 def _write_nothing(args: Any) -> None:
-    """Turn off the logs that Megatron opens before the first step."""
+    """Turn off the logs and the process for checkpoints that Megatron starts before the first step."""
     for dest in ("tensorboard_dir", "wandb_project", "wandb_exp_name"):
         if hasattr(args, dest):
             setattr(args, dest, None)
-    for dest in ("enable_one_logger", "log_progress", "async_save"):
+    for dest in ("enable_one_logger", "log_progress", "use_persistent_ckpt_worker"):
         if hasattr(args, dest):
             setattr(args, dest, False)
 
