@@ -48,8 +48,8 @@ def test_shards_of_experts_and_of_context_parallel_ranks_count() -> None:
         assert args.ddp_pad_buckets_for_high_nccl_busbw
 
 
-def test_a_run_of_8_shards_pads_its_buckets_and_says_so(tmp_path: Path) -> None:
-    run = rehearse(tmp_path, FLAGS, LION, INT8, "--global-batch-size 16", rank=0, ranks=8)
+def test_a_run_of_16_shards_pads_its_buckets_and_says_so(tmp_path: Path) -> None:
+    run = rehearse(tmp_path, FLAGS, LION, INT8, "--global-batch-size 32", rank=0, ranks=16)
     assert run.returncode == 0, run.output[-3000:]
     assert [line for line in run.ours() if "int8 momentum: buckets are padded to multiples of 65536 elements" in line]
 
