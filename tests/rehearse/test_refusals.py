@@ -62,9 +62,15 @@ def test_a_step_that_fails_is_found_with_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--fp8-format hybrid --fp8-param-gather", "--moe-single-grouped-weight"])
-def test_what_has_no_replacement_without_a_gpu_is_refused(tmp_path: Path, flags: str) -> None:
-    run = rehearse(tmp_path, FLAGS, LION, flags, rank=0, ranks=8)
-    flag = flags.split()[-1]
+@pytest.mark.parametrize(
+    ("flags", "flag"),
+    [
+        ("--fp8-format hybrid --fp8-param-gather", "--fp8-param-gather"),
+        ("--moe-single-grouped-weight", "--moe-single-grouped-weight"),
+        ("--optimizer muon", "--optimizer muon"),
+    ],
+)
+def test_what_has_no_replacement_without_a_gpu_is_refused(tmp_path: Path, flags: str, flag: str) -> None:
+    run = rehearse(tmp_path, FLAGS, LION, "--global-batch-size 16", flags, rank=0, ranks=8)
     assert f"megatron-lion: error: {flag} cannot be rehearsed: " in run.output
     assert run.returncode == 2

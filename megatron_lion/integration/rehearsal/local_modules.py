@@ -11,6 +11,7 @@ from typing import Any
 from megatron_lion.config import LionError
 from megatron_lion.integration.flags.state_precision import QUANTIZED_WEIGHTS
 
+OPTIMIZERS = ("lion", "sgd", "adam")
 SAME = "same parameters, shapes and dtypes"
 
 
@@ -87,7 +88,12 @@ IRREPLACEABLE = {
 
 
 def refuse(args: Any) -> None:
-    """Raise LionError for a flag that has no replacement on a machine without a GPU."""
+    """Raise LionError for a flag that has no replacement on a machine without a GPU, or with state that is unknown."""
+    if args.optimizer not in OPTIMIZERS:
+        raise LionError(
+            f"--optimizer {args.optimizer} cannot be rehearsed: its state is not known here. Rehearse with "
+            f"{', '.join(OPTIMIZERS)}"
+        )
     for dest, reason in IRREPLACEABLE.items():
         if getattr(args, dest, None):
             raise LionError(f"--{dest.replace('_', '-')} cannot be rehearsed: {reason}")

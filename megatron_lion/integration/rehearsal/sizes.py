@@ -105,6 +105,10 @@ def traffic(model_chunks: list[Any]) -> list[Traffic]:
             else:
                 add(group, "reduce-scatter of gradients", ranks, share * _bytes(bucket.grad_data))
                 add(group, "all-gather of weights", ranks, share * _bytes(bucket.param_data))
+                instances = getattr(buffer.ddp_config, "num_distributed_optimizer_instances", 1)
+                shard = _bytes(bucket.grad_data) / ranks
+                sent = 2 * (instances - 1) / instances * shard
+                add(f"{group}, optimizer instances", "all-reduce of gradient shards", instances, sent)
     for name, group, size in _model_parallel_gradients(model_chunks):
         ranks = group.size()
         add(name, "all-reduce of gradients", ranks, 2 * (ranks - 1) / ranks * size)
