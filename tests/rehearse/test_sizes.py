@@ -8,7 +8,10 @@ from tests.harness import CPU
 from tests.rehearse.rehearsals import FLAGS, KINDS, LION, real_sizes, report
 
 TP_2, PP_2 = "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2"
-EXPERTS = "--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2"
+EXPERTS = (
+    "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather --disable-bias-linear "
+    "--expert-model-parallel-size 2"
+)
 INT8 = "--lion-momentum-dtype int8 --lion-master-weights remainder"
 SMALL = "--lion-momentum-dtype bf16 --lion-master-weights remainder --grad-reduce-in-bf16"
 
