@@ -146,7 +146,7 @@ def test_an_unknown_command_gets_the_nearest_one(
 def test_no_command_at_all_gets_their_names(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = typed(capsys=capsys)
     assert status == 2
-    assert "{doctor,enable,disable}" in err
+    assert "{doctor,enable,disable,rehearse}" in err
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

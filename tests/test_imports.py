@@ -89,7 +89,7 @@ MAY_IMPORT = {
     "run": {"megatron_lion", "config", "integration"},
     "hook": {"megatron_lion", "config", "run", "integration"},
     "training_log": {"config"},
-    "cli": ALL_PURE | {"cli", "hook", "integration", "version"},
+    "cli": ALL_PURE | {"cli", "hook", "integration", "run", "version"},
 }
 
 

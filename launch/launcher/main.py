@@ -2,6 +2,7 @@
 
     python launch/launch.py tiny_gpt lion cpu                          run here
     python launch/launch.py gpt2_small lion h100x8 --dry-run           show settings, memory, hours and the command
+    python launch/launch.py gpt2_small lion h100x8 --rehearse          build ranks of the run here, without a GPU
     python launch/launch.py llama_7b lion h100x32 --print              print the torchrun line of each node
     python launch/launch.py llama_7b lion h100x32 --slurm lr=8e-5      submit a Slurm job
     python launch/launch.py llama_7b lion h100x32 --slurm --print      print its batch script
@@ -31,6 +32,7 @@ from . import (
     recipe_checks,
     recipe_files,
     recipes,
+    rehearsal,
     report,
     slurm,
     tail,
@@ -39,7 +41,7 @@ from .keys import TOPICS
 from .recipe_files import ROOT
 from .recipes import Recipe
 
-OPTIONS = ("--dry-run", "--print", "--slurm", "--help")
+OPTIONS = ("--dry-run", "--rehearse", "--print", "--slurm", "--help")
 # Keys that cannot change when a run resumes from its checkpoints.
 FIXED = (
     "script", "num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size", "max-position-embeddings",
@@ -145,10 +147,11 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog=f"files in configs/:\n{files}\n\nkeys (docs/recipes.md):\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="launch.py MODEL OPTIMIZER CLUSTER [key=value ...] [--dry-run | [--slurm] [--print]] [-- FLAGS]",
+        usage="launch.py MODEL OPTIMIZER CLUSTER [key=value ...] [--dry-run | --rehearse | [--slurm] [--print]] [-- FLAGS]",
     )
     made.add_argument("words", nargs="*", metavar="MODEL OPTIMIZER CLUSTER key=value", help="see above")
     made.add_argument("--dry-run", action="store_true", help="show settings, estimates and command; start nothing")
+    made.add_argument("--rehearse", action="store_true", help="build ranks of the run here, without a GPU")
     made.add_argument("--print", action="store_true", help="print the torchrun line of each node; start nothing")
     made.add_argument("--slurm", action="store_true", help="submit a Slurm job; with --print, only print its script")
 
@@ -171,12 +174,14 @@ def main(arguments: list[str]) -> int:
             f"expected MODEL OPTIMIZER CLUSTER, got {' '.join(names) or 'nothing'}: for example tiny_gpt lion cpu. "
             "--help lists the names"
         )
+    if options.rehearse and (options.dry_run or options.slurm or options.print):
+        raise LionError("--rehearse goes with none of --dry-run, --print and --slurm: remove one")
     if options.dry_run and (options.slurm or options.print):
         raise LionError("--dry-run shows everything but the Slurm script: remove it, or use --slurm --print")
     flags, extra = extra_flags.split(arguments[end + 1 :])
     overrides = [*own, *flags]
     on_cpu = os.environ.get("MEGATRON_LION_DEVICE") == "cpu"
-    runs_here = not (options.slurm or options.print)
+    runs_here = not (options.slurm or options.print or options.rehearse)
     if on_cpu and runs_here and not any(override.startswith("device=") for override in overrides):
         overrides.append("device=cpu")
     recipe = recipes.resolve(*names, overrides)
@@ -186,6 +191,8 @@ def main(arguments: list[str]) -> int:
         return 0
     for note in recipe.notes:
         print(f"note: {note}", file=sys.stderr)
+    if options.rehearse:
+        return rehearsal.run(recipe, extra)
     if options.print:
         print(slurm.script(recipe, extra, sys.executable) if options.slurm else commands.printed(recipe, extra))
         return 0

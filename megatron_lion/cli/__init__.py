@@ -1,4 +1,4 @@
-"""``megatron-lion doctor [SCRIPT] [FLAGS...] | doctor --cluster | enable | disable``."""
+"""``megatron-lion doctor [SCRIPT] [FLAGS...] | doctor --cluster | enable | disable | rehearse``."""
 
 import argparse
 import sys
@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": "report which Megatron and which Lion a training command would use, and whether it would work",
     "enable": "make a plain `torchrun pretrain_gpt.py --optimizer lion` in this environment run this Lion",
     "disable": "undo `enable`",
+    "rehearse": "build ranks of a run without a GPU: does it start, and does it fit (rehearse --help)",
 }
 DOCTOR = """Report which Megatron and which Lion a training command would use, and whether it would work. Exit
 status 1 if it would not; the last line has the reason.
@@ -37,7 +38,11 @@ def _parser() -> _Parser:
     parser = _Parser(prog="megatron-lion", description="Lion for Megatron-Core.", formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"megatron-lion {__version__}")
     commands = parser.add_subparsers(
-        title="commands", dest="command", metavar="{doctor,enable,disable}", required=True, parser_class=_Parser
+        title="commands",
+        dest="command",
+        metavar="{doctor,enable,disable,rehearse}",
+        required=True,
+        parser_class=_Parser,
     )
     doctor = commands.add_parser(
         "doctor",
@@ -66,6 +71,7 @@ def _parser() -> _Parser:
         metavar="MiB",
         help="size of the timed all-reduces (default: %(default)s)",
     )
+    commands.add_parser("rehearse", help=COMMANDS["rehearse"], add_help=False)  # cli/rehearse has its parser
     for name in ("enable", "disable"):
         commands.add_parser(name, help=COMMANDS[name], description=f"{name}: {COMMANDS[name]}.")
     return parser
@@ -74,6 +80,10 @@ def _parser() -> _Parser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["rehearse"]:  # the flags after its script are the script's
+        from megatron_lion.cli.rehearse import main as rehearse
+
+        return rehearse(arguments[1:], _Parser)
     parser = _parser()
     word = next((word for word in arguments if not word.startswith("-")), None)
     if word is not None and word not in COMMANDS:

@@ -13,7 +13,7 @@ import functools
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from megatron_lion.config import LionError, check_choice
 
 DEVICE_VARIABLE = "MEGATRON_LION_DEVICE"
 CPU = torch.device("cpu")
+META = torch.device("meta")
+# The device that answers for CUDA.
+_device = CPU
 
 # Functions that make tensors where `device` says. Megatron passes "cuda" or torch.cuda.current_device() to these
 # (clip_grads 108, optimizer 315, training 1131, schedules 2292, param_and_grad_buffer 1162).
@@ -78,20 +81,38 @@ def replace_cuda() -> None:
     torch.cuda._replaced_by_megatron_lion = True  # type: ignore[attr-defined]
 
 
-def _on_cpu(device: Any) -> Any:
-    """``device``, or the CPU where it names CUDA. Megatron names it by string, torch.device and index."""
+@contextlib.contextmanager
+def answered_by(device: torch.device) -> Iterator[None]:
+    """Make tensors that name CUDA on ``device``. On the meta device, also those that name no device.
+
+    Tensors on meta have shapes and dtypes, and neither memory nor values.
+    """
+    global _device
+    before, _device = _device, device
+    try:
+        yield
+    finally:
+        _device = before
+
+
+def _without_cuda(device: Any) -> Any:
+    """``device``, or what answers for it where it names CUDA. Megatron names it by string, torch.device and index."""
     names_cuda = isinstance(device, int) or (isinstance(device, str | torch.device) and str(device).startswith("cuda"))
-    return CPU if names_cuda else device
+    return _device if names_cuda else device
 
 
 def _replace_placement() -> None:
     """Tensors and modules sent to CUDA stay where they are."""
 
     def on_cpu_factory(make: Callable[..., Any]) -> Callable[..., Any]:
+        follows_input = make.__name__.endswith("_like") or make.__name__ == "as_tensor"
+
         @functools.wraps(make)
         def factory(*args: Any, **kwargs: Any) -> Any:
-            if "device" in kwargs:
-                kwargs["device"] = _on_cpu(kwargs["device"])
+            if kwargs.get("device") is not None:
+                kwargs["device"] = _without_cuda(kwargs["device"])
+            elif _device is META and not follows_input:
+                kwargs["device"] = META
             # Pinned memory speeds up copies to a GPU and needs one.
             kwargs.pop("pin_memory", None)
             return make(*args, **kwargs)
@@ -105,9 +126,9 @@ def _replace_placement() -> None:
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and not isinstance(args[0], torch.Tensor):
-            args = (_on_cpu(args[0]), *args[1:])
+            args = (_without_cuda(args[0]), *args[1:])
         if "device" in kwargs:
-            kwargs["device"] = _on_cpu(kwargs["device"])
+            kwargs["device"] = _without_cuda(kwargs["device"])
         return tensor_to(self, *args, **kwargs)
 
     def stay(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +139,7 @@ def _replace_placement() -> None:
     def type_name(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
         """Megatron tells fp32 from 16-bit parameters by comparing "torch.cuda.FloatTensor" (distrib_optimizer 401)."""
         if dtype is None:
-            return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+            return tensor_type(self).replace("torch.meta.", "torch.", 1).replace("torch.", "torch.cuda.", 1)
         return tensor_type(self, dtype.replace("torch.cuda.", "torch.") if isinstance(dtype, str) else dtype, **kwargs)
 
     torch.Tensor.to = to  # type: ignore[method-assign, assignment]
@@ -175,7 +196,7 @@ def _replace_cuda_module() -> None:
     properties = types.SimpleNamespace(name="cpu", major=10, minor=0, total_memory=0, multi_processor_count=1)
     stream = _Stream()
     replacements = {
-        "current_device": answers(CPU),
+        "current_device": lambda *args, **kwargs: _device,
         # With 0 devices Megatron skips model-parallel set-up and the RNG tracker (initialize 270, 447).
         "device_count": answers(1),
         "set_device": answers(None),

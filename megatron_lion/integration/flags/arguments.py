@@ -50,18 +50,19 @@ def _validate_another(stock: Callable[..., Any], args: Any, defaults: dict[str, 
 def _validate_lion(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]) -> Any:
     import megatron.training.arguments as arguments
 
-    _settle(args)
+    options = _settle(args)
     # The arguments are printed after the name is restored, so that the log tells the truth.
     with compat.as_sgd(args), compat.temporarily(arguments, _print_args=lambda *_: None):
         validated = stock(args, defaults)
     args.lion_rates_from_run = not args.use_checkpoint_opt_param_scheduler
     args.lion_saves_stacks = formats.saves_stacks(args)
+    state_precision.pad_buckets_for_blocks(args, options)
     ownership.mark(args)
     arguments._print_args("arguments", args)
     return validated
 
 
-def _settle(args: Any) -> None:
+def _settle(args: Any) -> LionOptions:
     """Check the command line, turn it into options and write these back, for Megatron's configuration to copy."""
     torch_cuda.require_device()
     refusals.refuse_flags(args)
@@ -73,6 +74,7 @@ def _settle(args: Any) -> None:
     options.write_to(args)
     if args.optimizer_cpu_offload:  # Megatron requires the flag of its own path to the CPU
         args.use_precision_aware_optimizer = True
+    return options
 
 
 def validate_yaml(stock: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:

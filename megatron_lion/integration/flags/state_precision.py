@@ -7,10 +7,11 @@ takes this path too, whatever its state, so that no fp32 copy of them is needed.
 """
 
 import argparse
+import math
 from typing import Any
 
 from megatron_lion.config import MASTER_WEIGHTS, MOMENTUM_DTYPES, LionError, LionOptions, dtype_name
-from megatron_lion.integration import compat
+from megatron_lion.integration import compat, console
 from megatron_lion.precision import BLOCK
 
 # Megatron's flags for primary weights in fp8 and fp4.
@@ -46,6 +47,37 @@ def check(args: Any, options: LionOptions) -> None:
     has_bf16_gradients = args.bf16 and (args.grad_reduce_in_bf16 or dtype_name(args.main_grads_dtype) != "fp32")
     if flags and (options.is_compact or args.optimizer_cpu_offload or has_bf16_gradients):
         raise quantized_weights(flags[0])
+
+
+def pad_buckets_for_blocks(args: Any, options: LionOptions) -> None:
+    """Set Megatron's flag that pads buckets, in ``args``, where a shard boundary would cut a block of 8-bit momentum.
+
+    Parameters begin at multiples of 64 elements in a bucket. Megatron pads a bucket of n shards to a multiple of
+    lcm(n, 128) elements, so that shards are multiples of 32 elements only if 8 does not divide n. With its flag the
+    multiple is lcm(n, 65536). Call it when Megatron has validated ``args``.
+    """
+    if options.momentum_dtype != "int8" or not args.use_distributed_optimizer:
+        return
+    if args.ddp_pad_buckets_for_high_nccl_busbw:
+        return
+    if cut := [shards for shards in _shards(args) if math.lcm(shards, 128) // shards % BLOCK]:
+        args.ddp_pad_buckets_for_high_nccl_busbw = True
+        console.say(
+            f"int8 momentum: buckets are padded to multiples of {math.lcm(max(cut), 2**16)} elements "
+            f"(--ddp-pad-buckets-for-high-nccl-busbw), because boundaries of {max(cut)} shards would cut blocks of "
+            f"{BLOCK} elements"
+        )
+
+
+def _shards(args: Any) -> set[int]:
+    """Numbers of shards that buckets are divided into: of dense parameters, and of experts' if there are any."""
+    instances = getattr(args, "num_distributed_optimizer_instances", 1) or 1
+    shards = {args.data_parallel_size * args.context_parallel_size // instances}
+    if getattr(args, "num_experts", None):
+        tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+        of_one = tensor * args.expert_model_parallel_size * args.pipeline_model_parallel_size
+        shards.add(args.world_size // of_one // instances)
+    return shards
 
 
 def refuse_offload_before_0_19(settings: Any) -> None:

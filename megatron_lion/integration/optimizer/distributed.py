@@ -63,9 +63,9 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
                     if any(layout.splits_a_block(cut - start) for cut in cuts):
                         raise LionError(
                             f"--lion-momentum-dtype int8: with DP={ranks} a shard boundary cuts a block of {BLOCK} "
-                            f"elements in a parameter of shape {tuple(param.shape)}. Add "
-                            "--ddp-pad-buckets-for-high-nccl-busbw, which moves the boundaries, or use "
-                            "--lion-momentum-dtype bf16"
+                            f"elements in a parameter of shape {tuple(param.shape)}. Use --lion-momentum-dtype bf16, "
+                            "or in a script without Megatron's command line "
+                            "DistributedDataParallelConfig(pad_buckets_for_high_nccl_busbw=True)"
                         )
 
     @compat.overrides

@@ -12,6 +12,7 @@ from megatron_lion.integration.console import say, warn
 from megatron_lion.integration.cpu import torch_cuda
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer
 from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
+from megatron_lion.integration.rehearsal import fake_ranks
 from megatron_lion.integration.reporting import gradient_shards
 from megatron_lion.step import StepKind
 from megatron_lion.storage import Storage, storage_of
@@ -30,9 +31,12 @@ def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer
         *([param for _, param in pairs] for pairs in (trainable, missed))
     )
     sharding, state = _state_bytes(options, config, optimizer)
-    kernel = kernels.describe(options.kernel, _updated_kinds(optimizer))
+    kinds = _updated_kinds(optimizer)
+    on_meta = any(kind.device.type == "meta" for kind in kinds)  # a rehearsal
+    kernel = f"{options.kernel}, chosen on the GPU" if on_meta else kernels.describe(options.kernel, kinds)
+    of_rank = f" of rank {torch.distributed.get_rank()}" if fake_ranks.is_active() else ""
     say(
-        f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
+        f"lion on {tensors - missed_tensors} of {tensors} parameters{of_rank} ({_count(elements)}), "
         f"betas ({options.betas[0]:g}, {options.betas[1]:g}), weight decay {config.weight_decay:g}, "
         f"{sharding}: {state} per rank, kernel {kernel}"
     )
@@ -103,7 +107,10 @@ def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int
 
     Every data-parallel replica adds 1/replicas of what it holds. A tensor-parallel parameter adds its elements on
     every rank of its group but counts as a tensor on the first one only; a tied copy on another stage adds nothing.
+    If the other ranks do not exist, the numbers are those of this rank.
     """
+    if fake_ranks.is_active():
+        return len(trainable), len(missed), sum(param.numel() for param in trainable)
     counts = [0.0, 0.0, 0.0]
     for column, params in enumerate((trainable, missed)):
         for param in (param for param in params if not gradient_shards.is_tied_copy(param)):

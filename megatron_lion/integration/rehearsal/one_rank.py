@@ -1,0 +1,235 @@
+"""Runs a script as one rank of many: up to its first step, or for some steps on random tokens."""
+
+import contextlib
+import importlib
+import io
+import resource
+import runpy
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lion.config import LionError
+from megatron_lion.integration import compat
+from megatron_lion.integration.compat.versions import INSTALL_HINT
+from megatron_lion.integration.cpu import torch_cuda
+from megatron_lion.integration.register import register
+from megatron_lion.integration.rehearsal import checkpoint_plan, fake_ranks, local_modules, made_up_steps
+
+_LOOP = "megatron.training.training"
+_CHECKPOINTS = "megatron.training.checkpointing"
+# What a rehearsal replaces or calls in Megatron, in addition to what registration has checked.
+SEAMS = (
+    compat.Seam(_LOOP, "pretrain", uses=("setup_model_and_optimizer", "build_train_valid_test_data_iterators")),
+    compat.Seam(_LOOP, "setup_model_and_optimizer", uses=("get_megatron_optimizer", "load_checkpoint")),
+    compat.Seam(_CHECKPOINTS, "_build_sharded_state_dict_metadata", ("args",)),
+    compat.Seam(_CHECKPOINTS, "generate_state_dict", ("args", "model", "optimizer", "optim_sd_kwargs")),
+    compat.Seam(_CHECKPOINTS, "_load_global_dist_base_checkpoint", uses=("dist_checkpointing", "load")),
+    compat.Seam("megatron.core.transformer.dot_product_attention", "DotProductAttention.__init__", ("config",)),
+)
+
+
+@dataclass
+class RankReport:
+    """What one rank built. All values can be written as JSON."""
+
+    rank: int
+    world_size: int
+    layout: dict[str, int] = field(default_factory=dict)
+    stage: int = 0
+    stages: list[int] = field(default_factory=list)
+    """the ranks of this rank's pipeline"""
+    replicas: list[int] = field(default_factory=list)
+    """the ranks that hold the same weights"""
+    stages_alike: bool = True
+    """whether all stages but the first and the last have the same layers"""
+    optimizer: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
+    buckets: list[dict[str, Any]] = field(default_factory=list)
+    traffic: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint: dict[str, Any] | None = None
+    loaded: dict[str, Any] | None = None
+    replaced: list[str] = field(default_factory=list)
+    real_memory: str = ""
+    """why the weights are not on the meta device; empty if they are"""
+    steps: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    host_bytes: int = 0
+
+
+class _Built(BaseException):
+    """Ends the script where its first step would begin. Not an Exception, which a script may catch."""
+
+
+def preload() -> None:
+    """Import and register what every rank needs, before their processes are forked.
+
+    Raises LionError for a Megatron without a training loop, or with another one than a rehearsal knows.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # about packages that are not here
+        warnings.simplefilter("ignore")
+        register()
+    if not compat.has_training():
+        raise LionError(
+            "rehearse needs Megatron's training loop, megatron.training, which this megatron-core does not have. "
+            f"{INSTALL_HINT}"
+        )
+    compat.require(SEAMS)
+    for module in ("megatron.training.training", "megatron.training.checkpointing", "megatron.core.models.gpt"):
+        importlib.import_module(module)
+
+
+def rehearse(script: str, flags: list[str], *, rank: int, world_size: int, steps: int = 0) -> RankReport:
+    """Run ``script`` with ``flags`` as rank ``rank`` of ``world_size``, in this process, which is then used up.
+
+    The other ranks do not exist (``fake_ranks``). Without ``steps`` the weights, the gradients and the optimizer's
+    state are on the meta device. Nothing is saved, and no log is written.
+
+    Raises:
+        LionError: the script refuses to start, or cannot be rehearsed. It prints what a real run prints.
+        SystemExit: the script ended otherwise.
+    """
+    started = time.monotonic()
+    fake_ranks.start(rank, world_size)
+    register()
+    report = RankReport(rank=rank, world_size=world_size)
+    report.seconds["imports and registration"] = time.monotonic() - started
+    if not Path(script).is_file():
+        raise LionError(f"{script} is not a file: give the path of your Megatron script, such as pretrain_gpt.py")
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    sys.argv = [script, *flags]
+    with _taking_over(report, steps, started):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except _Built:
+            report.host_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return report
+    raise LionError(f"{script} ended before its first step, without building a model with Megatron's training loop")
+
+
+@contextlib.contextmanager
+def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[None]:
+    """Replace what Megatron's loop does at the flags, the model, the optimizer, the checkpoint and the data."""
+    import megatron.core.datasets.utils as dataset_utils
+    import megatron.training.arguments as arguments
+    import megatron.training.training as training
+
+    def clock(what: str) -> None:
+        report.seconds[what] = time.monotonic() - started - sum(report.seconds.values())
+
+    on_meta = contextlib.ExitStack()
+    stock_validate = arguments.validate_args
+
+    def validate_args(args: Any, *rest: Any, **named: Any) -> Any:
+        validated = stock_validate(args, *rest, **named)
+        local_modules.refuse(args)
+        report.replaced = local_modules.replace(args)
+        _write_nothing(args)
+        if steps:
+            made_up_steps.check(args)
+        return validated
+
+    compat.replace_everywhere(arguments, "validate_args", validate_args)
+    stock_setup, stock_build, stock_load = (
+        training.setup_model_and_optimizer,
+        training.get_megatron_optimizer,
+        training.load_checkpoint,
+    )
+
+    def build(*positional: Any, **named: Any) -> Any:
+        clock("model and buffers")
+        on_meta.close()  # what the optimizer makes for its parameters is on meta as they are
+        return stock_build(*positional, **named)
+
+    def load(*positional: Any, **named: Any) -> Any:
+        result, loaded = checkpoint_plan.load_metadata(training.get_args(), stock_load, *positional, **named)
+        report.loaded = asdict(loaded) if loaded else None
+        return result
+
+    def setup(*positional: Any, **named: Any) -> Any:
+        clock("arguments and process groups")
+        args = training.get_args()
+        report.real_memory = _why_real(args, steps)
+        if not report.real_memory:
+            on_meta.enter_context(torch_cuda.answered_by(torch_cuda.META))
+        with on_meta, compat.temporarily(training, get_megatron_optimizer=build, load_checkpoint=load):
+            model, optimizer, scheduler = stock_setup(*positional, **named)
+        clock("optimizer")
+        _describe(report, args, model, optimizer)
+        if not steps:
+            raise _Built
+        made_up_steps.prepare(args, model, steps)
+        return model, optimizer, scheduler
+
+    def finish(result: dict[str, Any]) -> None:
+        report.steps = result
+        raise _Built
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(compat.temporarily(training, setup_model_and_optimizer=setup))
+        stack.enter_context(compat.temporarily(dataset_utils, compile_helpers=lambda: None))  # no data is read
+        if steps:
+            stack.enter_context(made_up_steps.taking_over(steps, finish))
+        yield
+
+
+def _write_nothing(args: Any) -> None:
+    """Turn off the logs and the process for checkpoints that Megatron starts before the first step."""
+    for dest in ("tensorboard_dir", "wandb_project", "wandb_exp_name"):
+        if hasattr(args, dest):
+            setattr(args, dest, None)
+    for dest in ("enable_one_logger", "log_progress", "use_persistent_ckpt_worker"):
+        if hasattr(args, dest):
+            setattr(args, dest, False)
+
+
+def _why_real(args: Any, steps: int) -> str:
+    if steps:
+        return "--steps computes"
+    if args.optimizer_cpu_offload:
+        return "--optimizer-cpu-offload copies weights to the CPU"
+    if args.use_cpu_initialization:
+        return "--use-cpu-initialization makes each weight on the CPU"
+    return ""
+
+
+def _describe(report: RankReport, args: Any, model: list[Any], optimizer: Any) -> None:
+    from megatron.core import parallel_state as mpu
+
+    from megatron_lion.integration.rehearsal import sizes as measured  # it imports Megatron
+
+    report.layout = {
+        "TP": args.tensor_model_parallel_size,
+        "PP": args.pipeline_model_parallel_size,
+        "CP": args.context_parallel_size,
+        "EP": args.expert_model_parallel_size,
+        "DP": mpu.get_data_parallel_world_size(),
+    }
+    report.stage = mpu.get_pipeline_model_parallel_rank()
+    ranks_of = torch.distributed.get_process_group_ranks
+    report.stages = ranks_of(mpu.get_pipeline_model_parallel_group())
+    report.replicas = ranks_of(mpu.get_data_parallel_group(with_context_parallel=True))
+    report.stages_alike = _stages_are_alike(args)
+    report.optimizer = args.optimizer
+    report.sizes = asdict(measured.sizes(model, optimizer)) | {"on_device": measured.sizes(model, optimizer).on_device}
+    report.buckets = [asdict(bucket) for bucket in measured.buckets(model)]
+    report.traffic = [asdict(traffic) for traffic in measured.traffic(model)]
+    if not report.real_memory:
+        plan = checkpoint_plan.plan(args, model, optimizer)
+        report.checkpoint = asdict(plan) if plan else None
+
+
+def _stages_are_alike(args: Any) -> bool:
+    every_layer = getattr(args, "moe_layer_freq", 1) == 1
+    uneven = ("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+    return (
+        every_layer
+        and not any(getattr(args, dest, None) for dest in uneven)
+        and not getattr(args, "hybrid_layer_pattern", None)
+    )

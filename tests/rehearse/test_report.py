@@ -1,0 +1,81 @@
+"""Which ranks are rehearsed, what the report says, and the exit status."""
+
+from typing import Any
+
+import pytest
+
+from megatron_lion import cli
+from megatron_lion.cli.rehearse import ranks, report
+from megatron_lion.integration.rehearsal.one_rank import RankReport
+
+GIB = 1 << 30
+
+
+def rank_report(rank: int = 0, **changed: Any) -> RankReport:
+    """A rank with 1 GiB each of weights, momentum and masters, and 2 GiB of gradients."""
+    sizes = {"weights": GIB, "gradients": 2 * GIB, "momentum": GIB, "masters": GIB}
+    made = RankReport(
+        rank=rank,
+        world_size=64,
+        layout={"TP": 2, "PP": 4, "CP": 1, "EP": 1, "DP": 8},
+        stages=[0, 16, 32, 48],
+        replicas=list(range(0, 16, 2)),
+        optimizer="lion",
+        sizes={**sizes, "parameters": GIB // 2, "on_host": 0, "on_device": sum(sizes.values())},
+        buckets=[{"group": "data parallel", "ranks": 8, "elements": 1000, "padding": 10}],
+    )
+    for name, value in changed.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_distinct_ranks_are_the_first_and_the_last_shard_of_each_kind_of_stage() -> None:
+    assert ranks.distinct(rank_report()) == [0, 14, 32, 46, 48, 62]
+    assert ranks.distinct(rank_report(stages_alike=False)) == [0, 14, 16, 30, 32, 46, 48, 62]
+    assert ranks.distinct(rank_report(stages=[0], replicas=[0])) == [0]
+
+
+def test_a_rank_that_does_not_fit_is_named_and_the_status_is_1() -> None:
+    larger = rank_report(48, sizes={**rank_report().sizes, "on_device": 6 * GIB})
+    built = [rank_report(), larger]
+    assert report.is_too_large(built, 5.5)
+    assert not report.is_too_large(built, 6.0)
+    assert not report.is_too_large(built, None)
+    assert "rank 48 needs 6.00 GiB of 5.5 GiB" in report.text(built, {}, 5.5)
+    assert report.text(built, {}, 5.5).endswith("TOO LARGE")
+
+
+def test_activations_that_steps_measured_are_part_of_what_a_rank_needs() -> None:
+    measured = rank_report(steps={"steps": 1, "seconds": 0.1, "activations": GIB})
+    assert report.is_too_large([measured], 5.5)
+    assert "no training" in report.text([measured], {}, 5.5)
+    assert report.NO_ACTIVATIONS in report.text([rank_report()], {}, 5.5)
+
+
+def test_the_estimate_is_compared_with_what_was_built() -> None:
+    text = report.text([rank_report()], {"weights": GIB, "gradients": GIB, "state": 3 * GIB}, None)
+    assert "weights 1.00 GiB (+0.00 %), gradients 1.00 GiB (-50.00 %), state 3.00 GiB (+50.00 %)" in text
+
+
+def test_padding_is_counted_and_a_checkpoint_adds_up_the_stages() -> None:
+    plan = {"whole": {"a": GIB, "b": GIB}, "state_of_stage": GIB, "files_of_rank": 2}
+    text = report.text([rank_report(checkpoint=plan)], {}, None)
+    assert "1 buckets of gradients, 1,000 elements, 10 of them padding (1.000 %)" in text
+    assert "checkpoint: 6.00 GiB, up to 128 files of tensors" in text  # 2 whole tensors, 4 stages
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("--world-size 0 a.py", "--world-size 0 must be at least 1"),
+        ("--world-size 4 --rank 4 a.py", "--rank 4 is not a rank of --world-size 4: 0 to 3"),
+        ("--world-size 4 --rank 0 --ranks distinct a.py", "--rank and --ranks are both set"),
+        ("--world-size 4 --gpu-memory 0 a.py", "--gpu-memory 0 must be above 0"),
+        ("--world-size 4 --steps -1 a.py", "--steps -1 must be at least 0"),
+    ],
+)
+def test_wrong_options_are_refused(capsys: pytest.CaptureFixture[str], words: str, problem: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["rehearse", *words.split()])
+    assert ended.value.code == 2
+    assert f"megatron-lion: error: {problem}" in capsys.readouterr().err
