@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 PAPER_BETAS = (0.9, 0.99)
@@ -12,6 +12,7 @@ KERNELS = ("auto", "reference", "foreach", "fused")
 MOMENTUM_INITS = ("zero", "gradient")
 MOMENTUM_DTYPES = ("fp32", "bf16", "int8")
 MASTER_WEIGHTS = ("fp32", "remainder")
+GATHERS = ("params", "signs")
 INITS_FROM = ("adam", "fresh")
 
 # AdamW's rates for language models start here. Small models have been tuned to higher ones with Lion too
@@ -105,6 +106,10 @@ class LionOptions:
     """how the momentum is stored, one of ``MOMENTUM_DTYPES``"""
     master_weights: str = "fp32"
     """how the fp32 master of a bf16 parameter is stored, one of ``MASTER_WEIGHTS``"""
+    gather: str = "params"
+    """what data-parallel ranks send each other after a step, one of ``GATHERS``; both give the same bits"""
+    gather_refresh: int = 0
+    """with ``gather="signs"``: send the parameters after every this many steps; 0 for never"""
     init_from: str | None = None
     """what Lion's momentum starts from if the checkpoint is Adam's, one of ``INITS_FROM``. None: refused"""
     rates_from_run: bool = False
@@ -117,6 +122,11 @@ class LionOptions:
         check_choice("--lion-kernel", self.kernel, KERNELS)
         check_choice("--lion-momentum-dtype", self.momentum_dtype, MOMENTUM_DTYPES)
         check_choice("--lion-master-weights", self.master_weights, MASTER_WEIGHTS)
+        check_choice("--lion-gather", self.gather, GATHERS)
+        if self.gather_refresh < 0:
+            raise LionError(f"--lion-gather-refresh must be >= 0 steps (0 is never), got {self.gather_refresh}")
+        if self.gather_refresh and self.gather != "signs":
+            raise LionError("--lion-gather-refresh has no effect without --lion-gather signs: add it, or remove this")
         if self.init_from is not None:
             check_choice("--lion-init-from", self.init_from, INITS_FROM)
 
@@ -130,6 +140,8 @@ class LionOptions:
             kernel=config.lion_kernel,
             momentum_dtype=momentum_dtype,
             master_weights=master_weights,
+            gather=config.lion_gather,
+            gather_refresh=config.lion_gather_refresh,
             init_from=config.lion_init_from,
             rates_from_run=config.lion_rates_from_run,
             saves_stacks=config.lion_saves_stacks,
@@ -140,7 +152,7 @@ class LionOptions:
     def write_to(self, config: Any) -> None:
         """Set every option in ``config``, in place, so that it says what is used."""
         config.lion_beta1, config.lion_beta2 = self.betas
-        for name in ("kernel", "momentum_dtype", "master_weights", "init_from", "rates_from_run", "saves_stacks"):
+        for name in (option.name for option in fields(self) if option.name != "betas"):
             setattr(config, f"lion_{name}", getattr(self, name))
 
     def _check_against(self, config: Any) -> None:
@@ -149,6 +161,7 @@ class LionOptions:
             "--optimizer-cpu-offload": offload,
             f"--lion-momentum-dtype {self.momentum_dtype}": self.momentum_dtype != "fp32",
             f"--lion-master-weights {self.master_weights}": self.master_weights != "fp32",
+            f"--lion-gather {self.gather}": self.gather != "params",
             "--use-precision-aware-optimizer": config.use_precision_aware_optimizer,
             "--main-grads-dtype bf16": dtype_name(config.main_grads_dtype) != "fp32",
         }
@@ -159,6 +172,11 @@ class LionOptions:
             raise LionError(
                 "--optimizer-cpu-offload is not supported in fp32: Megatron's optimizer for it refuses shards of fp32 "
                 "parameters. Add --bf16, or remove the flag"
+            )
+        if offload and self.gather == "signs":
+            raise LionError(
+                "--lion-gather signs is not supported with --optimizer-cpu-offload, whose steps on the CPU leave no "
+                "signs. Remove one of them"
             )
         if offload and self.is_compact:
             raise LionError(

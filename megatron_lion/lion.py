@@ -160,9 +160,13 @@ class Lion(torch.optim.Optimizer):
         states: Sequence[State],
     ) -> None:
         """Update parameters of one kind."""
-        tensors = step_tensors(params, grads, states, self._block_layout, self._model_copies(params))
+        written = self._model_copies(params), self._digits(params)
+        tensors = step_tensors(params, grads, states, self._block_layout, *written)
         assert tensors.kind is not None  # there are tensors
-        update = kernels.choose(group.get("kernel", "auto"), tensors.kind)
+        kernel = group.get("kernel", "auto")
+        update = kernels.choose(kernel, tensors.kind)
+        if tensors.digits is not None:
+            update = kernels.with_digits(update, kernel, tensors.kind.device)
         update(tensors, scalars, self._telemetry_of(params[0]))
         if group.get("momentum_dtype") == "int8" and tensors.scales is None:  # loaded in fp32, see set_momentum
             storage = storage_of(group)
@@ -195,6 +199,10 @@ class Lion(torch.optim.Optimizer):
 
     def _model_copies(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
         """Tensors that the step writes in addition to ``params``, which are of one kind."""
+        return None
+
+    def _digits(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """Tensors in which the step leaves what other ranks need to repeat it."""
         return None
 
     def _telemetry_of(self, param: Tensor) -> Telemetry | None:

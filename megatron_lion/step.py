@@ -63,6 +63,9 @@ class StepTensors:
     """bf16, one per block: with the codes they are the momenta (:func:`~megatron_lion.precision.dequantize`)."""
     blocks: list[BlockLayout] | None = None
     """Position of each tensor in its parameter. Used only with ``scales``; the default is whole parameters."""
+    digits: list[Tensor] | None = None
+    """Written: uint8, what a rank with the old :attr:`model_params` needs to make the same step
+    (:func:`megatron_lion.exchange.digits.sign_digits`)."""
 
     kind: StepKind | None = field(init=False, default=None)
     """None if there is no tensor."""
@@ -76,18 +79,25 @@ class StepTensors:
         lengths = {name: len(tensors) for name, tensors in roles.items()}
         if self.scales is not None and self.blocks is not None:
             lengths["blocks"] = len(self.blocks)
+        if self.digits is not None:
+            lengths["digits"] = len(self.digits)
         if len(set(lengths.values())) > 1:
             raise ValueError(f"every list must have one entry per parameter, got lengths {lengths}")
         self.numels = array("q", map(Tensor.numel, self.masters))
         if self.masters:
             self.kind = _kind_of(roles)
-            self._check_sizes(roles)
+            self._check_sizes(roles if self.digits is None else {**roles, "digits": self.digits})
             if self.scales is not None and self.blocks is not None:
                 self._check_scales(self.scales, self.blocks)
 
     def roles(self) -> dict[str, list[Tensor]]:
         """The lists of tensors that are present, by name, in the order of :data:`ROLES`."""
         return {name: tensors for name in ROLES if (tensors := getattr(self, name)) is not None}
+
+    @property
+    def model_params(self) -> list[Tensor]:
+        """The parameters of the model, which data-parallel ranks share: the model copies, or the masters."""
+        return self.masters if self.model_copies is None else self.model_copies
 
     def entries(self) -> Iterator[tuple[Any, ...]]:
         """One tuple per parameter: a tensor for each of :data:`ROLES`, then its layout. None where a role is absent."""
@@ -97,7 +107,7 @@ class StepTensors:
 
     def select(self, chosen: list[bool]) -> "StepTensors":
         """The tensors of the parameters with a true entry in ``chosen``."""
-        lists = {name: getattr(self, name) for name in (*ROLES, "blocks")}
+        lists = {name: getattr(self, name) for name in (*ROLES, "blocks", "digits")}
         return StepTensors(
             **{name: values and list(itertools.compress(values, chosen)) for name, values in lists.items()}
         )

@@ -6,12 +6,13 @@ import torch
 
 from megatron_lion.config import KERNELS, LionError
 from megatron_lion.kernels import compiler
+from megatron_lion.kernels.digits import with_digits
 from megatron_lion.kernels.foreach import foreach_supports, lion_update_foreach_
 from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_update_fused_, supports_dtypes
 from megatron_lion.step import LionUpdate, StepKind
 from megatron_lion.update import lion_update_
 
-__all__ = ["KERNELS", "choose", "describe"]
+__all__ = ["KERNELS", "choose", "describe", "with_digits"]
 
 
 def choose(kernel: str, kind: StepKind) -> LionUpdate:

@@ -169,6 +169,14 @@ def shard_range(sub_optimizer: Any, param: Any) -> tuple[int, int]:
     return shard.start, shard.end
 
 
+def range_in_bucket(sub_optimizer: Any, param: Any) -> tuple[Any, int, int]:
+    """The bucket of ``param`` in the distributed optimizer ``sub_optimizer``, and where this rank's shard of ``param``
+    starts and stops in the bucket's ``param_data``, flattened."""
+    span = sub_optimizer._get_model_param_range_map(param)["gbuf_world_in_bucket"]
+    buffer, _, bucket = sub_optimizer.model_param_gbuf_map[param]
+    return sub_optimizer.buffers[buffer].buckets[bucket], span.start, span.end
+
+
 def rerun_disabled() -> contextlib.AbstractContextManager[None]:
     """Megatron's rerun state machine off, as in its own evaluation, without the line that ``set_mode`` logs."""
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from megatron_lion.config import INITS_FROM, KERNELS, LionError, LionOptions, check_rates, did_you_mean
+from megatron_lion.config import GATHERS, INITS_FROM, KERNELS, LionError, LionOptions, check_rates, did_you_mean
 from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint import formats, init_from_adam, ownership
 from megatron_lion.integration.flags import norm_ratio_arguments as norm_ratio
@@ -118,6 +118,21 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
         default=LionOptions.kernel,
         metavar=f"{{{','.join(KERNELS)}}}",
         help="How Lion's step is computed; all give the same bits. Default: auto, the fastest that this machine has.",
+    )
+
+    parser.add_argument(
+        "--lion-gather",
+        default=LionOptions.gather,
+        metavar=f"{{{','.join(GATHERS)}}}",
+        help="What data-parallel ranks send each other after a step: the parameters, or the signs of the step, which "
+        "are a fifth of the bytes and give the same bits (docs/exchange.md). Default: params.",
+    )
+    parser.add_argument(
+        "--lion-gather-refresh",
+        type=int,
+        default=LionOptions.gather_refresh,
+        metavar="N",
+        help="With --lion-gather signs: send the parameters after every N steps. Default: 0, only where they must be.",
     )
 
     state_precision.add(parser)

@@ -1,0 +1,214 @@
+"""Run in the place of ``pretrain_gpt.py``: the sign gather, checked before each step and at the end.
+
+    torchrun tests/megatron/gather.py FAULT [KIND] <Megatron's flags>
+
+Compares every rank's parameters with their owners', bit by bit, and says on each rank how they were sent. FAULT is
+``none``, or one of ``FAULTS``, which puts a mistake into the exchange. KIND is one of ``kinds.py``. With
+GATHER_RELOAD=N the checkpoint in --save is loaded again after step N.
+"""
+
+import os
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+
+import megatron_lion
+
+megatron_lion.register()
+
+from launch import pretrain_gpt  # noqa: E402
+from megatron_lion.exchange.message import Run  # noqa: E402
+from megatron_lion.integration import loop_callbacks  # noqa: E402
+from megatron_lion.integration.exchange.bucket_groups import SignBucketGroup, State  # noqa: E402
+from megatron_lion.integration.exchange.bucket_signs import BucketSigns  # noqa: E402
+from megatron_lion.integration.exchange.sign_gather import SignGather  # noqa: E402
+from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer  # noqa: E402
+from tests.megatron import kinds  # noqa: E402
+
+COUNTS: Counter[str] = Counter()
+GATHERS: list[SignGather] = []
+
+
+def settle_and_compare(gather: SignGather) -> None:
+    """Count the bytes of this rank's parameters that differ from their owners'."""
+    for group in gather.groups:
+        group.settle()
+    for signs in gather.buckets:
+        owned = torch.empty_like(signs.params)
+        torch.distributed.all_gather_into_tensor(owned, signs.shard.clone(), group=signs.group)
+        COUNTS["differing"] += int((owned.view(torch.uint8) != signs.params.view(torch.uint8)).sum())
+        COUNTS["mismatches"] += int(signs.differs())
+
+
+def count_and_compare() -> None:
+    """Have each sign gather count what it does, and compare before each step but the first."""
+    begin_step, end_step, gather, replay = (
+        SignGather.begin_step,
+        SignGather.end_step,
+        BucketSigns.gather,
+        BucketSigns.replay,
+    )
+
+    def checked_begin_step(self):
+        if self in GATHERS:
+            settle_and_compare(self)
+        else:
+            GATHERS.append(self)
+        begin_step(self)
+
+    def counted_end_step(self):
+        end_step(self)
+        COUNTS["steps"] += 1
+        COUNTS["exceptions"] += self.exceptions
+
+    def counted_gather(self, **options):
+        COUNTS["signs"] += 1
+        return gather(self, **options)
+
+    def counted_replay(self, *arguments):
+        COUNTS["replays"] += 1
+        replay(self, *arguments)
+
+    SignGather.begin_step, SignGather.end_step = checked_begin_step, counted_end_step
+    BucketSigns.gather, BucketSigns.replay = counted_gather, counted_replay
+
+
+def report() -> None:
+    for gather in GATHERS:
+        for group in gather.groups:
+            group.start_param_sync(force_sync=True)
+            COUNTS["full"] += group.full_gathers
+            COUNTS["groups"] += 1
+            COUNTS["buckets"] += len(group.signs)
+        settle_and_compare(gather)
+    names = ("steps", "groups", "buckets", "full", "signs", "replays", "exceptions", "mismatches", "differing")
+    print("exchanged:", *(f"{name} {COUNTS[name]}" for name in names), flush=True)
+
+
+def reload_after(number: int) -> None:
+    """Load the checkpoint of this run after its step ``number``."""
+    from megatron.training import get_args
+    from megatron.training.checkpointing import load_checkpoint
+
+    models: list[Any] = []
+    loop_callbacks.before_step.append(lambda step, _: models.append(step.model))
+
+    def load(optimizer: Any, iteration: int) -> None:
+        if iteration == number:
+            args = get_args()
+            args.load = args.save
+            load_checkpoint(models[-1], optimizer, None)
+
+    loop_callbacks.after_step.append(load)
+
+
+def replay_twice_after_a_skip() -> None:
+    start = SignBucketGroup.start_param_sync
+    write = BucketSigns.write_message
+
+    def kept(self, *arguments):
+        write(self, *arguments)
+        self.last = self._message
+
+    def start_again(self, force_sync=False):
+        # As Megatron's, which gathers whenever a forward pass asks for parameters.
+        if self.state is State.CLEAN and not force_sync and all(hasattr(signs, "last") for signs in self.signs):
+            for signs in self.signs:
+                signs._message = signs.last
+            self.state = State.SIGNS
+        start(self, force_sync)
+
+    BucketSigns.write_message, SignBucketGroup.start_param_sync = kept, start_again
+
+
+def next_steps_lr() -> None:
+    end_step, replay = SignGather.end_step, BucketSigns.replay
+
+    def noted(self):
+        end_step(self)
+        for signs in self.buckets:
+            signs.lion = self._optimizer.optimizer
+
+    def with_the_rates_of_now(self, messages, form, runs):
+        groups = self.lion.param_groups
+        rates = [(float(group["lr"]), float(group["weight_decay"])) for group in groups]
+        replay(self, messages, form, [Run(span.start, span.stop, *rates[span.group]) for span in self.spans])
+
+    SignGather.end_step, BucketSigns.replay = noted, with_the_rates_of_now
+
+
+def own_shard_replayed() -> None:
+    def replay(self, messages, form, runs):
+        self.mismatches = self._kernels.replay_(self.params, messages, runs, form, own=None)
+        self.mismatches[self.rank] = 0  # which nobody would look at
+
+    BucketSigns.replay = replay
+
+
+def another_groups_weight_decay() -> None:
+    init = BucketSigns.__init__
+
+    def mistaken(self, bucket, spans, *arguments, **options):
+        init(self, bucket, [span._replace(group=0) for span in spans], *arguments, **options)
+
+    BucketSigns.__init__ = mistaken
+
+
+def stale_signs_after_a_load() -> None:
+    LionDistributedOptimizer._require_full_gather = lambda self: None
+
+
+def overflow_ignored_on_one_rank() -> None:
+    count = BucketSigns.count_exceptions
+
+    def count_unless_it_is_the_most(self):
+        mine = count(self)
+        most = mine.clone()
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        return mine if mine < most else torch.zeros_like(mine)
+
+    BucketSigns.count_exceptions = count_unless_it_is_the_most
+
+
+def flipped_bit() -> None:
+    """One bit of one parameter of rank 0, on the last rank, before its third step."""
+    begin_step = SignGather.begin_step
+
+    def flip(self):
+        begin_step(self)
+        signs = self.buckets[-1]
+        if self._steps == 3 and signs.rank == signs.ranks - 1:
+            signs.params.view(torch.uint8)[0] ^= 1
+
+    SignGather.begin_step = flip
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (
+        replay_twice_after_a_skip,
+        next_steps_lr,
+        own_shard_replayed,
+        another_groups_weight_decay,
+        stale_signs_after_a_load,
+        overflow_ignored_on_one_rank,
+        flipped_bit,
+    )
+}
+
+
+def main() -> None:
+    fault = sys.argv.pop(1)
+    if fault != "none":
+        FAULTS[fault]()
+    count_and_compare()
+    if "GATHER_RELOAD" in os.environ:
+        reload_after(int(os.environ["GATHER_RELOAD"]))
+    (pretrain_gpt if sys.argv[1].startswith("--") else kinds).main()
+    report()
+
+
+if __name__ == "__main__":
+    main()

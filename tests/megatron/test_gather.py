@@ -1,0 +1,142 @@
+"""Runs with --lion-gather signs end in the ordinary run's checkpoint, bit for bit, and do send signs."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.harness import (
+    BATCH,
+    CPU,
+    HORIZON,
+    MODEL,
+    RATE,
+    Run,
+    assert_same_checkpoint,
+    read_checkpoint,
+    run_ranks,
+    text_flags,
+)
+from tests.versions import since, until
+
+SCRIPT = Path(__file__).with_name("gather.py")
+STEPS = 6
+# Parameter by parameter, instead of in buckets whose padding is never initialized.
+RUN = f"--optimizer lion --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable {HORIZON}"
+SIGNS = "--lion-gather signs"
+OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
+BUCKETS = f"{OVERLAP} --ddp-bucket-size 20000"
+TENSOR_PARALLEL = "--tensor-model-parallel-size 2 --sequence-parallel"
+INTERLEAVED = "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+UNTIED = "--untie-embeddings-and-output-weights"
+DECOUPLED = "--decoupled-lr 3e-4 --decoupled-min-lr 3e-5"
+COMPACT = "--bf16 --lion-momentum-dtype int8 --lion-master-weights remainder --ddp-pad-buckets-for-high-nccl-busbw"
+MOE = (
+    "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 "
+    "--moe-token-dispatcher-type allgather --disable-bias-linear --expert-model-parallel-size 2"
+)
+# Overflows in the first steps and, once the scale has grown again, in the middle of the run.
+OVERFLOWS = "--fp16 --initial-loss-scale 4194304 --loss-scale-window 2 --hysteresis 1"
+EVALUATED = "--eval-iters 1 --eval-interval 2"
+ROUNDS = "--lion-telemetry --norm-ratio-interval 3 --norm-ratio-batches 2"
+
+
+class Row(NamedTuple):
+    """Ranks, flags, and the kind of ``kinds.py`` if it is one."""
+
+    ranks: int
+    flags: str
+    kind: str = ""
+
+
+CASES = {
+    "bf16, overlap, several buckets, evaluated": Row(2, f"--bf16 {BUCKETS} {EVALUATED} {DECOUPLED} --clip-grad 0.3"),
+    "fp32, telemetry, rounds": Row(2, f"{ROUNDS} --clip-grad 0.3"),
+    "remainders, int8 momentum, DP 2": Row(2, COMPACT),
+}
+SLOW_CASES = {
+    "bf16, DP 4": Row(4, "--bf16 --micro-batch-size 1"),
+    "bf16, DP 4, overlap, several buckets, rounds": Row(4, f"--bf16 {BUCKETS} {ROUNDS}"),
+    "fp32, DP 4, overlap, untied, evaluated": Row(4, f"{OVERLAP} {UNTIED} {EVALUATED}"),
+    "bf16, TP 2 x DP 2, overlap": Row(4, f"--bf16 {TENSOR_PARALLEL} {OVERLAP}"),
+    "remainders, int8 momentum, PP 2 x DP 2, tied, overlap": Row(
+        4, f"{COMPACT} --pipeline-model-parallel-size 2 {OVERLAP}"
+    ),
+    "bf16, interleaved PP 2 x DP 2, overlap, evaluated": Row(4, f"--bf16 {INTERLEAVED} {BUCKETS} {EVALUATED}"),
+    "fp32, TP 2 x PP 2 x DP 2": Row(8, f"{TENSOR_PARALLEL} --pipeline-model-parallel-size 2"),
+    "bf16, experts, EP 2 x expert DP 2": Row(4, f"--bf16 {MOE}"),
+    "bf16, experts, EP 2 x expert DP 2, overlap, several buckets": Row(4, f"--bf16 {MOE} {BUCKETS}"),
+    "fp32, frozen parameters": Row(2, UNTIED, "frozen"),
+    "bf16, frozen parameters, overlap": Row(2, f"--bf16 {OVERLAP} {UNTIED}", "frozen"),
+    "bf16, decoupled rate, untied, telemetry": Row(2, f"--bf16 {DECOUPLED} {UNTIED} --lion-telemetry"),
+    "bf16, learning rates by parameter": Row(2, f"--bf16 {OVERLAP}", "learning-rates"),
+    "bf16, two optimizer instances": Row(4, "--bf16 --micro-batch-size 1 --num-distributed-optimizer-instances 2"),
+    "fp32, two optimizer instances, overlap": Row(4, f"{OVERLAP} --num-distributed-optimizer-instances 2"),
+    "bf16 gradients, remainders, overlap": Row(2, f"{COMPACT} --grad-reduce-in-bf16 {OVERLAP}"),
+    "bf16, reference kernel": Row(2, "--bf16 --lion-kernel reference"),
+    "bf16, foreach kernel, overlap": Row(2, f"--bf16 --lion-kernel foreach {OVERLAP}"),
+    "fp16, static loss scale": Row(2, "--fp16 --loss-scale 1024"),
+}
+ONLY = {"multi-token": [since("0.19"), until("0.19")], "learning-rates": [since("0.19")]}
+HOW = "every tensor of the final checkpoint equals the ordinary run's bit for bit; full gathers counted"
+SUPPORTED = pytest.mark.supports("`--lion-gather signs`", HOW)
+
+
+def run(text: Path, folder: Path, *flags: str, fault: str = "none", row: Row, steps: int = STEPS, **kwargs) -> Run:
+    """A run of the tiny model whose exchange is checked; it saves at its end."""
+    first = [fault, row.kind] if row.kind else [fault]
+    common = (MODEL, BATCH, RATE, CPU, text_flags(text), RUN, f"--train-iters {steps} --save {folder}")
+    rounds = f"--norm-ratio-file {folder}/rounds.jsonl" if "norm-ratio" in row.flags else ""
+    return run_ranks(
+        *first, *common, row.flags, f"--save-interval {steps}", rounds, *flags, ranks=row.ranks, script=SCRIPT, **kwargs
+    )
+
+
+def finished(run: Run) -> Run:
+    assert run.returncode == 0, run.output[-6000:]
+    return run
+
+
+def exchanged(run: Run) -> list[dict[str, int]]:
+    """What each rank said about its exchange."""
+    lines = [line for line in run.output.splitlines() if line.startswith("exchanged:")]
+    return [{name: int(number) for name, number in re.findall(r"(\w+) (\d+)", line)} for line in lines]
+
+
+def assert_signs_were_sent(found: Iterable[dict[str, int]], *, full_gathers: int = 1) -> None:
+    """Every step but the first was sent as signs, and replayed once, on each rank, which had its owners' parameters."""
+    for rank in found:
+        assert rank["mismatches"] == rank["differing"] == 0
+        assert rank["full"] == full_gathers * rank["groups"]
+        assert rank["replays"] == rank["signs"] > 0
+
+
+def compare_with_the_ordinary_run(text: Path, folder: Path, row: Row, **kwargs) -> list[dict[str, int]]:
+    """Both runs; returns what each rank said about its exchange."""
+    finished(run(text, folder / "params", row=row, **kwargs))
+    signs = finished(run(text, folder / "signs", SIGNS, row=row, **kwargs))
+    steps = kwargs.get("steps", STEPS)
+    assert_same_checkpoint(read_checkpoint(folder / "params", steps), read_checkpoint(folder / "signs", steps))
+    found = exchanged(signs)
+    assert len(found) == row.ranks
+    return found
+
+
+@SUPPORTED
+@pytest.mark.parametrize(
+    "row",
+    [
+        *(pytest.param(row, id=name, marks=ONLY.get(row.kind, [])) for name, row in CASES.items()),
+        *(
+            pytest.param(row, id=name, marks=[pytest.mark.slow, *ONLY.get(row.kind, [])])
+            for name, row in SLOW_CASES.items()
+        ),
+    ],
+)
+def test_the_checkpoint_is_the_ordinary_runs(text: Path, tmp_path: Path, row: Row) -> None:
+    found = compare_with_the_ordinary_run(text, tmp_path, row)
+    print(found)
+    assert_signs_were_sent(found)
+    assert all(rank["signs"] == (rank["steps"] * rank["buckets"]) * (STEPS - 1) // STEPS for rank in found)
