@@ -8,6 +8,7 @@ from typing import Any
 from megatron_lion.config import GATHERS, INITS_FROM, KERNELS, LionError, LionOptions, check_rates, did_you_mean
 from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint import formats, init_from_adam, ownership
+from megatron_lion.integration.exchange import refusals as exchange
 from megatron_lion.integration.flags import norm_ratio_arguments as norm_ratio
 from megatron_lion.integration.flags import state_precision
 from megatron_lion.integration.optimizer import config_fields, refusals
@@ -34,11 +35,12 @@ def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]
 
 def _validate_another(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]) -> Any:
     config_fields.fill_betas(args)
-    if args.lion_init_from:
-        raise LionError(
-            f"--lion-init-from {args.lion_init_from} has no effect with --optimizer {args.optimizer}: remove it, or "
-            "add --optimizer lion"
-        )
+    asked = {
+        f"--lion-init-from {args.lion_init_from}": args.lion_init_from,
+        f"--lion-gather {args.lion_gather}": args.lion_gather != LionOptions.gather,
+    }
+    for flag in (flag for flag, is_asked in asked.items() if is_asked):
+        raise LionError(f"{flag} has no effect with --optimizer {args.optimizer}: remove it, or add --optimizer lion")
     return stock(args, defaults)
 
 
@@ -64,6 +66,8 @@ def _settle(args: Any) -> None:
     options = LionOptions.from_config(args)
     init_from_adam.check(args, options)
     state_precision.check(args, options)
+    if options.gather == "signs":
+        exchange.refuse_settings(args)
     options.write_to(args)
     if args.optimizer_cpu_offload:  # Megatron requires the flag of its own path to the CPU
         args.use_precision_aware_optimizer = True
