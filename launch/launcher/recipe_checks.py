@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lion.config import LionError, LionOptions, betas_or_default, check_choice, check_non_negative
+from megatron_lion.config import GATHERS, LionError, LionOptions, betas_or_default, check_choice, check_non_negative
 
 from . import estimates
 from .recipes import MEGATRON_KEYS, ROOT, SLURM_PORTS, SLURM_WARNING, Recipe
@@ -27,6 +27,7 @@ CHOICES = {
     "distributed-backend": ("nccl", "gloo"),
     "lr-decay-style": ("constant", "linear", "cosine", "inverse-square-root"),
     "recompute-granularity": ("full", "selective"),
+    "lion-gather": GATHERS,
     "lion-momentum-dtype": tuple(estimates.LION_MOMENTUM),
     "lion-master-weights": tuple(estimates.MASTER_WEIGHTS),
 }

@@ -28,6 +28,7 @@ LAUNCH_KEYS: dict[str, type] = {
     "device": str,
     "gpu-memory-gib": float,
     "gpu-peak-tflops": float,
+    "gpu-link-gbps": float,  # to other nodes, or inside the only one; Gb/s in one direction
     "max-restarts": int,
     "join-timeout": int,  # seconds that a node waits for the others, 600 where nothing is said
     "master-address": str,
@@ -46,6 +47,7 @@ MEGATRON_KEYS: dict[str, type] = {
         "lr-warmup-iters", "seed", "make-vocab-size-divisible-by", "log-interval", "eval-interval", "eval-iters",
         "save-interval", "exit-interval", "norm-ratio-interval", "norm-ratio-batches", "tensor-model-parallel-size",
         "pipeline-model-parallel-size", "context-parallel-size", "distributed-timeout-minutes", "num-workers",
+        "lion-gather-refresh",
     ), int),
     **dict.fromkeys((
         "hidden-dropout", "attention-dropout", "init-method-std", "clip-grad", "mask-prob", "short-seq-prob", "lr",
@@ -55,7 +57,7 @@ MEGATRON_KEYS: dict[str, type] = {
         "optimizer", "lr-decay-style", "train-data-path", "valid-data-path", "test-data-path", "data-cache-path",
         "tokenizer-type", "tokenizer-model", "vocab-file", "merge-file", "transformer-impl", "attention-backend",
         "recompute-granularity", "distributed-backend", "save", "load", "tensorboard-dir", "norm-ratio-file",
-        "lion-momentum-dtype", "lion-master-weights",
+        "lion-momentum-dtype", "lion-master-weights", "lion-gather",
     ), str),
     **dict.fromkeys((
         "bf16", "fp16", "untie-embeddings-and-output-weights", "sequence-parallel", "use-distributed-optimizer",

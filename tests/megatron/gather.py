@@ -27,6 +27,7 @@ from megatron_lion.integration.exchange.sign_gather import SignGather  # noqa: E
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer  # noqa: E402
 from tests.megatron import kinds  # noqa: E402
 
+NAMES = ("steps", "groups", "buckets", "full", "signs", "replays", "exceptions", "mismatches", "differing", "gathered")
 COUNTS: Counter[str] = Counter()
 GATHERS: list[SignGather] = []
 
@@ -37,9 +38,26 @@ def settle_and_compare(gather: SignGather) -> None:
         group.settle()
     for signs in gather.buckets:
         owned = torch.empty_like(signs.params)
+        COUNTS["gathered"] -= signs.shard.nbytes  # ours
         torch.distributed.all_gather_into_tensor(owned, signs.shard.clone(), group=signs.group)
         COUNTS["differing"] += int((owned.view(torch.uint8) != signs.params.view(torch.uint8)).sum())
         COUNTS["mismatches"] += int(signs.differs())
+
+
+def record_bytes() -> None:
+    """Count the bytes that this rank puts into all-gathers of tensors, whoever calls them."""
+    group = torch.distributed.ProcessGroup
+    one, several = group._allgather_base, group.allgather_into_tensor_coalesced
+
+    def recorded(self, output, sent, *options):
+        COUNTS["gathered"] += sent.nbytes
+        return one(self, output, sent, *options)
+
+    def recorded_several(self, outputs, sent, *options):
+        COUNTS["gathered"] += sum(tensor.nbytes for tensor in sent)
+        return several(self, outputs, sent, *options)
+
+    group._allgather_base, group.allgather_into_tensor_coalesced = recorded, recorded_several
 
 
 def count_and_compare() -> None:
@@ -61,7 +79,6 @@ def count_and_compare() -> None:
     def counted_end_step(self):
         end_step(self)
         COUNTS["steps"] += 1
-        COUNTS["exceptions"] += self.exceptions
 
     def counted_gather(self, **options):
         COUNTS["signs"] += 1
@@ -77,14 +94,14 @@ def count_and_compare() -> None:
 
 def report() -> None:
     for gather in GATHERS:
+        COUNTS["exceptions"] += gather.sent.exceptions
         for group in gather.groups:
             group.start_param_sync(force_sync=True)
             COUNTS["full"] += group.full_gathers
             COUNTS["groups"] += 1
             COUNTS["buckets"] += len(group.signs)
         settle_and_compare(gather)
-    names = ("steps", "groups", "buckets", "full", "signs", "replays", "exceptions", "mismatches", "differing")
-    print("exchanged:", *(f"{name} {COUNTS[name]}" for name in names), flush=True)
+    print("exchanged:", *(f"{name} {COUNTS[name]}" for name in NAMES), flush=True)
 
 
 def reload_after(number: int) -> None:
@@ -204,6 +221,7 @@ def main() -> None:
     if fault != "none":
         FAULTS[fault]()
     count_and_compare()
+    record_bytes()
     if "GATHER_RELOAD" in os.environ:
         reload_after(int(os.environ["GATHER_RELOAD"]))
     (pretrain_gpt if sys.argv[1].startswith("--") else kinds).main()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
+from megatron_lion.integration.exchange.metrics import METRICS
 from tests.harness import (
     BATCH,
     CPU,
@@ -149,6 +150,25 @@ def test_the_checkpoint_is_the_ordinary_runs(text: Path, tmp_path: Path, row: Ro
     found = compare_with_the_ordinary_run(text, tmp_path, row)
     assert_signs_were_sent(found)
     assert all(rank["signs"] >= rank["buckets"] * (STEPS - 1) for rank in found)
+
+
+LINES = re.compile(r"step (\d+): gather of signs: (\S+) bits per parameter, (\S+)% exceptions, (\d+) full gathers")
+
+
+@SUPPORTED
+def test_the_log_says_how_many_bits_are_sent(text: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    row = Row(2, f"--bf16 --log-interval 2 --tensorboard-dir {tmp_path}/board")
+    signs = finished(run(text, tmp_path, SIGNS, row=row))
+    assert any("gather of signs (3.2" in line and "instead of 16" in line for line in signs.ours())
+    found = [match.groups() for match in map(LINES.search, signs.ours()) if match]
+    assert [(step, full) for step, *_, full in found] == [("2", "1"), ("4", "0"), ("6", "0")]
+    assert float(found[0][1]) > 8 and all(3.2 < float(bits) < 4 for _, bits, *_ in found[1:])
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    logged = {name: [event.value for event in events.Scalars(f"lion/{name}")] for name in METRICS}
+    assert logged["gather_full"] == [1.0, 0.0, 0.0]
+    assert logged["gather_bits"] == pytest.approx([float(bits) for _, bits, *_ in found], abs=0.01)
 
 
 @SUPPORTED

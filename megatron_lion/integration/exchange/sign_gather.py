@@ -1,6 +1,7 @@
 """The sign gather of one distributed optimizer: what it does before and after each step, and its checks."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +11,22 @@ from megatron_lion.integration import compat, console
 from megatron_lion.integration.exchange.bucket_groups import SignBucketGroup, State, convert
 from megatron_lion.integration.exchange.bucket_signs import BucketSigns, Span
 from megatron_lion.kernels.exchange import choose_exchange
+
+
+@dataclass
+class Sent:
+    """What this rank has sent since the start, its own share of each gather."""
+
+    nbytes: int = 0
+    """of messages and of parameters"""
+    elements: int = 0
+    """parameters that were brought up to date"""
+    exceptions: int = 0
+    full_gathers: int = 0
+    """of bucket groups"""
+
+    def __sub__(self, earlier: "Sent") -> "Sent":
+        return Sent(*(mine - theirs for mine, theirs in zip(astuple(self), astuple(earlier), strict=True)))
 
 
 class SignGather:
@@ -27,13 +44,18 @@ class SignGather:
         self._refresh = refresh
         self._steps = 0
         self._rates: list[tuple[float, float]] = []
-        self.exceptions = self.bytes_sent = self.elements_sent = 0
-        """Of the last step, on this rank: exceptions, and bytes of messages or parameters for how many elements."""
+        self.sent = Sent()
+        self._taken = Sent()
 
     @property
     def buckets(self) -> list[BucketSigns]:
         """The buckets of all groups."""
         return [signs for group in self.groups for signs in group.signs]
+
+    def take_sent(self) -> Sent:
+        """What was sent since the last call."""
+        since, self._taken = self.sent - self._taken, replace(self.sent)
+        return since
 
     def require_full(self) -> None:
         """Send the parameters in full the next time, because they were loaded or replaced."""
@@ -71,7 +93,7 @@ class SignGather:
         exceptions, differ = (dict(zip(map(id, buckets), row, strict=True)) for row in largest.tolist())
         if any(differ.values()):
             self._name_mismatches()
-        self.exceptions, self.bytes_sent, self.elements_sent = int(counts.sum()), 0, 0
+        self.sent.exceptions += int(counts.sum())
         for group in self.groups:
             if any(differ[id(signs)] for signs in group.signs):
                 group.require_full()
@@ -88,8 +110,10 @@ class SignGather:
             for signs, form in zip(group.signs, forms, strict=True):
                 signs.write_message(self._rates, form)
             group.state = State.SIGNS
-        self.bytes_sent += in_full if group.state is State.FULL else message_bytes
-        self.elements_sent += sum(signs.numel for signs in group.signs)
+        is_full = group.state is State.FULL
+        self.sent.nbytes += in_full if is_full else message_bytes
+        self.sent.elements += sum(signs.numel for signs in group.signs)
+        self.sent.full_gathers += is_full
 
     def _shards(self) -> Iterator[tuple[torch.Tensor, Any, int, int]]:
         """Each of Lion's tensors, its bucket, and its first and last element in this rank's shard of the bucket."""
@@ -125,6 +149,24 @@ def install(options: LionOptions, optimizer: Any) -> None:
             continue
         groups = [_converted(options, sub_optimizer, group) for group in _bucket_groups(sub_optimizer)]
         sub_optimizer.sign_gather = SignGather(sub_optimizer, groups, options.gather_refresh)
+
+
+def gathers_of(optimizer: Any) -> list[SignGather]:
+    """The sign gathers of the optimizers in the chain ``optimizer``."""
+    found = (getattr(sub_optimizer, "sign_gather", None) for sub_optimizer in compat.sub_optimizers_of(optimizer))
+    return [gather for gather in found if gather is not None]
+
+
+def describe(optimizer: Any) -> str:
+    """What is gathered, for the start-up line: the smallest messages, without exceptions, and the parameters."""
+    buckets = [signs for gather in gathers_of(optimizer) for signs in gather.buckets]
+    if not buckets:
+        return "no gather (DP=1)"
+    bits = [
+        8 * sum(sizes) / sum(signs.numel for signs in buckets)
+        for sizes in zip(*((signs.form(0).nbytes, signs.shard.nbytes) for signs in buckets), strict=True)
+    ]
+    return f"gather of signs ({bits[0]:.2f} bits per parameter instead of {bits[1]:.3g}, plus exceptions)"
 
 
 def _bucket_groups(sub_optimizer: Any) -> list[Any]:
