@@ -3,8 +3,8 @@
     torchrun tests/megatron/gather.py FAULT [KIND] <Megatron's flags>
 
 Compares every rank's parameters with their owners', bit by bit, and says on each rank how they were sent. FAULT is
-``none``, or one of ``FAULTS``, which puts a mistake into the exchange. KIND is one of ``kinds.py``. With
-GATHER_RELOAD=N the checkpoint in --save is loaded again after step N.
+``none``, or one of ``FAULTS``, which puts a mistake into the exchange. KIND is one of ``kinds.py``, or ``core``, which
+is ``core_loop.py``. With GATHER_RELOAD=N the checkpoint in --save is loaded again after step N.
 """
 
 import os
@@ -18,14 +18,12 @@ import megatron_lion
 
 megatron_lion.register()
 
-from launch import pretrain_gpt  # noqa: E402
 from megatron_lion.exchange.message import Run  # noqa: E402
 from megatron_lion.integration import loop_callbacks  # noqa: E402
 from megatron_lion.integration.exchange.bucket_groups import SignBucketGroup, State  # noqa: E402
 from megatron_lion.integration.exchange.bucket_signs import BucketSigns  # noqa: E402
 from megatron_lion.integration.exchange.sign_gather import SignGather  # noqa: E402
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer  # noqa: E402
-from tests.megatron import kinds  # noqa: E402
 
 NAMES = ("steps", "groups", "buckets", "full", "signs", "replays", "exceptions", "mismatches", "differing", "gathered")
 COUNTS: Counter[str] = Counter()
@@ -224,7 +222,19 @@ def main() -> None:
     record_bytes()
     if "GATHER_RELOAD" in os.environ:
         reload_after(int(os.environ["GATHER_RELOAD"]))
-    (pretrain_gpt if sys.argv[1].startswith("--") else kinds).main()
+    if sys.argv[1] == "core":
+        from tests.megatron import core_loop
+
+        destroy = torch.distributed.destroy_process_group
+        torch.distributed.destroy_process_group = lambda: (report(), destroy())
+        del sys.argv[1]
+        core_loop.main()
+        return
+    if sys.argv[1].startswith("--"):
+        from launch import pretrain_gpt as script
+    else:
+        from tests.megatron import kinds as script
+    script.main()
     report()
 
 

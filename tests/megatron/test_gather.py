@@ -1,12 +1,13 @@
 """Runs with --lion-gather signs end in the ordinary run's checkpoint, bit for bit, and do send signs."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from megatron_lion.config import GATHERS
 from megatron_lion.integration.exchange.metrics import METRICS
 from tests.harness import (
     BATCH,
@@ -20,7 +21,7 @@ from tests.harness import (
     run_ranks,
     text_flags,
 )
-from tests.versions import since, until
+from tests.versions import RELEASES, Megatron, since, started, until
 
 SCRIPT = Path(__file__).with_name("gather.py")
 STEPS = 6
@@ -261,6 +262,27 @@ def test_a_run_starts_from_another_kind_of_checkpoint(text: Path, tmp_path: Path
     finished(run(text, tmp_path / "start", "--exit-interval 2", row=start, saves=2))
     row = Row(2, f"{after} --load {tmp_path / 'start'}")
     found = compare_with_the_ordinary_run(text, tmp_path, row)
+    assert_signs_were_sent(found)
+
+
+@pytest.fixture(scope="module")
+def megatron(request: pytest.FixtureRequest) -> Iterator[Megatron]:
+    yield from started(request.param)
+
+
+@SUPPORTED
+@pytest.mark.slow
+@pytest.mark.parametrize("megatron", [RELEASES[0], RELEASES[-1]], indirect=True)
+@pytest.mark.parametrize("flags", ["--bf16 --overlap", "--bf16 --bf16-gradients", ""])
+def test_a_loop_on_megatron_core_alone(megatron: Megatron, text: Path, tmp_path: Path, flags: str) -> None:
+    """Also where the wheel has no loop; the others run this file with tests/versions.sh."""
+    for gather in GATHERS:
+        folder = tmp_path / gather
+        core = ("none", "core", f"--data {text}/train_text_document --iterations {STEPS} --gather {gather}")
+        done = megatron.run(*core, f"{flags} --save {folder} --save-interval {STEPS}", ranks=2, script=SCRIPT)
+        found = exchanged(finished(done))
+    assert_same_checkpoint(*(read_checkpoint(tmp_path / gather, STEPS) for gather in GATHERS))
+    assert len(found) == 2
     assert_signs_were_sent(found)
 
 
