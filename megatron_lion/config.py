@@ -178,6 +178,11 @@ class LionOptions:
                 "--lion-gather signs is not supported with --optimizer-cpu-offload, whose steps on the CPU leave no "
                 "signs. Remove one of them"
             )
+        if self.gather == "signs" and self.kernel == "fused" and config.fp16:
+            raise LionError(
+                "--lion-gather signs is not supported with --lion-kernel fused and --fp16: the fused kernel does not "
+                "write fp16 parameters. Use --lion-kernel auto"
+            )
         if offload and self.is_compact:
             raise LionError(
                 f"--lion-momentum-dtype {self.momentum_dtype} with --lion-master-weights {self.master_weights} is not "

@@ -123,6 +123,7 @@ SIGNS = {
         "--optimizer-cpu-offload",
     ),
     f"{LION} {DISTRIBUTED} --bf16 --lion-gather signs --fp8-param-gather": ("signs is not supported with --fp8-param",),
+    f"{LION} {DISTRIBUTED} --fp16 --lion-gather signs --lion-kernel fused": ("--lion-kernel fused and --fp16", "auto"),
     f"{LION} {DISTRIBUTED} --lion-gather signs --use-megatron-fsdp": ("--use-megatron-fsdp is not supported",),
     f"{LION} {DISTRIBUTED} --lion-gather signs --cuda-graph-impl local": ("signs is not supported with --cuda-graph",),
     f"{LION} {DISTRIBUTED} --lion-gather signs --overlap-param-gather-with-optimizer-step": (

@@ -173,6 +173,23 @@ def test_the_log_says_how_many_bits_are_sent(text: Path, tmp_path: Path) -> None
 
 
 @SUPPORTED
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "least"), [("--bf16", 4.8), ("--bf16 --lr 1e-3", 4.4), ("--fp16 --loss-scale 1024", 4.8), ("", 19.0)]
+)
+def test_the_gather_sends_fewer_bytes(text: Path, tmp_path: Path, flags: str, least: float) -> None:
+    """Bytes as the process group gets them, in runs that differ in nothing else; the first step is sent in full."""
+    row = Row(2, flags)
+    ordinary, signs = (exchanged(finished(run(text, tmp_path / g, f"--lion-gather {g}", row=row))) for g in GATHERS)
+    assert_signs_were_sent(signs)
+    for full, short in zip(ordinary, signs, strict=True):
+        in_full = full["gathered"] / STEPS
+        assert in_full == ordinary[0]["gathered"] / STEPS
+        ratio = in_full / ((short["gathered"] - in_full) / (STEPS - 1))
+        assert ratio >= least
+
+
+@SUPPORTED
 def test_a_skipped_step_is_not_replayed(text: Path, tmp_path: Path) -> None:
     """With overlap each forward pass asks for the parameters, also after a step that was not made."""
     row = Row(2, f"{OVERFLOWS} {OVERLAP}")
@@ -195,7 +212,8 @@ def test_more_exceptions_than_are_worth_a_message_are_gathered_in_full(
 
 
 @SUPPORTED
-@pytest.mark.parametrize("overlap", ["", pytest.param(OVERLAP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", ["", OVERLAP])
 def test_a_refresh_sends_the_parameters(text: Path, tmp_path: Path, overlap: str) -> None:
     row = Row(2, f"--bf16 {overlap}")
     refreshed = finished(run(text, tmp_path, f"{SIGNS} --lion-gather-refresh 3", row=row, steps=7))

@@ -67,7 +67,7 @@ def gathers(dtype: torch.dtype, parameters: int, exceptions: float) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parameters", type=int, default=7_680_000)
+    parser.add_argument("--parameters", type=int, default=3_840_000)
     parser.add_argument("--exceptions", type=float, default=0.0025)
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()

@@ -28,7 +28,7 @@ def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer
         *([param for _, param in pairs] for pairs in (trainable, missed))
     )
     sharding, state = _state_bytes(options, config, optimizer)
-    kernel = kernels.describe(options.kernel, _updated_kinds(options, optimizer))
+    kernel = kernels.describe(options.kernel, _updated_kinds(options, config, optimizer))
     say(
         f"lion on {tensors - missed_tensors} of {tensors} parameters ({_count(elements)}), "
         f"betas ({options.betas[0]:g}, {options.betas[1]:g}), weight decay {config.weight_decay:g}, "
@@ -61,7 +61,7 @@ def _parameters_on_lion(optimizer: Any) -> set[torch.nn.Parameter]:
     return covered
 
 
-def _updated_kinds(options: LionOptions, optimizer: Any) -> list[StepKind]:
+def _updated_kinds(options: LionOptions, config: Any, optimizer: Any) -> list[StepKind]:
     """Devices and dtypes of this rank's updates, by which the kernel is chosen. If some are offloaded, only those."""
     sub_optimizers = compat.sub_optimizers_of(optimizer)
     masters = _offloaded(sub_optimizers) or [
@@ -72,8 +72,9 @@ def _updated_kinds(options: LionOptions, optimizer: Any) -> list[StepKind]:
     ]
     remainders = torch.int16 if options.master_weights == "remainder" else None
     scales = torch.bfloat16 if options.momentum_dtype == "int8" else None
+    copies = torch.float16 if options.gather == "signs" and config.fp16 else None  # else Megatron writes these
     return [
-        StepKind(device, dtype, dtype, dtype, remainders=remainders, scales=scales)
+        StepKind(device, dtype, dtype, dtype, copies, remainders, scales)
         for device, dtype in dict.fromkeys((master.device, master.dtype) for master in masters)
     ]
 
