@@ -110,6 +110,8 @@ class LionOptions:
     """what data-parallel ranks send each other after a step, one of ``GATHERS``; both give the same bits"""
     gather_refresh: int = 0
     """with ``gather="signs"``: send the parameters after every this many steps; 0 for never"""
+    fast_norm: bool = False
+    """one pass of this package's CPU kernel for Megatron's gradient norm, whose last bits may differ"""
     init_from: str | None = None
     """what Lion's momentum starts from if the checkpoint is Adam's, one of ``INITS_FROM``. None: refused"""
     rates_from_run: bool = False
@@ -142,6 +144,7 @@ class LionOptions:
             master_weights=master_weights,
             gather=config.lion_gather,
             gather_refresh=config.lion_gather_refresh,
+            fast_norm=config.lion_fast_norm,
             init_from=config.lion_init_from,
             rates_from_run=config.lion_rates_from_run,
             saves_stacks=config.lion_saves_stacks,
@@ -152,8 +155,9 @@ class LionOptions:
     def write_to(self, config: Any) -> None:
         """Set every option in ``config``, in place, so that it says what is used."""
         config.lion_beta1, config.lion_beta2 = self.betas
-        for name in (option.name for option in fields(self) if option.name != "betas"):
-            setattr(config, f"lion_{name}", getattr(self, name))
+        for option in fields(self):
+            if option.name != "betas":
+                setattr(config, f"lion_{option.name}", getattr(self, option.name))
 
     def _check_against(self, config: Any) -> None:
         offload = config.optimizer_cpu_offload

@@ -30,6 +30,7 @@ DEFAULTS = {
     "lion_kernel": "auto",
     "lion_gather": "params",
     "lion_gather_refresh": 0,
+    "lion_fast_norm": False,
     "lion_init_from": None,
     "lion_rates_from_run": False,
     "lion_saves_stacks": False,

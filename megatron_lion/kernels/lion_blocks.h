@@ -1,19 +1,17 @@
 // 8-bit momentum: blocks of 32 int8 codes with one bf16 scale each, as defined in megatron_lion/precision.py.
+//
+// Eight blocks are a group. Work per block is done for all eight at once, one block per lane. Blocks at the end of a row
+// or of a shard are incomplete.
 
 #pragma once
 
-#include "lion_storage.h"
+#include "lion_step.h"
 
 #include <limits>
 
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
-
 namespace {
 
-constexpr int64_t BLOCK = 32;        // elements that share a scale
-constexpr float LEVELS = 127 * 127;  // codes hold the square root of a magnitude
+constexpr float LEVELS = 127 * 127; // codes hold the square root of a magnitude
 constexpr float SMALLEST_SCALE = 0x1p-100f;
 // Near this number the last place has value 1: adding it rounds to nearest even, and the low bits of the sum are the code.
 constexpr float ROUNDS = 0x1.8p23f;
@@ -38,52 +36,10 @@ struct Codes { // int8 codes and one bf16 scale per block
     void fetch_piece(int64_t i) const { fetch(codes + i); } // the scales are too small to matter
 };
 
-// One block, possibly incomplete, element by element.
-
-inline float widen(uint16_t scale) { return from_bits(static_cast<uint32_t>(scale) << 16); }
-
-template <class Size> inline void dequantize(const int8_t *codes, uint16_t scale, float *values, Size count) {
-    const float unit = widen(scale) * (1.0f / LEVELS);
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-        const float code = codes[j];
-        values[j] = (code * std::fabs(code)) * unit; // the first product is exact
-    }
-}
-
-template <class Size> inline uint16_t scale_of(const float *values, Size count) {
-    int32_t largest = 0; // magnitude as an integer, where a NaN is the largest
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < count; ++j) {
-        const int32_t magnitude = static_cast<int32_t>(to_bits(values[j]) & MAGNITUDE);
-        largest = std::max(largest, magnitude);
-    }
-    const float peak = from_bits(static_cast<uint32_t>(largest));
-    return peak < SMALLEST_SCALE ? 0 : nearest_even(peak) >> 16;
-}
-
-template <class Size> inline void quantize(const float *values, uint16_t scale, int8_t *codes, Size count) {
-    const float inverse = scale == 0 ? 0.0f : LEVELS / widen(scale);
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) {
-        const uint32_t root = to_bits(std::sqrt(std::fabs(values[j]) * inverse)), top = to_bits(127.0f);
-        const float code = from_bits(std::min(root, top) | (to_bits(values[j]) & SIGN));
-        codes[j] = static_cast<int8_t>(to_bits(code + ROUNDS));
-    }
-    if (!(widen(scale) < std::numeric_limits<float>::infinity())) std::memset(codes, 0, static_cast<size_t>(count));
-}
-
-// Eight whole blocks in vectors. Work per block is done for all eight at once, one block per lane.
-
-constexpr int64_t GROUP = LANES * BLOCK;
-
 typedef int8_t Bytes __attribute__((vector_size(2 * LANES)));
-typedef uint16_t Scales __attribute__((vector_size(2 * LANES)));
 
-inline Floats widen(Scales scales) { return from_bits(__builtin_convertvector(scales, Words) << 16); }
-
-// 16 codes of one block.
-inline Pair dequantize(const int8_t *codes, float unit) {
+// 16 codes of one block. All pairs are EVEN_ODD.
+[[gnu::always_inline]] inline Pair dequantize(const int8_t *codes, float unit) {
 #ifdef __AVX2__
     const Shorts code = reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(read<__m128i>(codes)));
 #else
@@ -105,12 +61,13 @@ inline Ints largest_lanes(const Ints *v) {
     return larger(SHUFFLE(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11), SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15));
 }
 
-inline Floats square_root(Floats values) {
-#ifdef __AVX__
-    return _mm256_sqrt_ps(values);
+// 16 magnitudes with signs: those of numbers with the upper halves `signs`, which are 0 only where the magnitude is.
+inline Shorts with_signs(Shorts magnitudes, Shorts signs) {
+#ifdef __AVX2__
+    return reinterpret_cast<Shorts>(
+        _mm256_sign_epi16(reinterpret_cast<__m256i>(magnitudes), reinterpret_cast<__m256i>(signs)));
 #else
-    for (int64_t lane = 0; lane < LANES; ++lane) values[lane] = std::sqrt(values[lane]);
-    return values;
+    return signs < 0 ? -magnitudes : magnitudes;
 #endif
 }
 
@@ -125,59 +82,134 @@ inline void write_codes(int8_t *codes, Shorts first, Shorts second) {
 #endif
 }
 
-// The factors of the squared codes of eight blocks.
-struct Units {
-    alignas(4 * LANES) float of[LANES];
-    explicit Units(const uint16_t *scales) { write(of, widen(read<Scales>(scales)) * (1.0f / LEVELS)); }
+inline float widen(uint16_t scale) { return from_bits(static_cast<uint32_t>(scale) << 16); }
+inline Floats widen(HalfShorts scales) { return from_bits(__builtin_convertvector(scales, Words) << 16); }
+
+// The blocks of elements `i` to `last`, one after the other.
+struct Blocks {
+    int64_t i, last, row_length;
+    int64_t left;  // elements from i to the end of the row
+    int64_t size;  // of the block at i; 0 at the end
+    int64_t index; // of the block at i
+
+    Blocks(BlockLayout layout, int64_t first, int64_t last)
+        : i(first), last(last), row_length(layout.row_length), index(layout.block_of(first)) {
+        const int64_t position = (layout.start + first) % row_length;
+        left = row_length - position;
+        size = std::min({BLOCK - position % BLOCK, left, last - i});
+    }
+    Part part() const { return {i, size, i + BLOCK <= last}; }
+    // Whether the next `count` blocks, and one element after them, are in one row and complete.
+    bool are_complete(int64_t count) const { return size == BLOCK && std::min(left, last - i) > count * BLOCK; }
+    void skip_complete(int64_t count) {
+        i += count * BLOCK, left -= count * BLOCK, index += count;
+        size = std::min({BLOCK, left, last - i});
+    }
+    void next() {
+        i += size, left -= size, ++index;
+        if (left == 0) left = row_length;
+        size = std::min({BLOCK, left, last - i});
+    }
 };
 
-// New values of eight blocks, and the factors that turn them into codes once the largest value of each block is known.
-struct Group {
-    Pair values[LANES][2];
+// Up to eight blocks: where they are, their new momentum, and the factors that turn it into codes once the largest value of
+// each block is known. Incomplete blocks are updated in copies.
+template <class Streams> struct Group {
+    int64_t count = 0;      // of blocks
+    Streams streams[LANES]; // of each block, from its first element on
+    int8_t *codes[LANES];
+    uint16_t *scales;
+    int64_t sizes[LANES];
+    alignas(4 * LANES) float units[LANES]; // the factors of the squared old codes
+    Pair magnitudes[LANES][2]; // of the new momentum
+    Shorts signs[LANES][2];    // upper halves of the new momentum
     Ints peaks[LANES];
-    alignas(4 * LANES) float inverses[LANES], tops[LANES]; // a top of 0 makes the whole block NaN
+    alignas(4 * LANES) float inverses[LANES];
 
-    void set(int64_t block, Pair first, Pair second) {
-        values[block][0] = first, values[block][1] = second;
-        peaks[block] = larger(larger(magnitude(first.even), magnitude(first.odd)),
-                              larger(magnitude(second.even), magnitude(second.odd)));
+    Group() { std::fill_n(codes, LANES, static_cast<int8_t *>(nowhere)); }
+
+    // Sets where the next blocks are, and reads their scales.
+    void place(Blocks &blocks, const Streams &tensor, const Codes &momentum) {
+        scales = momentum.scales + blocks.index;
+        count = incomplete = 0;
+        if (blocks.are_complete(LANES)) { // the usual case, without the work of the other
+            for (; count < LANES; ++count) set_place(blocks.i + count * BLOCK, BLOCK, tensor, momentum);
+            blocks.skip_complete(LANES);
+        }
+        for (; count < LANES && blocks.size > 0; ++count, blocks.next()) {
+            set_place(blocks.i, blocks.size, tensor, momentum);
+            if (blocks.size < BLOCK) copy(blocks.part());
+        }
+        std::fill(codes + count, codes + LANES, static_cast<int8_t *>(nowhere));
+        HalfShorts eight{};
+        std::memcpy(&eight, scales, count * sizeof *scales);
+        write(units, widen(eight) * (1.0f / LEVELS));
     }
-    void scale(uint16_t *scales) {
+    void put_back_streams() const {
+        for (int64_t i = 0; i < incomplete; ++i) written[i].put_back();
+    }
+    void put_back_codes() const {
+        for (int64_t i = 0; i < incomplete; ++i) written_codes[i].put_back();
+    }
+    [[gnu::always_inline]] void set(int64_t block, const Pair &first, const Pair &second) {
+        const Pair both[2] = {first, second};
+        Ints largest[2];
+        for (int64_t half = 0; half < 2; ++half) {
+            const Pair &values = both[half], sizes = {absolute(values.first), absolute(values.second)};
+            magnitudes[block][half] = sizes;
+            signs[block][half] = reinterpret_cast<Shorts>(upper_halves<EVEN_ODD>(to_bits(values.first), to_bits(values.second)));
+            largest[half] = larger(magnitude(sizes.first), magnitude(sizes.second));
+        }
+        peaks[block] = larger(largest[0], largest[1]);
+    }
+    // Writes the new scales.
+    void scale() {
         const Floats peak = from_bits(reinterpret_cast<Words>(largest_lanes(peaks)));
         const Words scale = (peak < SMALLEST_SCALE ? Words{} : nearest_even(peak)) & 0xffff0000u;
-        write(scales, __builtin_convertvector(scale >> 16, Scales));
+        const HalfShorts eight = __builtin_convertvector(scale >> 16, HalfShorts);
+        std::memcpy(scales, &eight, count * sizeof *scales);
         write(inverses, scale == 0u ? Floats{} : LEVELS / from_bits(scale));
-        write(tops, from_bits(scale) < std::numeric_limits<float>::infinity() ? Floats{} + 127.0f : Floats{});
+        for (int64_t block = 0; block < count; ++block) // all elements of these become NaN; their codes are 0
+            if (!(widen(scales[block]) < std::numeric_limits<float>::infinity()))
+                magnitudes[block][0] = magnitudes[block][1] = Pair{}, inverses[block] = 0;
     }
+
+  private:
+    void set_place(int64_t i, int64_t size, const Streams &tensor, const Codes &momentum) {
+        streams[count] = tensor.from(i);
+        codes[count] = momentum.codes + i;
+        sizes[count] = size;
+    }
+    void copy(Part part) {
+        streams[count] = streams[count].staged(only_read[incomplete].of(part), written[incomplete].of(part));
+        codes[count] = written_codes[incomplete].of(part).copy(codes[count]);
+        ++incomplete;
+    }
+
+    int8_t nowhere[BLOCK];  // receives the codes of absent blocks
+    int64_t incomplete = 0; // number of copied blocks
+    Staging only_read[LANES], written[LANES], written_codes[LANES];
 };
 
-// The magnitudes that become a block's codes. encode() is separate because square roots have a long latency.
+// Square roots of a block's magnitudes. encode() is separate because they have a long latency.
 struct Roots {
     Pair pairs[2];
 
-    Roots(const Group &group, int64_t block) {
-        const float inverse = group.inverses[block], t = group.tops[block];
-        const Floats top = {t, t, t, t, t, t, t, t};
-        const auto root = [&](Floats value) {
-            const Floats exact = square_root(absolute(value) * inverse);
-            return exact < top ? exact : top; // a NaN is not less
-        };
+    template <class Group> [[gnu::always_inline]] Roots(const Group &group, int64_t block) {
+        const float inverse = group.inverses[block];
         for (int64_t half = 0; half < 2; ++half) {
-            const Pair &value = group.values[block][half];
-            pairs[half] = {root(value.even), root(value.odd)};
+            const Pair &sizes = group.magnitudes[block][half];
+            pairs[half] = {square_root(sizes.first * inverse), square_root(sizes.second * inverse)};
         }
     }
-    // Writes the block's codes; `codes` points to the group's first code.
-    void encode(const Group &group, int64_t block, int8_t *codes) const {
-        const auto code = [](Floats value, Floats root) { // in the lower halves of words
-            return to_bits(from_bits(to_bits(root) | (to_bits(value) & SIGN)) + ROUNDS);
-        };
-        Shorts both[2];
+    // Writes the block's codes. A scale is rounded, by so little that no root rounds to 128.
+    template <class Group> [[gnu::always_inline]] void encode(const Group &group, int64_t block) const {
+        Shorts codes[2];
         for (int64_t half = 0; half < 2; ++half) {
-            const Pair &value = group.values[block][half], &root = pairs[half];
-            both[half] = reinterpret_cast<Shorts>(halves(code(value.even, root.even), code(value.odd, root.odd) << 16));
+            const Words first = to_bits(pairs[half].first + ROUNDS), second = to_bits(pairs[half].second + ROUNDS);
+            codes[half] = with_signs(reinterpret_cast<Shorts>(lower_halves<EVEN_ODD>(first, second)), group.signs[block][half]);
         }
-        write_codes(codes + block * BLOCK, both[0], both[1]);
+        write_codes(group.codes[block], codes[0], codes[1]);
     }
 };
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "lion_storage.h"
+#include "lion_vectors.h"
 
 namespace {
 

@@ -63,6 +63,26 @@ def folding_the_clip_factor(fold: Callable[[list[Any], float], bool]) -> Iterato
         yield
 
 
+@contextlib.contextmanager
+def gradient_norm_by(l2_norm: Callable[[list[Any]], Any]) -> Iterator[None]:
+    """Let Megatron's gradient norm call ``l2_norm`` for the 2-norm of a rank's gradients: a one-element fp32 tensor.
+
+    ``get_grad_norm_fp32`` (0.19.2: clip_grads 115) passes it the gradients that Megatron counts on this rank, and adds
+    up the squares over ranks. ``l2_norm`` may return None, and then Megatron computes the norm.
+    """
+    from megatron.core.optimizer import clip_grads
+
+    stock = clip_grads.l2_norm_impl
+
+    def l2_norm_impl(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Any]], *args: Any) -> Any:
+        (grads,) = tensor_lists
+        norm = l2_norm(grads)
+        return stock(chunk_size, noop_flag, tensor_lists, *args) if norm is None else (norm, None)
+
+    with temporarily(clip_grads, l2_norm_impl=l2_norm_impl):
+        yield
+
+
 def as_sgd(settings: Any) -> contextlib.AbstractContextManager[None]:
     """Call Lion "sgd" in ``settings``, a configuration or a command line, while Megatron reads it.
 

@@ -131,6 +131,13 @@ CORE: tuple[Seam, ...] = (
         "clip_grad_by_total_norm_fp32",
         ("parameters", "max_norm", "total_norm", "use_decoupled_grad"),
     ),
+    Seam(
+        "megatron.core.optimizer.clip_grads",
+        "get_grad_norm_fp32",
+        ("grads_for_norm", "norm_type", "grad_stats_parallel_group"),
+        uses=("multi_tensor_applier", "l2_norm_impl"),
+    ),
+    Seam("megatron.core.optimizer.clip_grads", "l2_norm_impl"),
     Seam(_OPTIMIZER, "MegatronOptimizer.__init__", uses=("optimizer", "config", "init_state_fn")),
     Seam(_OPTIMIZER, "MegatronOptimizer.get_parameters", ("self",)),
     Seam(_OPTIMIZER, "MegatronOptimizer.get_main_grads_for_grad_norm", ("self",), until="0.18"),

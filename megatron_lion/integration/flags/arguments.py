@@ -11,7 +11,7 @@ from megatron_lion.integration.checkpoint import formats, init_from_adam, owners
 from megatron_lion.integration.exchange import refusals as exchange
 from megatron_lion.integration.flags import norm_ratio_arguments as norm_ratio
 from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import config_fields, refusals
+from megatron_lion.integration.optimizer import config_fields, fast_norm, refusals
 from megatron_lion.integration.reporting import step_telemetry
 
 
@@ -35,6 +35,7 @@ def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]
 
 def _validate_another(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]) -> Any:
     config_fields.fill_betas(args)
+    fast_norm.refuse_without_lion(args)
     asked = {
         f"--lion-init-from {args.lion_init_from}": args.lion_init_from,
         f"--lion-gather {args.lion_gather}": args.lion_gather != LionOptions.gather,
@@ -141,6 +142,7 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
 
     state_precision.add(parser)
     step_telemetry.add(parser)
+    fast_norm.add(parser)
 
     parser.add_argument(
         "--lion-init-from",

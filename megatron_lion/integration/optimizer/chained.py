@@ -12,6 +12,7 @@ from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.checkpoint import group_settings
 from megatron_lion.integration.checkpoint.formats import EXPERTS_APART
+from megatron_lion.integration.optimizer import fast_norm
 from megatron_lion.integration.optimizer.offload import LIONS
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 from megatron_lion.precision import BLOCK
@@ -40,7 +41,8 @@ class LionChainedOptimizer(ChainedOptimizer):
 
     @compat.overrides
     def get_grad_norm(self) -> Any:
-        self._grad_norm = super().get_grad_norm()
+        with fast_norm.used_if_asked(self.options):
+            self._grad_norm = super().get_grad_norm()
         return self._grad_norm
 
     @compat.overrides

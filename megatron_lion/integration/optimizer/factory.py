@@ -15,7 +15,7 @@ from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.exchange import sign_gather
 from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import config_fields, offload, refusals, startup_report
+from megatron_lion.integration.optimizer import config_fields, fast_norm, offload, refusals, startup_report
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer, init_lion_state
 from megatron_lion.integration.optimizer.sgd_and_adam import (
@@ -116,6 +116,7 @@ def _build_lion(optimizers: Any, config: Any, model_chunks: list[Any], build: Ca
     config_fields.refuse_earlier_instance(config)
     options = LionOptions.from_config(config)
     refusals.refuse_where_built(config, options, model_chunks)
+    fast_norm.check(options, model_chunks)
     options.write_to(config)
     stored = {"momentum_dtype": options.momentum_dtype, "master_weights": options.master_weights}
     if not state_precision.use_precision_aware_path(config, options, model_chunks):
