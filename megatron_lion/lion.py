@@ -163,10 +163,8 @@ class Lion(torch.optim.Optimizer):
         written = self._model_copies(params), self._digits(params)
         tensors = step_tensors(params, grads, states, self._block_layout, *written)
         assert tensors.kind is not None  # there are tensors
-        kernel = group.get("kernel", "auto")
-        update = kernels.choose(kernel, tensors.kind)
-        if tensors.digits is not None:
-            update = kernels.with_digits(update, kernel, tensors.kind.device)
+        has_digits = tensors.digits is not None
+        update = kernels.choose(group.get("kernel", "auto"), tensors.kind, digits=has_digits)
         update(tensors, scalars, self._telemetry_of(params[0]))
         if group.get("momentum_dtype") == "int8" and tensors.scales is None:  # loaded in fp32, see set_momentum
             storage = storage_of(group)

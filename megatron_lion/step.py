@@ -65,7 +65,7 @@ class StepTensors:
     """Position of each tensor in its parameter. Used only with ``scales``; the default is whole parameters."""
     digits: list[Tensor] | None = None
     """Written: uint8, what a rank with the old :attr:`model_params` needs to make the same step
-    (:func:`megatron_lion.exchange.digits.sign_digits`)."""
+    (:func:`megatron_lion.exchange.digits.sign_digits`). Model copies must be the masters, rounded, before the step."""
 
     kind: StepKind | None = field(init=False, default=None)
     """None if there is no tensor."""
@@ -86,6 +86,8 @@ class StepTensors:
         self.numels = array("q", map(Tensor.numel, self.masters))
         if self.masters:
             self.kind = _kind_of(roles)
+            if self.digits is not None:
+                _check_digits(self.digits, self.kind.device)
             self._check_sizes(roles if self.digits is None else {**roles, "digits": self.digits})
             if self.scales is not None and self.blocks is not None:
                 self._check_scales(self.scales, self.blocks)
@@ -167,6 +169,15 @@ class LionUpdate(Protocol):
     """Signature of :func:`megatron_lion.update.lion_update_` and of every kernel that can replace it."""
 
     def __call__(self, tensors: StepTensors, scalars: StepScalars, telemetry: Telemetry | None = None) -> None: ...
+
+
+def _check_digits(digits: list[Tensor], device: torch.device) -> None:
+    for index, tensor in enumerate(digits):
+        if (tensor.dtype, tensor.device) != (torch.uint8, device) or not tensor.is_contiguous():
+            raise ValueError(
+                f"digits[{index}] must be contiguous uint8 on {device}, got {tensor.dtype} on {tensor.device} with "
+                f"strides {tensor.stride()}"
+            )
 
 
 def _kind_of(roles: dict[str, list[Tensor]]) -> StepKind:

@@ -12,11 +12,11 @@ from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_upda
 from megatron_lion.step import LionUpdate, StepKind
 from megatron_lion.update import lion_update_
 
-__all__ = ["KERNELS", "choose", "describe", "with_digits"]
+__all__ = ["KERNELS", "choose", "describe"]
 
 
-def choose(kernel: str, kind: StepKind) -> LionUpdate:
-    """Return the update function for tensors of ``kind``.
+def choose(kernel: str, kind: StepKind, *, digits: bool = False) -> LionUpdate:
+    """Return the update function for tensors of ``kind``, which writes ``StepTensors.digits`` if ``digits`` is true.
 
     - ``"auto"``: the fused CPU kernel if :func:`fused_supports` the kind and a C++ compiler works, else foreach if
       :func:`foreach_supports` the kind, else the reference.
@@ -27,6 +27,13 @@ def choose(kernel: str, kind: StepKind) -> LionUpdate:
     Raises:
         LionError: ``"fused"`` cannot be used; the message has the reason.
     """
+    update = _choose(kernel, kind)
+    if digits and update is not lion_update_fused_:  # which writes them in its only pass
+        return with_digits(update, kernel, kind.device)
+    return update
+
+
+def _choose(kernel: str, kind: StepKind) -> LionUpdate:
     if kernel == "fused" and kind.device.type == "cuda" and supports_dtypes(kind):
         return _triton_update()
     if kernel in ("auto", "fused"):

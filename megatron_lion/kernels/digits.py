@@ -20,15 +20,16 @@ MAX_NUMEL = 1 << 24
 def with_digits(update: LionUpdate, kernel: str, device: torch.device) -> LionUpdate:
     """``update``, preceded by a pass that computes the signs and followed by one that writes ``tensors.digits``.
 
-    ``kernel`` is one of :data:`megatron_lion.config.KERNELS`, and chooses how the second pass is computed. The update
-    raises ValueError for scalars with ``skip``: other ranks could not know that nothing was changed.
+    ``kernel`` is one of :data:`megatron_lion.config.KERNELS`, and chooses how the second pass is computed.
     """
     sign_digits = choose_exchange(kernel, device).sign_digits
 
     @torch.no_grad()
     def update_(tensors: StepTensors, scalars: StepScalars, telemetry: Telemetry | None = None) -> None:
-        if scalars.skip is not None:
-            raise ValueError("a step with digits cannot be skipped on the device: use skip=None")
+        if tensors.digits is None:
+            update(tensors, scalars, telemetry)
+            return
+        refuse_skip(scalars)
         lr, beta1, _, weight_decay, grad_scale = scalars.on_host()
         rates = {"lr": lr, "weight_decay": weight_decay, "half_away": tensors.remainders is not None}
         for some in _pieces(tensors):
@@ -39,6 +40,12 @@ def with_digits(update: LionUpdate, kernel: str, device: torch.device) -> LionUp
                 digits.copy_(sign_digits(old, new, sign, **rates).view(digits.shape))
 
     return update_
+
+
+def refuse_skip(scalars: StepScalars) -> None:
+    """Raise ValueError if a step with digits could be skipped: other ranks could not know that nothing was changed."""
+    if scalars.skip is not None:
+        raise ValueError("a step with digits cannot be skipped on the device: use skip=None")
 
 
 def _sign(entry: tuple[Any, ...], beta1: float, grad_scale: float) -> Tensor:

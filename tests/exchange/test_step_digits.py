@@ -1,17 +1,19 @@
 """A step leaves the digits with which other ranks, who have only the model's old parameters, make the same step."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from megatron_lion.exchange.digits import EXCEPTION
 from megatron_lion.exchange.message import Run, WireFormat
-from megatron_lion.kernels import choose, with_digits
+from megatron_lion.kernels import choose
 from megatron_lion.kernels import digits as passes
 from megatron_lion.precision import BlockLayout, quantize, split_master
 from megatron_lion.step import StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
-from tests.exchange.exchange_cases import BF16, CPU, FP16, FP32, messages_of, same_bits
+from tests.exchange.exchange_cases import BF16, CPU, FP16, FP32, messages_of, same_bits, special_values
 
 LR, WEIGHT_DECAY = 3e-3, 0.1
 SIZES = (700, 1, 0, 1299)
@@ -51,7 +53,7 @@ def test_the_digits_of_a_step_replay_it(
     old = torch.cat(actual.model_params).clone()
     telemetry, sums = Telemetry(), Telemetry()
     lion_update_(expected, scalars, telemetry)
-    with_digits(choose(kernel, actual.kind), kernel, actual.kind.device)(actual, scalars, sums)
+    choose(kernel, actual.kind, digits=True)(actual, scalars, sums)
     for name, tensors in expected.roles().items():
         assert all(torch.equal(one, two) for one, two in zip(getattr(actual, name), tensors, strict=True)), name
     assert (sums.elements, sums.zeros) == (telemetry.elements, telemetry.zeros)
@@ -69,13 +71,54 @@ def test_the_digits_of_a_step_replay_it(
 
 def test_a_step_that_the_device_may_skip_has_no_digits() -> None:
     tensors = step("fp32")
-    update = with_digits(lion_update_, "reference", tensors.kind.device)
-    with pytest.raises(ValueError, match="cannot be skipped on the device: use skip=None"):
-        update(tensors, StepScalars(LR, 0.9, 0.95, 0.0, skip=torch.zeros(1, dtype=torch.int32)))
+    for kernel in ("reference", "fused"):
+        update = choose(kernel, tensors.kind, digits=True)
+        with pytest.raises(ValueError, match="cannot be skipped on the device: use skip=None"):
+            update(tensors, StepScalars(LR, 0.9, 0.95, 0.0, skip=torch.zeros(1, dtype=torch.int32)))
+
+
+def special_step(kernel: str, storage: str) -> StepTensors:
+    """One step from masters at ties, around powers of two and denormal, by ``kernel``. NaNs have more than one code."""
+    masters = special_values()
+    masters = masters[masters.isfinite()].repeat(3)
+    signs = torch.tensor([-1.0, 0.0, 1.0]).repeat_interleave(len(masters) // 3)
+    more: dict[str, list[torch.Tensor]] = {}
+    if storage == "bf16 copies":
+        more["model_copies"] = [masters.to(BF16)]
+    parts = [masters.clone()]
+    if storage == "remainders":
+        high, low = split_master(masters)
+        parts, more["remainders"] = [high], [low]
+    digits = [torch.zeros(len(masters), dtype=torch.uint8)]
+    tensors = StepTensors(parts, [signs], [torch.zeros(len(masters))], digits=digits, **more)
+    choose(kernel, tensors.kind, digits=True)(tensors, StepScalars(0.3, 0.9, 0.95, WEIGHT_DECAY))
+    return tensors
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16 copies", "remainders"])
+def test_every_kernel_writes_the_digits_of_the_reference(storage: str) -> None:
+    expected = special_step("reference", storage)
+    for kernel in ("foreach", "fused"):
+        assert torch.equal(special_step(kernel, storage).digits[0], expected.digits[0]), kernel
+
+
+def test_tensors_that_are_not_contiguous_have_digits_too() -> None:
+    def steps(kernel: str) -> torch.Tensor:
+        masters = [torch.linspace(-1, 1, 12).view(3, 4).t(), torch.ones(5)]
+        digits = list(torch.zeros(17, dtype=torch.uint8).split((12, 5)))
+        tensors = StepTensors(masters, [torch.ones(4, 3), -torch.ones(5)], [torch.zeros(4, 3), torch.zeros(5)])
+        tensors = dataclasses.replace(tensors, digits=digits)
+        choose(kernel, tensors.kind, digits=True)(tensors, StepScalars(LR, 0.9, 0.95, WEIGHT_DECAY))
+        return torch.cat(digits)
+
+    assert torch.equal(steps("fused"), steps("reference"))
+    assert set(steps("fused").tolist()) == {1, 3}
 
 
 def test_digits_have_the_sizes_of_the_parameters() -> None:
     tensors = step("fp32")
     with pytest.raises(ValueError, match=r"digits\[3\] has 7 elements, but masters\[3\] has 1299"):
-        StepTensors(tensors.masters, tensors.grads, tensors.exp_avgs, digits=[*tensors.digits[:3], torch.zeros(7)])
+        dataclasses.replace(tensors, digits=[*tensors.digits[:3], torch.zeros(7, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match=r"digits\[0\] must be contiguous uint8 on cpu, got torch.int8"):
+        dataclasses.replace(tensors, digits=[digits.to(torch.int8) for digits in tensors.digits])
     assert [len(one) for one in tensors.select([True, False, False, True]).digits] == [700, 1299]
