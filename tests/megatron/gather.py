@@ -4,7 +4,8 @@
 
 Compares every rank's parameters with their owners', bit by bit, and says on each rank how they were sent. FAULT is
 ``none``, or one of ``FAULTS``, which puts a mistake into the exchange. KIND is one of ``kinds.py``, or ``core``, which
-is ``core_loop.py``. With GATHER_RELOAD=N the checkpoint in --save is loaded again after step N.
+is ``core_loop.py``. With GATHER_RELOAD=N the checkpoint in --save is loaded again after step N. With GATHER_NAN=N step N
+has gradients that are not finite, on the last rank only.
 """
 
 import os
@@ -23,6 +24,7 @@ from megatron_lion.integration import loop_callbacks  # noqa: E402
 from megatron_lion.integration.exchange.bucket_groups import SignBucketGroup, State  # noqa: E402
 from megatron_lion.integration.exchange.bucket_signs import BucketSigns  # noqa: E402
 from megatron_lion.integration.exchange.sign_gather import SignGather  # noqa: E402
+from megatron_lion.integration.optimizer.chained import LionChainedOptimizer  # noqa: E402
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer  # noqa: E402
 
 NAMES = ("steps", "groups", "buckets", "full", "signs", "replays", "exceptions", "mismatches", "differing", "gathered")
@@ -117,6 +119,21 @@ def reload_after(number: int) -> None:
             load_checkpoint(models[-1], optimizer, None)
 
     loop_callbacks.after_step.append(load)
+
+
+def bad_gradients_in(number: int) -> None:
+    """Make the gradients of the last rank NaN before step ``number``."""
+    step, made = LionChainedOptimizer.step, Counter()
+
+    def with_bad_gradients(self):
+        made[self] += 1
+        if made[self] == number and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            for sub_optimizer in self.chained_optimizers:
+                for buffer in sub_optimizer.buffers:
+                    buffer.grad_data.fill_(float("nan"))
+        return step(self)
+
+    LionChainedOptimizer.step = with_bad_gradients
 
 
 def replay_twice_after_a_skip() -> None:
@@ -222,6 +239,8 @@ def main() -> None:
     record_bytes()
     if "GATHER_RELOAD" in os.environ:
         reload_after(int(os.environ["GATHER_RELOAD"]))
+    if "GATHER_NAN" in os.environ:
+        bad_gradients_in(int(os.environ["GATHER_NAN"]))
     if sys.argv[1] == "core":
         from tests.megatron import core_loop
 

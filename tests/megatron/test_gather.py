@@ -74,6 +74,9 @@ SLOW_CASES = {
     "bf16, frozen parameters, overlap": Row(2, f"--bf16 {OVERLAP} {UNTIED}", "frozen"),
     "bf16, decoupled rate, untied, telemetry": Row(2, f"--bf16 {DECOUPLED} {UNTIED} --lion-telemetry"),
     "bf16, learning rates by parameter": Row(2, f"--bf16 {OVERLAP}", "learning-rates"),
+    "bf16, multi-token prediction, overlap": Row(
+        2, f"--bf16 --mtp-num-layers 1 --position-embedding-type rope {OVERLAP}", "multi-token"
+    ),
     "bf16, two optimizer instances": Row(4, "--bf16 --micro-batch-size 1 --num-distributed-optimizer-instances 2"),
     "fp32, two optimizer instances, overlap": Row(4, f"{OVERLAP} --num-distributed-optimizer-instances 2"),
     "bf16 gradients, remainders, overlap": Row(2, f"{COMPACT} --grad-reduce-in-bf16 {OVERLAP}"),
@@ -196,6 +199,16 @@ def test_a_skipped_step_is_not_replayed(text: Path, tmp_path: Path) -> None:
     found = compare_with_the_ordinary_run(text, tmp_path, row, steps=12)
     assert_signs_were_sent(found)
     assert all(3 <= rank["steps"] <= 10 for rank in found), "no step was skipped between others"
+
+
+@SUPPORTED
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", ["", OVERLAP])
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_on_all(text: Path, tmp_path: Path, overlap: str) -> None:
+    row = Row(2, f"--bf16 --no-check-for-nan-in-loss-and-grad {overlap}")
+    found = compare_with_the_ordinary_run(text, tmp_path, row, environment={"GATHER_NAN": "3"})
+    assert_signs_were_sent(found)
+    assert [rank["steps"] for rank in found] == [STEPS - 1] * 2
 
 
 @SUPPORTED
