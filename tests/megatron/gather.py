@@ -4,8 +4,8 @@
 
 Compares every rank's parameters with their owners', bit by bit, and says on each rank how they were sent. FAULT is
 ``none``, or one of ``FAULTS``, which puts a mistake into the exchange. KIND is one of ``kinds.py``, or ``core``, which
-is ``core_loop.py``. With GATHER_RELOAD=N the checkpoint in --save is loaded again after step N. With GATHER_NAN=N step N
-has gradients that are not finite, on the last rank only.
+is ``core_loop.py``. With GATHER_RELOAD=N the checkpoint in --save is loaded again after step N. With GATHER_NAN=N step
+N has gradients that are not finite, on the last rank only.
 """
 
 import os
