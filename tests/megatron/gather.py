@@ -173,7 +173,7 @@ def next_steps_lr() -> None:
 
 def own_shard_replayed() -> None:
     def replay(self, messages, form, runs):
-        self.mismatches = self._kernels.replay_(self.params, messages, runs, form, own=None)
+        self.mismatches = self.kernels.replay_(self.params, messages, runs, form, own=None)
         self.mismatches[self.rank] = 0  # which nobody would look at
 
     BucketSigns.replay = replay

@@ -165,7 +165,7 @@ def test_the_log_says_how_many_bits_are_sent(text: Path, tmp_path: Path) -> None
 
     row = Row(2, f"--bf16 --log-interval 2 --tensorboard-dir {tmp_path}/board")
     signs = finished(run(text, tmp_path, SIGNS, row=row))
-    assert any("gather of signs (3.2" in line and "instead of 16" in line for line in signs.ours())
+    assert any("fused gather of signs (3.2" in line and "instead of 16" in line for line in signs.ours())
     found = [match.groups() for match in map(LINES.search, signs.ours()) if match]
     assert [(step, full) for step, *_, full in found] == [("2", "1"), ("4", "0"), ("6", "0")]
     assert float(found[0][1]) > 8 and all(3.2 < float(bits) < 4 for _, bits, *_ in found[1:])

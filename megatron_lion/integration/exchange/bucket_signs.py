@@ -40,7 +40,7 @@ class BucketSigns:
         self.group = group
         self.rank, self.ranks = group.rank(), group.size()
         self.numel = bucket.param_data.numel() // self.ranks
-        self._kernels = kernels
+        self.kernels = kernels
         self._half_away = half_away and bucket.param_data.dtype == torch.bfloat16
         self._digits: Tensor | None = None
         self._message: tuple[Tensor, WireFormat, list[Run]] | None = None
@@ -84,7 +84,7 @@ class BucketSigns:
         assert self._digits is not None
         runs = [Run(span.start, span.stop, *rates[span.group]) for span in self.spans]
         message = torch.empty(form.nbytes, dtype=torch.uint8, device=self.params.device)
-        self._kernels.write_message_(message, self._digits, self.shard, form)
+        self.kernels.write_message_(message, self._digits, self.shard, form)
         self._digits, self._message = None, (message, form, runs)
 
     def drop(self) -> None:
@@ -101,7 +101,7 @@ class BucketSigns:
 
     def replay(self, messages: Tensor, form: WireFormat, runs: Sequence[Run]) -> None:
         """Make the step of the other ranks on their shards, in place."""
-        self.mismatches = self._kernels.replay_(self.params, messages, runs, form, own=self.rank)
+        self.mismatches = self.kernels.replay_(self.params, messages, runs, form, own=self.rank)
 
 
 class Gathered(NamedTuple):

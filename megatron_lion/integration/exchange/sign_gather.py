@@ -166,7 +166,8 @@ def describe(optimizer: Any) -> str:
         8 * sum(sizes) / sum(signs.numel for signs in buckets)
         for sizes in zip(*((signs.form(0).nbytes, signs.shard.nbytes) for signs in buckets), strict=True)
     ]
-    return f"gather of signs ({bits[0]:.2f} bits per parameter instead of {bits[1]:.3g}, plus exceptions)"
+    kernel = buckets[0].kernels.name
+    return f"{kernel} gather of signs ({bits[0]:.2f} bits per parameter instead of {bits[1]:.3g}, plus exceptions)"
 
 
 def _bucket_groups(sub_optimizer: Any) -> list[Any]:
