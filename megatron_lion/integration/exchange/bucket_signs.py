@@ -66,7 +66,7 @@ class BucketSigns:
         """The number of elements that the digits cannot express: int64 without dimensions."""
         if self._digits is None or self.params.dtype == torch.float32:
             return torch.zeros((), dtype=torch.int64, device=self.params.device)
-        return (self._digits >= EXCEPTION).sum()
+        return torch.count_nonzero(self._digits & EXCEPTION)  # on a CPU several times as fast as a sum of booleans
 
     def differs(self) -> Tensor:
         """Whether the last replay did not give the owners' parameters: int64 without dimensions."""
