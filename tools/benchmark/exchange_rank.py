@@ -52,11 +52,14 @@ def gathers(dtype: torch.dtype, parameters: int, exceptions: float) -> dict[str,
     if dtype != torch.float32:
         step.masked_fill_(torch.rand(signs.numel) < exceptions, EXCEPTION)
 
+    first = signs.rank * signs.numel
+
     def in_full() -> None:
         dist.all_gather_into_tensor(params, signs.shard)
 
     def in_signs() -> None:
-        signs.begin_step().copy_(step)
+        signs.begin_step()
+        signs.digits(first, first + signs.numel).copy_(step)
         most = signs.count_exceptions()
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         signs.write_message(RATES, signs.form(int(most)))

@@ -57,10 +57,15 @@ class BucketSigns:
         """This rank's own parameters."""
         return self.params[self.rank * self.numel : (self.rank + 1) * self.numel]
 
-    def begin_step(self) -> Tensor:
-        """Fresh digits, uint8 [numel] of zeros, which the step of this rank's shard is to write."""
+    def begin_step(self) -> None:
+        """Make digits of zeros, which the step of this rank's shard is to write."""
         self._digits = torch.zeros(self.numel, dtype=torch.uint8, device=self.params.device)
-        return self._digits
+
+    def digits(self, start: int, stop: int) -> Tensor:
+        """The digits, uint8, of elements ``start`` to ``stop`` of the bucket, which are in this rank's shard."""
+        assert self._digits is not None
+        first = self.rank * self.numel
+        return self._digits[start - first : stop - first]
 
     def count_exceptions(self) -> Tensor:
         """The number of elements that the digits cannot express: int64 without dimensions."""

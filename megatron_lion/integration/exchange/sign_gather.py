@@ -1,6 +1,7 @@
 """The sign gather of one distributed optimizer: what it does before and after each step, and its checks."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -73,12 +74,14 @@ class SignGather:
         if self._refresh and self._steps % self._refresh == 0:
             self.require_full()
         sending = [signs for group in self.groups if group.state is State.CLEAN for signs in group.signs]
-        digits = {id(signs.bucket): signs.begin_step() for signs in sending}
-        lion.digits = {
-            shard: digits[id(bucket)][start:stop].view(shard.shape)
-            for shard, bucket, start, stop in self._shards()
-            if id(bucket) in digits
-        }
+        of_bucket = {id(signs.bucket): signs for signs in sending}
+        for signs in sending:
+            signs.begin_step()
+        lion.digits = {}
+        for param, shard, _ in compat.updated_params(self._optimizer):
+            bucket, start, stop = compat.range_in_bucket(self._optimizer, param)
+            if id(bucket) in of_bucket:
+                lion.digits[shard] = of_bucket[id(bucket)].digits(start, stop).view(shard.shape)
 
     def end_step(self) -> None:
         """Choose how each group sends the step, and write its messages. The model's parameters are written already.
@@ -90,16 +93,18 @@ class SignGather:
         counts = torch.stack([signs.count_exceptions() for signs in buckets])
         largest = torch.stack([counts, torch.stack([signs.differs() for signs in buckets])])
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=buckets[0].group)
-        exceptions, differ = (dict(zip(map(id, buckets), row, strict=True)) for row in largest.tolist())
-        if any(differ.values()):
-            self._name_mismatches()
         self.sent.exceptions += int(counts.sum())
+        found = largest.t().tolist()
+        if any(differs for _, differs in found):
+            self._name_mismatches()
+        of_each_bucket = iter(found)
         for group in self.groups:
-            if any(differ[id(signs)] for signs in group.signs):
+            exceptions, differ = zip(*itertools.islice(of_each_bucket, len(group.signs)), strict=True)
+            if any(differ):
                 group.require_full()
-            self._decide(group, [exceptions[id(signs)] for signs in group.signs])
+            self._decide(group, exceptions)
 
-    def _decide(self, group: SignBucketGroup, exceptions: list[int]) -> None:
+    def _decide(self, group: SignBucketGroup, exceptions: Sequence[int]) -> None:
         """Have ``group`` send signs, unless it has to send its parameters or signs are not smaller."""
         forms = [signs.form(count) for signs, count in zip(group.signs, exceptions, strict=True)]
         in_full = sum(signs.shard.nbytes for signs in group.signs)
@@ -114,14 +119,6 @@ class SignGather:
         self.sent.nbytes += in_full if is_full else message_bytes
         self.sent.elements += sum(signs.numel for signs in group.signs)
         self.sent.full_gathers += is_full
-
-    def _shards(self) -> Iterator[tuple[torch.Tensor, Any, int, int]]:
-        """Each of Lion's tensors, its bucket, and its first and last element in this rank's shard of the bucket."""
-        optimizer = self._optimizer
-        for param, shard, _ in compat.updated_params(optimizer):
-            bucket, start, stop = compat.range_in_bucket(optimizer, param)
-            first = bucket.param_data.numel() // self.groups[0].signs[0].ranks * self.groups[0].signs[0].rank
-            yield shard, bucket, start - first, stop - first
 
     def _name_mismatches(self) -> None:
         """Say on this rank which shards of which buckets differ from their owner's."""
