@@ -38,7 +38,6 @@ class SignBucketGroup(_ParamAndGradBucketGroup):
     state: State
     signs: list[BucketSigns]
     full_gathers: int
-    param_gather_handle: Any
 
     @compat.overrides
     def start_param_sync(self, force_sync: bool = False) -> None:
@@ -46,43 +45,37 @@ class SignBucketGroup(_ParamAndGradBucketGroup):
 
         Issues one all-gather for each bucket, or none.
         """
-        if self.param_gather_handle is None and self.state is State.FULL:
+        if self.param_gather_handle is not None:  # it waits, or raises
+            super().start_param_sync(force_sync)
+        elif self.state is State.FULL:
             super().start_param_sync(force_sync)
             self.full_gathers += 1
-            self.state = State.CLEAN
-        elif self.param_gather_handle is None and self.state is State.SIGNS:
-            self._gather_signs(async_op=self.ddp_config.overlap_param_gather and not force_sync)
-            self.state = State.CLEAN
-        elif self.param_gather_handle is not None:  # waits, or raises
-            super().start_param_sync(force_sync)
-        self.param_gather_dispatched = True
-
-    def _gather_signs(self, *, async_op: bool) -> None:
-        handle = ReplayHandle([signs.gather(async_op=async_op) for signs in self.signs])
-        if async_op:
-            self.param_gather_handle = handle
+        elif self.state is State.SIGNS and self.ddp_config.overlap_param_gather and not force_sync:
+            compat.gather_is_dispatched(self, self._send_signs(async_op=True))
         else:
-            handle.wait()
+            self._send_pending_signs()
+            compat.gather_is_dispatched(self)
+        self.state = State.CLEAN
 
     def settle(self) -> None:
         """Finish what the last step left, before the next one: where a module was not run, for example."""
-        dispatched = self.param_gather_dispatched
-        self._finish()
-        if self.state is State.SIGNS:
-            self.start_param_sync(force_sync=True)
-        self.param_gather_dispatched = dispatched
+        compat.wait_for_gather(self)
+        self._send_pending_signs()
 
     def require_full(self) -> None:
         """Send the parameters in full the next time. Signs that were not sent are dropped."""
-        self._finish()
+        compat.wait_for_gather(self)
         for signs in self.signs:
             signs.drop()
         self.state = State.FULL
 
-    def _finish(self) -> None:
-        if self.param_gather_handle is not None:
-            self.param_gather_handle.wait()
-            self.param_gather_handle = None
+    def _send_pending_signs(self) -> None:
+        if self.state is State.SIGNS:
+            self._send_signs(async_op=False).wait()
+            self.state = State.CLEAN
+
+    def _send_signs(self, *, async_op: bool) -> "ReplayHandle":
+        return ReplayHandle([signs.gather(async_op=async_op) for signs in self.signs])
 
 
 class ReplayHandle:
