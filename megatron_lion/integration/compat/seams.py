@@ -202,6 +202,7 @@ CORE: tuple[Seam, ...] = (
         "_ParamAndGradBucketGroup.__init__",
         uses=(
             "buckets",
+            "ddp_config",
             "intra_distributed_optimizer_instance_group",
             "param_gather_handle",
             "param_gather_dispatched",
