@@ -47,17 +47,18 @@ def settle_and_compare(gather: SignGather) -> None:
 def record_bytes() -> None:
     """Count the bytes that this rank puts into all-gathers of tensors, whoever calls them."""
     group = torch.distributed.ProcessGroup
-    one, several = group._allgather_base, group.allgather_into_tensor_coalesced
 
-    def recorded(self, output, sent, *options):
-        COUNTS["gathered"] += sent.nbytes
-        return one(self, output, sent, *options)
+    def recorded(stock):
+        def gather(self, output, sent, *options, **more):
+            COUNTS["gathered"] += sum(tensor.nbytes for tensor in (sent if isinstance(sent, list) else [sent]))
+            return stock(self, output, sent, *options, **more)
 
-    def recorded_several(self, outputs, sent, *options):
-        COUNTS["gathered"] += sum(tensor.nbytes for tensor in sent)
-        return several(self, outputs, sent, *options)
+        return gather
 
-    group._allgather_base, group.allgather_into_tensor_coalesced = recorded, recorded_several
+    for name in ("", "_coalesced"):  # torch has renamed them
+        for stem in ("_allgather_base", "allgather_into_tensor", "all_gather_single"):
+            if stock := getattr(group, stem + name, None):
+                setattr(group, stem + name, recorded(stock))
 
 
 def count_and_compare() -> None:
