@@ -12,6 +12,7 @@ KERNELS = ("auto", "reference", "foreach", "fused")
 MOMENTUM_INITS = ("zero", "gradient")
 MOMENTUM_DTYPES = ("fp32", "bf16", "int8")
 MASTER_WEIGHTS = ("fp32", "remainder")
+GATHERS = ("params", "signs")
 INITS_FROM = ("adam", "fresh")
 
 # Lion's published rates for language models (docs/coming-from-adamw.md, section 4): up to 2e-3 with weight decays from
@@ -106,6 +107,10 @@ class LionOptions:
     """how the momentum is stored, one of ``MOMENTUM_DTYPES``"""
     master_weights: str = "fp32"
     """how the fp32 master of a bf16 parameter is stored, one of ``MASTER_WEIGHTS``"""
+    gather: str = "params"
+    """what data-parallel ranks send each other after a step, one of ``GATHERS``; both give the same bits"""
+    gather_refresh: int = 0
+    """with ``gather="signs"``: send the parameters after every this many steps; 0 for never"""
     fast_norm: bool = False
     """one pass of this package's CPU kernel for Megatron's gradient norm, whose last bits may differ"""
     init_from: str | None = None
@@ -120,6 +125,11 @@ class LionOptions:
         check_choice("--lion-kernel", self.kernel, KERNELS)
         check_choice("--lion-momentum-dtype", self.momentum_dtype, MOMENTUM_DTYPES)
         check_choice("--lion-master-weights", self.master_weights, MASTER_WEIGHTS)
+        check_choice("--lion-gather", self.gather, GATHERS)
+        if self.gather_refresh < 0:
+            raise LionError(f"--lion-gather-refresh must be >= 0 steps (0 is never), got {self.gather_refresh}")
+        if self.gather_refresh and self.gather != "signs":
+            raise LionError("--lion-gather-refresh has no effect without --lion-gather signs: add it, or remove this")
         if self.init_from is not None:
             check_choice("--lion-init-from", self.init_from, INITS_FROM)
 
@@ -133,6 +143,8 @@ class LionOptions:
             kernel=config.lion_kernel,
             momentum_dtype=momentum_dtype,
             master_weights=master_weights,
+            gather=config.lion_gather,
+            gather_refresh=config.lion_gather_refresh,
             fast_norm=config.lion_fast_norm,
             init_from=config.lion_init_from,
             rates_from_run=config.lion_rates_from_run,
@@ -154,6 +166,7 @@ class LionOptions:
             "--optimizer-cpu-offload": offload,
             f"--lion-momentum-dtype {self.momentum_dtype}": self.momentum_dtype != "fp32",
             f"--lion-master-weights {self.master_weights}": self.master_weights != "fp32",
+            f"--lion-gather {self.gather}": self.gather != "params",
             "--use-precision-aware-optimizer": config.use_precision_aware_optimizer,
             "--main-grads-dtype bf16": dtype_name(config.main_grads_dtype) != "fp32",
         }
@@ -164,6 +177,16 @@ class LionOptions:
             raise LionError(
                 "--optimizer-cpu-offload is not supported in fp32: Megatron's optimizer for it refuses shards of fp32 "
                 "parameters. Add --bf16, or remove the flag"
+            )
+        if offload and self.gather == "signs":
+            raise LionError(
+                "--lion-gather signs is not supported with --optimizer-cpu-offload, whose steps on the CPU leave no "
+                "signs. Remove one of them"
+            )
+        if self.gather == "signs" and self.kernel == "fused" and config.fp16:
+            raise LionError(
+                "--lion-gather signs is not supported with --lion-kernel fused and --fp16: the fused kernel does not "
+                "write fp16 parameters. Use --lion-kernel auto"
             )
         if offload and self.is_compact:
             raise LionError(

@@ -210,9 +210,10 @@ class Lion(torch.optim.Optimizer):
         params = [group["params"][index] for index in indices]
         states = [self.state[param] for param in params]
         grads_here = [grad for index in indices if (grad := grads[index]) is not None]
-        tensors = step_tensors(params, grads_here, states, self._block_layout, self._model_copies(params))
+        written = self._model_copies(params), self._digits(params)
+        tensors = step_tensors(params, grads_here, states, self._block_layout, *written)
         assert tensors.kind is not None  # there are tensors
-        update = kernels.choose(group.get("kernel", "auto"), tensors.kind)
+        update = kernels.choose(group.get("kernel", "auto"), tensors.kind, digits=tensors.digits is not None)
         chosen = set(indices)
         return KernelCall(update, tensors, params, states, [index in chosen for index in range(len(grads))])
 
@@ -242,6 +243,10 @@ class Lion(torch.optim.Optimizer):
 
     def _model_copies(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
         """Tensors that the step writes in addition to ``params``, which are of one kind."""
+        return None
+
+    def _digits(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """Tensors in which the step leaves what other ranks need to repeat it."""
         return None
 
     def _telemetry_of(self, param: Tensor) -> Telemetry | None:

@@ -68,6 +68,9 @@ class StepTensors:
     """bf16, one per block: with the codes they are the momenta (:func:`~megatron_lion.precision.dequantize`)."""
     blocks: list[BlockLayout] | None = None
     """Position of each tensor in its parameter. Used only with ``scales``; the default is whole parameters."""
+    digits: list[Tensor] | None = None
+    """Written: uint8, what a rank with the old :attr:`model_params` needs to make the same step
+    (:func:`megatron_lion.exchange.digits.sign_digits`). Model copies must be the masters, rounded, before the step."""
 
     kind: StepKind | None = field(init=False, default=None)
     """None if there is no tensor."""
@@ -87,13 +90,17 @@ class StepTensors:
         lengths = {name: len(tensors) for name, tensors in roles.items()}
         if self.scales is not None and self.blocks is not None:
             lengths["blocks"] = len(self.blocks)
+        if self.digits is not None:
+            lengths["digits"] = len(self.digits)
         if len(set(lengths.values())) > 1:
             raise ValueError(f"every list must have one entry per parameter, got lengths {lengths}")
         self.numels = array("q", map(Tensor.numel, self.masters))
         self.addresses = list(map(Tensor.data_ptr, self.all_tensors()))
         if self.masters:
             self.kind = _kind_of(roles)
-            self._check_sizes(roles)
+            if self.digits is not None:
+                _check_digits(self.digits, self.kind.device)
+            self._check_sizes(roles if self.digits is None else {**roles, "digits": self.digits})
             if self.scales is not None and self.blocks is not None:
                 self._check_scales(self.scales, self.blocks)
 
@@ -112,6 +119,11 @@ class StepTensors:
         with torch.cuda.device(self.kind.device):
             return torch.cuda.is_current_stream_capturing()
 
+    @property
+    def model_params(self) -> list[Tensor]:
+        """The parameters of the model, which data-parallel ranks share: the model copies, or the masters."""
+        return self.masters if self.model_copies is None else self.model_copies
+
     def entries(self) -> Iterator[tuple[Any, ...]]:
         """One tuple per parameter: a tensor for each of :data:`ROLES`, then its layout. None where a role is absent."""
         lists = [getattr(self, name) for name in (*ROLES, "blocks")]
@@ -120,7 +132,7 @@ class StepTensors:
 
     def select(self, chosen: list[bool]) -> "StepTensors":
         """The tensors of the parameters with a true entry in ``chosen``."""
-        lists = {name: getattr(self, name) for name in (*ROLES, "blocks")}
+        lists = {name: getattr(self, name) for name in (*ROLES, "blocks", "digits")}
         return StepTensors(
             **{name: values and list(itertools.compress(values, chosen)) for name, values in lists.items()}
         )
@@ -208,6 +220,15 @@ def _local_tensor(tensor: Any) -> Tensor:
             "Use plain tensors or DTensors of plain tensors"
         )
     return cast(Tensor, local)
+
+
+def _check_digits(digits: list[Tensor], device: torch.device) -> None:
+    for index, tensor in enumerate(digits):
+        if (tensor.dtype, tensor.device) != (torch.uint8, device) or not tensor.is_contiguous():
+            raise ValueError(
+                f"digits[{index}] must be contiguous uint8 on {device}, got {tensor.dtype} on {tensor.device} with "
+                f"strides {tensor.stride()}"
+            )
 
 
 def _kind_of(roles: dict[str, list[Tensor]]) -> StepKind:

@@ -192,6 +192,7 @@ def step_tensors(
     states: Sequence[State],
     layout_of: Callable[[Tensor], BlockLayout],
     model_copies: Sequence[Tensor] | None = None,
+    digits: Sequence[Tensor] | None = None,
 ) -> StepTensors:
     """Return the tensors of an update of ``params``, whose states must have the same keys and dtypes.
 
@@ -214,6 +215,7 @@ def step_tensors(
         remainders=remainders,
         scales=[state["exp_avg_scale"] for state in states] if is_quantized else None,
         blocks=[layout_of(param) for param in params] if is_quantized else None,
+        digits=None if digits is None else list(digits),
     )
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_lion.precision import dequantize, join_master, quantize, split_master
+from megatron_lion.precision import BlockLayout, dequantize, join_master, quantize, split_master
 from megatron_lion.step import StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
 
@@ -74,9 +74,7 @@ def lion_update_(tensors: StepTensors, scalars: StepScalars, telemetry: Telemetr
         return
     lr, beta1, beta2, weight_decay, grad_scale = scalars.on_host()
     for master, grad, exp_avg, model_copy, remainder, scale, layout in tensors.entries():
-        dtype = compute_dtype(master)
-        grad = grad.to(dtype) if grad_scale == 1.0 else grad.to(dtype) * grad_scale
-        momentum = exp_avg.to(dtype) if scale is None else dequantize(exp_avg, scale, layout)
+        grad, momentum = inputs(master, grad, exp_avg, scale, layout, grad_scale)
         theta = master if remainder is None else join_master(master, remainder)
         new_theta, new_momentum = lion_step(
             theta, grad, momentum, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay
@@ -88,6 +86,15 @@ def lion_update_(tensors: StepTensors, scalars: StepScalars, telemetry: Telemetr
         _store(exp_avg, scale, new_momentum, functools.partial(quantize, layout=layout))
         if model_copy is not None:
             model_copy.copy_(new_theta)
+
+
+def inputs(
+    master: Tensor, grad: Tensor, exp_avg: Tensor, scale: Tensor | None, layout: BlockLayout, grad_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The scaled gradient and the momentum of one of :meth:`StepTensors.entries`, in the dtype of the arithmetic."""
+    dtype = compute_dtype(master)
+    grad = grad.to(dtype) if grad_scale == 1.0 else grad.to(dtype) * grad_scale
+    return grad, exp_avg.to(dtype) if scale is None else dequantize(exp_avg, scale, layout)
 
 
 def _store(

@@ -28,6 +28,8 @@ DEFAULTS = {
     "lion_beta1": None,
     "lion_beta2": None,
     "lion_kernel": "auto",
+    "lion_gather": "params",
+    "lion_gather_refresh": 0,
     "lion_fast_norm": False,
     "lion_init_from": None,
     "lion_rates_from_run": False,

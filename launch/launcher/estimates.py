@@ -171,14 +171,14 @@ def hours(recipe: Recipe, utilization: float) -> float | None:
 def wire_bytes_per_step(recipe: Recipe) -> dict[str, int]:
     """Bytes that the busiest GPU sends in a step, by kind, with ring collectives of n ranks ((n - 1) / n a pass).
 
-    Data parallel: gradients in fp32 reduced, weights gathered in their own width (sharded), or an all-reduce of
+    Data parallel: gradients in fp32 reduced, weights gathered (sharded, :func:`gathered_bits`), or an all-reduce of
     gradients, which is two passes. Tensor parallel: four all-reduces of s b h in a layer and micro-batch. Pipeline:
     s b h both ways for a micro-batch.
     """
     count, layout, dp = max(parameters(recipe)), recipe.layout, recipe.dp
     width = 2 if recipe.get("bf16") or recipe.get("fp16") else 4
     share = (dp - 1) / dp
-    data = count * (4 + width) if recipe.get("use-distributed-optimizer") else count * 8
+    data = count * (4 + gathered_bits(recipe) / 8) if recipe.get("use-distributed-optimizer") else count * 8
     micro_batches = int(recipe["global-batch-size"]) // (int(recipe["micro-batch-size"]) * dp)
     block = int(recipe["seq-length"]) * int(recipe["micro-batch-size"]) * int(recipe["hidden-size"]) * width
     tp, pp = layout["TP"], layout["PP"]
@@ -187,3 +187,33 @@ def wire_bytes_per_step(recipe: Recipe) -> dict[str, int]:
         "tensor parallel": round(8 * (tp - 1) / tp * block * micro_batches * (int(recipe["num-layers"]) // pp)),
         "pipeline parallel": 2 * block * micro_batches if pp > 1 else 0,
     }
+
+
+def gathered_bits(recipe: Recipe, gather: str | None = None) -> float:
+    """Bits of a parameter that a rank sends in the gather after a step: of its width, or of the signs of the step.
+
+    Signs are 1.6 bits, and 1.6 more with 16-bit parameters for the rounding of their masters. Exceptions are not
+    counted: 0.1 bits in training at a learning rate of 1e-3, less at lower ones (docs/exchange.md).
+    """
+    half = bool(recipe.get("bf16") or recipe.get("fp16"))
+    if (gather or recipe.get("lion-gather", "params")) == "signs":
+        return 3.2 if half else 1.6
+    return 16.0 if half else 32.0
+
+
+def gather_bytes(recipe: Recipe, gather: str) -> int:
+    """Bytes that the busiest GPU sends in the gather after a step, ``gather`` being "params" or "signs"."""
+    return round(max(parameters(recipe)) * gathered_bits(recipe, gather) / 8 * (recipe.dp - 1) / recipe.dp)
+
+
+def gather_seconds(recipe: Recipe, gather: str) -> float | None:
+    """Seconds of that gather at the cluster's link speed, without replay; None where the recipe has no link speed.
+
+    On several nodes the g data-parallel ranks of a node share the ring's bytes over their g links::
+
+        8 gather_bytes / (g gpu-link-gbps 10^9),    g = min(DP, GPUs of a node / (TP CP)); 1 on one node
+    """
+    if not (rate := recipe.get("gpu-link-gbps")):
+        return None
+    links = recipe["gpus-per-node"] // (recipe.layout["TP"] * recipe.layout["CP"]) if recipe["nodes"] > 1 else 1
+    return 8 * gather_bytes(recipe, gather) / (max(1, min(links, recipe.dp)) * rate * 1e9)

@@ -21,6 +21,7 @@ LAUNCH_TOPICS: dict[str, dict[str, type]] = {
         "device": str,
         "gpu-memory-gib": float,
         "gpu-peak-tflops": float,
+        "gpu-link-gbps": float,  # to other nodes, or inside the only one; Gb/s in one direction
         "max-restarts": int,
         "join-timeout": int,  # seconds that a node waits for the others; default 600
         "master-address": str,
@@ -98,6 +99,8 @@ MEGATRON_TOPICS: dict[str, dict[str, type]] = {
         "clip-grad": float,
         "lion-momentum-dtype": str,
         "lion-master-weights": str,
+        "lion-gather": str,
+        "lion-gather-refresh": int,
     },
     "schedule and batch": {
         "train-iters": int,

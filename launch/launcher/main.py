@@ -147,7 +147,8 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog=f"files in configs/:\n{files}\n\nkeys (docs/recipes.md):\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="launch.py MODEL OPTIMIZER CLUSTER [key=value ...] [--dry-run | --rehearse | [--slurm] [--print]] [-- FLAGS]",
+        usage="launch.py MODEL OPTIMIZER CLUSTER [key=value ...] [--dry-run | --rehearse | [--slurm] [--print]] "
+        "[-- FLAGS]",
     )
     made.add_argument("words", nargs="*", metavar="MODEL OPTIMIZER CLUSTER key=value", help="see above")
     made.add_argument("--dry-run", action="store_true", help="show settings, estimates and command; start nothing")

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from megatron_lion.config import LionError, LionOptions, betas_or_default, check_choice, check_non_negative
+from megatron_lion.config import GATHERS, LionError, LionOptions, betas_or_default, check_choice, check_non_negative
 
 from . import estimates, slurm
 from .recipe_files import ROOT
@@ -28,6 +28,7 @@ CHOICES = {
     "recompute-granularity": ("full", "selective"),
     "normalization": ("LayerNorm", "RMSNorm"),
     "position-embedding-type": ("learned_absolute", "rope"),
+    "lion-gather": GATHERS,
     "lion-momentum-dtype": tuple(estimates.LION_MOMENTUM),
     "lion-master-weights": tuple(estimates.MASTER_WEIGHTS),
 }

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from megatron_lion.config import GATHERS
+
 from . import commands, estimates, extra_flags, recipe_checks
 from .keys import TOPICS
 from .recipes import Recipe
@@ -62,6 +64,8 @@ def _needs(recipe: Recipe) -> str:
         "floating-point operations": f"{flops:.3g} a step ({flops / recipe.ranks:.3g} on each GPU)",
         "sent by each GPU": ", ".join(f"{name} {_size(sent)}" for name, sent in wire.items() if sent) or "nothing",
     }
+    if recipe["optimizer"] == "lion" and recipe.get("use-distributed-optimizer") and recipe.dp > 1:
+        rows["gather after a step"] = _gather_row(recipe)
     if interval := recipe.get("norm-ratio-interval"):
         rows["norm-ratio rounds"] = f"{recipe['norm-ratio-batches']} batches every {interval:,} steps"
     hours = estimates.hours(recipe, UTILIZATION)
@@ -83,6 +87,17 @@ def _memory_row(needed: estimates.Memory, there: float) -> str:
         f"{name.replace('_', ' ')} {_size(getattr(needed, name))}" for name in parts if getattr(needed, name)
     )
     return f"{_size(needed.total)} of {there:g} GiB: {listed}"
+
+
+def _gather_row(recipe: Recipe) -> str:
+    """Bytes and time of the gather in use, then of the other one."""
+    used = recipe.get("lion-gather", "params")
+    parts = []
+    for gather in sorted(GATHERS, key=lambda gather: gather != used):
+        seconds = estimates.gather_seconds(recipe, gather)
+        time = "" if seconds is None else f" ({1000 * seconds:.3g} ms at {recipe['gpu-link-gbps']:g} Gb/s)"
+        parts.append(f"lion-gather={gather} {_size(estimates.gather_bytes(recipe, gather))}{time}")
+    return f"{parts[0]}; with {parts[1]}"
 
 
 def _size(count: int) -> str:

@@ -16,3 +16,8 @@ def warn(message: str) -> None:
     """Print one warning line on rank 0's stderr."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{PREFIX} warning: {message}", file=sys.stderr, flush=True)
+
+
+def warn_here(message: str) -> None:
+    """Print one warning line on this rank's stderr: what only this rank knows."""
+    print(f"{PREFIX} warning: {message}", file=sys.stderr, flush=True)

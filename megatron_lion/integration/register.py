@@ -61,6 +61,7 @@ def register_training() -> None:
         return
     require_known_megatron(training=True)
     from megatron_lion.integration import loop_callbacks
+    from megatron_lion.integration.exchange import metrics as gather_metrics
     from megatron_lion.integration.reporting import step_telemetry
     from megatron_lion.integration.reporting.norm_ratio import schedule
 
@@ -69,6 +70,7 @@ def register_training() -> None:
     for reporter in (step_telemetry, schedule):
         loop_callbacks.before_step.append(reporter.before_step)
         loop_callbacks.after_step.append(reporter.after_step)
+    loop_callbacks.after_step.append(gather_metrics.after_step)
     _done.add("training")
 
 

@@ -6,6 +6,7 @@ import torch
 
 from megatron_lion.config import KERNELS, LionError
 from megatron_lion.kernels import compiler, self_check
+from megatron_lion.kernels.digits import with_digits
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_update_fused_, supports_dtypes
 from megatron_lion.step import LionUpdate, StepKind, StepScalars, StepTensors
@@ -15,8 +16,8 @@ from megatron_lion.update import lion_update_
 __all__ = ["KERNELS", "check_parameter", "choose", "describe"]
 
 
-def choose(kernel: str, kind: StepKind) -> LionUpdate:
-    """Return the update function for tensors of ``kind``.
+def choose(kernel: str, kind: StepKind, *, digits: bool = False) -> LionUpdate:
+    """Return the update function for tensors of ``kind``, which writes ``StepTensors.digits`` if ``digits`` is true.
 
     - ``"auto"``: on a CPU the fused kernel if :func:`fused_supports` the kind and a C++ compiler works. On a GPU the
       Triton kernel if it supports the kind and has passed :mod:`~megatron_lion.kernels.self_check` there; the first
@@ -27,6 +28,13 @@ def choose(kernel: str, kind: StepKind) -> LionUpdate:
     Raises:
         LionError: ``"fused"`` cannot be used; the message has the reason.
     """
+    update = _choose(kernel, kind)
+    if digits and update is not lion_update_fused_:  # which writes them in its only pass
+        return with_digits(update, kernel, kind.device)
+    return update
+
+
+def _choose(kernel: str, kind: StepKind) -> LionUpdate:
     if kernel in ("foreach", "reference"):
         return lion_update_foreach_ if kernel == "foreach" else lion_update_
     if kind.device.type == "cuda" and supports_dtypes(kind):

@@ -3,6 +3,7 @@
 
 #include "lion_exchange.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lion.kernels import compiler
+from megatron_lion.kernels.digits import refuse_skip, with_digits
 from megatron_lion.step import ROLES, StepKind, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
@@ -50,14 +51,18 @@ def lion_update_fused_(tensors: StepTensors, scalars: StepScalars, telemetry: Te
     go to the reference. Issues no collective. Raises ValueError for unsupported tensors, RuntimeError if
     :func:`fused_problem` has a reason; then nothing was written.
     """
+    if tensors.digits is not None:
+        refuse_skip(scalars)
     if tensors.kind is None or scalars.skips():
         return
     if not fused_supports(tensors.kind):  # an address on a device would crash the process
         raise ValueError(f"the CPU kernel does not support {tensors.kind}; use kernels.choose")
-    kernel = _kernel(*(() if telemetry is None else ("TELEMETRY",)))
+    macros = {"TELEMETRY": telemetry, "DIGITS": tensors.digits}
+    kernel = _kernel(*(name for name, wanted in macros.items() if wanted is not None))
     contiguous = tensors.are_contiguous()
     if not all(contiguous):
-        lion_update_(tensors.select([not entry for entry in contiguous]), scalars, telemetry)
+        others = tensors.select([not entry for entry in contiguous])
+        with_digits(lion_update_, "reference", tensors.kind.device)(others, scalars, telemetry)
         tensors = tensors.select(contiguous)
     if tensors.kind is not None:
         _update_contiguous(kernel, tensors, tensors.kind, scalars, telemetry)
@@ -67,7 +72,9 @@ def _update_contiguous(
     kernel: Any, tensors: StepTensors, kind: StepKind, scalars: StepScalars, telemetry: Telemetry | None
 ) -> None:
     addresses, roles = array("Q"), tensors.roles()
-    for name in ROLES:
+    if tensors.digits is not None:
+        roles["digits"] = tensors.digits
+    for name in (*ROLES, "digits"):
         absent = itertools.repeat(0, len(tensors.masters))
         addresses.extend(map(Tensor.data_ptr, roles[name]) if name in roles else absent)
     blocks = array("q", itertools.chain.from_iterable(tensors.blocks or ()))

@@ -1,5 +1,5 @@
 // One pass of Lion over memory on a CPU: reads gradient, parameter and momentum, writes parameter, momentum and, if
-// requested, a 16-bit copy of the parameter. Compiled at first use by megatron_lion/kernels/compiler.py and called through
+// requested, a 16-bit copy of the parameter and the digits of the step. Compiled at first use by megatron_lion/kernels/compiler.py and called through
 // ctypes by megatron_lion/kernels/fused.py.
 //
 // Bit-identical to megatron_lion/update.py and precision.py: every product and every sum is rounded separately
@@ -77,7 +77,7 @@ Sums update_chunk(const Streams<P, G, C> streams, const Codes momentum, int64_t 
 }
 
 enum Kind { FP32, BF16, PACKED };
-enum Role { PARAM, GRAD, MOMENTUM, COPY, REMAINDER, SCALES, ROLES };
+enum Role { PARAM, GRAD, MOMENTUM, COPY, REMAINDER, SCALES, DIGIT, ROLES };
 
 // Elements `first` to `last` of one tensor. run() selects the storage format of each role, then updates the elements.
 struct Chunk {
@@ -93,6 +93,7 @@ struct Chunk {
     }
 
   private:
+    Digits digits() const { return {at<uint8_t>(DIGIT)}; }
     template <class T> T *at(Role role) const { return static_cast<T *>(roles[role]); }
 
     template <Kind STORED> Sums with_momentum(Kind param, Kind grad, bool copy) const {
@@ -107,8 +108,8 @@ struct Chunk {
         return with_grad<STORED>(param, Bf16<P::ORDER>{at<uint16_t>(GRAD)}, copy);
     }
     template <Kind STORED, class P, class G> Sums with_grad(P param, G grad, bool copy) const {
-        if (copy) return update<STORED, P, G, Bf16<P::ORDER>>({param, grad, {at<uint16_t>(COPY)}});
-        return update<STORED, P, G, NoCopy>({param, grad, {}});
+        if (copy) return update<STORED, P, G, Bf16<P::ORDER>>({param, grad, {at<uint16_t>(COPY)}, digits()});
+        return update<STORED, P, G, NoCopy>({param, grad, {}, digits()});
     }
     template <Kind STORED, class P, class G, class C> Sums update(Streams<P, G, C> streams) const {
         if constexpr (STORED == FP32)

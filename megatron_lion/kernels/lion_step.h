@@ -2,10 +2,15 @@
 
 #pragma once
 
+#include "lion_exchange.h"
 #include "lion_storage.h"
 
-#ifndef TELEMETRY // a second library is compiled with -DTELEMETRY, so that the sums cost nothing when they are off
+// Further libraries are compiled with -DTELEMETRY and -DDIGITS, so that these cost nothing when they are off.
+#ifndef TELEMETRY
 #define TELEMETRY 0
+#endif
+#ifndef DIGITS
+#define DIGITS 0
 #endif
 
 namespace {
@@ -66,16 +71,46 @@ inline StepResult lion_step(Floats theta, Floats m, Floats g, const Hyper &h) {
     return {theta - (sign + theta * h.weight_decay) * h.lr, m * h.beta2 + g * h.rest2, sign};
 }
 
+// Receives a digit of each element (lion_exchange.h), if they are compiled in.
+struct Digits {
+    uint8_t *values;
+    Digits from(int64_t i) const { return {DIGITS ? values + i : nullptr}; }
+    Digits staged(Staging &staging) const { return {DIGITS ? staging.copy(values) : nullptr}; }
+    template <Order ORDER> void store_pair(int64_t i, Words first, Words second) const {
+        typedef uint8_t Sixteen __attribute__((vector_size(PAIR)));
+        const Shorts both = reinterpret_cast<Shorts>(lower_halves<ORDER>(first, second));
+        write(values + i, __builtin_convertvector(both, Sixteen));
+    }
+};
+
+// The bits of the model's parameter of a master: the copy's, or the upper half of a master that has a remainder.
+template <class P, class C> inline Words model_param(Floats master) {
+    if constexpr (std::is_same_v<P, Remainder> && std::is_same_v<C, NoCopy>)
+        return (unless_nan(master, to_bits(master), 0x7fc00000u) + 0x8000u) & 0xffff0000u;
+    return nearest_even(master) & 0xffff0000u;
+}
+
+// Digits of a step from master `theta`. As digit_of() for a model whose parameters are the rounded masters.
+template <class P, class C> inline Words digits_of(Floats theta, const StepResult &now, const Hyper &h) {
+    const Words sign = reinterpret_cast<Words>(__builtin_convertvector(now.sign, Ints)) & 3u;
+    if constexpr (std::is_same_v<P, Fp32<P::ORDER>> && std::is_same_v<C, NoCopy>) return sign;
+    const Floats old = from_bits(model_param<P, C>(theta));
+    const Words guess = model_param<P, C>(old - (now.sign + old * h.weight_decay) * h.lr);
+    const Words residual = (model_param<P, C>(now.theta) - guess) >> 16, above = (residual + 1u) & 0xffffu;
+    return above > 2u ? Words{} + EXCEPTION : sign | (residual & 3u) << 2;
+}
+
 // What a step reads and writes in addition to the momentum.
 template <class P, class G, class C> struct Streams {
     P param;
     G grad;
     C copy;
+    Digits digits;
 
     void fetch_piece(int64_t i) const { param.fetch_piece(i), grad.fetch_piece(i), copy.fetch_piece(i); }
-    Streams from(int64_t i) const { return {param.from(i), grad.from(i), copy.from(i)}; }
+    Streams from(int64_t i) const { return {param.from(i), grad.from(i), copy.from(i), digits.from(i)}; }
     Streams staged(Staging &only_read, Staging &written) const {
-        return {param.staged(written), grad.staged(only_read), copy.staged(written)};
+        return {param.staged(written), grad.staged(only_read), copy.staged(written), digits.staged(written)};
     }
 };
 
@@ -101,7 +136,10 @@ template <class P, class G, class C>
     const StepResult second = lion_step(theta.second, m.second, g.second, h);
     const Pair new_theta = {first.theta, second.theta};
     streams.param.store_pair(i, new_theta);
-    streams.copy.store_pair(i, new_theta); // further outputs of each element belong here
+    streams.copy.store_pair(i, new_theta);
+    if (DIGITS)
+        streams.digits.template store_pair<P::ORDER>(i, digits_of<P, C>(theta.first, first, h),
+                                                     digits_of<P, C>(theta.second, second, h));
     if (TELEMETRY) {
         const FirstElements<P::ORDER> counted(size);
         sums.add(first.theta, m.first, g.first, first.sign, counted.first);

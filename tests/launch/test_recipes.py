@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.launcher import commands, estimates, main, recipe_checks, recipe_files, recipes
-from megatron_lion.config import LionError
+from launch.launcher import commands, estimates, main, recipe_checks, recipe_files, recipes, report
+from megatron_lion.config import GATHERS, LionError
 from tests.launch.recipe_cases import ROOT, recipe
 
 LAUNCH = ROOT / "launch" / "launch.py"
@@ -191,6 +191,29 @@ def test_bytes_on_the_wire_follow_the_layout() -> None:
     block = 1024 * 8 * 768 * 2
     assert sent["pipeline parallel"] == 2 * block * 40
     assert sent["tensor parallel"] == 8 / 2 * block * 40 * 6  # 4 all-reduces x 2 passes x (t - 1) / t
+
+
+def test_signs_are_a_fifth_of_the_gathered_bytes() -> None:
+    params, signs = (recipe("gpt2_small", "lion", "a100x16", f"lion-gather={gather}") for gather in GATHERS)
+    assert estimates.gather_bytes(params, "params") == round(124_475_904 * 2 * 15 / 16)
+    assert estimates.gather_bytes(params, "signs") * 5 == pytest.approx(estimates.gather_bytes(params, "params"))
+    saved = (
+        estimates.wire_bytes_per_step(params)["data parallel"] - estimates.wire_bytes_per_step(signs)["data parallel"]
+    )
+    assert saved == pytest.approx(124_475_904 * 12.8 / 8 * 15 / 16)
+    # 8 links of 200 Gb/s carry a node's ring; one GPU's NVLink where there is one node.
+    assert estimates.gather_seconds(params, "params") == pytest.approx(124_475_904 * 16 * 15 / 16 / 1600e9)
+    one_node = recipe("gpt2_small", "lion", "h100x8")
+    assert estimates.gather_seconds(one_node, "params") == pytest.approx(124_475_904 * 16 * 7 / 8 / 3600e9)
+    fp32 = recipe("gpt2_small", "lion", "a100x16", "bf16=false")
+    assert estimates.gather_bytes(fp32, "signs") * 20 == pytest.approx(estimates.gather_bytes(fp32, "params"))
+
+
+def test_the_report_compares_both_gathers() -> None:
+    text = report.report(recipe("gpt2_small", "lion", "a100x16", "lion-gather=signs"), [])
+    (line,) = (line for line in text.splitlines() if line.startswith("gather after a step"))
+    assert "lion-gather=signs 44.52 MiB (0.233 ms at 200 Gb/s); with lion-gather=params 0.22 GiB (1.17 ms" in line
+    assert "--lion-gather signs" in text
 
 
 # ---- the command itself ----

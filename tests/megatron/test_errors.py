@@ -112,6 +112,28 @@ FOREIGN = {
     f"{LION} --use-torch-fsdp2": ("--use-torch-fsdp2 is not supported", "lion", f"Use {DISTRIBUTED}"),
     f"{LION} --optimizer-cuda-graph": ("--optimizer-cuda-graph is not supported", "lion", "Remove the flag"),
 }
+SIGNS = {
+    f"{LION} {DISTRIBUTED} --lion-gather sings": ("--lion-gather 'sings' is unknown", "did you mean 'signs'?"),
+    f"{LION} {DISTRIBUTED} --lion-gather-refresh 5": ("--lion-gather-refresh has no effect without",),
+    f"{LION} {DISTRIBUTED} --lion-gather signs --lion-gather-refresh -1": ("must be >= 0 steps", "got -1"),
+    f"{LION} --lion-gather signs": ("--lion-gather signs needs --use-distributed-optimizer",),
+    "--optimizer adam --lr 1e-4 --lion-gather signs": ("--lion-gather signs has no effect with --optimizer adam",),
+    f"{LION} {DISTRIBUTED} --bf16 --lion-gather signs --optimizer-cpu-offload": (
+        "--lion-gather signs",
+        "--optimizer-cpu-offload",
+    ),
+    f"{LION} {DISTRIBUTED} --bf16 --lion-gather signs --fp8-param-gather": ("signs is not supported with --fp8-param",),
+    f"{LION} {DISTRIBUTED} --fp16 --lion-gather signs --lion-kernel fused": ("--lion-kernel fused and --fp16", "auto"),
+    f"{LION} {DISTRIBUTED} --lion-gather signs --use-megatron-fsdp": ("--use-megatron-fsdp is not supported",),
+    f"{LION} {DISTRIBUTED} --lion-gather signs --cuda-graph-impl local": ("signs is not supported with --cuda-graph",),
+    f"{LION} {DISTRIBUTED} --lion-gather signs --overlap-param-gather-with-optimizer-step": (
+        "signs is not supported with --overlap-param-gather-with-optimizer-step",
+        "Use --lion-gather params",
+    ),
+}
+REFUSES_SIGNS = pytest.mark.refuses(
+    "`--lion-gather signs` with CPU offload, fp8 and fp4 parameters, FSDP, CUDA graphs, mixed devices"
+)
 REFUSES = pytest.mark.refuses("Megatron-FSDP, torch FSDP2, their checkpoint formats, optimizer CUDA graphs")
 
 # What a right command line must become: optimizer, betas, then Megatron's two kinds of distributed optimizer.
@@ -143,14 +165,14 @@ def cases(lines: dict[str, tuple[Any, ...]], *marks: pytest.MarkDecorator) -> li
 @pytest.fixture(scope="module")
 def outcome() -> Callable[[str], Any]:
     """What becomes of each line above in the Megatron that is installed: one process for all."""
-    lines = {f"{MODEL} {BATCH} {CPU} --train-iters 4 {line}": line for line in (*WRONG, *FOREIGN, *RIGHT)}
+    lines = {f"{MODEL} {BATCH} {CPU} --train-iters 4 {line}": line for line in (*WRONG, *FOREIGN, *SIGNS, *RIGHT)}
     result = python("-c", PARSE, text=json.dumps(list(lines)))
     assert result.returncode == 0, result.stderr[-3000:]
     answers = json.loads(result.stdout.split("OUTCOMES ")[-1])
     return {line: answers[whole] for whole, line in lines.items()}.__getitem__
 
 
-@pytest.mark.parametrize(("line", "words"), cases(WRONG) + cases(FOREIGN, REFUSES))
+@pytest.mark.parametrize(("line", "words"), cases(WRONG) + cases(FOREIGN, REFUSES) + cases(SIGNS, REFUSES_SIGNS))
 @pytest.mark.refuses("Megatron's loop / refusals")
 def test_a_wrong_command_line_is_refused_with_what_to_do_instead(
     outcome: Callable[[str], Any], line: str, words: tuple[str, ...]

@@ -199,6 +199,30 @@ def shard_range(sub_optimizer: Any, param: Any) -> tuple[int, int]:
     return shard.start, shard.end
 
 
+def range_in_bucket(sub_optimizer: Any, param: Any) -> tuple[Any, int, int]:
+    """The bucket of ``param`` in the distributed optimizer ``sub_optimizer``, and where this rank's shard of ``param``
+    starts and stops in the bucket's ``param_data``, flattened."""
+    span = sub_optimizer._get_model_param_range_map(param)["gbuf_world_in_bucket"]
+    buffer, _, bucket = sub_optimizer.model_param_gbuf_map[param]
+    return sub_optimizer.buffers[buffer].buckets[bucket], span.start, span.end
+
+
+def gather_is_dispatched(bucket_group: Any, handle: Any = None) -> None:
+    """Tell Megatron that the gather of a bucket group's parameters is under way, or done if there is no ``handle``.
+
+    Megatron calls ``handle.wait()`` before the forward pass of the group's modules.
+    """
+    bucket_group.param_gather_handle = handle
+    bucket_group.param_gather_dispatched = True
+
+
+def wait_for_gather(bucket_group: Any) -> None:
+    """Wait for the gather of a bucket group's parameters, if one is under way."""
+    if bucket_group.param_gather_handle is not None:
+        bucket_group.param_gather_handle.wait()
+        bucket_group.param_gather_handle = None
+
+
 def rerun_disabled() -> contextlib.AbstractContextManager[None]:
     """Megatron's rerun state machine off, as in its own evaluation, without the line that ``set_mode`` logs."""
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine

@@ -164,6 +164,7 @@ CORE: tuple[Seam, ...] = (
             "data_parallel_group",
             "distributed_optimizer_instance_id",
             "is_stub_optimizer",
+            "model_chunks",
             "model_float16_groups",
             "model_param_gbuf_map",
             "model_param_group_index_map",
@@ -201,6 +202,30 @@ CORE: tuple[Seam, ...] = (
         "_ParamAndGradBucket.__init__",
         uses=("grad_data", "numel_unpadded", "offset", "param_data", "params"),
     ),
+    # What --lion-gather signs relies on.
+    Seam(
+        _BUFFERS,
+        "_ParamAndGradBucketGroup.__init__",
+        uses=(
+            "buckets",
+            "ddp_config",
+            "intra_distributed_optimizer_instance_group",
+            "param_gather_handle",
+            "param_gather_dispatched",
+        ),
+    ),
+    Seam(
+        _BUFFERS,
+        "_ParamAndGradBucketGroup.start_param_sync",
+        ("force_sync",),
+        uses=("param_gather_handle", "param_gather_dispatched"),
+    ),
+    Seam(
+        _BUFFERS,
+        "_ParamAndGradBucketGroup.finish_param_sync",
+        uses=("param_gather_handle", "param_gather_dispatched", "start_param_sync", "wait"),
+    ),
+    Seam(_BUFFERS, "_ParamAndGradBucketGroup.finish_grad_sync", uses=("param_gather_dispatched",)),
     # Offload to the CPU.
     Seam(
         "megatron.core.optimizer.cpu_offloading",
@@ -247,7 +272,7 @@ TRAINING: tuple[Seam, ...] = (
     Seam(
         "megatron.core.distributed.distributed_data_parallel",
         "DistributedDataParallel.__init__",
-        uses=("ddp_config", "remove_forward_pre_hook_handles"),
+        uses=("bucket_groups", "ddp_config", "expert_parallel_bucket_groups", "remove_forward_pre_hook_handles"),
     ),
     *(
         Seam("megatron.core.distributed.distributed_data_parallel", f"DistributedDataParallel.{name}", (parameter,))

@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from megatron_lion.config import INITS_FROM, KERNELS, LionError, LionOptions, check_rates, did_you_mean
+from megatron_lion.config import GATHERS, INITS_FROM, KERNELS, LionError, LionOptions, check_rates, did_you_mean
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.checkpoint import formats, init_from_adam, ownership
 from megatron_lion.integration.cpu import run_flags, torch_cuda
+from megatron_lion.integration.exchange import refusals as exchange
 from megatron_lion.integration.flags import norm_ratio_arguments as norm_ratio
 from megatron_lion.integration.flags import state_precision
 from megatron_lion.integration.optimizer import config_fields, fast_norm, refusals
@@ -39,11 +40,12 @@ def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]
 def _validate_another(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]) -> Any:
     config_fields.fill_betas(args)
     fast_norm.refuse_without_lion(args)
-    if args.lion_init_from:
-        raise LionError(
-            f"--lion-init-from {args.lion_init_from} has no effect with --optimizer {args.optimizer}: remove it, or "
-            "add --optimizer lion"
-        )
+    asked = {
+        f"--lion-init-from {args.lion_init_from}": args.lion_init_from,
+        f"--lion-gather {args.lion_gather}": args.lion_gather != LionOptions.gather,
+    }
+    for flag in (flag for flag, is_asked in asked.items() if is_asked):
+        raise LionError(f"{flag} has no effect with --optimizer {args.optimizer}: remove it, or add --optimizer lion")
     return stock(args, defaults)
 
 
@@ -71,6 +73,8 @@ def _settle(args: Any) -> LionOptions:
     options = LionOptions.from_config(args)
     init_from_adam.check(args, options)
     state_precision.check(args, options)
+    if options.gather == "signs":
+        exchange.refuse_settings(args)
     options.write_to(args)
     if args.optimizer_cpu_offload:  # Megatron requires the flag of its own path to the CPU
         args.use_precision_aware_optimizer = True
@@ -130,6 +134,22 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
         "Triton on a GPU. foreach: torch's operations on many tensors at once. reference: one tensor after another, "
         "slow. auto: fused where it can run (on a GPU only after a check of its bits there), else foreach. The "
         "start-up line names the kernel (default: %(default)s).",
+    )
+
+    parser.add_argument(
+        "--lion-gather",
+        default=LionOptions.gather,
+        metavar=f"{{{','.join(GATHERS)}}}",
+        help="What data-parallel ranks send each other after a step: the parameters, or the signs of the step, which "
+        "are a fifth of the bytes and give the same bits (docs/exchange.md) (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--lion-gather-refresh",
+        type=int,
+        default=LionOptions.gather_refresh,
+        metavar="N",
+        help="With --lion-gather signs: send the parameters after every N steps; 0: only where they must be (default: "
+        "%(default)s).",
     )
 
     state_precision.add(parser)

@@ -107,13 +107,13 @@ def use_precision_aware_path(config: Any, options: LionOptions, model_chunks: li
     bf16_gradients = config.bf16 and ddp_config is not None and not ddp_config.grad_reduce_in_fp32
     needed = options.is_compact or config.optimizer_cpu_offload
     needed = needed or (bf16_gradients and config.use_distributed_optimizer)
-    if needed and (found := _quantized_weights_of(model_chunks)):
+    if needed and (found := quantized_weights_of(model_chunks)):
         raise quantized_weights(found)
     compat.set_precision_aware(config, needed)
     return bool(needed)
 
 
-def _quantized_weights_of(model_chunks: list[Any]) -> str | None:
+def quantized_weights_of(model_chunks: list[Any]) -> str | None:
     """The setting, or the weight, that makes primary weights of the model fp8 or fp4; None if there is none."""
     for chunk in model_chunks:
         for config, names in (

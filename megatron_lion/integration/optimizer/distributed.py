@@ -11,6 +11,7 @@ import torch
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint.init_from_adam import InitFromAdam
+from megatron_lion.integration.exchange.sign_gather import SignGather
 from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
 from megatron_lion.integration.optimizer.repaired import StatelessStepDistributedOptimizer
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
@@ -31,10 +32,15 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
 
     state_keys = ("exp_avg",)
     init_state = staticmethod(init_lion_state)
+    sign_gather: SignGather | None = None
+    """Sends the signs of a step instead of the parameters; None for Megatron's own gather."""
     _addresses: tuple[int, ...] | None = None
 
     @compat.overrides
     def __init__(self, optimizer: torch.optim.Optimizer | None, config: Any, *args: Any, **kwargs: Any) -> None:
+        # Of every parameter of the model. The groups of the finished optimizer have only those of this rank's shards.
+        groups = [] if optimizer is None else optimizer.param_groups
+        self.group_of = {param: number for number, group in enumerate(groups) for param in group["params"]}
         super().__init__(optimizer, config, *args, **kwargs)
         if isinstance(optimizer, ShardedLion) and compat.is_precision_aware(config):
             optimizer.use_decoupled_grad = True
@@ -80,7 +86,18 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if isinstance(self.optimizer, LIONS):
             self.optimizer.init_state()  # Megatron would allocate other tensors
+        self._require_full_gather()
         super().load_state_dict(state_dict)
+
+    @compat.overrides
+    def load_parameter_state(self, *args: Any, **kwargs: Any) -> None:
+        self._require_full_gather()
+        super().load_parameter_state(*args, **kwargs)
+
+    def _require_full_gather(self) -> None:
+        """After parameters or masters were replaced: other ranks can no longer repeat a step."""
+        if self.sign_gather is not None:
+            self.sign_gather.require_full()
 
     @compat.overrides
     def load_parameter_state_from_dp_reshardable(self, state_dict: Any) -> None:
@@ -94,6 +111,7 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
     @torch.no_grad()
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
         """Masters from the model's parameters, after these were loaded. Stock leaves stale ones on this path (3086)."""
+        self._require_full_gather()
         offloads = isinstance(self.optimizer, OffloadingLion)  # stock has a branch for it
         if self.is_stub_optimizer or offloads or not compat.is_precision_aware(self.config):
             super()._copy_model_params_to_main_params(state_dict)
@@ -109,16 +127,29 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
 
     @compat.overrides
     def step_with_ready_grads(self) -> bool:
-        """Step. Lion writes the bf16 parameters itself, so Megatron's copy after it is skipped."""
-        if self.is_stub_optimizer or compat.is_precision_aware(self.config) or not self._let_lion_copy():
+        """Step. Lion writes the 16-bit parameters itself, so Megatron's copy after it is skipped."""
+        if self.is_stub_optimizer:
             return bool(super().step_with_ready_grads())
-        with compat.temporarily(self, _copy_main_params_to_model_params=lambda: None):
+        lion_copies = not compat.is_precision_aware(self.config) and self._let_lion_copy()
+        copy = (lambda: None) if lion_copies else self._copy_main_params_to_model_params
+        gather = self.sign_gather
+
+        def copy_and_prepare_to_send() -> None:
+            copy()
+            if gather is not None:
+                gather.end_step()
+
+        if gather is not None:
+            gather.begin_step()
+        # Called between the update of the masters and the gather of the parameters.
+        with compat.temporarily(self, _copy_main_params_to_model_params=copy_and_prepare_to_send):
             return bool(super().step_with_ready_grads())
 
     def _let_lion_copy(self) -> bool:
         """Give Lion this rank's slice of every bf16 parameter. Returns whether it then writes all that Megatron would.
 
-        It does not for fp16 or quantized parameters. fp32 parameters are their own master.
+        It does not for quantized parameters, and for fp16 ones only if their signs are to be sent. fp32 parameters are
+        their own master.
         """
         buckets = [bucket for buffer in self.buffers for bucket in buffer.buckets]
         addresses = tuple(0 if bucket.param_data is None else bucket.param_data.data_ptr() for bucket in buckets)
@@ -133,13 +164,11 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
         shards = sum(len(group) for group in self.shard_fp32_from_float16_groups)
         return len(self.optimizer.model_copies) == shards
 
-    @staticmethod
-    def lion_copies(param: torch.nn.Parameter) -> bool:
+    def lion_copies(self, param: torch.nn.Parameter) -> bool:
         """Whether Lion writes ``param`` as a copy of its fp32 master, where Megatron holds the master."""
-        return param.dtype == torch.bfloat16 and not compat.is_quantized(param)
+        copied = (torch.bfloat16,) if self.sign_gather is None else (torch.bfloat16, torch.float16)
+        return param.dtype in copied and not compat.is_quantized(param)
 
     def _slice(self, param: torch.nn.Parameter) -> torch.Tensor:
-        span = self._get_model_param_range_map(param)["gbuf_world_in_bucket"]
-        buffer, _, bucket = self.model_param_gbuf_map[param]
-        data = self.buffers[buffer].buckets[bucket].param_data
-        return data.view(-1)[span.start : span.end].detach()
+        bucket, start, stop = compat.range_in_bucket(self, param)
+        return bucket.param_data.view(-1)[start:stop].detach()

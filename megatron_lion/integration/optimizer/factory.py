@@ -14,6 +14,7 @@ import torch
 
 from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
+from megatron_lion.integration.exchange import sign_gather
 from megatron_lion.integration.flags import state_precision
 from megatron_lion.integration.optimizer import config_fields, fast_norm, offload, refusals, startup_report
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer
@@ -157,6 +158,8 @@ def _build_lion(config: Any, model_chunks: list[Any], build: Callable[[], Any]) 
         sub_optimizer.options = options
         if isinstance(sub_optimizer.optimizer, offload.LIONS):
             sub_optimizer.optimizer.register_load_state_dict_post_hook(functools.partial(_keep_betas, options))
+    if options.gather == "signs":
+        sign_gather.install(options, optimizer)
     startup_report.report(options, config, model_chunks, optimizer)
     return optimizer
 

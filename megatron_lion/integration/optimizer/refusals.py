@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_lion.config import LionError, LionOptions, check_rates
 from megatron_lion.integration.checkpoint import formats
+from megatron_lion.integration.exchange import refusals as exchange
 from megatron_lion.integration.flags import state_precision
 
 # Megatron's flags that Lion does not support, and the alternative to suggest.
@@ -30,7 +31,7 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
     """Raise LionError, on every rank, for a configuration or a model that Lion does not support.
 
     Primary weights in fp8 and fp4 are checked where the precision-aware path is chosen, the only one that cannot write
-    them. If state is stacked, issues one gather of names over all ranks.
+    them. If state is stacked or signs are gathered, issues one gather of names over all ranks.
     """
     check_rates(config.lr, config.weight_decay, config.min_lr)
     if not config.decoupled_weight_decay:
@@ -49,6 +50,8 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
         if any(_is_dtensor(param) for param in chunk.parameters()):
             raise _unsupported("use_torch_fsdp2")
     formats.refuse_layers_frozen_apart(options, model_chunks)
+    if options.gather == "signs":
+        exchange.refuse_where_built(config, model_chunks)
 
 
 def _unsupported(dest: str) -> LionError:

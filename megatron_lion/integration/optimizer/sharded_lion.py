@@ -30,6 +30,9 @@ class ShardedLion(Lion):
     momentum outside of the kernel: to the first gradient, or from fp32 to int8."""
     model_copies: Mapping[Tensor, Tensor] = MappingProxyType({})
     """For each parameter: a 16-bit copy that the step writes as well. To change one, assign a mapping."""
+    digits: Mapping[Tensor, Tensor] = MappingProxyType({})
+    """For each parameter: uint8, in which the step leaves what other ranks need to repeat it. To change one, assign a
+    mapping."""
     blocks: Mapping[Tensor, BlockLayout] = MappingProxyType({})
     """Position of each shard in its parameter. The default is a whole parameter. To change one, assign a mapping."""
     use_decoupled_grad: bool = False
@@ -117,16 +120,19 @@ class ShardedLion(Lion):
     def _model_copies(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
         return [self.model_copies[param] for param in params] if params[0] in self.model_copies else None
 
+    def _digits(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        return [self.digits[param] for param in params] if params[0] in self.digits else None
+
     def _telemetry_of(self, param: Tensor) -> Telemetry | None:
         return self.telemetry if self.counted is None or param in self.counted else None
 
     def _settings(self, group: dict[str, Any]) -> tuple[object, ...]:
-        return *super()._settings(group), self.model_copies, self.blocks, self.counted
+        return *super()._settings(group), self.model_copies, self.digits, self.blocks, self.counted
 
     def _kind(self, param: Tensor, grad: Tensor, state: State) -> Hashable:
         kind = super()._kind(param, grad, state)
-        if self.telemetry is None and not self.model_copies:
+        if self.telemetry is None and not self.model_copies and not self.digits:
             return kind
         model_copy = self.model_copies.get(param)
         copied = None if model_copy is None else model_copy.dtype
-        return kind, copied, self._telemetry_of(param) is not None
+        return kind, copied, param in self.digits, self._telemetry_of(param) is not None

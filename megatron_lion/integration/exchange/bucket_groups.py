@@ -1,0 +1,100 @@
+"""Megatron's bucket groups, with a ``start_param_sync`` that gathers the signs of a step.
+
+A gather may be made twice, a replay must be made exactly once for each step. So the group decides, not its callers:
+
+=========  ==============================================================  ========================================
+state      set by                                                          ``start_param_sync``
+=========  ==============================================================  ========================================
+``CLEAN``  a replay or a full gather                                       does nothing
+``SIGNS``  a step, if the state before it was CLEAN                        gathers the messages and replays them
+``FULL``   the start, a load, a mismatch, a refresh, too many exceptions   is Megatron's: gathers the parameters
+=========  ==============================================================  ========================================
+
+A skipped step changes no state. What is pending is sent before the next step.
+"""
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+from megatron_lion.integration import compat
+from megatron_lion.integration.exchange.bucket_signs import BucketSigns, Gathered
+
+
+class State(enum.Enum):
+    """What the next synchronization of a group has to do."""
+
+    CLEAN = "nothing"
+    SIGNS = "send the signs of the last step"
+    FULL = "send the parameters"
+
+
+class SignBucketGroup(_ParamAndGradBucketGroup):
+    """A bucket group of the distributed optimizer that sends signs. Made from Megatron's by :func:`convert`."""
+
+    state: State
+    signs: list[BucketSigns]
+    full_gathers: int
+
+    @compat.overrides
+    def start_param_sync(self, force_sync: bool = False) -> None:
+        """Bring the parameters of all ranks up to date, or start to where Megatron overlaps it with the forward pass.
+
+        Issues one all-gather for each bucket, or none.
+        """
+        if self.param_gather_handle is not None:  # it waits, or raises
+            super().start_param_sync(force_sync)
+        elif self.state is State.FULL:
+            super().start_param_sync(force_sync)
+            self.full_gathers += 1
+        elif self.state is State.SIGNS and self.ddp_config.overlap_param_gather and not force_sync:
+            compat.gather_is_dispatched(self, self._send_signs(async_op=True))
+        else:
+            self._send_pending_signs()
+            compat.gather_is_dispatched(self)
+        self.state = State.CLEAN
+
+    def settle(self) -> None:
+        """Finish what the last step left, before the next one: where a module was not run, for example."""
+        compat.wait_for_gather(self)
+        self._send_pending_signs()
+
+    def require_full(self) -> None:
+        """Send the parameters in full the next time. Signs that were not sent are dropped."""
+        compat.wait_for_gather(self)
+        for signs in self.signs:
+            signs.drop()
+        self.state = State.FULL
+
+    def _send_pending_signs(self) -> None:
+        if self.state is State.SIGNS:
+            self._send_signs(async_op=False).wait()
+            self.state = State.CLEAN
+
+    def _send_signs(self, *, async_op: bool) -> "ReplayHandle":
+        return ReplayHandle([signs.gather(async_op=async_op) for signs in self.signs])
+
+
+class ReplayHandle:
+    """Messages of a group that are being gathered. Waiting replays them, once."""
+
+    def __init__(self, gathered: Sequence[Gathered]) -> None:
+        self._gathered: list[Gathered] = list(gathered)
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        """Wait for the messages and replay them on the current stream."""
+        gathered, self._gathered = self._gathered, []
+        for messages in gathered:
+            messages.replay()
+
+
+def convert(group: Any, signs: Sequence[BucketSigns]) -> SignBucketGroup:
+    """Let Megatron's ``group`` send ``signs``, one for each of its buckets. It begins with a full gather."""
+    group.__class__ = SignBucketGroup
+    group.state, group.signs, group.full_gathers = State.FULL, list(signs), 0
+    converted: SignBucketGroup = group
+    return converted

@@ -1,0 +1,124 @@
+"""A step leaves the digits with which other ranks, who have only the model's old parameters, make the same step."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_lion.exchange.digits import EXCEPTION
+from megatron_lion.exchange.message import Run, WireFormat
+from megatron_lion.kernels import choose
+from megatron_lion.kernels import digits as passes
+from megatron_lion.precision import BlockLayout, quantize, split_master
+from megatron_lion.step import StepScalars, StepTensors
+from megatron_lion.telemetry import Telemetry
+from megatron_lion.update import lion_update_
+from tests.exchange.exchange_cases import BF16, CPU, FP16, FP32, messages_of, same_bits, special_values
+
+LR, WEIGHT_DECAY = 3e-3, 0.1
+SIZES = (700, 1, 0, 1299)
+STORAGES = ["fp32", "bf16 copies", "fp16 copies", "remainders", "remainders, int8 momentum", "bf16 gradients"]
+
+
+def step(storage: str, *, seed: int = 0) -> StepTensors:
+    """A step on parameters of ``SIZES``, with the digits of all in one buffer."""
+    generator = torch.Generator().manual_seed(seed)
+    masters, grads, exp_avgs = ([torch.randn(size, generator=generator) * 0.02 for size in SIZES] for _ in range(3))
+    grads[0][:90] = exp_avgs[0][:90] = 0.0  # sign 0
+    more: dict[str, list[torch.Tensor]] = {}
+    if "copies" in storage:
+        more["model_copies"] = [master.to(BF16 if "bf16" in storage else FP16) for master in masters]
+    if "remainders" in storage:
+        masters, more["remainders"] = (list(parts) for parts in zip(*map(split_master, masters), strict=True))
+    if "int8" in storage:
+        stored = [quantize(momentum, BlockLayout.of_whole(momentum)) for momentum in exp_avgs]
+        exp_avgs, more["scales"] = (list(parts) for parts in zip(*stored, strict=True))
+    if "gradients" in storage:
+        grads = [grad.to(BF16) for grad in grads]
+    digits = list(torch.zeros(sum(SIZES), dtype=torch.uint8).split(SIZES))
+    return StepTensors(masters, grads, exp_avgs, digits=digits, **more)
+
+
+@pytest.mark.parametrize("pieces", [1 << 24, 600], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("kernel", ["reference", "foreach", "fused", "auto"])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_digits_of_a_step_replay_it(
+    storage: str, kernel: str, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel == "fused" and storage == "fp16 copies":
+        pytest.skip("the fused kernel writes copies in bf16")
+    monkeypatch.setattr(passes, "MAX_NUMEL", pieces)
+    scalars = StepScalars(LR, 0.9, 0.95, WEIGHT_DECAY, grad_scale=0.37)
+    expected, actual = step(storage), step(storage)
+    old = torch.cat(actual.model_params).clone()
+    telemetry, sums = Telemetry(), Telemetry()
+    lion_update_(expected, scalars, telemetry)
+    choose(kernel, actual.kind, digits=True)(actual, scalars, sums)
+    for name, tensors in expected.roles().items():
+        assert all(torch.equal(one, two) for one, two in zip(getattr(actual, name), tensors, strict=True)), name
+    assert (sums.elements, sums.zeros) == (telemetry.elements, telemetry.zeros)
+
+    digits, new = torch.cat(actual.digits), torch.cat(actual.model_params)
+    assert (digits & 3 == 0).sum() >= 90
+    if new.dtype != FP32:
+        assert (digits >= EXCEPTION).any(), "the case shows no exception"
+    capacity = 0 if new.dtype == FP32 else int((digits >= EXCEPTION).sum())
+    form = WireFormat(new.dtype, new.numel(), capacity, "remainders" in storage)
+    messages = messages_of(CPU, new, digits, form, 1)
+    mismatches = CPU.replay_(old, messages, [Run(0, len(old), LR, WEIGHT_DECAY)], form)
+    assert same_bits(old, new) and mismatches.tolist() == [0]
+
+
+def test_a_step_that_the_device_may_skip_has_no_digits() -> None:
+    tensors = step("fp32")
+    for kernel in ("reference", "fused"):
+        update = choose(kernel, tensors.kind, digits=True)
+        with pytest.raises(ValueError, match="cannot be skipped on the device: use skip=None"):
+            update(tensors, StepScalars(LR, 0.9, 0.95, 0.0, skip=torch.zeros(1, dtype=torch.int32)))
+
+
+def special_step(kernel: str, storage: str) -> StepTensors:
+    """One step from masters at ties, around powers of two and denormal, by ``kernel``. NaNs have more than one code."""
+    masters = special_values()
+    masters = masters[masters.isfinite()].repeat(3)
+    signs = torch.tensor([-1.0, 0.0, 1.0]).repeat_interleave(len(masters) // 3)
+    more: dict[str, list[torch.Tensor]] = {}
+    if storage == "bf16 copies":
+        more["model_copies"] = [masters.to(BF16)]
+    parts = [masters.clone()]
+    if storage == "remainders":
+        high, low = split_master(masters)
+        parts, more["remainders"] = [high], [low]
+    digits = [torch.zeros(len(masters), dtype=torch.uint8)]
+    tensors = StepTensors(parts, [signs], [torch.zeros(len(masters))], digits=digits, **more)
+    choose(kernel, tensors.kind, digits=True)(tensors, StepScalars(0.3, 0.9, 0.95, WEIGHT_DECAY))
+    return tensors
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16 copies", "remainders"])
+def test_every_kernel_writes_the_digits_of_the_reference(storage: str) -> None:
+    expected = special_step("reference", storage)
+    for kernel in ("foreach", "fused"):
+        assert torch.equal(special_step(kernel, storage).digits[0], expected.digits[0]), kernel
+
+
+def test_tensors_that_are_not_contiguous_have_digits_too() -> None:
+    def steps(kernel: str) -> torch.Tensor:
+        masters = [torch.linspace(-1, 1, 12).view(3, 4).t(), torch.ones(5)]
+        digits = list(torch.zeros(17, dtype=torch.uint8).split((12, 5)))
+        tensors = StepTensors(masters, [torch.ones(4, 3), -torch.ones(5)], [torch.zeros(4, 3), torch.zeros(5)])
+        tensors = dataclasses.replace(tensors, digits=digits)
+        choose(kernel, tensors.kind, digits=True)(tensors, StepScalars(LR, 0.9, 0.95, WEIGHT_DECAY))
+        return torch.cat(digits)
+
+    assert torch.equal(steps("fused"), steps("reference"))
+    assert set(steps("fused").tolist()) == {1, 3}
+
+
+def test_digits_have_the_sizes_of_the_parameters() -> None:
+    tensors = step("fp32")
+    with pytest.raises(ValueError, match=r"digits\[3\] has 7 elements, but masters\[3\] has 1299"):
+        dataclasses.replace(tensors, digits=[*tensors.digits[:3], torch.zeros(7, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match=r"digits\[0\] must be contiguous uint8 on cpu, got torch.int8"):
+        dataclasses.replace(tensors, digits=[digits.to(torch.int8) for digits in tensors.digits])
+    assert [len(one) for one in tensors.select([True, False, False, True]).digits] == [700, 1299]

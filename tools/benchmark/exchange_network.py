@@ -1,0 +1,180 @@
+"""The gather after a step on slow links, in parameters and in signs: network namespaces joined by limited veth pairs.
+
+    python -m tools.benchmark.exchange_network [--rates 50 100 1000] [--layouts 2x1 4x1 2x2] [--steps]
+
+A layout is nodes x ranks. Every node is a network namespace with one link of RATE Mb/s in each direction (tc, token
+bucket) to a bridge in a namespace of its own. Both gathers are timed in turn in the same processes: medians. With
+``--steps`` whole training steps of a small GPT are timed too, one run of Megatron for each gather.
+
+Needs root, ip and tc. Gloo and one thread for each rank, so high rates are bound by the CPU.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+INTERFACE = "eth0"
+PORT = 29511
+MODEL = (
+    "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128 "
+    "--micro-batch-size 1 --global-batch-size 4 --num-workers 0 --eval-iters 0 --log-interval 1 --train-iters 14 "
+    "--lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1 --bf16 --optimizer lion "
+    "--use-distributed-optimizer"
+)
+
+
+def problem() -> str | None:
+    """Why namespaces cannot be made here, or None."""
+    if os.geteuid() != 0:
+        return "needs root to make network namespaces"
+    for command in ("ip", "tc"):
+        if shutil.which(command) is None:
+            return f"needs {command}"
+    probe = subprocess.run(["ip", "netns", "add", _name("probe")], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        return f"ip netns add: {probe.stderr.strip()}"
+    _run("ip", "netns", "del", _name("probe"))
+    return None
+
+
+@contextlib.contextmanager
+def network(nodes: int, megabits: float | None) -> Iterator[list[str]]:
+    """Namespaces of ``nodes`` nodes, each on a link of ``megabits`` per second; None for no limit. Yields their names.
+
+    Node i has the address 10.213.88.(i + 1).
+    """
+    hub, names = _name("hub"), [_name(str(node)) for node in range(nodes)]
+    try:
+        for name in (hub, *names):
+            _run("ip", "netns", "add", name)
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+        _run("ip", "-n", hub, "link", "add", "br0", "type", "bridge")
+        _run("ip", "-n", hub, "link", "set", "br0", "up")
+        for node, name in enumerate(names):
+            port = f"p{node}"
+            peer = ("peer", "name", INTERFACE, "netns", name)
+            _run("ip", "-n", hub, "link", "add", port, "type", "veth", *peer)
+            _run("ip", "-n", hub, "link", "set", port, "master", "br0", "up")
+            _run("ip", "-n", name, "addr", "add", f"10.213.88.{node + 1}/24", "dev", INTERFACE)
+            _run("ip", "-n", name, "link", "set", INTERFACE, "up")
+            for namespace, device in ((hub, port), (name, INTERFACE)) if megabits else ():
+                limit = ("tbf", "rate", f"{megabits:g}mbit", "burst", "256kb", "latency", "50ms")
+                _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", *limit)
+        yield names
+    finally:
+        for name in (hub, *names):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def exchange(names: Sequence[str], ranks: int, *flags: str, timeout: float = 300.0) -> list[dict]:
+    """What ``exchange_rank`` prints on rank 0, with ``ranks`` ranks in each of the namespaces."""
+    world = len(names) * ranks
+    processes = []
+    for rank in range(world):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(world)}
+        line = [sys.executable, "-m", "tools.benchmark.exchange_rank", *flags]
+        processes.append(_start(names[rank // ranks], line, place))
+    return [json.loads(line) for line in _output(processes, timeout).splitlines() if line.startswith("{")]
+
+
+def step_milliseconds(names: Sequence[str], ranks: int, text: Path, *flags: str, timeout: float = 600.0) -> float:
+    """The median time of a training step of a small GPT, without the first three."""
+    from megatron_lion.integration.cpu import run_flags
+
+    data = " ".join(f"--{split}-data-path {text}/{split}_text_document" for split in ("train", "valid", "test"))
+    tokenizer = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {text}/tokenizer.model"
+    words = " ".join((MODEL, run_flags.FLAGS, tokenizer, data, *flags)).split()
+    processes = []
+    for node, name in enumerate(names):
+        rendezvous = f"--nnodes {len(names)} --node-rank {node} --nproc-per-node {ranks} --master-addr 10.213.88.1"
+        torchrun = ["-m", "torch.distributed.run", *rendezvous.split(), "--master-port", str(PORT + 1)]
+        line = [sys.executable, *torchrun, str(ROOT / "launch" / "pretrain_gpt.py"), *words]
+        processes.append(_start(name, line, run_flags.ENVIRONMENT))
+    output = _output(processes, timeout)
+    times = [float(found) for found in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", output)]
+    return statistics.median(times[3:])
+
+
+def _start(name: str, line: list[str], place: dict[str, str]) -> subprocess.Popen[str]:
+    shared = {"MASTER_ADDR": "10.213.88.1", "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": INTERFACE}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **shared, **place}
+    command = ["ip", "netns", "exec", name, *line]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def _output(processes: list[subprocess.Popen[str]], timeout: float) -> str:
+    """All that the processes print. RuntimeError with it if one fails."""
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if any(process.returncode for process in processes):
+        raise RuntimeError("a rank failed:\n" + "\n".join(output[-3000:] for output in outputs))
+    return "".join(outputs)
+
+
+def _name(what: str) -> str:
+    """Of a namespace: unique to this process."""
+    return f"lion-exchange-{os.getpid()}-{what}"
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+def _rows(layout: str, rate: float, names: Sequence[str], ranks: int) -> Iterator[str]:
+    for row in exchange(names, ranks):
+        (params, signs), (full, short) = row["ms"].values(), row["bytes"].values()
+        yield (
+            f"{layout:7} {rate:6g} {row['kind']:5} {params:9.1f} {signs:9.1f} {params / signs:7.2f} "
+            f"{full / 1e6:8.2f} {short / 1e6:8.2f} {full / short:7.2f}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rates", type=float, nargs="+", default=[50, 100, 1000], help="Mb/s")
+    parser.add_argument("--layouts", nargs="+", default=["2x1", "4x1", "2x2"])
+    parser.add_argument("--steps", action="store_true", help="time training steps of Megatron too")
+    args = parser.parse_args(arguments)
+    if (why := problem()) is not None:
+        raise SystemExit(f"exchange_network: {why}")
+    print("layout    Mb/s kind  params ms  signs ms  faster  params MB signs MB  fewer", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.steps:
+            from tools.corpus import small_corpus
+
+            small_corpus.prepare(Path(folder), vocab_size=512, max_megabytes=0.3)
+        for layout in args.layouts:
+            nodes, ranks = map(int, layout.split("x"))
+            for rate in args.rates:
+                with network(nodes, rate) as names:
+                    for row in _rows(layout, rate, names, ranks):
+                        print(row, flush=True)
+                    if args.steps:
+                        times = {
+                            gather: step_milliseconds(names, ranks, Path(folder), f"--lion-gather {gather}")
+                            for gather in ("params", "signs")
+                        }
+                        faster = times["params"] / times["signs"]
+                        print(
+                            f"{layout:7} {rate:6g} step  {times['params']:9.1f} {times['signs']:9.1f} {faster:7.2f}",
+                            flush=True,
+                        )
+
+
+if __name__ == "__main__":
+    main()
