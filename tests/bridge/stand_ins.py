@@ -10,6 +10,7 @@ is called in a run of a GPT without fp8.
 import functools
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
 import types
 from typing import Any
@@ -77,10 +78,13 @@ def _importer() -> str:
 
 def install() -> None:
     """Make Bridge importable, and let its ``pretrain`` run on a CPU. Megatron's CPU backend must be on."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
     import megatron.core.extensions.transformer_engine as extension
     import megatron.core.transformer.transformer_block as transformer_block
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+    # A save starts a process that holds a queue. Spawned, it would import the script without what is stood in for.
+    inspect.unwrap(filesystem.get_write_results_queue).__defaults__ = ("fork",)
     extension.FP8GlobalStateManager = StandIn
     transformer_block.LayerNormImpl = WrappedTorchNorm
     sys.meta_path.append(StandInFinder())
