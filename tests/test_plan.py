@@ -18,7 +18,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 def made(monkeypatch, dtype=FP32, **settings):
     """A Lion that has made one step, its parameters, and the list of the plans that it makes."""
     plans = []
-    monkeypatch.setattr(kernels, "choose", lambda *args: lion_update_)
+    monkeypatch.setattr(kernels, "choose", lambda *args, **options: lion_update_)
     monkeypatch.setattr("megatron_lion.lion.GroupPlan", lambda *args: plans.append(1) or plan.GroupPlan(*args))
     params = [torch.nn.Parameter(torch.linspace(-1, 1, size, dtype=dtype)) for size in (64, 5, 33)]
     lion = ShardedLion(params, lr=1e-2, weight_decay=0.1, **settings)

@@ -211,7 +211,7 @@ def test_signs_are_a_fifth_of_the_gathered_bytes() -> None:
 
 def test_the_report_compares_both_gathers() -> None:
     text = report.report(recipe("gpt2_small", "lion", "a100x16", "lion-gather=signs"), [])
-    (line,) = (line for line in text.splitlines() if line.startswith("gather after a step"))
+    (line,) = (line for line in text.splitlines() if line.strip().startswith("gather after a step"))
     assert "lion-gather=signs 44.52 MiB (0.233 ms at 200 Gb/s); with lion-gather=params 0.22 GiB (1.17 ms" in line
     assert "--lion-gather signs" in text
 
