@@ -171,9 +171,21 @@ def _issue(one: Row, slots: float, bandwidth: float) -> str:
 def main() -> None:
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(USUAL), metavar="NAME", help="as in the table, or 'all'")
-    parser.add_argument("--archs", nargs="+", type=int, default=list(ARCHITECTURES), help="such as 90 for an H100")
-    parser.add_argument("--processes", type=int, default=1, help="compile in so many processes (%(default)s)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=list(USUAL),
+        metavar="NAME",
+        help=f"as in the table, or all (default: {' '.join(USUAL)})",
+    )
+    parser.add_argument(
+        "--archs",
+        nargs="+",
+        type=int,
+        default=list(ARCHITECTURES),
+        help=f"such as 90 for an H100 (default: {' '.join(map(str, ARCHITECTURES))})",
+    )
+    parser.add_argument("--processes", type=int, default=1, help="compile in so many processes (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args()
     known = {variant.name: variant for variant in variants()}

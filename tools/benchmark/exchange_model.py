@@ -38,9 +38,15 @@ def rows(args: argparse.Namespace) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bandwidth", type=float, default=2.68e12, help="bytes per second of a replay")
-    parser.add_argument("--flops", type=float, default=4e14, help="of the forward pass, per second")
-    parser.add_argument("--tokens", type=float, default=4096, help="of the first micro-batch on a rank")
+    parser.add_argument(
+        "--bandwidth", type=float, default=2.68e12, help="bytes per second of a replay (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--flops", type=float, default=4e14, help="of the forward pass, per second (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=float, default=4096, help="of the first micro-batch on a rank (default: %(default)s)"
+    )
     print("\n".join(rows(parser.parse_args(arguments))))
 
 

@@ -79,8 +79,10 @@ def milliseconds(lion: ShardedLion, params: Params, before: Callable[[Params], N
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tensors", nargs="+", type=int, default=[148, 600, 3000], help="%(default)s")
-    parser.add_argument("--steps", type=int, default=30, help="steps per row (%(default)s)")
+    parser.add_argument(
+        "--tensors", nargs="+", type=int, default=[148, 600, 3000], help="numbers of tensors (default: 148 600 3000)"
+    )
+    parser.add_argument("--steps", type=int, default=30, help="steps per row (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     gpu = RecordingDriver().install()

@@ -146,11 +146,17 @@ def markdown(table: list[Row]) -> list[str]:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--numel", type=int, default=31_000_000, help="elements of the parameter (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="steps of each that are counted (%(default)s)")
+    parser.add_argument(
+        "--numel", type=int, default=31_000_000, help="elements of the parameter (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each that are counted (default: %(default)s)")
     parser.add_argument("--march", help="compile the kernel for this instruction set instead of the machine's own")
-    parser.add_argument("--statistic", choices=tuple(STATISTICS), default="median", help="of the rounds (%(default)s)")
+    parser.add_argument(
+        "--statistic", choices=tuple(STATISTICS), default="median", help="of the rounds (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     return parser
 

@@ -5,9 +5,9 @@ JSON has ``device``, ``kind`` (a dtype's name or null per role), ``numel``, ``te
 ``seconds``. A kernel that crashes ends only this process.
 """
 
+import argparse
 import importlib
 import json
-import sys
 import time
 
 import torch
@@ -18,7 +18,9 @@ from megatron_lion.step import StepKind
 
 def main() -> None:
     """Check the kernel that the command line names."""
-    asked = json.loads(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="python -m megatron_lion.kernels.self_check", description=__doc__)
+    parser.add_argument("asked", type=json.loads, metavar="JSON", help="what to check")
+    asked = parser.parse_args().asked
     device = torch.device(asked["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
