@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rates", type=float, nargs="+", default=[50, 100, 1000], help="Mb/s (default: 50 100 1000)")
     parser.add_argument(
-        "--layouts", nargs="+", default=["2x1", "4x1", "2x2"], help="machines x ranks (default: 2x1 4x1 2x2)"
+        "--layouts", nargs="+", default=["2x1", "4x1", "2x2"], help="nodes x ranks (default: 2x1 4x1 2x2)"
     )
     parser.add_argument("--steps", action="store_true", help="time training steps of Megatron too")
     args = parser.parse_args(arguments)
