@@ -49,7 +49,7 @@ def test_the_kind_of_a_storage_is_that_of_its_steps(
     """Known at the start, before there are gradients or state."""
     params, kinds = parameters(dtype), []
 
-    def recorded(kernel: str, kind: StepKind) -> LionUpdate:
+    def recorded(kernel: str, kind: StepKind, *, digits: bool) -> LionUpdate:
         kinds.append(kind)
         return lion_update_
 

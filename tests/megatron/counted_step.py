@@ -91,10 +91,10 @@ def record_kinds() -> None:
         ANSWER["expected"] = sorted(map(str, kinds))
         return describe(kernel, kinds)
 
-    def chosen(kernel: str, kind: Any) -> Any:
+    def chosen(kernel: str, kind: Any, *, digits: bool = False) -> Any:
         if str(kind) not in ANSWER["kinds"]:
             ANSWER["kinds"].append(str(kind))
-        return choose(kernel, kind)
+        return choose(kernel, kind, digits=digits)
 
     startup_report.kernels.describe, kernels.choose = described, chosen  # type: ignore[attr-defined]
 

@@ -73,6 +73,7 @@ def one_process(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 @pytest.mark.supports("BERT", "losses and norms of one process; both losses fall on real text")
+@pytest.mark.slow
 def test_tp2_pp2_gives_the_one_process_losses_and_norms(
     sentences: Path, one_process: tuple[Path, Run], tmp_path: Path
 ) -> None:

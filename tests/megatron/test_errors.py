@@ -217,7 +217,13 @@ UNDER_TORCHRUN = {
 }
 
 
-@pytest.mark.parametrize(("flags", "script", "message"), UNDER_TORCHRUN.values(), ids=UNDER_TORCHRUN)
+@pytest.mark.parametrize(
+    ("flags", "script", "message"),
+    [
+        pytest.param(*case, id=name, marks=[] if name == "a refused flag" else [pytest.mark.slow])
+        for name, case in UNDER_TORCHRUN.items()
+    ],
+)
 def test_two_ranks_print_one_message_and_end(flags: str, script: Path | str, message: str) -> None:
     if isinstance(script, str):
         *module, path = script.split()

@@ -227,6 +227,7 @@ ASK_FLAGS = f"{MODEL} {BATCH} {RATE} {CPU} --train-iters 2".split()
 REFUSAL = "--optimizer lion is not possible here: megatron-core "
 
 
+@pytest.mark.slow
 def test_an_unsupported_megatron_is_left_alone_but_for_lion(environment: Environment, tmp_path: Path) -> None:
     environment.megatron_lion("enable")
     path = altered(tmp_path / "unsupported", "package_info.py", "MINOR = ", "MINOR = 9")

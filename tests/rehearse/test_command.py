@@ -13,6 +13,7 @@ COMMAND = Path(cli.__file__).with_name("__main__.py")
 PP_2 = "--pipeline-model-parallel-size 2"
 
 
+@pytest.mark.slow
 def test_the_command_reports_the_first_and_the_last_stage(tmp_path: Path) -> None:
     reports = tmp_path / "reports.json"
     options = f"rehearse --world-size 64 --gpu-memory 1e-5 --json {reports} {PRETRAIN_GPT}"
