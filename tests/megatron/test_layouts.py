@@ -45,7 +45,7 @@ ROUNDS = f"--norm-ratio-at-start --norm-ratio-interval {END} --norm-ratio-batche
 EXACT = ("iteration", "batches", "tokens", "d", "d_padding", "nonfinite")
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", pytest.param("untied", marks=pytest.mark.slow)])
 def one_process(
     request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, Run]:

@@ -37,6 +37,7 @@ CASES = {
 
 # What these show beside the others is rare enough for tests/full.sh.
 SLOW = (
+    "lion, DP 2, not sharded, bf16",
     "sgd without momentum, DP 2, sharded",
     "adam, DP 2, sharded, bf16, canonical",
     "lion, one process, fp32",
