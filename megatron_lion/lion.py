@@ -159,7 +159,7 @@ class Lion(torch.optim.Optimizer):
         params = group["params"]
         grads = self._gradients(params)
         plan = self._plans.get(id(group))
-        if plan is not None and plan.take(self._settings(group), params, grads, self.state):
+        if plan is not None and plan.take(self._settings(group), params, grads, self.state, self._digits):
             return grads, plan
         for param, grad in zip(params, grads, strict=True):
             if grad is not None and grad.is_sparse:
@@ -210,8 +210,8 @@ class Lion(torch.optim.Optimizer):
         params = [group["params"][index] for index in indices]
         states = [self.state[param] for param in params]
         grads_here = [grad for index in indices if (grad := grads[index]) is not None]
-        written = self._model_copies(params), self._digits(params)
-        tensors = step_tensors(params, grads_here, states, self._block_layout, *written)
+        digits = cast(Sequence[Tensor] | None, self._digits(params))  # of all or of none, as they are of one kind
+        tensors = step_tensors(params, grads_here, states, self._block_layout, self._model_copies(params), digits)
         assert tensors.kind is not None  # there are tensors
         update = kernels.choose(group.get("kernel", "auto"), tensors.kind, digits=tensors.digits is not None)
         chosen = set(indices)
@@ -245,8 +245,9 @@ class Lion(torch.optim.Optimizer):
         """Tensors that the step writes in addition to ``params``, which are of one kind."""
         return None
 
-    def _digits(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """Tensors in which the step leaves what other ranks need to repeat it."""
+    def _digits(self, params: Sequence[Tensor]) -> Sequence[Tensor | None] | None:
+        """For each of ``params``: a tensor in which the step leaves what other ranks need to repeat it, or None. None
+        if there are none."""
         return None
 
     def _telemetry_of(self, param: Tensor) -> Telemetry | None:

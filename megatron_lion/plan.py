@@ -6,7 +6,7 @@ the last step, and a GPU would wait for it.
 
 import itertools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from megatron_lion.step import LionUpdate, StepTensors
 from megatron_lion.storage import State
 
 _dtype = operator.attrgetter("dtype")
+# Digits for each of some parameters, None where the step leaves none; None for all without.
+DigitsOf = Callable[[Sequence[Tensor]], Sequence[Tensor | None] | None]
 STATE_KEYS = ("exp_avg", "exp_avg_scale", "master_param")
 
 
@@ -24,8 +26,8 @@ STATE_KEYS = ("exp_avg", "exp_avg_scale", "master_param")
 class KernelCall:
     """One call of a kernel, and the parameters that it updates.
 
-    It has their gradients only from :meth:`take` to :meth:`run`, so that memory that the user frees between steps is
-    free. Gradients are usually new tensors in each step, at the same addresses.
+    It has their gradients and digits only from :meth:`take` to :meth:`run`, so that memory that the user frees between
+    steps is free. Gradients are usually new tensors in each step, at the same addresses; digits may be anywhere.
     """
 
     update: LionUpdate
@@ -38,10 +40,11 @@ class KernelCall:
     def __post_init__(self) -> None:
         self._stored = {key: [state[key] for state in self.states] for key in STATE_KEYS if key in self.states[0]}
         self._form = _form(self.tensors.grads)
+        self._has_digits = self.tensors.digits is not None
         self._indices = list(range(len(self.tensors.addresses)))
 
-    def take(self, grads: Sequence[Tensor | None]) -> bool:
-        """Use the group's new ``grads`` if nothing else about the tensors has changed. Return whether.
+    def take(self, grads: Sequence[Tensor | None], digits_of: DigitsOf) -> bool:
+        """Use the group's new ``grads`` and digits if nothing else about the tensors has changed. Return whether.
 
         Compared are identities of the state's tensors, addresses of all tensors, and dtype and contiguity of the
         gradients. Sizes are not: a gradient always has those of its parameter.
@@ -49,6 +52,10 @@ class KernelCall:
         for key, tensors in self._stored.items():
             if not _same(map(dict.get, self.states, itertools.repeat(key)), tensors):
                 return False
+        digits = digits_of(self.params)
+        if present(digits or ()) != bytes([True]) * (len(self.params) if self._has_digits else 0):
+            return False
+        self.tensors.digits = list(digits) if digits else None  # type: ignore[arg-type]
         self.tensors.grads = list(itertools.compress(grads, self.chosen))  # type: ignore[arg-type]
         return _form(self.tensors.grads) == self._form and _are_at(
             self.tensors.all_tensors(), self.tensors.addresses, self._indices
@@ -59,7 +66,7 @@ class KernelCall:
         try:
             self.update(self.tensors, *args)
         finally:
-            self.tensors.grads = []
+            self.tensors.grads, self.tensors.digits = [], None
 
 
 @dataclass
@@ -81,8 +88,9 @@ class GroupPlan:
         params: list[Tensor],
         grads: list[Tensor | None],
         state: Mapping[Tensor, State],
+        digits_of: DigitsOf,
     ) -> bool:
-        """Use ``grads`` if a new plan would have the same calls. Return whether."""
+        """Use ``grads`` and the digits if a new plan would have the same calls. Return whether."""
         if (
             not _same(settings, self.settings)
             or (len(params), len(state)) != (len(self.params), len(self.states))
@@ -92,7 +100,7 @@ class GroupPlan:
         ):
             return False
         try:
-            return all(call.take(grads) for call in self.calls)
+            return all(call.take(grads, digits_of) for call in self.calls)
         except RuntimeError:  # a sparse gradient has no address
             return False
 
@@ -103,9 +111,9 @@ class GroupPlan:
                 call.tensors.launch = old.tensors.launch
 
 
-def present(grads: Iterable[Tensor | None]) -> bytes:
-    """For each of ``grads``, 1 if it is not None."""
-    return bytes(map(operator.is_not, grads, itertools.repeat(None)))
+def present(tensors: Iterable[Tensor | None]) -> bytes:
+    """For each of ``tensors``, 1 if it is not None."""
+    return bytes(map(operator.is_not, tensors, itertools.repeat(None)))
 
 
 def _same(values: Iterable[object], others: Iterable[object]) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from megatron_lion import kernels, plan
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
+from megatron_lion.kernels.digits import with_digits
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
 from tests.test_kernels import assert_same_bits
@@ -163,6 +164,32 @@ def step_in_place(lion, params):
         if param.grad is None and len(params) == 4:
             param.grad = torch.ones_like(param)
     lion.step()
+
+
+def with_new_digits(lion, params):
+    """Make a step that leaves digits for ``params``, and return these."""
+    lion.digits = {param: torch.zeros(param.shape, dtype=torch.uint8) for param in params}
+    lion.step()
+    return list(lion.digits.values())
+
+
+def test_new_digits_are_written_by_the_plan_of_the_last_step_and_are_free_after_it(monkeypatch):
+    lion, params, plans = made(monkeypatch)
+    update = with_digits(lion_update_, "reference", torch.device("cpu"))
+    monkeypatch.setattr(kernels, "choose", lambda *args, digits: update if digits else lion_update_)
+    with_new_digits(lion, params)
+    assert len(plans) == 2, "without digits, then with them"
+    digits = with_new_digits(lion, params)
+    assert len(plans) == 2 and all(one.any() for one in digits)
+    some = with_new_digits(lion, params[:2])
+    assert len(plans) == 3 and all(one.any() for one in some), "for other parameters"
+    used = weakref.ref(lion.digits[params[0]])
+    lion.digits = {}
+    del some
+    gc.collect()
+    assert used() is None
+    step(lion, params)
+    assert len(plans) == 4
 
 
 def test_gradients_are_free_between_steps(monkeypatch):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_lion.config import check_choice
 from megatron_lion.lion import Grads, Lion
-from megatron_lion.plan import GroupPlan
+from megatron_lion.plan import GroupPlan, present
 from megatron_lion.precision import BlockLayout
 from megatron_lion.step import StepScalars
 from megatron_lion.storage import State, master_values, momentum_values, storage_of
@@ -31,8 +31,7 @@ class ShardedLion(Lion):
     model_copies: Mapping[Tensor, Tensor] = MappingProxyType({})
     """For each parameter: a 16-bit copy that the step writes as well. To change one, assign a mapping."""
     digits: Mapping[Tensor, Tensor] = MappingProxyType({})
-    """For each parameter: uint8, in which the step leaves what other ranks need to repeat it. To change one, assign a
-    mapping."""
+    """For each parameter: uint8, in which the step leaves what other ranks need to repeat it."""
     blocks: Mapping[Tensor, BlockLayout] = MappingProxyType({})
     """Position of each shard in its parameter. The default is a whole parameter. To change one, assign a mapping."""
     use_decoupled_grad: bool = False
@@ -120,14 +119,15 @@ class ShardedLion(Lion):
     def _model_copies(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
         return [self.model_copies[param] for param in params] if params[0] in self.model_copies else None
 
-    def _digits(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        return [self.digits[param] for param in params] if params[0] in self.digits else None
+    def _digits(self, params: Sequence[Tensor]) -> Sequence[Tensor | None] | None:
+        digits = list(map(self.digits.get, params)) if self.digits else []
+        return digits if any(present(digits)) else None
 
     def _telemetry_of(self, param: Tensor) -> Telemetry | None:
         return self.telemetry if self.counted is None or param in self.counted else None
 
     def _settings(self, group: dict[str, Any]) -> tuple[object, ...]:
-        return *super()._settings(group), self.model_copies, self.digits, self.blocks, self.counted
+        return *super()._settings(group), self.model_copies, self.blocks, self.counted
 
     def _kind(self, param: Tensor, grad: Tensor, state: State) -> Hashable:
         kind = super()._kind(param, grad, state)
