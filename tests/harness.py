@@ -170,6 +170,14 @@ def pretrain(text: Path, *flags: str, ranks: int = 1, **kwargs: Any) -> Run:
     return run
 
 
+def outcomes_of(script: Path, *arguments: str, ranks: int) -> dict[str, str]:
+    """The lines ``CASE name: outcome`` of ``script``, run on ``ranks`` ranks; fails where the run does."""
+    run = run_ranks(*arguments, ranks=ranks, script=script)
+    assert run.returncode == 0, run.output[-6000:]
+    lines = [line.removeprefix("CASE ") for line in run.output.splitlines() if line.startswith("CASE ")]
+    return dict(line.split(": ", 1) for line in lines)
+
+
 def read_checkpoint(folder: Path, iteration: int) -> dict[str, Tensor]:
     """Every tensor of a ``torch_dist`` checkpoint, whole, by its key; read without Megatron and without ranks."""
     from torch.distributed.checkpoint import FileSystemReader

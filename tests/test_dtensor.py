@@ -5,21 +5,14 @@ from pathlib import Path
 import pytest
 
 from tests.dtensor_ranks import CASES
-from tests.harness import run_ranks
+from tests.harness import outcomes_of
 
 SCRIPT = Path(__file__).with_name("dtensor_ranks.py")
 
 
-def outcomes_of(*arguments: str, ranks: int) -> dict[str, str]:
-    run = run_ranks(*arguments, ranks=ranks, script=SCRIPT)
-    assert run.returncode == 0, run.output[-6000:]
-    lines = [line.removeprefix("CASE ") for line in run.output.splitlines() if line.startswith("CASE ")]
-    return dict(line.split(": ", 1) for line in lines)
-
-
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    return outcomes_of("steps", ranks=2)
+    return outcomes_of(SCRIPT, "steps", ranks=2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -41,11 +34,11 @@ def test_int8_momentum_is_refused(outcomes: dict[str, str]) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
-    outcomes_of("save", str(folder), ranks=2)
+    outcomes_of(SCRIPT, "save", str(folder), ranks=2)
     return folder
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.supports("torch FSDP2 with plain `Lion`: checkpoints", "2 ranks to 2 and to 3, bit for bit")
 def test_a_checkpoint_of_two_ranks_resumes_on(ranks: int, folder: Path) -> None:
-    assert outcomes_of("resume", str(folder), ranks=ranks) == {"loaded": "same bits", "next step": "same bits"}
+    assert outcomes_of(SCRIPT, "resume", str(folder), ranks=ranks) == {"loaded": "same bits", "next step": "same bits"}

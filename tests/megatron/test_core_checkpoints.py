@@ -4,17 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import run_ranks
+from tests.harness import outcomes_of
 
 SCRIPT = Path(__file__).with_name("core_checkpoints.py")
 BIT_FOR_BIT = "bit for bit, on 2 gloo ranks"
-
-
-def outcomes_of(*arguments: str, ranks: int) -> dict[str, str]:
-    run = run_ranks(*arguments, ranks=ranks, script=SCRIPT)
-    assert run.returncode == 0, run.output[-6000:]
-    lines = [line.removeprefix("CASE ") for line in run.output.splitlines() if line.startswith("CASE ")]
-    return dict(line.split(": ", 1) for line in lines)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +17,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[str, str]:
-    return outcomes_of(str(folder), ranks=2)
+    return outcomes_of(SCRIPT, str(folder), ranks=2)
 
 
 @pytest.mark.supports("`megatron.core` / resume", BIT_FOR_BIT)
@@ -35,7 +28,7 @@ def test_a_run_resumes(outcomes: dict[str, str]) -> None:
 @pytest.mark.supports("`megatron.core` / reshard", BIT_FOR_BIT)
 @pytest.mark.usefixtures("outcomes")
 def test_one_rank_resumes_what_two_saved(folder: Path) -> None:
-    assert outcomes_of(str(folder), "resume", ranks=1) == {"resumed": "same weights"}
+    assert outcomes_of(SCRIPT, str(folder), "resume", ranks=1) == {"resumed": "same weights"}
 
 
 @pytest.mark.parametrize(("case", "writer", "running"), [("into SGD", "lion", "sgd"), ("into Adam", "lion", "adam")])

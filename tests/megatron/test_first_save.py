@@ -4,16 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import run_ranks
+from tests.harness import outcomes_of, run_ranks
 from tests.megatron.first_save import CASES
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    run = run_ranks(ranks=2, script=Path(__file__).with_name("first_save.py"))
-    assert run.returncode == 0, run.output[-6000:]
-    lines = [line.removeprefix("CASE ") for line in run.output.splitlines() if line.startswith("CASE ")]
-    return dict(line.split(": ", 1) for line in lines)
+    return outcomes_of(Path(__file__).with_name("first_save.py"), ranks=2)
 
 
 @pytest.mark.parametrize("case", CASES)
