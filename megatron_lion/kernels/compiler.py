@@ -51,6 +51,15 @@ def load(source: Path = SOURCE, *macros: str) -> ctypes.CDLL:
     return outcome.library
 
 
+def problem(source: Path = SOURCE) -> str | None:
+    """Why there is no library of ``source`` on this machine, or None. Compiles it if that has not been done yet."""
+    try:
+        load(source)
+    except CompilerUnavailable as error:
+        return str(error)
+    return None
+
+
 def cache_problem(source: Path = SOURCE, *macros: str) -> str | None:
     """Why the library of :func:`load` is compiled again in each process, or None. Raises as :func:`load` does."""
     load(source, *macros)

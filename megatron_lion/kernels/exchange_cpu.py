@@ -26,11 +26,7 @@ ARGUMENTS = {
 
 def exchange_cpu_problem() -> str | None:
     """Why the CPU kernel cannot be used on this machine, or None. Compiles it if needed."""
-    try:
-        compiler.load(SOURCE)
-    except compiler.CompilerUnavailable as error:
-        return str(error)
-    return None
+    return compiler.problem(SOURCE)
 
 
 @torch.no_grad()

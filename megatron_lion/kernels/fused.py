@@ -21,11 +21,7 @@ PACKED = 2
 
 def fused_problem() -> str | None:
     """Why the CPU kernel cannot be used on this machine, or None. Compiles it if that has not been done yet."""
-    try:
-        compiler.load()
-    except compiler.CompilerUnavailable as error:
-        return str(error)
-    return None
+    return compiler.problem()
 
 
 def supports_dtypes(kind: StepKind) -> bool:

@@ -16,11 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def norm_cpu_problem() -> str | None:
     """Why the kernel cannot be used on this machine, or None. Compiles it if that has not been done yet."""
-    try:
-        compiler.load(SOURCE)
-    except compiler.CompilerUnavailable as error:
-        return str(error)
-    return None
+    return compiler.problem(SOURCE)
 
 
 def norm_cpu_supports(tensors: Sequence[Tensor]) -> bool:
