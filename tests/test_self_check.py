@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lion import kernels
 from megatron_lion.config import LionError
 from megatron_lion.kernels import choose, describe, self_check
 from megatron_lion.kernels.foreach import lion_update_foreach_
@@ -304,7 +303,7 @@ FAILED = Result(False, "failed its self-check on X: step 1: masters[3][5]: got 1
 def test_auto_on_a_gpu_uses_triton_only_after_the_check(on_gpu):
     on_gpu(Result(True, "self-checked on X: 2.1 M elements, 0.06 s"))
     assert describe("auto", [ON_GPU]) == "fused (self-checked on X: 2.1 M elements, 0.06 s)"
-    assert choose("auto", ON_GPU) is kernels._triton_if_contiguous
+    assert choose("auto", ON_GPU) is lion_update_triton_
     for other in (ON_GPU._replace(masters=torch.float64), ON_GPU._replace(grads=torch.float16)):
         assert choose("auto", other) is lion_update_foreach_
         assert describe("auto", [other]) == "foreach"
@@ -343,10 +342,10 @@ def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch, on_gpu):
     with monkeypatch.context() as capture:
         capture.setattr(self_check, "_is_capturing", lambda device: True)
         assert choose("auto", ON_GPU) is lion_update_foreach_
-    assert choose("auto", ON_GPU) is kernels._triton_if_contiguous
+    assert choose("auto", ON_GPU) is lion_update_triton_
     with monkeypatch.context() as capture:
         capture.setattr(self_check, "_is_capturing", lambda device: True)
-        assert choose("auto", ON_GPU) is kernels._triton_if_contiguous, "what was decided before holds"
+        assert choose("auto", ON_GPU) is lion_update_triton_, "what was decided before holds"
 
 
 def test_without_a_gpu_or_triton_the_reason_is_named(monkeypatch, cache):
@@ -356,11 +355,11 @@ def test_without_a_gpu_or_triton_the_reason_is_named(monkeypatch, cache):
     assert describe("auto", [ON_GPU]) == "foreach (Triton is not installed)"
 
 
-def test_tensors_that_are_not_contiguous_go_to_foreach():
-    """Triton refuses them before it writes; other errors are not hidden."""
+def test_tensors_that_are_not_contiguous_are_updated():
+    """By the reference; other dtypes are refused."""
     lists = [[torch.ones(3, 4).t()], [torch.ones(4, 3)], [torch.zeros(4, 3)]]
-    run(kernels._triton_if_contiguous, *lists, **LANGUAGE)
+    run(lion_update_triton_, *lists, **LANGUAGE)
     assert lists[2][0].unique().numel() == 1 and lists[2][0][0, 0] > 0
     doubles = [[tensor.double().contiguous()] for (tensor,) in lists]
     with pytest.raises(ValueError, match="does not support"):
-        run(kernels._triton_if_contiguous, *doubles, **LANGUAGE)
+        run(lion_update_triton_, *doubles, **LANGUAGE)

@@ -9,8 +9,7 @@ from megatron_lion.kernels import compiler, self_check
 from megatron_lion.kernels.digits import with_digits
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_update_fused_, supports_dtypes
-from megatron_lion.step import LionUpdate, StepKind, StepScalars, StepTensors
-from megatron_lion.telemetry import Telemetry
+from megatron_lion.step import LionUpdate, StepKind
 from megatron_lion.update import lion_update_
 
 __all__ = ["KERNELS", "check_parameter", "choose", "describe"]
@@ -38,9 +37,8 @@ def _choose(kernel: str, kind: StepKind) -> LionUpdate:
     if kernel in ("foreach", "reference"):
         return lion_update_foreach_ if kernel == "foreach" else lion_update_
     if kind.device.type == "cuda" and supports_dtypes(kind):
-        if kernel == "fused":
-            return _triton_update()
-        return _triton_if_contiguous if self_check.result_for(kind).passed else lion_update_foreach_
+        is_trusted = kernel == "fused" or self_check.result_for(kind).passed
+        return _triton_update() if is_trusted else lion_update_foreach_
     problem = fused_problem() if fused_supports(kind) else _unsupported(kind)
     if problem is None:
         return lion_update_fused_
@@ -94,16 +92,6 @@ def _triton_update() -> LionUpdate:
             "Install triton, or use auto, foreach or reference"
         ) from error
     return lion_update_triton_
-
-
-def _triton_if_contiguous(tensors: StepTensors, scalars: StepScalars, telemetry: Telemetry | None = None) -> None:
-    """The Triton kernel; foreach if a tensor is not contiguous."""
-    try:
-        _triton_update()(tensors, scalars, telemetry)
-    except ValueError:  # nothing was written
-        if all(tensors.are_contiguous()):
-            raise
-        lion_update_foreach_(tensors, scalars, telemetry)
 
 
 def _unsupported(kind: StepKind) -> str:
