@@ -112,7 +112,7 @@ class LionOptions:
     gather_refresh: int = 0
     """with ``gather="signs"``: send the parameters after every this many steps; 0 for never"""
     fast_norm: bool = False
-    """one pass of this package's CPU kernel for Megatron's gradient norm, whose last bits may differ"""
+    """compute Megatron's gradient norm in one pass of this package's CPU kernel; its last bits may differ"""
     init_from: str | None = None
     """what Lion's momentum starts from if the checkpoint is Adam's, one of ``INITS_FROM``. None: refused"""
     rates_from_run: bool = False
@@ -180,7 +180,7 @@ class LionOptions:
             )
         if offload and self.gather == "signs":
             raise LionError(
-                "--lion-gather signs is not supported with --optimizer-cpu-offload, whose steps on the CPU leave no "
+                "--lion-gather signs is not supported with --optimizer-cpu-offload: its steps on the CPU leave no "
                 "signs. Remove one of them"
             )
         if self.gather == "signs" and self.kernel == "fused" and config.fp16:

@@ -1,4 +1,4 @@
-"""Reads the YAML files of a recipe: every value as the text that is written, with the comment beside it."""
+"""Read the YAML files of a recipe: each value as text, with the comment beside it."""
 
 import re
 from pathlib import Path

@@ -8,7 +8,7 @@ from . import commands, estimates, recipe_checks
 from .recipe_files import ROOT
 from .recipes import Recipe
 
-# Of a recipe whose files are not here. The tokenizer only sets the size of the vocabulary, and no data is read.
+# Dropped if their files are not on this machine: the tokenizer only sets the size of the vocabulary.
 TOKENIZER_KEYS = ("tokenizer-type", "tokenizer-model", "vocab-file", "merge-file")
 
 

@@ -88,7 +88,7 @@ def plan(args: Any, model_chunks: list[Any], optimizer: Any) -> Plan | None:
 def load_metadata(args: Any, stock: Callable[..., Any], *positional: Any, **named: Any) -> tuple[Any, Loaded | None]:
     """Call Megatron's ``load_checkpoint`` up to where it reads tensors. Returns its result and what was checked.
 
-    Raises LionError for a checkpoint that does not fit. Nothing is checked, None, where there is no checkpoint.
+    Raises LionError for a checkpoint that does not fit. Without one nothing is checked: the second value is None.
     """
     from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
     from megatron.training import checkpointing

@@ -1,7 +1,7 @@
 """What a machine without a GPU lacks: Transformer Engine, fused kernels, flash attention, fp8, context parallelism.
 
-Megatron checks the flags as they are. After that they are replaced by settings whose modules have the same parameters,
-or refused.
+Megatron first checks the flags as given. Then each is replaced by a setting whose modules have the same parameters, or
+refused.
 """
 
 from collections.abc import Callable
@@ -80,7 +80,7 @@ IRREPLACEABLE = {
     **dict.fromkeys(
         QUANTIZED_WEIGHTS, "its weights are Transformer Engine's tensors, which need a GPU. Rehearse without the flag"
     ),
-    "use_megatron_fsdp": "Megatron-FSDP has buffers of its own. Rehearse with --use-distributed-optimizer",
+    "use_megatron_fsdp": "Megatron-FSDP has its own buffers. Rehearse with --use-distributed-optimizer",
     "use_torch_fsdp2": "torch FSDP2 has no buffers to report. Rehearse with --use-distributed-optimizer",
     "moe_single_grouped_weight": "the grouped weight is a Transformer Engine tensor. Rehearse without the flag",
     "yaml_cfg": "a file of arguments bypasses the command line. Rehearse with Megatron's flags",
