@@ -116,4 +116,4 @@ def test_what_cannot_be_offloaded_is_refused(text: Path, more: str, said: str) -
 def test_it_is_refused_where_it_has_not_been_made_to_work(text: Path) -> None:
     run = pretrain(text, f"{DISTRIBUTED} --bf16 {OFFLOAD} 0.5 --train-iters 2", kill_at=2)
     assert run.returncode not in (0, -9)
-    assert "--optimizer-cpu-offload has been made to work with Lion from megatron-core 0.19 on" in run.output
+    assert "--optimizer-cpu-offload is supported with Lion from megatron-core 0.19 on" in run.output
