@@ -216,7 +216,7 @@ def _local_tensor(tensor: Any) -> Tensor:
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if is_traceable_wrapper_subclass(local):  # the address of its memory would be wrong or 0
         raise ValueError(
-            f"tensors of type {type(local).__name__} are not supported: they are wrappers without memory of their own. "
+            f"tensors of type {type(local).__name__} are not supported: they are wrappers without their own memory. "
             "Use plain tensors or DTensors of plain tensors"
         )
     return cast(Tensor, local)

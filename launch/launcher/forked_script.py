@@ -1,4 +1,4 @@
-"""Become a script in a process that was forked from a server with its imports done, as torchrun would start it."""
+"""Run a script as torchrun would, in a process forked from a server that has already imported its modules."""
 
 import multiprocessing
 import os

@@ -357,7 +357,7 @@ def test_the_cpu_backend_refuses_to_come_after_megatrons_import() -> None:
 
 @pytest.mark.parametrize(
     ("script", "words"),
-    [((), "no script given: torchrun -m megatron_lion.run"), (("gpt.py",), "gpt.py is not a file: give the path")],
+    [((), "no script given: torchrun -m megatron_lion.run"), (("gpt.py",), "gpt.py is not a file: pass the path")],
     ids=["without a script", "with a script that is not there"],
 )
 def test_run_says_what_to_give(script: tuple[str, ...], words: str) -> None:

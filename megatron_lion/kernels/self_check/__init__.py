@@ -1,4 +1,4 @@
-"""Whether the Triton kernel has the reference's bits on this device: checked once, in a process of its own.
+"""Check once, in a separate process, that the Triton kernel has the reference's bits on this device.
 
 The check covers the storage that the run uses. Its result is kept for later runs, until the package's code, Triton,
 torch, the driver or the GPU changes. It issues no collective. Ranks of one node wait for the first one's result.
