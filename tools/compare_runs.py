@@ -25,7 +25,7 @@ def named_run(value: str) -> tuple[str, Path]:
 
 
 def runs_by_name(named: list[tuple[str, Path]]) -> dict[str, Path]:
-    """The paths of ``--run`` by name. Raises LionError where two runs have the same name."""
+    """The paths of ``--run`` by name. Raises LionError if two runs have the same name."""
     runs = dict(named)
     if len(runs) < len(named):
         raise LionError("two runs have the same name; give each its own")

@@ -385,7 +385,7 @@ def test_a_complete_corpus_is_kept_and_another_is_not_overwritten(
         with pytest.raises(LionError, match="belongs to a corpus made otherwise"):
             run(source, tmp_path / "x", *more, *gpt2)
     (tmp_path / "x_manifest.json").unlink()
-    with pytest.raises(LionError, match=r"x_text_document\.bin exists and is not this tool's"):
+    with pytest.raises(LionError, match=r"x_text_document\.bin was not written by this tool"):
         run(source, tmp_path / "x", *gpt2)
     assert contents(tmp_path) == {name: content for name, content in good.items() if "manifest" not in name}
 
@@ -403,7 +403,7 @@ def test_a_text_that_was_edited_is_noticed_and_a_copy_is_not(
     at = text.index(b"the")
     path.write_bytes(text[:at] + b"THE" + text[at + 3 :])  # the same size
     good = contents(tmp_path)
-    with pytest.raises(LionError, match=r"the text was changed after .*x_manifest\.json was written: give another"):
+    with pytest.raises(LionError, match=r"the text was changed after .*x_manifest\.json was written: use another"):
         run(path, tmp_path / "x", *SMALL, *gpt2)
     assert contents(tmp_path) == good
 

@@ -1,4 +1,4 @@
-"""Other people's optimizers, built and stepped where they are installed, named with the reason where they are not."""
+"""Optimizers of other packages. Those that are not installed are listed with the reason."""
 
 import importlib
 import importlib.util
@@ -145,7 +145,7 @@ def build(params: Params, names: Sequence[str], device: str) -> tuple[list[Candi
         if problem is None:
             try:
                 made.append(candidate(name, params))
-            except Exception as error:  # whatever a peer raises where it does not fit: that is the finding
+            except Exception as error:  # whatever an unsuitable peer raises is the result
                 problem = first_line(error)
         if problem is not None:
             missing[name] = problem

@@ -36,13 +36,13 @@ def refuse_other_rates(saved_args: Any, args: Any) -> None:
     if args.use_checkpoint_opt_param_scheduler:
         if changes := _changes(saved_args, args, WEIGHT_DECAY):
             raise LionError(
-                f"--use-checkpoint-opt_param-scheduler, and this run changes {changes}, which Megatron would use for "
-                "its first step: give those of the checkpoint, or take the command line's values for all "
+                f"--use-checkpoint-opt_param-scheduler is set, but this run changes {changes}, which Megatron would "
+                "use for its first step. Use the checkpoint's values, or the command line's for all "
                 "(--override-opt_param-scheduler)"
             )
     elif changes := _changes(saved_args, args, (*RATES, *WEIGHT_DECAY)):
         raise LionError(
-            f"the schedule continues from the checkpoint's step, and this run changes {changes}: add "
+            f"the schedule continues from the checkpoint's step, but this run changes {changes}: add "
             "--override-opt_param-scheduler to use the command line's values, or use the checkpoint's"
         )
 

@@ -177,8 +177,8 @@ def resiliency_problem() -> str | None:
         return None
     return (
         f"megatron-core {megatron_version()} cannot be imported: it reads nvidia_resiliency_ext.__version__, which the "
-        f"installed nvidia-resiliency-ext ({', '.join(package.__path__)}) lacks, as all releases up to 0.4.1. pip "
-        "uninstall nvidia-resiliency-ext and remove its folder, which pip leaves empty and which breaks it too. "
+        f"installed nvidia-resiliency-ext ({', '.join(package.__path__)}) lacks, like all releases up to 0.4.1. "
+        "Run pip uninstall nvidia-resiliency-ext, and remove its folder: pip leaves it, and an empty one fails too. "
         "Or install 0.6.0, which megatron-core 0.19.2 asks for; in a read-only image with pip install --no-deps "
         "--target DIR, and DIR on PYTHONPATH"
     )

@@ -23,7 +23,7 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Any:
     """
     if not has_training() or not installed_traits().has_a_wheel_with_a_loop:
         raise LionError(
-            f"megatron-core {megatron_version()} is released without Megatron's own loop: take 0.17.1 or later, or run "
+            f"megatron-core {megatron_version()} is released without Megatron's own loop: use 0.17.1 or later, or run "
             "a Megatron-LM checkout's own script, torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py"
         )
     import megatron.training.arguments as arguments

@@ -66,6 +66,6 @@ def parse_command_line(script: str, *, left_out: tuple[str, ...], instead: str, 
     args = parse_and_validate_args(args_defaults={"tokenizer_type": tokenizer_type})
     for name in left_out:
         if getattr(args, name, None):
-            raise LionError(f"{script} leaves out --{name.replace('_', '-')}: {instead}")
+            raise LionError(f"{script} does not support --{name.replace('_', '-')}: {instead}")
     vocabularies.check_data_manifests(args)
     return args

@@ -48,7 +48,7 @@ def tokenizer_files(args: Any) -> list[Path]:
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if value is None:
             raise LionError(
-                f"{kind} needs {flag}: give its path (tools/train_tokenizer.py makes one from your own text)"
+                f"{kind} needs {flag}: pass its path (tools/train_tokenizer.py makes one from your own text)"
             )
         path = Path(value)
         if kind == "HuggingFaceTokenizer" and path.is_dir():
@@ -56,9 +56,9 @@ def tokenizer_files(args: Any) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise LionError(f"{flag} {value} does not exist: give the path of {kind}'s file")
+            raise LionError(f"{flag} {value} does not exist: pass the path of {kind}'s file")
     if not found:
-        raise LionError(f"--tokenizer-model {args.tokenizer_model} holds none of {', '.join(HUGGING_FACE_FILES)}")
+        raise LionError(f"--tokenizer-model {args.tokenizer_model} has none of {', '.join(HUGGING_FACE_FILES)}")
     return found
 
 
@@ -112,8 +112,8 @@ def _check_manifest(args: Any, path: Path, manifest: dict[str, Any], names: list
     if args.tokenizer_type in REQUIRED and tokenizer_sha256(args) != made_with["sha256"]:
         raise LionError(
             f"{path.with_name(names[0])} was made with {made_with['type']} {' and '.join(made_with['files'])} (SHA-256 "
-            f"{made_with['sha256'][:12]}, says {path.name}), and --tokenizer-type {args.tokenizer_type} with the files "
-            "given here is another one. Give that tokenizer, or prepare the text with this one"
+            f"{made_with['sha256'][:12]}, says {path.name}), but --tokenizer-type {args.tokenizer_type} with the files "
+            "of this run is another tokenizer. Use that tokenizer, or prepare the text with this one"
         )
 
 

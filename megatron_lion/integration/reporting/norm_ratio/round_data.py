@@ -70,6 +70,6 @@ def check_datasets(datasets: Sequence[Any]) -> None:
     for dataset in datasets:
         if dataset is not None and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise LionError(
-                f"--norm-ratio-interval needs a training dataset with __getitem__ and __len__, to draw batches of its "
-                f"own from it; {type(dataset).__name__} has not both"
+                f"--norm-ratio-interval needs a training dataset with __getitem__ and __len__, from which it draws "
+                f"batches; {type(dataset).__name__} lacks one of them"
             )
