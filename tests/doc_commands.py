@@ -2,7 +2,7 @@
 
     python -m tests.doc_commands docs/results/commands.md [--demo FOLDER] [--match REGEX]
 
-Commands run in a fresh clone with a clean environment that has this package, megatron-core and no GPU. ``--demo`` is the
+Commands run in a fresh clone, in a clean environment with this package and megatron-core, on the CPU. ``--demo`` is the
 output of a run of the demo, for commands that read runs/demo. A command that cannot run here is listed with the reason.
 """
 
