@@ -36,8 +36,11 @@ def assert_weights_are_lions(lion: Path, adam: Path, iteration: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "first"),
-    [("--load {lion} --no-load-optim", SAVED_AT + 1), ("--load {lion} --finetune", 1)]
-    + [("--pretrained-checkpoint {lion} --load {adam}", 1)],
+    [
+        ("--load {lion} --no-load-optim", SAVED_AT + 1),
+        ("--load {lion} --finetune", 1),
+        ("--pretrained-checkpoint {lion} --load {adam}", 1),
+    ],
 )
 def test_adam_continues_from_lions_weights(text: Path, lion: Path, tmp_path: Path, flags: str, first: int) -> None:
     where = flags.format(lion=lion, adam=tmp_path)
