@@ -157,11 +157,16 @@ def next_steps(output: Path) -> str:
         *("--tensor-model-parallel-size", "2", "--micro-batch-size", "16"),
     ]
     export = [sys.executable, ROOT / "tools" / "export_hf.py", "--checkpoints", checkpoints, "--output", output / "hf"]
+    files = {
+        output / "loss.png": "loss of both runs",
+        output / "norm_ratio.png": "l1/l2 of the gradient",
+        output / "table.md": "final losses",
+        output / "lion" / "log.txt": "Megatron's log, with Lion's start-up line",
+    }
+    width = max(len(str(path)) for path in files)
+    listed = "\n".join(f"    {path!s:{width}}  {contents}" for path, contents in files.items())
     return f"""Look at
-    {output / "loss.png"}          loss of both runs
-    {output / "norm_ratio.png"}    l1/l2 of the gradient
-    {output / "table.md"}          final losses
-    {output / "lion" / "log.txt"}  Megatron's log, with Lion's start-up line
+{listed}
 Evaluate Lion's checkpoint, on README.md
     MEGATRON_LION_DEVICE=cpu {shlex.join(map(str, evaluation))}
 Export it to Hugging Face's format
