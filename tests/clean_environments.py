@@ -173,6 +173,7 @@ def old_setuptools(folder: Path) -> Clean:
     clean = Clean(folder, has_megatron=False, torch=IMAGE_TORCH)
     (folder / "constraints.txt").write_text("setuptools==70.0.0\n")
     clean.variables["PIP_CONSTRAINT"] = str(folder / "constraints.txt")
+    clean.run("pip install -q setuptools")  # which the image has, at the constraint's version
     clean.run("pip install ./megatron-lion")
     report = clean.doctor(status=1)
     assert "megatron-core is not installed" in report and IMAGE_TORCH in report

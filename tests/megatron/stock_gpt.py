@@ -2,8 +2,8 @@
 
 from tools.compare_stock import stock_on_cpu
 
-stock_on_cpu()
+if __name__ == "__main__":
+    stock_on_cpu()
+    from launch import pretrain_gpt
 
-from launch import pretrain_gpt  # noqa: E402
-
-pretrain_gpt.main()
+    pretrain_gpt.main()

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from megatron_lion import LionError
+from megatron_lion.integration import compat
 from tests.harness import BATCH, CPU, MODEL, PRETRAIN_GPT, Run, torchrun
 from tests.versions import since
 
@@ -324,6 +326,13 @@ def test_a_megatron_that_has_changed_is_refused_by_name_and_left_as_it_was(
     assert f"{module}.{name} {problem}" in message
     assert "pip install 'megatron-core==" in message
     assert sources == ["FROM optimizer __init__.py", "FROM training arguments.py"]
+
+
+def test_a_package_that_several_modules_need_is_named_once() -> None:
+    seams = [compat.Seam(f"absent.{name}", "function") for name in ("one", "two")]
+    with pytest.raises(LionError, match=r"absent\.one cannot be imported \(No module named 'absent'") as raised:
+        compat.require(seams)
+    assert "absent.two" not in str(raised.value)
 
 
 def test_a_device_that_does_not_exist_gets_the_two_that_do(tmp_path: Path) -> None:

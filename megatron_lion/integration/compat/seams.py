@@ -312,11 +312,16 @@ def seams_of(*, training: bool) -> tuple[Seam, ...]:
 
 
 def require(seams: Iterable[Seam]) -> None:
-    """Raise LionError naming every one of ``seams`` that is gone or changed in the installed Megatron."""
-    found = (seam.problem() for seam in seams)
-    problems = dict.fromkeys(problem for problem in found if problem)  # a module that is gone is named once
+    """Raise LionError naming every one of ``seams`` that is gone or changed in the installed Megatron.
+
+    One missing package makes many imports fail, so a reason is named once, with the first module.
+    """
+    problems: dict[str, str] = {}
+    for seam in seams:
+        if problem := seam.problem():
+            problems.setdefault(problem.partition(" cannot be imported ")[2] or problem, problem)
     if problems:
-        raise incompatible("; ".join(problems))
+        raise incompatible("; ".join(problems.values()))
 
 
 def incompatible(problem: str) -> LionError:
