@@ -51,7 +51,7 @@ class StepTensors:
     no kernel sees another one. It issues no collective and does not wait for a device.
 
     Raises:
-        ValueError: the lists, sizes, dtypes or devices do not fit together, or a tensor has no memory of its own.
+        ValueError: the lists, sizes, dtypes or devices do not fit together, or a tensor has no memory.
     """
 
     masters: list[Tensor]

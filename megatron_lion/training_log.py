@@ -1,4 +1,4 @@
-"""Read what Megatron's own loop prints, so that a run can be watched, drawn and compared from its log alone."""
+"""Read the log of Megatron's own loop, so that a run can be watched, drawn and compared from its log."""
 
 import re
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ class TrainingLog:
 
 
 def read_training_log(path: Path) -> TrainingLog:
-    """The record of the run whose output is in ``path``.
+    """The record of the run with its output in ``path``.
 
     Raises LionError where the file is missing or reports no iteration.
     """

@@ -43,7 +43,7 @@ MODEL = (
 
 
 def stock_on_cpu() -> None:
-    """Stock Megatron without a GPU: the CPU backend alone, and no registration."""
+    """Stock Megatron without a GPU: only the CPU backend, and no registration."""
     import megatron_lion
     from megatron_lion.integration import compat
     from megatron_lion.integration.cpu import torch_cuda

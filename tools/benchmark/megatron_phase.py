@@ -29,7 +29,7 @@ HYPER |= {"lion_beta1": 0.9, "lion_beta2": 0.95, "adam_beta1": 0.9, "adam_beta2"
 
 
 def start_ranks() -> None:
-    """Join the process group: the one of torchrun, or one of this process alone."""
+    """Join the process group: torchrun's, or one of only this process."""
     # Switched off for Megatron's fused functions by the CPU backend; stock Lion's direction is compiled all the same.
     torch._dynamo.config.disable = False
     if "RANK" in os.environ:

@@ -94,7 +94,7 @@ PEERS = {
         untouched=("exp_avg_sq",),  # made, kept and saved, but not given to its kernel
     ),
     "DeepSpeed FusedLion": Peer("deepspeed.ops.lion", "FusedLion", passes=ONE_PASS, device="cuda"),
-    # On a CPU bitsandbytes has no kernel for Lion: it makes it of torch operations inside one operation of its own.
+    # On a CPU bitsandbytes has no kernel for Lion: it makes one operation from torch's operations.
     "bitsandbytes Lion": Peer("bitsandbytes.optim", "Lion32bit", passes=UNKNOWN),
     "bitsandbytes Lion8bit": Peer("bitsandbytes.optim", "Lion8bit", "int8 momentum", ONE_PASS, device="cuda"),
     "flashoptim FlashLion": Peer(

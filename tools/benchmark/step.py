@@ -75,7 +75,10 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--shapes", choices=tuple(MODELS), default="gpt2-small", help="whose parameters (default: %(default)s)"
+        "--shapes",
+        choices=tuple(MODELS),
+        default="gpt2-small",
+        help="model with these shapes (default: %(default)s)",
     )
     parser.add_argument("--numel", type=int, help="one flat tensor of so many elements instead")
     parser.add_argument("--tensors", type=int, default=1, help="with --numel: so many of them (default: %(default)s)")

@@ -75,7 +75,7 @@ def publish(staging: Path, output: Path, manifest: dict[str, Any]) -> None:
     """Move the finished files from `staging` into `output`, the manifest last."""
     (output / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
-        # Megatron keeps its sample index beside the data under a hash of names and settings, not of content
+        # Megatron keeps its sample index next to the data under a hash of names and settings, not of content
         # (GPTDataset._build_document_sample_shuffle_indices, 0.19): left there, it would be applied to the new tokens.
         if (cache := output / PREFIX.format(split) / "cache").exists():
             shutil.rmtree(cache)

@@ -15,8 +15,8 @@ ITERATION_FOLDER = re.compile(r"iter_(\d+)")
 def find_steps(folder: Path, steps: str) -> list[int]:
     """Return the iterations to look at: ``steps`` is "all", "latest", or numbers such as 10000,20000.
 
-    Raises LionError where the folder has no checkpoint, or not the ones asked for. A checkpoint whose writing was cut
-    short has no metadata.json, which Megatron writes last, and does not count.
+    Raises LionError where the folder has no checkpoint, or not the ones asked for. A checkpoint that was not completely
+    written has no metadata.json, which Megatron writes last, and does not count.
     """
     found = sorted(
         int(match[1])

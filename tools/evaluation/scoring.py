@@ -91,7 +91,7 @@ def load_weights(model: torch.nn.Module, args: Any, step: int) -> None:
 
 
 def token_losses(logits: Tensor, targets: Tensor, vocab_size: int | None) -> Tensor:
-    """Return -ln softmax(logits)[target] in float64, from logits whose last axis is cut over tensor-parallel ranks.
+    """Return -ln softmax(logits)[target] in float64, from logits with the last axis divided over tensor-parallel ranks.
 
     Args:
         logits: [tokens, this rank's vocabulary rows]; padding in it is overwritten.

@@ -1,6 +1,6 @@
 """The parts of the check, one line each: add a line to add a part.
 
-A part is a process of Python with a time limit of its own; exit status 0 is a pass. Of earlier parts it reads only
+A part is a process of Python with its own time limit. Exit status 0 is a pass. Of earlier parts it reads only
 files in the work folder, so it runs even if they failed.
 """
 

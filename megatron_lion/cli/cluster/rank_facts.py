@@ -58,7 +58,7 @@ def mismatches(facts: list[dict[str, Any]]) -> list[str]:
 
 
 def gpu_problems(facts: list[dict[str, Any]]) -> list[str]:
-    """A sentence for every rank without a GPU of its own, where ranks are on GPUs."""
+    """A sentence for every rank without its own GPU, if ranks are on GPUs."""
     found = [
         f"{describe_ranks([rank], facts)}: local rank {fact['local']} has no GPU, {fact['gpus']} are visible there: "
         "lower --nproc-per-node, or correct CUDA_VISIBLE_DEVICES"

@@ -76,8 +76,9 @@ def send_forward_recv_forward(
 def new_torch_norm(stock: Callable[..., Any], cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
     """Let torch's LayerNorm be used with sequence parallel, as the fused norms that need CUDA are.
 
-    Megatron refuses it (torch_norm 50) because torch's norms do not mark their parameters, whose gradients must be
-    summed over the tensor-parallel group. So the mark is set here, as its FusedLayerNorm does (fused_layer_norm 119).
+    Megatron refuses it (torch_norm 50) because torch's norms do not mark their parameters: the gradients of marked ones
+    are summed over the tensor-parallel group. So the mark is set here, as its FusedLayerNorm does (fused_layer_norm
+    119).
     """
     with temporarily(config, sequence_parallel=False):
         norm: torch.nn.Module = stock(cls, config, *args, **kwargs)

@@ -48,7 +48,7 @@ def require_a_loop_that_builds_gpt(what: str) -> None:
     """Raise LionError if ``what`` needs a loop that builds a GPT and the installed Megatron has none."""
     if not (has_training() and installed_traits().loop_builds_gpt):
         raise LionError(
-            f"{what} needs a Megatron whose loop builds a GPT from its arguments, 0.19 or later; this is "
+            f"{what} needs a Megatron loop that builds a GPT from its arguments, 0.19 or later; this is "
             f"{megatron_version()}. {INSTALL_HINT}"
         )
 

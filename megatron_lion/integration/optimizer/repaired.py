@@ -68,7 +68,7 @@ class RepairedDistributedOptimizer(DistributedOptimizer):
 
     @compat.overrides
     def get_parameter_state_dp_reshardable(self) -> Any:
-        """As Megatron's, with a parameter of no elements in each bucket of which this rank holds none."""
+        """As Megatron's, with an empty parameter in each bucket in which this rank has none."""
         state = super().get_parameter_state_dp_reshardable()
         nothing = dict.fromkeys(
             ("param", *self.optimizer_state_keys), torch.empty(0, device=torch.cuda.current_device())

@@ -152,7 +152,7 @@ def data_parallel_group(param: torch.nn.Parameter) -> Any:
 
 
 def kind_of(name: str) -> str:
-    """The first of ``KINDS`` whose pattern ``name`` has."""
+    """The first of ``KINDS`` with a pattern that ``name`` has."""
     return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
 
 
