@@ -16,6 +16,7 @@ def report(recipe: Recipe, extra: list[str]) -> str:
     parts = [f"recipe {' '.join(recipe.names)}"]
     if recipe.notes:
         parts.append("\n".join(f"note: {note}" for note in recipe.notes))
+    parts.append("sources in brackets: the first lines of the recipe's files in configs/ name them")
     parts += [_settings(recipe), _needs(recipe)]
     if extra:
         checked = "" if extra_flags.known_flags() else " (names not checked: Megatron is not installed here)"
