@@ -27,7 +27,7 @@ FRAGMENT = re.compile(r"(torchrun( --[\w-]+ \d+)*|megatron-lion: .*|python tools
 # The first pattern that a command matches says why it does not run here.
 NOT_RUN = {
     r"srun|docker|apptainer|--slurm slurm-": "needs a program that is not installed here",
-    r"\.\.\.|/path/to|<--|\[SCRIPT\]|\b(SCRIPT|DIR|IMAGE|VERSION|MODEL)\b": "a template",
+    r"\.\.\.|/path/to|<--|\[SCRIPT\]|mycluster|\b(SCRIPT|DIR|IMAGE|VERSION|MODEL)\b": "a template",
     r"^tools/gpu_check\.sh|--device cuda": "needs a GPU",
     r"tests/(run|full|versions)\.sh|-m pytest|GPU_CHECK_DEVICE=cpu": "run with the tests",
     r"demo\.sh": "recorded in [The demo](demo.md)",
