@@ -175,7 +175,7 @@ def test_every_token_but_the_first_is_scored_once(tokens: int, length: int, step
 
 @pytest.mark.parametrize(("tokens", "length", "step"), [(1, 32, 32), (100, 32, 33), (100, 32, 0)])
 def test_windows_that_would_leave_tokens_out_are_refused(tokens: int, length: int, step: int) -> None:
-    with pytest.raises(LionError, match=r"--overlapping-eval \d+ must lie|none to predict"):
+    with pytest.raises(LionError, match=r"--overlapping-eval \d+ must be between|none to predict"):
         windows.make_windows(tokens, length, step)
 
 

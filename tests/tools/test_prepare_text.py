@@ -211,7 +211,7 @@ def test_bad_lines_are_counted_reported_and_skipped_or_stop_with_strict(
         "not JSON": 1,
         "not UTF-8": 1,
         "no 'text'": 2,
-        "'text' is no text": 1,
+        "'text' is not a string": 1,
         "not Unicode": 1,
     }
     assert counted["counts"]["all"]["documents"] == len(good)
@@ -382,7 +382,7 @@ def test_a_complete_corpus_is_kept_and_another_is_not_overwritten(
     assert run(source, tmp_path / "x", *gpt2) == 0
     assert "complete already" in capsys.readouterr().out
     for more in (["--append-eod"], ["--dataset-split", "test"], ["--text-documents", "line"]):
-        with pytest.raises(LionError, match="belongs to a corpus made otherwise"):
+        with pytest.raises(LionError, match="belongs to a corpus with other settings"):
             run(source, tmp_path / "x", *more, *gpt2)
     (tmp_path / "x_manifest.json").unlink()
     with pytest.raises(LionError, match=r"x_text_document\.bin was not written by this tool"):
@@ -437,7 +437,7 @@ def test_verify_finds_truncation_another_content_and_the_wrong_tokenizer(
     whole = path.read_bytes()
     for damage, message in (
         (whole[:-2], "the manifest says"),
-        (whole[:-1] + b"\x7f", "another content"),
+        (whole[:-1] + b"\x7f", "does not match"),
         (None, "is missing"),
     ):
         path.unlink()
