@@ -1,8 +1,7 @@
-"""The demo, in an environment that is ready: text, two training runs, figures, and what to do next.
+"""Run the demo in an existing environment: prepare text, train twice, draw figures, print the next steps.
 
-Lion is killed with SIGKILL in the middle and resumed from its last checkpoint; SGD runs through. Each run's output goes
-to OUTPUT/{lion,sgd}/log.txt, the norm ratio that it measured on the way to norm_ratio.jsonl next to it. A run that is
-complete there is kept.
+Lion is killed with SIGKILL in the middle and resumed from its last checkpoint. SGD runs without a break. Each run
+writes log.txt and norm_ratio.jsonl to OUTPUT/{lion,sgd}. Runs that are already complete are kept.
 """
 
 import argparse
@@ -29,15 +28,15 @@ MODEL = "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 1
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 LAYOUT = "--tensor-model-parallel-size 2 --use-distributed-optimizer"
 BATCH = "--micro-batch-size 16 --global-batch-size 32 --lr-decay-style cosine --lr-warmup-iters 10 --num-workers 0"
-# Each the best of a small sweep at this size (docs/results/demo.md); a tiny model takes larger steps than a real one.
+# The best learning rates of a small sweep at this size (docs/results/demo.md). A real model needs smaller ones.
 OPTIMIZERS = {
-    "lion": "--optimizer lion --lr 1e-3 --min-lr 1e-4 --weight-decay 0.1",
+    "lion": "--optimizer lion --lr 1e-3 --min-lr 1e-4 --weight-decay 0.7",
     "sgd": "--optimizer sgd --lr 0.1 --min-lr 0.01 --weight-decay 1e-4",
 }
 
 
 def command(name: str, text: Path, folder: Path, iterations: int, save_interval: int) -> list[str]:
-    """The torchrun line of one run; the same line starts it and resumes it."""
+    """The torchrun command of one run. The same command resumes it."""
     data = [
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(text / "tokenizer.model")),
         *(
@@ -60,9 +59,10 @@ def command(name: str, text: Path, folder: Path, iterations: int, save_interval:
 
 
 def train(name: str, line: list[str], log_path: Path, kill_at: int | None = None) -> TrainingLog:
-    """Run ``line``, append its output to ``log_path`` and show progress; SIGKILL all of it at iteration ``kill_at``.
+    """Run ``line``, append its output to ``log_path`` and show progress. SIGKILL all processes at iteration
+    ``kill_at``.
 
-    Raises LionError, with the end of the log, where the run ends by itself with an error.
+    Raises LionError with the end of the log if the run fails.
     """
     log = TrainingLog()
     environment = {**os.environ, **run_flags.ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -72,7 +72,7 @@ def train(name: str, line: list[str], log_path: Path, kill_at: int | None = None
             show_progress(name, iteration, log)
             if iteration == kill_at:
                 kill(process)
-    except BaseException:  # Ctrl-C above all: leave no ranks behind
+    except BaseException:  # such as Ctrl-C: leave no ranks running
         kill(process)
         raise
     print(flush=True)
@@ -83,13 +83,13 @@ def train(name: str, line: list[str], log_path: Path, kill_at: int | None = None
 
 
 def kill(process: "subprocess.Popen[str]") -> None:
-    """SIGKILL the launcher and its ranks, which torchrun puts into sessions of their own."""
+    """SIGKILL the launcher and its ranks, which torchrun starts in separate sessions."""
     for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
         victim.kill()
 
 
 def follow(process: "subprocess.Popen[str]", log_path: Path, log: TrainingLog) -> Iterator[int]:
-    """Yield each iteration that ``process`` reports, writing its output to ``log_path`` on the way."""
+    """Yield each iteration that ``process`` reports, and copy its output to ``log_path``."""
     assert process.stdout is not None
     with log_path.open("a") as file:
         for text in process.stdout:
@@ -113,9 +113,9 @@ def show_progress(name: str, iteration: int, log: TrainingLog) -> None:
 
 
 def count_equal(before: TrainingLog, after: TrainingLog) -> tuple[int, int]:
-    """How many iterations both runs of an interrupted training logged, and how many of their losses are equal.
+    """Compare the losses that the killed and the resumed run both logged: the number of equal ones, and of all.
 
-    The second one after a restart is left out: Megatron logs there the mean of the first two.
+    The second one after a restart is skipped, because there Megatron logs the mean of the first two.
     """
     shared = sorted(before.loss.keys() & after.loss.keys())
     compared = shared[:1] + shared[2:]
@@ -123,7 +123,7 @@ def count_equal(before: TrainingLog, after: TrainingLog) -> tuple[int, int]:
 
 
 def is_complete(folder: Path, iterations: int) -> bool:
-    """Whether the run in ``folder`` went to its end."""
+    """Whether the run in ``folder`` reached its last iteration."""
     try:
         log = read_training_log(folder / "log.txt")
     except LionError:  # never started, or ended before its first iteration
@@ -141,7 +141,7 @@ def figures(output: Path) -> None:
 
 
 def tool(name: str, *words: object) -> None:
-    """Run one of tools/. Raises LionError where it fails; its own message is on the screen then."""
+    """Run a script of tools/. Raises LionError if it fails, after it has printed its own message."""
     line = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
     if status := subprocess.run(line, check=False).returncode:
         raise LionError(f"tools/{name} failed with exit status {status}, see above")
@@ -157,11 +157,16 @@ def next_steps(output: Path) -> str:
         *("--tensor-model-parallel-size", "2", "--micro-batch-size", "16"),
     ]
     export = [sys.executable, ROOT / "tools" / "export_hf.py", "--checkpoints", checkpoints, "--output", output / "hf"]
+    files = {
+        output / "loss.png": "loss of both runs",
+        output / "norm_ratio.png": "l1/l2 of the gradient",
+        output / "table.md": "final losses",
+        output / "lion" / "log.txt": "Megatron's log, with Lion's start-up line",
+    }
+    width = max(len(str(path)) for path in files)
+    listed = "\n".join(f"    {path!s:{width}}  {contents}" for path, contents in files.items())
     return f"""Look at
-    {output / "loss.png"}          loss of both runs
-    {output / "norm_ratio.png"}    l1/l2 of the gradient
-    {output / "table.md"}          final losses
-    {output / "lion" / "log.txt"}  Megatron's log, with Lion's start-up line
+{listed}
 Evaluate Lion's checkpoint, on README.md
     MEGATRON_LION_DEVICE=cpu {shlex.join(map(str, evaluation))}
 Export it to Hugging Face's format

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # usage: launch/demo.sh [--iterations N]
 #
-# From a fresh clone, with no GPU: make the environment, prepare text that every machine has, pretrain a tiny GPT through
-# Megatron's own loop with Lion (killed and resumed once) and with SGD, measuring the norm ratio on the way, and leave
-# figures and a table in runs/demo/.
+# From a fresh clone, without a GPU: make the environment, prepare text from Python's documentation, and pretrain a tiny
+# GPT in Megatron's own loop, with Lion (killed and resumed once) and with SGD. Writes figures, a table and norm ratios to
+# runs/demo/.
 set -euo pipefail
 
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 0 ;; esac

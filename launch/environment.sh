@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by launch/demo.sh and tests/run.sh: find a Python, make .venv in the repository's root, install into it.
-# Leaves $PYTHON set to the environment's interpreter. Run again, it reuses what is complete.
+# Sets $PYTHON to the environment's interpreter. A complete environment is reused.
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -32,15 +32,15 @@ find_python() {
 make_environment() {
     local root="$1" python stamp
     PYTHON="$root/.venv/bin/python"
-    # The stamp is written last, so that an environment cut off while it was made is made again.
-    # The settings of tools, below the package's own, do not change it.
+    # The stamp is written last, so that an interrupted installation is repeated.
+    # Settings of linters, at the end of pyproject.toml, do not change it.
     stamp="$( (sed '/^\[tool\.ruff/,$d' "$root/pyproject.toml"; cat "$root/launch/constraints.txt") | cksum)"
     if [ "$(cat "$root/.venv/.complete" 2>/dev/null)" = "$stamp" ] && "$PYTHON" -c "import torch" 2>/dev/null; then
         say "environment: reusing $root/.venv"
         return 0
     fi
     python="$(find_python)" || return 1
-    say "environment: making $root/.venv with $("$python" --version) (torch is a download of some GB)"
+    say "environment: making $root/.venv with $("$python" --version) (downloads torch, several GB)"
     rm -rf "$root/.venv"
     "$python" -m venv "$root/.venv"
     "$PYTHON" -m pip install --quiet --progress-bar off --constraint "$root/launch/constraints.txt" \

@@ -3,8 +3,8 @@
 
 torchrun (2.13) asks the rendezvous store again and again whether nodes are waiting (``num_nodes_waiting``). If the link
 to the store's machine is cut, that call waits in the kernel, past all of torchrun's timeouts, and ignores SIGTERM and
-Ctrl-C. So a second process watches, and kills a launcher that has had no rank for SECONDS. SECONDS must be more than
-its rendezvous may take, in which nodes wait for each other without ranks.
+Ctrl-C. So a second process watches the launcher and kills it after SECONDS without a rank. SECONDS must exceed the
+time-out of the rendezvous, because nodes have no ranks while they wait for each other.
 """
 
 import argparse
@@ -20,7 +20,7 @@ POLL_SECONDS = 5.0
 
 
 def main(arguments: list[str]) -> None:
-    """Become the launcher, with a child that watches it: signals and the exit status are the launcher's own."""
+    """Replace this process by the launcher, with a child that watches it. Signals reach the launcher directly."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     launcher = os.getpid()
     handle = os.pidfd_open(launcher)
     if os.fork() == 0:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # meant for the launcher, whose end ends this process, too
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they are for the launcher; when it ends, so does this process
             signal.signal(getattr(signal, name), signal.SIG_IGN)
         watch(launcher, handle, seconds)
         os._exit(0)
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
 
 
 def watch(launcher: int, handle: int, seconds: float) -> None:
-    """Return when the launcher has ended; kill it where it has had no rank for ``seconds``."""
+    """Return when the launcher has ended. Kill it if it has had no rank for ``seconds``."""
     ended = select.poll()
     ended.register(handle, select.POLLIN)
     last = time.monotonic()
@@ -62,7 +62,7 @@ def watch(launcher: int, handle: int, seconds: float) -> None:
 
 
 def has_ranks(launcher: int) -> bool:
-    """Whether a child of the launcher's runs as a rank; one that has ended has no environment any more."""
+    """Whether a child of the launcher is a running rank. A child that has ended has no environment."""
     children: list[str] = []
     for task in Path(f"/proc/{launcher}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # a thread that has ended meanwhile

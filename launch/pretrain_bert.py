@@ -18,7 +18,7 @@ from megatron_lion.run import readable_errors
 
 BATCH_KEYS = ("text", "types", "labels", "is_random", "loss_mask", "padding_mask")
 
-# Flags that mean nothing here, such as a mean over all tokens: the order of sentences is no loss of a token.
+# Flags that do not apply to BERT. The loss of the sentences' order has no mean over tokens.
 LEFT_OUT = ("calculate_per_token_loss", "mock_data", "sft", "fim_data", "mtp_num_layers")
 
 
@@ -131,7 +131,7 @@ def datasets_provider(num_samples: tuple[int, int, int], vp_stage: int | None = 
     builder = BlendedMegatronDatasetBuilder(
         bert_dataset(), num_samples, lambda: mpu.get_tensor_model_parallel_rank() == 0, config
     )
-    # With --eval-iters 0 a split has no samples; Megatron's sampler refuses it (data_samplers 142), not its absence.
+    # With --eval-iters 0 a split has no samples. Megatron's sampler refuses that (data_samplers 142), but accepts None.
     train, valid, test = (dataset if dataset is not None and len(dataset) else None for dataset in builder.build())
     return train, valid, test
 
@@ -144,11 +144,11 @@ def main() -> None:
     args = parse_command_line(
         "launch/pretrain_bert.py",
         left_out=LEFT_OUT,
-        instead="it means nothing to BERT, train without it",
+        instead="it does not apply to BERT, remove it",
         tokenizer_type="BertWordPieceLowerCase",
     )
     if args.context_parallel_size > 1:
-        raise LionError(f"--context-parallel-size {args.context_parallel_size}: Megatron-Core's BERT has none, give 1")
+        raise LionError(f"--context-parallel-size {args.context_parallel_size} is not supported with BERT: use 1")
     from megatron_lion.integration.loop.pretrain import pretrain
 
     pretrain(args, datasets_provider, forward_step, model_provider)

@@ -16,7 +16,7 @@ from megatron_lion.run import readable_errors
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
-# Flags that need the parts of Megatron-LM's script that this one leaves out.
+# Flags that need parts of Megatron-LM's script that this one does not have.
 LEFT_OUT = ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking", "mtp_num_layers")
 
 

@@ -1,8 +1,8 @@
 """Lion for Megatron-Core.
 
-``import megatron_lion`` imports nothing else: torch comes with :class:`Lion`, Megatron with :func:`register` and
-:class:`Reports`. So the import hook that ``megatron-lion enable`` sets costs an interpreter that trains nothing almost
-nothing.
+``import megatron_lion`` imports no other package. :class:`Lion` imports torch when it is first used, :func:`register`
+and :class:`Reports` import Megatron. So the import hook of ``megatron-lion enable`` costs almost nothing in programs
+that do not train.
 """
 
 from megatron_lion.version import __version__
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_lion.lion import Lion
 
 __all__ = ["Lion", "LionError", "NormRatioOptions", "Reports", "__version__", "register"]
-# Where each name is that is imported when it is first used.
+# Names that are imported on first use, and their modules.
 _LAZY = {
     "Lion": "megatron_lion.lion",
     "LionError": "megatron_lion.config",

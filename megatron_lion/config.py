@@ -96,7 +96,7 @@ class LionOptions:
     """Options of ``--optimizer lion``, checked. Made once, where the optimizer is built, and passed on from there.
 
     Under Megatron each option is a field of ``OptimizerConfig`` and, on the command line, a flag. Its name there is
-    ``lion_`` and the name here; the betas are ``lion_beta1`` and ``lion_beta2``.
+    ``lion_`` plus the name here; the betas are ``lion_beta1`` and ``lion_beta2``.
     """
 
     betas: tuple[float, float] = LANGUAGE_MODEL_BETAS
@@ -192,7 +192,7 @@ class LionOptions:
             raise LionError(
                 f"--lion-momentum-dtype {self.momentum_dtype} with --lion-master-weights {self.master_weights} is not "
                 "supported with --optimizer-cpu-offload, which keeps both in fp32. Use fp32 for both, or remove "
-                "--optimizer-cpu-offload, which they may make unnecessary"
+                "--optimizer-cpu-offload: compact state may be enough without it"
             )
         if self.master_weights == "remainder" and not config.bf16:
             raise LionError(
@@ -224,7 +224,7 @@ def _precision(config: Any) -> tuple[str, str]:
         )
     if main_params != "fp32":
         raise LionError(
-            f"--main-params-dtype {main_params} is not supported with --optimizer lion, whose master weights have fp32 "
+            f"--main-params-dtype {main_params} is not supported with --optimizer lion: its master weights have fp32 "
             "values. Remove it, or use --lion-master-weights remainder to store 16 bits of them"
         )
     if momentum_dtype is None:

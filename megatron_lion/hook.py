@@ -1,8 +1,8 @@
-"""The opt-in import hook: ``megatron-lion enable`` makes every Megatron of this environment register by itself.
+"""The opt-in import hook of ``megatron-lion enable``: every Megatron of this environment registers this package.
 
-``enable`` writes one line into the environment's site-packages, which Python runs at start. It puts a finder in front
-that waits for Megatron's imports. Every interpreter of the environment pays for this module, so it imports only ``sys``
-at its top.
+``enable`` writes one line into the environment's site-packages, which Python runs at start. The line installs a finder
+that waits for Megatron's imports. Every interpreter of the environment imports this module, so its top imports only
+``sys``.
 """
 
 import sys
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 PTH_NAME = "megatron_lion_hook.pth"
-# Python prints a traceback at every start if this line fails, so it passes over a package that is not there any more.
+# Python prints a traceback at every start if this line fails, so the line ignores a package that was uninstalled.
 PTH_LINE = (
     r"""import sys; exec("try:\n import megatron_lion.hook\nexcept ModuleNotFoundError as error:\n """
     r"""if error.name != 'megatron_lion': raise\nelse:\n megatron_lion.hook.install()")"""
@@ -31,9 +31,9 @@ STEPS = {
 
 
 def pth_paths() -> "list[Path]":
-    """Where this interpreter would find the hook's line: site-packages, and the user's if that is read too.
+    """Files where this interpreter looks for the hook's line: in site-packages and, if it is read, in the user's.
 
-    pip installs into the user's where the environment's is not writable.
+    pip installs into the user's site-packages if the environment's is not writable.
     """
     import site
     import sysconfig
@@ -51,7 +51,7 @@ def is_enabled() -> bool:
 
 
 def enable() -> "Path":
-    """Set the hook: from the next interpreter on, this environment's ``--optimizer lion`` is ours.
+    """Set the hook. From the next interpreter on, ``--optimizer lion`` is this package's in this environment.
 
     Returns the file that was written. Raises OSError for site-packages if no folder can be written.
     """
@@ -71,7 +71,7 @@ def enable() -> "Path":
 
 
 def disable() -> "Path":
-    """Remove the hook; nothing happens where it is not set. Returns where it was, or would be."""
+    """Remove the hook. Does nothing if it is not set. Returns the path of its file."""
     paths = pth_paths()
     found = [path for path in paths if path.is_file()]
     for path in found:
@@ -87,7 +87,7 @@ def install() -> None:
     previous = sys.excepthook
 
     def excepthook(kind: "type[BaseException]", error: BaseException, trace: "TracebackType | None") -> None:
-        """Our errors as one line, as megatron_lion.run prints them; everything else as before."""
+        """Print our errors as one line, as megatron_lion.run does, and other errors as before."""
         config = sys.modules.get("megatron_lion.config")
         if config is not None and isinstance(error, config.LionError):
             from megatron_lion.run import report_error
@@ -102,14 +102,14 @@ def install() -> None:
 class MegatronFinder:
     """Lets three of Megatron's modules run our steps before or after they are executed.
 
-    The steps run at execution, not at the search: asking whether a module is there registers nothing. It keeps no
-    state, so threads may import at once.
+    The steps run when a module is executed, not when it is searched, so asking whether a module exists registers
+    nothing. The finder has no state, so threads may import at the same time.
     """
 
     def find_spec(
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """What the other finders find; for one of ``STEPS`` with a loader that runs its steps too."""
+        """Return the spec of the other finders. For a module in ``STEPS`` its loader also runs the steps."""
         if fullname not in STEPS:
             return None
         for finder in list(sys.meta_path):

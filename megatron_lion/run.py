@@ -60,8 +60,8 @@ def main() -> None:
             )
         script = Path(sys.argv[1])
         if not script.is_file():
-            raise LionError(f"{script} is not a file: give the path of your Megatron script, such as pretrain_gpt.py")
-        # As Python does for a script: its folder comes first, so that the modules beside it are found.
+            raise LionError(f"{script} is not a file: pass the path of your Megatron script, such as pretrain_gpt.py")
+        # As Python does for a script: its folder comes first, so that the modules next to it are found.
         sys.path.insert(0, str(script.resolve().parent))
         megatron_lion.register()
         sys.argv = sys.argv[1:]

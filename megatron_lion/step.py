@@ -51,7 +51,7 @@ class StepTensors:
     no kernel sees another one. It issues no collective and does not wait for a device.
 
     Raises:
-        ValueError: the lists, sizes, dtypes or devices do not fit together, or a tensor has no memory of its own.
+        ValueError: the lists, sizes, dtypes or devices do not fit together, or a tensor has no memory.
     """
 
     masters: list[Tensor]
@@ -216,7 +216,7 @@ def _local_tensor(tensor: Any) -> Tensor:
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if is_traceable_wrapper_subclass(local):  # the address of its memory would be wrong or 0
         raise ValueError(
-            f"tensors of type {type(local).__name__} are not supported: they are wrappers without memory of their own. "
+            f"tensors of type {type(local).__name__} are not supported: they are wrappers without their own memory. "
             "Use plain tensors or DTensors of plain tensors"
         )
     return cast(Tensor, local)

@@ -194,7 +194,7 @@ def step_tensors(
     model_copies: Sequence[Tensor] | None = None,
     digits: Sequence[Tensor] | None = None,
 ) -> StepTensors:
-    """Return the tensors of an update of ``params``, whose states must have the same keys and dtypes.
+    """Return the tensors of an update of ``params``. Their states must have the same keys and dtypes.
 
     ``layout_of`` returns a parameter's block layout; it is called only for quantized momentum. ``model_copies`` are
     for parameters that are masters themselves. Raises ValueError as :class:`~megatron_lion.step.StepTensors` does.

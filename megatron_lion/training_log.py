@@ -1,4 +1,4 @@
-"""Read what Megatron's own loop prints, so that a run can be watched, drawn and compared from its log alone."""
+"""Read the log of Megatron's own loop, so that a run can be watched, drawn and compared from its log."""
 
 import re
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ _FINAL = re.compile(r"validation loss at iteration (\d+) on (validation|test) se
 
 @dataclass
 class TrainingLog:
-    """One run's record. Iterations that were run again after a resume hold the later run's values.
+    """One run's record. Iterations that were run again after a resume have the later run's values.
 
     ``loss`` and ``milliseconds`` are keyed by iteration, ``validation`` by the iteration that it was evaluated at, and
     ``final`` by ``"validation"`` and ``"test"``. Losses are means over tokens, in nats.
@@ -26,7 +26,7 @@ class TrainingLog:
     final: dict[str, float] = field(default_factory=dict)
 
     def add_line(self, line: str) -> int | None:
-        """Take in one line of the log. Returns the iteration that it reports, or None for any other line."""
+        """Read one line of the log. Returns the iteration that it reports, or None for any other line."""
         if match := _ITERATION.search(line):
             iteration, self.iterations = int(match[1]), int(match[2])
             self.milliseconds[iteration] = float(match[3])
@@ -40,12 +40,12 @@ class TrainingLog:
 
 
 def read_training_log(path: Path) -> TrainingLog:
-    """The record of the run whose output is in ``path``.
+    """The record of the run with its output in ``path``.
 
     Raises LionError where the file is missing or reports no iteration.
     """
     if not path.is_file():
-        raise LionError(f"{path} does not exist: give the file that the training run's output was written to")
+        raise LionError(f"{path} does not exist: pass the file that the training run's output was written to")
     log = TrainingLog()
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         log.add_line(line)

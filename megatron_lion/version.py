@@ -1,3 +1,3 @@
-"""The one place of this package's version; pyproject.toml names it."""
+"""This package's version. pyproject.toml reads it from here."""
 
 __version__ = "0.1.0"

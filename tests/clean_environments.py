@@ -173,6 +173,7 @@ def old_setuptools(folder: Path) -> Clean:
     clean = Clean(folder, has_megatron=False, torch=IMAGE_TORCH)
     (folder / "constraints.txt").write_text("setuptools==70.0.0\n")
     clean.variables["PIP_CONSTRAINT"] = str(folder / "constraints.txt")
+    clean.run("pip install -q setuptools")  # which the image has, at the constraint's version
     clean.run("pip install ./megatron-lion")
     report = clean.doctor(status=1)
     assert "megatron-core is not installed" in report and IMAGE_TORCH in report
@@ -204,7 +205,8 @@ def no_home(folder: Path) -> Clean:
     clean = Clean(folder)
     clean.run("pip install -q setuptools && pip install -q --no-build-isolation ./megatron-lion")
     clean.variables |= {"HOME": "", "XDG_CACHE_HOME": "", "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    clean.prefix = mounted("mount --bind /dev/null /etc/passwd")
+    # Without nsswitch.conf, systemd does not answer for root instead of passwd.
+    clean.prefix = mounted("mount --bind /dev/null /etc/passwd && mount --bind /dev/null /etc/nsswitch.conf")
     assert "READY" in clean.doctor()
     assert "kernel fused (compiled for this run only: this user has no home folder" in clean.train()
     return clean

@@ -168,7 +168,7 @@ def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) ->
         (("doctor", "gone.py"), "gone.py is not a file: pass the path of your training script"),
         (("doctor", __file__, "--cluster"), "--cluster checks the ranks, not a script"),
         (("doctor", "--cluster", "--timeout", "0"), "--timeout 0 and --megabytes 64 must be above 0"),
-        (("enable", "now"), "enable takes no arguments, and now was given"),
+        (("enable", "now"), "enable takes no arguments, got now"),
     ],
 )
 def test_a_wrong_command_line_gets_one_line(

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import megatron_lion
+from tests import doc_commands
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
@@ -80,6 +83,16 @@ def test_every_page_is_in_the_navigation_and_the_index() -> None:
     navigation = re.findall(r"^ +- .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(navigation) == sorted(pages)
     assert pages - {"README.md"} <= set(LINK.findall((DOCS / "README.md").read_text(encoding="utf-8")))
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    headings = re.findall(r"^## (megatron_lion\.\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {f"megatron_lion.{name}" for name in megatron_lion.__all__} - {"megatron_lion.__version__"} <= set(headings)
+
+
+def test_commands_are_found_in_blocks_and_in_the_text() -> None:
+    text = "Use `megatron-lion doctor` or `lr`.\n```bash\npip install .  # here\ntorchrun \\\n    a.py\n```\n"
+    assert list(doc_commands.commands(text)) == ["pip install .", "torchrun a.py", "megatron-lion doctor"]
 
 
 def test_pages_that_the_code_names_exist() -> None:

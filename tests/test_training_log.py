@@ -78,7 +78,7 @@ def test_bytes_that_are_not_text_are_skipped(tmp_path: Path) -> None:
 
 
 def test_a_missing_log_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LionError, match=r"absent\.txt does not exist: give the file"):
+    with pytest.raises(LionError, match=r"absent\.txt does not exist: pass the file"):
         read_training_log(tmp_path / "absent.txt")
 
 

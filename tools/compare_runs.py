@@ -25,7 +25,7 @@ def named_run(value: str) -> tuple[str, Path]:
 
 
 def runs_by_name(named: list[tuple[str, Path]]) -> dict[str, Path]:
-    """The paths of ``--run`` by name. Raises LionError where two runs have the same name."""
+    """The path of each named ``--run``. Raises LionError if two runs have the same name."""
     runs = dict(named)
     if len(runs) < len(named):
         raise LionError("two runs have the same name; give each its own")
@@ -33,7 +33,7 @@ def runs_by_name(named: list[tuple[str, Path]]) -> dict[str, Path]:
 
 
 def figure_path(value: str) -> Path:
-    """A path whose suffix says which format to draw."""
+    """A path with a suffix that names the format to draw."""
     path = Path(value)
     if path.suffix not in FIGURE_SUFFIXES:
         raise argparse.ArgumentTypeError(f"{value!r} ends in none of {', '.join(FIGURE_SUFFIXES)}")

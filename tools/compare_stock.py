@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Which parameters ``--optimizer lion`` really trains with Lion, with which betas, and how large the state is on each
-rank: stock Megatron beside this package, on the same command lines.
+rank: stock Megatron and this package, on the same command lines.
 
     python tools/compare_stock.py                                        # the command lines below, on CPU ranks
     python tools/compare_stock.py --ranks 4 -- --bf16 --optimizer lion   # your own, added to a tiny model's
 
 Each line is started twice with torchrun, once without and once with ``megatron_lion.register()``. Megatron's own loop
-builds model and optimizer and trains one step on mock data; then each rank says what it holds. Stock Megatron's Lion
-needs the package emerging-optimizers. Where there is no GPU, the ranks run on the CPU.
+builds model and optimizer and trains one step on mock data; then each rank reports its parameters and state. Stock
+Megatron's Lion needs the package emerging-optimizers. Where there is no GPU, the ranks run on the CPU.
 """
 
 import argparse
@@ -43,7 +43,7 @@ MODEL = (
 
 
 def stock_on_cpu() -> None:
-    """Stock Megatron without a GPU: the CPU backend alone, and no registration."""
+    """Stock Megatron without a GPU: only the CPU backend, and no registration."""
     import megatron_lion
     from megatron_lion.integration import compat
     from megatron_lion.integration.cpu import torch_cuda
@@ -146,7 +146,7 @@ def inspect_one_step(side: str, output: Path) -> None:
     pretrain_gpt.main()
 
 
-# ---- beside the ranks ----
+# ---- in the process that starts the ranks ----
 
 
 def answers(side: str, line: str, ranks: int) -> list[dict[str, Any]] | str:
@@ -204,7 +204,8 @@ def main() -> None:
         os.environ["MEGATRON_LION_DEVICE"] = "cpu"
     lines = {" ".join(options.flags): options.ranks} if options.flags else LINES
     print(
-        "| flags | ranks | whose | parameters on Lion; the rest | Lion's betas | state on each rank, bytes | wrapper |"
+        "| flags | ranks | implementation | parameters on Lion; the rest | Lion's betas | state on each rank, bytes "
+        "| wrapper |"
     )
     print("|---|---|---|---|---|---|---|")
     for line, ranks in lines.items():

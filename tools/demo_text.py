@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Make a small training corpus for Megatron out of text that every machine with Python already has.
+"""Make a small training corpus for Megatron from text that every machine with Python has.
 
-The text is Python's own documentation: its help topics and the docstrings of its standard library; with --text,
-plain text files take its place. Under --output it leaves
+The text is Python's own documentation: its help topics and the docstrings of its standard library, or with --text plain
+text files. It writes to --output
 
     tokenizer.model                        a SentencePiece tokenizer (BPE), trained on the training documents only
     {train,valid,test}_text_document.bin   the tokens of each split; Megatron's end-of-document token closes each text
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     flags = {"--tokenizer-type": "SentencePieceTokenizer", "--tokenizer-model": str(args.output / TOKENIZER)}
     flags |= {f"--{split}-data-path": str(args.output / PREFIX.format(split)) for split in SPLITS}
-    print(f"done in {time.monotonic() - start:.1f} s; to train on it, give Megatron")
+    print(f"done in {time.monotonic() - start:.1f} s; to train on it, pass to Megatron")
     print("    " + " \\\n    ".join(map(shlex.join, flags.items())))
     return 0
 

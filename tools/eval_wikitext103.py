@@ -4,15 +4,14 @@
     torchrun --nproc-per-node 4 tools/eval_wikitext103.py --checkpoints runs/gpt2-small-lion --steps all \\
         --text wiki.test.tokens --output lion.json --tensor-model-parallel-size 2 --micro-batch-size 8
 
-Every argument that decides the model's function comes from the checkpoint. So does its tokenizer, unless you name
-another place of its files. The layout, the precision and the machine come from Megatron's own flags, which may all be
-given here. A checkpoint may be evaluated in any layout, whatever it was saved in (pipeline stages without
-interleaving).
+Every argument that decides the model's function comes from the checkpoint. So does its tokenizer, unless you pass other
+paths. The layout, the precision and the machine come from Megatron's own flags, which all work here. A checkpoint may
+be evaluated in any layout (pipeline stages without interleaving).
 
-Every token but the first is scored exactly once, in windows that overlap; rows that pad the vocabulary take no part in
-the softmax; sums are float64. --output is written after each step: the same command goes on where it was stopped, and
-refuses a file with results of another checkpoint, text or precision. The paper does not say which perplexity its table
-A1 holds the logarithm of, so that both are printed.
+Every token except the first is scored exactly once, in windows that overlap. Padded rows of the vocabulary are excluded
+from the softmax. Sums are float64. --output is updated after each step, and the same command resumes from it; a file
+with results of another checkpoint, text or precision is refused. The paper's table A1 does not say of which perplexity
+it has the logarithm, so both are printed.
 """
 
 import argparse
@@ -39,7 +38,7 @@ def read_text(path: Path | None, detokenizer: str) -> tuple[str, dict[str, Any]]
         try:
             original = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise LionError(f"--text {path}: {error}; give a readable UTF-8 text file") from error
+            raise LionError(f"--text {path}: {error}; pass a readable UTF-8 text file") from error
     text = windows.DETOKENIZERS[detokenizer](original)
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
     return text, {"words": windows.count_words(original), "bytes": len(text.encode("utf-8")), "sha256": digest}
@@ -51,7 +50,7 @@ def _hub_lines() -> list[str]:
     try:
         return list(datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split="test")["text"])
     except Exception as error:  # the hub's client raises one of a dozen kinds, of several packages
-        raise LionError(f"WikiText-103 cannot be loaded from the hub: {error}. Give its file with --text") from error
+        raise LionError(f"WikiText-103 cannot be loaded from the hub: {error}. Pass its file with --text") from error
 
 
 def window_length(asked: int | None, args: Any) -> int:
@@ -65,8 +64,8 @@ def window_length(asked: int | None, args: Any) -> int:
 def finished(output: Path | None, settings: dict[str, Any], prints: dict[str, str]) -> dict[str, Any]:
     """Return the results that ``output`` has already.
 
-    Raises LionError where they were made with other settings, or from another checkpoint than the one whose fingerprint
-    ``prints`` has under the same step.
+    Raises LionError if they were made with other settings, or from another checkpoint of the same step, by the
+    fingerprints in ``prints``.
     """
     if output is None or not output.exists():
         return {}
@@ -74,14 +73,14 @@ def finished(output: Path | None, settings: dict[str, Any], prints: dict[str, st
         content = json.loads(output.read_text(encoding="utf-8"))
         old, results = content["settings"], dict(content["results"])
     except (ValueError, KeyError, TypeError) as error:
-        raise LionError(f"--output {output} is not this tool's ({error!r}): give another name") from error
+        raise LionError(f"--output {output} was not written by this tool ({error!r}): use another name") from error
     if changed := sorted(name for name in settings.keys() | old.keys() if settings.get(name) != old.get(name)):
-        raise LionError(f"--output {output} was made with another {', '.join(changed)}: give another name")
+        raise LionError(f"--output {output} was made with another {', '.join(changed)}: use another name")
     for step in prints.keys() & results.keys():
         if results[step].get("checkpoint") != prints[step]:
             raise LionError(
                 f"--output {output} was made from another checkpoint of iteration {step} than the one that is there "
-                "now: give another name"
+                "now: use another name"
             )
     return results
 
@@ -191,7 +190,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="a window begins N tokens after the last (default: %(default)s)",
     )
-    add("--raw-logits", action="store_true", help="let the rows that pad the vocabulary into the softmax")
+    add("--raw-logits", action="store_true", help="include padded rows of the vocabulary in the softmax")
     add("--output", type=Path, metavar="FILE", help="JSON results, updated after each step; rerun to resume")
     return parser.parse_known_args(arguments)
 

@@ -3,10 +3,10 @@
 
     python tools/export_hf.py --checkpoints runs/gpt2-small-lion --step latest --output exported/gpt2-small-lion
 
-It reads a torch_dist checkpoint whatever layout it was saved in, without ranks and without building the model, and
-writes config.json and model.safetensors, and the tokenizer's files where it is GPT-2's. Rows that pad the vocabulary
-are dropped. What GPT-2 cannot express is refused by name: rotary positions, RMSNorm, gated or other activations,
-grouped queries, experts, linear layers without bias, and any other argument that makes another function.
+It reads a torch_dist checkpoint of any layout, without ranks and without building the model. It writes config.json,
+model.safetensors and, for GPT-2's tokenizer, the tokenizer's files. Padded rows of the vocabulary are dropped. Settings
+that GPT-2 does not have are refused: rotary positions, RMSNorm, gated or other activations, grouped queries, experts,
+linear layers without bias, and any other argument that makes another function.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from evaluation.scoring import chosen_tokenizer
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 
-# What a GPT2LMHeadModel can have otherwise than Megatron's defaults, and what is the same function in exact arithmetic.
+# Settings that GPT2LMHeadModel can express although they are not Megatron's defaults, or that do not change the
+# function.
 EXPRESSED = (
     "num_layers", "hidden_size", "num_attention_heads", "kv_channels", "ffn_hidden_size", "max_position_embeddings",
     "layernorm_epsilon", "bias_gelu_fusion", "untie_embeddings_and_output_weights", "group_query_attention",
@@ -48,7 +49,7 @@ LAYER = {
 
 
 def require_gpt2(args: Any) -> None:
-    """Raise LionError naming everything in the model that GPT-2 does not have.
+    """Raise LionError listing everything in the model that GPT-2 does not have.
 
     Megatron's default GPT is GPT-2, so every argument that decides a model's function must have its default, but for
     ``EXPRESSED``.
@@ -149,16 +150,16 @@ def write_tokenizer(folder: Path, tokenizer: TokenizerOptions) -> bool:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the folder that the command line asks for. Raises LionError, with nothing written, where it cannot be."""
+    """Write the folder that the command line asks for. If that is not possible, raises LionError and writes nothing."""
     try:
         from safetensors.torch import save_file
     except ImportError as error:
         raise LionError("the export needs the package safetensors: pip install safetensors") from error
     if options.output.exists():
-        raise LionError(f"--output {options.output} exists: give another folder, or remove it")
+        raise LionError(f"--output {options.output} exists: use another folder, or remove it")
     (step, *more) = checkpoints.find_steps(options.checkpoints, options.step)
     if more:
-        raise LionError(f"--step {options.step} names several: give one")
+        raise LionError(f"--step {options.step} names several: use one")
     checkpoint = checkpoints.iteration_folder(options.checkpoints, step)
     checkpoints.require_gpt(checkpoint)
     args = checkpoints.read_args(checkpoint)
@@ -179,7 +180,7 @@ def export(options: argparse.Namespace) -> None:
     dropped = args.padded_vocab_size - tokenizer.vocab_size
     print(f"{options.output}: iteration {step}, {tokenizer.vocab_size:,} tokens ({dropped} rows of padding dropped)")
     if not with_tokenizer:
-        print(f"  without a tokenizer: {chosen.tokenizer_type} is not GPT-2's; use {chosen.files()[0]} beside it")
+        print(f"  without a tokenizer: {chosen.tokenizer_type} is not GPT-2's; use {chosen.files()[0]} with it")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a GPU machine without a network can say about this package, in one command of at most 8 minutes.
+# Check this package on a GPU machine, without a network and in at most 8 minutes.
 set -euo pipefail
 
 usage() {

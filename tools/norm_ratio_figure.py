@@ -3,9 +3,8 @@
 python tools/norm_ratio_figure.py --run Lion=runs/lion/norm_ratio.jsonl --run SGD=runs/sgd/norm_ratio.jsonl \\
     --figure norm_ratio.png
 
-Two lines say what r is to be held against: sqrt(d), its upper bound, and sqrt(2 d / pi), where the ratio of pure noise
-lies. A round whose estimate has not converged is an open circle: there r says more about the noise than about the
-gradient.
+Two lines are references: sqrt(d), the upper bound of r, and sqrt(2 d / pi), the ratio of pure noise. An open circle is
+a round with an estimate that has not converged: there r says more about the noise than about the gradient.
 """
 
 import argparse
@@ -43,7 +42,7 @@ def draw(runs: dict[str, list[Record]], path: Path) -> None:
 
 
 def plot_ratios(axes: Any, runs: dict[str, list[Record]]) -> None:
-    """Each run's r, first all runs' lines, then their points; and the values that r is to be held against."""
+    """Each run's r, first all runs' lines, then their points; and the two reference lines."""
     lines = [axes.plot(*_points(records, "ratio"), linewidth=1.2)[0] for records in runs.values()]
     for line, (name, records) in zip(lines, runs.items(), strict=True):
         for converged, fill in ((True, line.get_color()), (False, "white")):

@@ -3,17 +3,17 @@
 
     python tools/prepare_text.py --input openwebtext/*.jsonl.zst --output-prefix data/owt --workers 32 --append-eod \\
         --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --split 998,1,1
-    python tools/prepare_text.py --input Skylion007/openwebtext ...            a data set of the hub, streamed
-    python tools/prepare_text.py --output-prefix data/owt --verify             what is there against its manifest
+    python tools/prepare_text.py --input Skylion007/openwebtext ... a data set of the hub, streamed python
+    tools/prepare_text.py --output-prefix data/owt --verify verify existing output against its manifest
 
-It leaves, beside each other (as Megatron's preprocess_data.py names them),
+It writes these files, named as by Megatron's preprocess_data.py:
 
     PREFIX_text_document.{bin,idx}                       the tokens; with --split one pair for each of
     PREFIX_{train,valid,test}_text_document.{bin,idx}    train, valid and test; _sentence with --split-sentences
     PREFIX_manifest.json                                 sources, tokenizer, counts, checksums; written last
 
-Run again after a kill, the same command goes on: finished shards are kept (in PREFIX.shards until all is done), and the
-files are the same bytes whatever --workers was and however often it was killed.
+After a kill, run the same command again: finished shards are kept (in PREFIX.shards until all is done). The files are
+the same bytes for every --workers and any number of kills.
 """
 
 import argparse
@@ -35,16 +35,16 @@ FORMAT = 2  # raise it when the same request would give other files
 
 
 def output_name(prefix: Path, part: str, encoding: shards.Encoding) -> Path:
-    """Less the suffix, where a part of the corpus goes: what Megatron's --data-path takes."""
+    """Path of a part of the corpus without its suffix, for Megatron's --data-path."""
     middle = "" if part == shards.WHOLE else f"_{part}"
     level = "sentence" if encoding.split_sentences else "document"
     return prefix.with_name(f"{prefix.name}{middle}_{encoding.key}_{level}")
 
 
 def request_of(found: list[sources.Source], encoding: shards.Encoding, args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the files' bytes, for a run that goes on to compare. Sources count by name and size.
+    """Settings that decide the files' bytes. A resumed run compares them. Sources count by name and size.
 
-    Their text is compared apart: by each shard's digest in a corpus that was begun, by :func:`is_unchanged` in a
+    Their text is compared separately: by each shard's digest in an incomplete corpus, by :func:`is_unchanged` in a
     complete one.
     """
     tokenizer = encoding.tokenizer
@@ -74,7 +74,7 @@ def is_unchanged(content: dict[str, Any], found: list[sources.Source], shard_byt
 def begin(
     prefix: Path, request: dict[str, Any], outputs: list[Path], found: list[sources.Source], shard_bytes: int
 ) -> Path | None:
-    """Return the folder of shards to begin or continue in, or None where the corpus is complete.
+    """Return the folder of shards to begin or continue in, or None if the corpus is complete.
 
     Raises LionError, with nothing touched, where files of another corpus are in the way, and where a complete corpus
     was made of another text than the sources hold now.
@@ -84,11 +84,11 @@ def begin(
         content = manifest.read_manifest(prefix)
         if content["request"] != request:
             raise LionError(
-                f"{manifest.manifest_path(prefix)} belongs to a corpus made otherwise: give another --output-prefix"
+                f"{manifest.manifest_path(prefix)} belongs to a corpus with other settings: use another --output-prefix"
             )
         if not is_unchanged(content, found, shard_bytes):
             raise LionError(
-                f"the text was changed after {manifest.manifest_path(prefix)} was written: give another "
+                f"the text was changed after {manifest.manifest_path(prefix)} was written: use another "
                 "--output-prefix, or remove the corpus"
             )
         shutil.rmtree(folder, ignore_errors=True)  # there still, if the run was killed right at its end
@@ -98,14 +98,12 @@ def begin(
         old = json.loads(begun.read_text(encoding="utf-8"))
         changed = sorted(name for name in request.keys() | old.keys() if request.get(name) != old.get(name))
         if changed:
-            raise LionError(
-                f"{folder} was begun with other {', '.join(changed)}: remove it, or give what was given then"
-            )
+            raise LionError(f"{folder} was begun with other {', '.join(changed)}: remove it, or use the same again")
         return folder
     if there := [
         path for output in outputs for suffix in (".bin", ".idx") if (path := Path(f"{output}{suffix}")).exists()
     ]:
-        raise LionError(f"{there[0]} exists and is not this tool's: give another --output-prefix, or remove it")
+        raise LionError(f"{there[0]} was not written by this tool: use another --output-prefix, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     shards.write_json(begun, request)
     return folder
@@ -133,7 +131,7 @@ def finish(
         for part in encoding.parts()
     }
     if empty := [part for part, count in counts.items() if not count["documents"]]:
-        raise LionError(f"there is no document for {' and '.join(empty)}: give more text, or another --split")
+        raise LionError(f"there is no document for {' and '.join(empty)}: use more text, or another --split")
     files: dict[str, Any] = {}
     for part in encoding.parts():
         output = output_name(prefix, part, encoding)
@@ -197,7 +195,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         progress.add(shard, record, made_now)
         made[shard.index] = record
     if not made:
-        raise LionError(f"--input {' '.join(args.input)} holds no text")
+        raise LionError(f"--input {' '.join(args.input)} has no text")
     for where in [line for index in sorted(made) for line in made[index]["first_bad"]][: shards.FIRST_BAD]:
         print(f"  skipped {where}")
     changed = [source.changed for source in found]
@@ -218,7 +216,7 @@ def report(content: dict[str, Any]) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Compare the files with the manifest, and the tokenizer where one is given; 0 where all is well, else 1."""
+    """Compare the files, and the tokenizer if it is passed, with the manifest. Returns 0 if all is well, else 1."""
     tokenizer = tokenizers.options_from(args) if args.tokenizer_type else None
     found = manifest.problems(Path(args.output_prefix), tokenizer)
     for problem in found:
@@ -265,7 +263,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     tokenizers.add_arguments(parser)
     args = parser.parse_args(arguments)
     if not args.verify and not args.input:
-        parser.error("--input is missing: give files, folders or data sets (or --verify)")
+        parser.error("--input is missing: pass files, folders or data sets (or --verify)")
     return args
 
 

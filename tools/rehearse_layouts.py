@@ -66,7 +66,7 @@ class Layout:
     pp: int = 1
     ep: int = 1
     stage: int = 0
-    """the pipeline stage whose first rank is rehearsed"""
+    """the pipeline stage of which the first rank is rehearsed"""
     stage_layers: int = 0
     """layers of that stage; 0 for an even share"""
 
@@ -207,7 +207,7 @@ def public_rows(name: str, layout: Layout) -> list[str]:
 
 
 def recipe_rows(name: str) -> list[str]:
-    """A row of a recipe with Lion on a100x16, beside the recipe's estimate."""
+    """A row of a recipe with Lion on a100x16, with the recipe's estimate."""
     from launch.launcher import estimates, recipes, rehearsal
 
     recipe = recipes.resolve(name, "lion", "a100x16", ["lr=1e-5"])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a vocabulary from your own text, for where none can be downloaded; Megatron reads the files as they are.
+"""Train a vocabulary from your own text. Megatron reads the files as they are.
 
     python tools/train_tokenizer.py --input text/*.jsonl --tokenizer-type GPT2BPETokenizer --vocab-size 50257 \\
         --output vocab

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Draw the loss and the norm ratio of runs that are going on, or of finished ones, from what they leave behind.
+"""Draw the loss and the norm ratio of running or finished runs from their files.
 
     python tools/watch.py --run Lion=runs/tiny_gpt-lion-cpu --figure watch.svg --every 30
     python tools/watch.py --run Lion=runs/a --run SGD=runs/b --figure both.png
 
 A run is a folder as launch/launch.py leaves it: log.txt, or else the TensorBoard events in tensorboard/, and
 norm_ratio.jsonl where the norm ratio is measured. With --every the picture is drawn again after so many seconds, until
-every run has logged its last iteration; without it once. A picture is replaced whole: a viewer never sees half of one.
+every run has logged its last iteration. Without it, it is drawn once. A picture is replaced atomically, so a viewer
+never sees half of one.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def read_run(folder: Path) -> tuple[TrainingLog | None, list[Record]]:
     elif any(folder.glob("tensorboard/events.*")):
         log = read_events(folder / "tensorboard")
     else:
-        raise LionError(f"{folder} holds neither log.txt nor tensorboard/events.*: give a run's folder, as NAME=FOLDER")
+        raise LionError(f"{folder} has neither log.txt nor tensorboard/events.*: pass a run's folder, as NAME=FOLDER")
     try:
         rounds = read_records(folder / "norm_ratio.jsonl")
     except LionError:  # not measured, or no round yet
@@ -86,7 +87,7 @@ def draw(runs: dict[str, tuple[TrainingLog, list[Record]]], path: Path) -> None:
 
 
 def progress(log: TrainingLog) -> str:
-    """Where a run is: its last iteration of all, and that one's loss."""
+    """The state of a run: its last iteration, of how many, and that one's loss."""
     last = max(log.loss)
     return f"{last:,}{f' of {log.iterations:,}' if log.iterations else ''}, loss {log.loss[last]:.4f}"
 
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
             draw(started, options.figure)
             print("; ".join(f"{name}: {progress(log)}" for name, (log, _) in started.items()), flush=True)
         elif not options.every:
-            raise LionError(f"no loss yet in {', '.join(map(str, folders.values()))}: wait, or give --every SECONDS")
+            raise LionError(f"no loss yet in {', '.join(map(str, folders.values()))}: wait, or use --every SECONDS")
         ended = [bool(log and log.iterations and max(log.loss) >= log.iterations) for log, _ in found.values()]
         if not options.every or all(ended):
             return 0

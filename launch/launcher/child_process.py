@@ -1,4 +1,4 @@
-"""A child process that ends with this one, after time to save."""
+"""A child process that ends with this one and has time to save before."""
 
 import contextlib
 import os
@@ -13,12 +13,12 @@ NOTICE = b"megatron-lion: ending the run; waiting until its ranks have saved\n"
 
 @contextlib.contextmanager
 def tied(line: list[str], **options: Any) -> Iterator["subprocess.Popen[bytes]"]:
-    """Start ``line`` and wait for its end when the block is left, also through an exception.
+    """Start ``line``. On leaving the block, also by an exception, wait for it to end.
 
-    The first Ctrl-C, SIGTERM or SIGHUP, or an exception in the block, sends the child one SIGTERM; the block goes on.
-    torchrun hands SIGTERM to its ranks, which save (``--exit-signal-handler``). The child has its own session: from the
-    terminal's Ctrl-C it would hand on SIGINT, which ends ranks without a save, and a further signal cuts torchrun's
-    shutdown short. A signal that is ignored when this process starts (``nohup``) stays ignored.
+    The first Ctrl-C, SIGTERM, SIGHUP or exception sends the child one SIGTERM. After a signal the block continues.
+    torchrun passes SIGTERM to its ranks, which save (``--exit-signal-handler``). The child has its own session, because
+    torchrun would pass the terminal's Ctrl-C to the ranks, which then end without a save. A second signal would cut
+    torchrun's shutdown short. A signal that is ignored when this process starts (``nohup``) stays ignored.
     """
     process: subprocess.Popen[bytes] | None = None
     is_asked = False
@@ -35,7 +35,7 @@ def tied(line: list[str], **options: Any) -> Iterator["subprocess.Popen[bytes]"]
     previous = {number: signal.signal(number, end) for number in handled}
     try:
         process = subprocess.Popen(line, start_new_session=True, **options)
-        if is_asked:  # a signal came before there was a process to tell
+        if is_asked:  # a signal arrived before the process existed
             process.terminate()
         yield process
     finally:

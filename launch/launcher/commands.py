@@ -1,4 +1,4 @@
-"""From a recipe to command lines: torchrun on each node."""
+"""Build the torchrun command of each node from a recipe."""
 
 import json
 import shlex
@@ -9,12 +9,12 @@ from .recipe_files import ROOT
 from .recipes import Recipe
 
 JOIN_TIMEOUT = 600  # torchrun's own, in seconds
-START_SECONDS = 120  # for torchrun and the ranks to start before and after they wait for the other nodes
+START_SECONDS = 120  # for torchrun and the ranks to start, in addition to the rendezvous
 HOST = "MASTER_ADDRESS"  # the reader of --print replaces it
 
 
 def training_flags(recipe: Recipe, extra: list[str]) -> list[str]:
-    """Megatron's flags: every setting that is one, and the paths of the run's files; then ``extra`` as given."""
+    """Megatron's flags: the settings that are flags, the paths of the run's files, then ``extra`` as given."""
     run = Path(recipe["run"])
     places = {
         "save": str(run / "checkpoints"),
@@ -23,7 +23,7 @@ def training_flags(recipe: Recipe, extra: list[str]) -> list[str]:
         "norm-ratio-file": str(run / "norm_ratio.jsonl"),
     }
     settings = places | recipe.settings
-    if not recipe.get("norm-ratio-interval"):  # its companions are refused without it
+    if not recipe.get("norm-ratio-interval"):  # the other norm-ratio flags are refused without it
         settings = {key: value for key, value in settings.items() if not key.startswith("norm-ratio")}
     words: list[str] = []
     for key in MEGATRON_KEYS:
@@ -37,7 +37,7 @@ def training_flags(recipe: Recipe, extra: list[str]) -> list[str]:
 def torchrun(
     recipe: Recipe, extra: list[str], launcher: list[str], *, host: str | None = None, node: int = 0
 ) -> list[str]:
-    """The words of the line that starts the ranks of ``node``. Under Slurm ``host`` is the first node's name.
+    """The words of the command that starts the ranks of ``node``. Under Slurm ``host`` is the first node's name.
 
     ``launcher`` is torchrun, or a Python and its -m. With several nodes ``kill_hung_launcher.py`` ends one that hangs.
     """
@@ -70,14 +70,15 @@ def _rendezvous(recipe: Recipe, host: str | None, node: int) -> list[str]:
     words += ["--rdzv-id", Path(recipe["run"]).name]
     settings = f"join_timeout={_join_timeout(recipe)}"
     if recipe.addresses and host is None:
-        # torchrun decides whether it is the host by the addresses of its name, which may be the loopback's.
+        # By default torchrun looks up the addresses of its own name, which may be the loopback, to see if it is the
+        # host.
         words += ["--local-addr", recipe.addresses[node]]
         settings += f",is_host={node == 0}".lower()
     return [*words, "--rdzv-conf", settings]
 
 
 def printed(recipe: Recipe, extra: list[str]) -> str:
-    """The plain lines, one for each node, with the environment before each; once if they are all the same."""
+    """The command of each node, after its environment variables. Printed once if all nodes have the same."""
     environment = [f"{name}={shlex.quote(value)}" for name, value in recipe.environment.items()]
     lines = [
         " ".join([*environment, shlex.join(torchrun(recipe, extra, ["torchrun"], node=node))])
@@ -91,7 +92,7 @@ def printed(recipe: Recipe, extra: list[str]) -> str:
 
 
 def record(recipe: Recipe, extra: list[str], versions: dict[str, str | None]) -> str:
-    """What is saved with the run, as JSON: the resolved recipe, its command, versions and commit."""
+    """The JSON that is saved with the run: the resolved recipe, its command, versions and commit."""
     content = {
         "names": dict(zip(("model", "optimizer", "cluster"), recipe.names, strict=True)),
         "settings": recipe.settings,

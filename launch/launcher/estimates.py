@@ -30,7 +30,7 @@ class Memory:
 
     @property
     def static(self) -> int:
-        """What does not depend on the batch: weights, gradients, optimizer state."""
+        """Bytes that do not depend on the batch: weights, gradients, optimizer state."""
         return self.weights + self.gradients + self.state
 
     @property
@@ -39,7 +39,7 @@ class Memory:
 
 
 def padded_vocabulary(recipe: Recipe) -> int:
-    """The vocabulary rows that Megatron makes: a multiple of 128 x TP."""
+    """Rows of Megatron's padded vocabulary, a multiple of 128 x TP."""
     multiple = int(recipe.get("make-vocab-size-divisible-by", 128)) * recipe.layout["TP"]
     return -(-int(recipe["vocab-size"]) // multiple) * multiple
 
@@ -90,14 +90,14 @@ def _key_width(recipe: Recipe) -> int:
 
 
 def total_parameters(recipe: Recipe) -> int:
-    """Parameters of the whole model, each once: those of the same recipe on one rank, with its padded vocabulary."""
+    """Parameters of the whole model, each counted once, with the padded vocabulary of one rank."""
     alone = {"tensor-model-parallel-size": 1, "pipeline-model-parallel-size": 1}
     alone["vocab-size"] = padded_vocabulary(recipe)
     return parameters(dataclasses.replace(recipe, settings=recipe.settings | alone))[0]
 
 
 def memory(recipe: Recipe) -> Memory:
-    """Bytes on the fullest GPU. State, over DP if sharded: moments, and master weights of 16-bit parameters."""
+    """Bytes on the fullest GPU. State is moments, and master weights of 16-bit parameters, divided by DP if sharded."""
     count = max(parameters(recipe))
     half = bool(recipe.get("bf16") or recipe.get("fp16"))
     shards = recipe.dp * recipe.layout["CP"] if recipe.get("use-distributed-optimizer") else 1
@@ -190,7 +190,7 @@ def wire_bytes_per_step(recipe: Recipe) -> dict[str, int]:
 
 
 def gathered_bits(recipe: Recipe, gather: str | None = None) -> float:
-    """Bits of a parameter that a rank sends in the gather after a step: of its width, or of the signs of the step.
+    """Bits per parameter that a rank sends in the gather after a step: the parameter's width, or the signs'.
 
     Signs are 1.6 bits, and 1.6 more with 16-bit parameters for the rounding of their masters. Exceptions are not
     counted: 0.1 bits in training at a learning rate of 1e-3, less at lower ones (docs/exchange.md).
@@ -202,7 +202,7 @@ def gathered_bits(recipe: Recipe, gather: str | None = None) -> float:
 
 
 def gather_bytes(recipe: Recipe, gather: str) -> int:
-    """Bytes that the busiest GPU sends in the gather after a step, ``gather`` being "params" or "signs"."""
+    """Bytes that the busiest GPU sends in the gather after a step, for ``gather`` "params" or "signs"."""
     return round(max(parameters(recipe)) * gathered_bits(recipe, gather) / 8 * (recipe.dp - 1) / recipe.dp)
 
 

@@ -1,4 +1,4 @@
-"""Flags after ``--``: a recipe's own keys become overrides, the names of all others are checked."""
+"""Flags after ``--``. Keys of a recipe become overrides. The names of all other flags are checked."""
 
 import functools
 import importlib.util
@@ -59,10 +59,10 @@ def _check_name(name: str) -> None:
 def known_flags() -> frozenset[str]:
     """Names of the flags in the source of the Megatron that a run would import; empty if there is none here.
 
-    They are read from the text of its files: importing Megatron takes ten seconds, and may not be possible on a login
-    node. Flags are written out in the text (``BooleanOptionalAction`` adds ``--no-FLAG``), or made from the fields of
-    classes named Config (``--FIELD``; ``--no-FIELD`` and ``--disable-FIELD`` if the default is True). So this has every
-    flag of the parser, and names that are none.
+    They are read from the text of its files, because importing Megatron takes ten seconds and may fail on a login node.
+    Flags are written out in the text (``BooleanOptionalAction`` adds ``--no-FLAG``), or made from the fields of classes
+    named Config (``--FIELD``; ``--no-FIELD`` and ``--disable-FIELD`` if the default is True). So the result has every
+    flag of the parser, and some names that are not flags.
     """
     megatron = _folder()
     return frozenset() if megatron is None else _flags_in(megatron)

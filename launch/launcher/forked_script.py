@@ -1,4 +1,4 @@
-"""Become a script in a process that was forked from a server with its imports done, as torchrun would start it."""
+"""Run a script as torchrun would, in a process forked from a server that has already imported its modules."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ def become(script: str, arguments: list[str], output: str, environment: Mapping[
     os.environ.update(environment)
     # A process of the fork server starts its own processes from it too. A script has the platform's default.
     multiprocessing.set_start_method(None, force=True)
-    # As Python does for a script: its folder comes first, so that the modules beside it are found.
+    # As Python does for a script: its folder comes first, so that the modules next to it are found.
     sys.path.insert(0, str(Path(script).resolve().parent))
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")

@@ -7,13 +7,13 @@ from typing import Any
 
 from megatron_lion.config import LionError, did_you_mean
 
-# What launch.py itself reads. All other keys are Megatron's flags without their dashes.
+# Keys that launch.py itself reads. All other keys are Megatron's flags without their dashes.
 LAUNCH_TOPICS: dict[str, dict[str, type]] = {
     "run": {
         "script": str,
         "run": str,
         "data": str,
-        "vocab-size": int,  # for the estimates: Megatron asks the tokenizer
+        "vocab-size": int,  # only for the estimates; Megatron asks the tokenizer
     },
     "cluster": {
         "nodes": int,

@@ -68,7 +68,7 @@ def versions() -> dict[str, str | None]:
 
 
 def prepare_folder(recipe: Recipe, extra: list[str]) -> Path:
-    """Make the run's folder and save the recipe in it. A start with another recipe or other code gets another file.
+    """Make the run's folder and save the recipe in it. A start with another recipe or commit writes a new file.
 
     Raises LionError if the folder has checkpoints of another run.
     """
@@ -130,7 +130,7 @@ def submit(recipe: Recipe, extra: list[str], python: str) -> int:
     try:
         return subprocess.run(["sbatch", str(path)], check=False).returncode
     except FileNotFoundError:
-        raise LionError(f"sbatch is not installed here. {path} is written: submit it where Slurm is") from None
+        raise LionError(f"sbatch is not installed here. {path} was written: submit it where Slurm is") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -178,7 +178,7 @@ def main(arguments: list[str]) -> int:
     if options.rehearse and (options.dry_run or options.slurm or options.print):
         raise LionError("--rehearse goes with none of --dry-run, --print and --slurm: remove one")
     if options.dry_run and (options.slurm or options.print):
-        raise LionError("--dry-run shows everything but the Slurm script: remove it, or use --slurm --print")
+        raise LionError("--dry-run does not show the Slurm script: remove it, or use --slurm --print")
     flags, extra = extra_flags.split(arguments[end + 1 :])
     overrides = [*own, *flags]
     on_cpu = os.environ.get("MEGATRON_LION_DEVICE") == "cpu"

@@ -13,8 +13,8 @@ _FIELD = re.compile(r"\| +([a-zA-Z()/ ]+): +([-+.\dEenaif]+) (?=\|)")
 def readable(line: str, recipe: Recipe) -> str | None:
     """``line`` of Megatron's log as a step's loss, learning rate, norm, speed and remaining time, else None.
 
-    TFLOP/s is for each GPU, by :func:`estimates.flops_per_step`. Losses are all that Megatron names one; a step whose
-    update was skipped has none.
+    TFLOP/s is for each GPU, by :func:`estimates.flops_per_step`. All values that Megatron calls a loss are shown. A
+    step with a skipped update has none.
     """
     step = _STEP.search(line)
     fields = {name: float(value) for name, value in _FIELD.findall(line)}

@@ -1,4 +1,4 @@
-"""Read the YAML files of a recipe: each value as text, with the comment beside it."""
+"""Read the YAML files of a recipe: each value as text, with the comment on its line."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ class Table(dict[str, Any]):
 
 
 class _TextLoader(yaml.SafeLoader):
-    """Every value is the text as written, so that the key decides its type and not YAML 1.1 (12:30:00, on, 0777).
+    """Every value is the text as written. The key, not YAML 1.1, decides its type (12:30:00, on, 0777).
 
     Only ``<<`` keeps its meaning, and null stays null. A key that a table sets twice is an error.
     """
@@ -90,7 +90,7 @@ def as_table(value: Any, what: str) -> Table:
 
 
 def environment(content: Any, path: Path) -> dict[str, str]:
-    """The processes' environment as texts. Names go into shell lines unquoted, so they must be valid there."""
+    """The environment variables as strings. Names are written into shell lines unquoted, so they must be valid."""
     table = as_table(content, f"environment in {path}")
     for name, value in table.items():
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", str(name)):

@@ -15,7 +15,7 @@ from .keys import PATH_KEYS, typed
 from .recipe_files import KINDS, Table
 
 SLURM_WARNING = 600  # seconds before its time limit at which a Slurm job is told to save and end
-SLURM_PORTS = 1000  # the nodes of a Slurm job meet at one of so many ports from master-port on, by the job's number
+SLURM_PORTS = 1000  # the nodes of a Slurm job meet at master-port plus the job's number modulo this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Recipe:
     sources: dict[str, str] = field(default_factory=dict)
     """by key: the file, and what its comment says"""
     notes: tuple[str, ...] = ()
-    """what a reader must know before the run, from the key ``note`` of the files"""
+    """notes for the user, from the key ``note`` of the files"""
 
     def __getitem__(self, key: str) -> Any:
         return self.settings[key]
@@ -64,7 +64,7 @@ class Recipe:
 
 
 class _Settings:
-    """Settings while they are collected: a later value replaces an earlier one, and its source says so."""
+    """Collects settings. A later value replaces an earlier one, and its source records that."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}

@@ -26,7 +26,7 @@ def run(recipe: Recipe, extra: list[str], words: list[str] | None = None) -> int
 
 
 def flags(recipe: Recipe, extra: list[str]) -> list[str]:
-    """The script's flags, with a tokenizer of numbers if the files of the recipe's are not on this machine."""
+    """The script's flags, with NullTokenizer if the recipe's tokenizer files are not on this machine."""
     absent = [entry.partition(":")[0] for entry in recipe_checks.missing_files(recipe)]
     if not any(key in absent for key in TOKENIZER_KEYS):
         return commands.training_flags(recipe, extra)

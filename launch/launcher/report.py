@@ -12,10 +12,11 @@ UTILIZATION = 0.4  # share of a GPU's peak that a run is assumed to reach
 
 
 def report(recipe: Recipe, extra: list[str]) -> str:
-    """The whole dry run as text. ``extra`` are the flags after ``--`` that are no keys of a recipe."""
+    """The whole dry run as text. ``extra`` are the flags after ``--`` that are not keys of a recipe."""
     parts = [f"recipe {' '.join(recipe.names)}"]
     if recipe.notes:
         parts.append("\n".join(f"note: {note}" for note in recipe.notes))
+    parts.append("sources in brackets: the first lines of the recipe's files in configs/ name them")
     parts += [_settings(recipe), _needs(recipe)]
     if extra:
         checked = "" if extra_flags.known_flags() else " (names not checked: Megatron is not installed here)"

@@ -8,15 +8,15 @@ POLL_SECONDS = 0.05
 
 
 def lines_of(path: Path, start: int, ended: Callable[[], bool]) -> Iterator[str]:
-    """Each line after byte ``start``, its end included, until ``ended()``; what is left without an end comes last.
+    """Yield each line after byte ``start``, with its line break, until ``ended()``. An unfinished line comes last.
 
-    From a file: a pipe would stay open for as long as anything that a killed rank had started lives on.
+    It reads a file, because a pipe stays open as long as any process that a killed rank had started.
     """
     with path.open(encoding="utf-8", errors="replace") as file:
         file.seek(start)
         partial, is_over = "", False
         while not is_over:
-            is_over = ended()  # asked before reading: what was written until then is read
+            is_over = ended()  # asked before reading, so that everything written by then is read
             for text in file:
                 partial += text
                 if partial.endswith("\n"):

@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "doctor":
         return _doctor(parser, options, flags)
     if flags:
-        parser.error(f"{options.command} takes no arguments, and {flags[0]} was given")
+        parser.error(f"{options.command} takes no arguments, got {flags[0]}")
     return _switch(options.command)
 
 
@@ -115,7 +115,7 @@ def _doctor(parser: _Parser, options: argparse.Namespace, flags: list[str]) -> i
 
 
 def _switch(command: str) -> int:
-    """Enable or disable the import hook, and say which."""
+    """Enable or disable the import hook and print the result."""
     try:
         path = hook.enable() if command == "enable" else hook.disable()
     except OSError as error:

@@ -24,8 +24,8 @@ OURS = "megatron-lion, every parameter"
 def main(script: Path | None = None, flags: list[str] | None = None, *, verbose: bool = False) -> int:
     """Print the report on ``torchrun script flags``, or on this environment. Issues no collective.
 
-    Returns 0 where training with this Lion would work, else 1, the reason being the last line. Leaves ``sys.path`` as
-    the script would have it.
+    Returns 0 if training with this Lion would work, else 1. The last line has the reason. Changes ``sys.path`` to the
+    script's.
     """
     folder = script.resolve().parent if script else None
     elsewhere = _search_as(folder)
@@ -40,7 +40,7 @@ def main(script: Path | None = None, flags: list[str] | None = None, *, verbose:
 
 
 def _search_as(folder: Path | None) -> Path | None:
-    """Make ``sys.path`` that of ``torchrun SCRIPT``, ``folder`` being the script's.
+    """Set ``sys.path`` as ``torchrun SCRIPT`` does. ``folder`` is the script's.
 
     Returns another Megatron that ``torchrun -m megatron_lion.run SCRIPT`` would find: ``-m`` searches the current
     folder too, after the script's.
@@ -59,7 +59,7 @@ def _row(name: str, value: str) -> None:
 
 
 def version_of(distribution: str) -> str | None:
-    """The installed version; None where there is none."""
+    """The installed version. None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -86,7 +86,7 @@ def _print_versions(elsewhere: Path | None) -> None:
 
 
 def _print_fused_kernels(te: str | None, apex: bool) -> None:
-    """Transformer Engine and Apex, and what they change: Megatron's layers, and its gradient norm (clip_grads 11)."""
+    """Transformer Engine and Apex, which change Megatron's layers and its gradient norm (clip_grads 11)."""
     _row("transformer-engine", te or "not installed: Megatron needs --transformer-impl local")
     needed = "--no-gradient-accumulation-fusion" + ("" if te else " --no-persist-layer-norm")
     _row("apex (NVIDIA's)", "found" if apex else f"not installed: Megatron needs {needed}")
@@ -97,7 +97,7 @@ def _print_fused_kernels(te: str | None, apex: bool) -> None:
 
 
 def _has_nvidia_apex() -> bool:
-    """PyPI's "apex" is another project: NVIDIA's is known by its optimizers."""
+    """Whether NVIDIA's Apex is installed. PyPI's "apex" is another project, without ``apex.optimizers``."""
     try:
         return importlib.util.find_spec("apex.optimizers") is not None
     except ModuleNotFoundError:
@@ -144,7 +144,7 @@ def _check_seams(verbose: bool) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Megatron's imports warn about packages that a user of this report has just read about."""
+    """Suppress warnings of Megatron's imports about packages that the report already lists."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -174,7 +174,7 @@ def _print_which_lion(script: Path | None, flags: list[str]) -> None:
         print("A Megatron in the script's folder comes first: `megatron-lion doctor SCRIPT` looks there.")
     elif (optimizer := _optimizer_in(flags)) != "lion":
         print(f"This command's optimizer is {optimizer}: add --optimizer lion.")
-    print("A run of ours says so in its log: `megatron-lion: lion on N of N parameters`.")
+    print("A run with megatron-lion has this line in its log: `megatron-lion: lion on N of N parameters`.")
 
 
 def _imports_us(script: Path) -> bool:
@@ -201,5 +201,5 @@ def _optimizer_in(flags: list[str]) -> str:
 
 
 def _stock_lion() -> str:
-    """What Megatron does with ``--optimizer lion`` by itself, by version (read from its releases)."""
+    """What stock Megatron does with ``--optimizer lion``, by version (read from its releases)."""
     return "none" if compat.megatron_version() is None else compat.installed_traits().stock_lion

@@ -19,5 +19,5 @@ def warn(message: str) -> None:
 
 
 def warn_here(message: str) -> None:
-    """Print one warning line on this rank's stderr: what only this rank knows."""
+    """Print one warning line on this rank's stderr, for facts that only this rank knows."""
     print(f"{PREFIX} warning: {message}", file=sys.stderr, flush=True)

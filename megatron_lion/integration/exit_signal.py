@@ -1,4 +1,4 @@
-"""--exit-signal-handler: processes that a rank starts live through the signal that makes the rank save and end."""
+"""--exit-signal-handler: keep a rank's child processes alive when a signal makes the rank save and end."""
 
 import contextlib
 import signal
@@ -9,11 +9,11 @@ from typing import Any
 
 @contextlib.contextmanager
 def processes_live_through_it(args: Any) -> Iterator[None]:
-    """Block the exit signal of this thread, and so of every process that is started inside, for good.
+    """Block the exit signal in this thread. Processes that are started inside inherit this for good.
 
     torchrun and Slurm send the signal to all processes of a rank, and the rank needs them to save: the workers that
-    read data, the server of the queue through which a checkpoint's writers report, a writer in the background. What
-    reaches the rank itself waits until the end of the block. Without ``args.exit_signal_handler`` nothing is blocked.
+    read data, the server of the queue through which a checkpoint's writers report, a writer in the background. A signal
+    to the rank itself waits until the end of the block. Without ``args.exit_signal_handler`` nothing is blocked.
 
     Args:
         args: Megatron's arguments.

@@ -39,7 +39,7 @@ def after_training() -> None:
 
 
 def _register(step: Callable[[], None], instead: str) -> None:
-    """Run ``step``; where it or an earlier one is not possible, let ``instead`` refuse Lion."""
+    """Run ``step``. If it or an earlier step fails, let ``instead`` refuse Lion."""
     if _problem is None:
         try:
             step()

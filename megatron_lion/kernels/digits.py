@@ -13,7 +13,7 @@ from megatron_lion.step import LionUpdate, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import inputs, lion_sign
 
-# Elements whose old parameters and signs are kept at a time: 3 to 5 bytes each.
+# Elements with old parameters and signs that are kept at a time: 3 to 5 bytes each.
 MAX_NUMEL = 1 << 24
 
 

@@ -90,7 +90,7 @@ template <class P, class C> inline Words model_param(Floats master) {
     return nearest_even(master) & 0xffff0000u;
 }
 
-// Digits of a step from master `theta`. As digit_of() for a model whose parameters are the rounded masters.
+// Digits of a step from master `theta`. As digit_of() for a model with the rounded masters as parameters.
 template <class P, class C> inline Words digits_of(Floats theta, const StepResult &now, const Hyper &h) {
     const Words sign = reinterpret_cast<Words>(__builtin_convertvector(now.sign, Ints)) & 3u;
     if constexpr (std::is_same_v<P, Fp32<P::ORDER>> && std::is_same_v<C, NoCopy>) return sign;

@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t CHUNK = 65536;
 constexpr int64_t AHEAD = 4096; // bytes: how far ahead memory is fetched
 
-// Elements whose squares are added in fp32. A lane adds 16 of them, so a sum of positive numbers has an error of at most
-// 20 roundings: 1.2e-6 of itself, 6e-7 of its root, and in practice far less.
+// Elements with squares that are added in fp32. A lane adds 16 of them, so a sum of positive numbers has an error of at
+// most 20 roundings: 1.2e-6 of itself, 6e-7 of its root, and in practice far less.
 constexpr int64_t RUN = 512;
 // Sums of a chunk outside of this range are computed again in fp64: squares may have been too large or small for fp32.
 constexpr double SMALLEST = 1e-20, LARGEST = 1e30;

@@ -101,7 +101,8 @@ def test_a_dry_run_groups_settings_by_topic_with_their_sources(
         "missing or empty on this machine",
     ]  # fmt: skip
     rows = {line.split()[0]: line for line in shown.splitlines() if line.startswith("  ")}
-    assert rows["num-layers"].split() == ["num-layers", "32", "model:", "[L]"]
+    assert rows["num-layers"].split() == ["num-layers", "32", "model:", "[H]"]
+    assert "sources in brackets: " in shown
     assert rows["lr"].endswith("model, with lion: [ours] extrapolated: Llama 2's 3e-4 / 3; [C] used 1e-4 at 7.5B")
     assert rows["seed"].endswith("command line (instead of 1234)")
     assert shown.count("note: ") == 2

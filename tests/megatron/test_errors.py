@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from megatron_lion import LionError
+from megatron_lion.integration import compat
 from tests.harness import BATCH, CPU, MODEL, PRETRAIN_GPT, Run, torchrun
 from tests.versions import since
 
@@ -326,6 +328,13 @@ def test_a_megatron_that_has_changed_is_refused_by_name_and_left_as_it_was(
     assert sources == ["FROM optimizer __init__.py", "FROM training arguments.py"]
 
 
+def test_a_package_that_several_modules_need_is_named_once() -> None:
+    seams = [compat.Seam(f"absent.{name}", "function") for name in ("one", "two")]
+    with pytest.raises(LionError, match=r"absent\.one cannot be imported \(No module named 'absent'") as raised:
+        compat.require(seams)
+    assert "absent.two" not in str(raised.value)
+
+
 def test_a_device_that_does_not_exist_gets_the_two_that_do(tmp_path: Path) -> None:
     message = the_message(start(tmp_path, MEGATRON_LION_DEVICE="gpu"))
     assert "MEGATRON_LION_DEVICE 'gpu' is unknown" in message
@@ -357,7 +366,7 @@ def test_the_cpu_backend_refuses_to_come_after_megatrons_import() -> None:
 
 @pytest.mark.parametrize(
     ("script", "words"),
-    [((), "no script given: torchrun -m megatron_lion.run"), (("gpt.py",), "gpt.py is not a file: give the path")],
+    [((), "no script given: torchrun -m megatron_lion.run"), (("gpt.py",), "gpt.py is not a file: pass the path")],
     ids=["without a script", "with a script that is not there"],
 )
 def test_run_says_what_to_give(script: tuple[str, ...], words: str) -> None:

@@ -315,4 +315,4 @@ def test_context_parallel_without_transformer_engine_is_refused_by_megatron_befo
 def test_this_launch_script_leaves_multi_token_prediction_to_megatrons_own(text: Path) -> None:
     run = train(text, None, f"{MULTI_TOKEN} --train-iters 2")
     assert run.returncode not in (0, -9)
-    assert "leaves out --mtp-num-layers: use Megatron-LM's own script" in run.output
+    assert "does not support --mtp-num-layers: use Megatron-LM's own script" in run.output

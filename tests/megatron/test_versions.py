@@ -326,5 +326,5 @@ def test_evaluation_needs_a_loop_that_builds_the_model(minor: str, monkeypatch: 
 
     traits = compat_versions.TRAITS[minor]
     monkeypatch.setattr("megatron_lion.integration.loop.pretrain.installed_traits", lambda: traits)
-    with pytest.raises(LionError, match=r"evaluation needs a Megatron whose loop builds a GPT.*0\.19 or later"):
+    with pytest.raises(LionError, match=r"evaluation needs a Megatron loop that builds a GPT.*0\.19 or later"):
         scoring.build_model(None)

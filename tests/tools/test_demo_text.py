@@ -236,7 +236,7 @@ def test_docstrings_come_from_sources_that_are_not_imported(tmp_path: Path) -> N
     [
         (None, "--text {path}: [Errno 2] No such file or directory"),
         (b"caf\xe9\n", "--text {path}: 'utf-8' codec can't decode byte 0xe9 in position 3"),
-        (b" \n\n \n", "only 0 distinct documents, which leaves none for train and valid and test: give a hundred"),
+        (b" \n\n \n", "only 0 distinct documents, which leaves none for train and valid and test: use a hundred"),
         (b"One.\n\nTwo.\n\nOne.\n", "only 2 distinct documents"),
     ],
 )
@@ -265,7 +265,7 @@ def test_impossible_vocabulary_names_one_that_works(vocab_size: int, word: str, 
     [
         ("--vocab-size", "0", "is not a possible number of pieces"),
         ("--max-megabytes", "nan", "is not above zero"),
-        ("--max-megabytes", "0.0001", "which leaves none for valid and test: give a larger --max-megabytes"),
+        ("--max-megabytes", "0.0001", "which leaves none for valid and test: use a larger --max-megabytes"),
     ],
 )
 def test_impossible_number_is_named(

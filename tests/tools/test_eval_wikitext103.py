@@ -175,7 +175,7 @@ def test_every_token_but_the_first_is_scored_once(tokens: int, length: int, step
 
 @pytest.mark.parametrize(("tokens", "length", "step"), [(1, 32, 32), (100, 32, 33), (100, 32, 0)])
 def test_windows_that_would_leave_tokens_out_are_refused(tokens: int, length: int, step: int) -> None:
-    with pytest.raises(LionError, match=r"--overlapping-eval \d+ must lie|none to predict"):
+    with pytest.raises(LionError, match=r"--overlapping-eval \d+ must be between|none to predict"):
         windows.make_windows(tokens, length, step)
 
 
@@ -255,7 +255,7 @@ def test_wrong_input_is_named_and_nothing_is_overwritten(saved: Path, text: Path
         (["--output", str(tmp_path / "x"), "--step", "7"], "--steps 7 is not in"),
         (["--output", str(tmp_path / "x"), "--step", "all"], "names several"),
         (["--output", str(tmp_path / "x"), "--tokenizer-type", "SentencePieceTokenizer"], "needs --tokenizer-model"),
-        (["--output", str(tmp_path / "x"), "--checkpoints", str(text)], "holds no complete torch_dist checkpoint"),
+        (["--output", str(tmp_path / "x"), "--checkpoints", str(text)], "has no complete torch_dist checkpoint"),
     ):
         with pytest.raises(LionError, match=message):
             export_hf.main(["--checkpoints", str(saved), *more])
@@ -292,7 +292,7 @@ def test_results_of_other_settings_are_not_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(LionError, match="from another checkpoint of iteration 6 than the one that is there now"):
         eval_wikitext103.finished(output, {"window": 32}, {"6": "c"})
     output.write_text("[]")
-    with pytest.raises(LionError, match="is not this tool's"):
+    with pytest.raises(LionError, match="was not written by this tool"):
         eval_wikitext103.finished(output, {"window": 32}, print_6)
 
 
@@ -355,4 +355,4 @@ def test_the_function_is_the_checkpoints_whatever_the_command_line_leaves_out(
     if name == "muP":
         run = start(tmp_path / "saved", sample, tmp_path / "x.json", "--mup-embedding-mult 2")
         assert run.returncode != 0
-        assert "--mup-embedding-mult 2.0: the checkpoint's model has 4.0. Leave the flag out" in run.output
+        assert "--mup-embedding-mult 2.0: the checkpoint's model has 4.0. Remove the flag" in run.output

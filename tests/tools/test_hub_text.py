@@ -79,5 +79,5 @@ def test_what_the_client_says_is_one_error_that_says_what_to_do(monkeypatch: pyt
     assert next(texts) == b"one"
     with pytest.raises(LionError, match=r"owner/name .* after 1 .*Server Disconnected.*same command again"):
         next(texts)
-    with pytest.raises(LionError, match=r"no column 'body': give one of its own with --json-keys \(text\)"):
+    with pytest.raises(LionError, match=r"no column 'body': choose one with --json-keys \(text\)"):
         next(sources.dataset_texts("owner/name", "train", "body"))

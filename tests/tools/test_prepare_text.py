@@ -211,7 +211,7 @@ def test_bad_lines_are_counted_reported_and_skipped_or_stop_with_strict(
         "not JSON": 1,
         "not UTF-8": 1,
         "no 'text'": 2,
-        "'text' is no text": 1,
+        "'text' is not a string": 1,
         "not Unicode": 1,
     }
     assert counted["counts"]["all"]["documents"] == len(good)
@@ -382,10 +382,10 @@ def test_a_complete_corpus_is_kept_and_another_is_not_overwritten(
     assert run(source, tmp_path / "x", *gpt2) == 0
     assert "complete already" in capsys.readouterr().out
     for more in (["--append-eod"], ["--dataset-split", "test"], ["--text-documents", "line"]):
-        with pytest.raises(LionError, match="belongs to a corpus made otherwise"):
+        with pytest.raises(LionError, match="belongs to a corpus with other settings"):
             run(source, tmp_path / "x", *more, *gpt2)
     (tmp_path / "x_manifest.json").unlink()
-    with pytest.raises(LionError, match=r"x_text_document\.bin exists and is not this tool's"):
+    with pytest.raises(LionError, match=r"x_text_document\.bin was not written by this tool"):
         run(source, tmp_path / "x", *gpt2)
     assert contents(tmp_path) == {name: content for name, content in good.items() if "manifest" not in name}
 
@@ -403,7 +403,7 @@ def test_a_text_that_was_edited_is_noticed_and_a_copy_is_not(
     at = text.index(b"the")
     path.write_bytes(text[:at] + b"THE" + text[at + 3 :])  # the same size
     good = contents(tmp_path)
-    with pytest.raises(LionError, match=r"the text was changed after .*x_manifest\.json was written: give another"):
+    with pytest.raises(LionError, match=r"the text was changed after .*x_manifest\.json was written: use another"):
         run(path, tmp_path / "x", *SMALL, *gpt2)
     assert contents(tmp_path) == good
 
@@ -437,7 +437,7 @@ def test_verify_finds_truncation_another_content_and_the_wrong_tokenizer(
     whole = path.read_bytes()
     for damage, message in (
         (whole[:-2], "the manifest says"),
-        (whole[:-1] + b"\x7f", "another content"),
+        (whole[:-1] + b"\x7f", "does not match"),
         (None, "is missing"),
     ):
         path.unlink()

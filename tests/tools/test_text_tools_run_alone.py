@@ -34,9 +34,9 @@ def run(tool: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess
             "eval_wikitext103.py",
             "--overlapping-eval",
             ["--checkpoints", "none"],
-            "--checkpoints none holds no complete",
+            "--checkpoints none has no complete",
         ),
-        ("export_hf.py", "--step", ["--checkpoints", "none", "--output", "x"], "--checkpoints none holds no complete"),
+        ("export_hf.py", "--step", ["--checkpoints", "none", "--output", "x"], "--checkpoints none has no complete"),
     ],
 )
 def test_help_and_a_wrong_request(tool: str, flag: str, wrong: list[str], message: str, tmp_path: Path) -> None:

@@ -88,10 +88,10 @@ def test_without_a_log_the_events_are_read(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_and_one_that_has_not_begun_are_named(tmp_path: Path) -> None:
-    with pytest.raises(LionError, match=r"none holds neither log\.txt nor tensorboard"):
+    with pytest.raises(LionError, match=r"none has neither log\.txt nor tensorboard"):
         main(tmp_path / "a.svg", f"Lion={tmp_path}/none")
     (tmp_path / "log.txt").write_text("importing\n")
-    with pytest.raises(LionError, match=r"no loss yet in .*: wait, or give --every"):
+    with pytest.raises(LionError, match=r"no loss yet in .*: wait, or use --every"):
         main(tmp_path / "a.svg", f"Lion={tmp_path}")
     with pytest.raises(LionError, match="two runs have the same name"):
         main(tmp_path / "a.svg", f"Lion={tmp_path}", f"Lion={tmp_path}")

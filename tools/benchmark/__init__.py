@@ -1,1 +1,1 @@
-"""What tools/benchmark/step.py is made of: shapes, what each step reads and writes, peers, and the tables."""
+"""Modules of tools/benchmark/step.py: shapes, bytes that each step reads and writes, peers, and tables."""

@@ -14,8 +14,8 @@ import torch
 from tools.benchmark.queued_rows import OURS
 from tools.benchmark.traffic import Stream, streaming_pass
 
-# The passes of which the faster is a candidate's limit, by how many elements ahead they fetch: what a CPU fetches on
-# its own may fall short of its memory.
+# Names of the passes by the number of elements that they fetch ahead. The faster one is a candidate's limit, because a
+# CPU's own prefetching may not reach the speed of its memory.
 PASSES = {"the limit of ": 0, "the limit, fetched ahead, of ": 512}
 EVICTING_BYTES = 1 << 30  # more than any cache holds
 # The rows of the figure, and their names there; the table has all.
@@ -34,8 +34,8 @@ class Candidate:
     """One way to step.
 
     ``bytes`` are all that a step reads and writes, counted; None where they cannot be. A step of few passes, each over
-    whole tensors, has their streams in ``passes``, so that the limit can pass over the very same tensors.
-    ``prepare`` is called before every step and not timed.
+    whole tensors, has their streams in ``passes``, so that the limit uses the same tensors. ``prepare`` is called
+    before every step and not timed.
     """
 
     name: str
@@ -76,7 +76,8 @@ class Row:
 def limits(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Streaming passes over the tensors of each candidate of few passes, with its reads and writes.
 
-    Each has its own, over its very tensors: of a machine's memory one part can be much slower than another.
+    Each candidate has a pass over its own tensors, because one part of a machine's memory can be much slower than
+    another.
     """
     return [
         Candidate(kind + one.name, "-", functools.partial(_all, [streaming_pass(each, ahead) for each in one.passes]))
@@ -100,8 +101,8 @@ def measure(
 ) -> dict[str, float]:
     """Median (or ``pick`` of the) milliseconds of each, stepped in turn; one round before that is not counted.
 
-    Candidates share tensors, and the last cache of some CPUs holds a good part of them. So each round has an order of
-    its own, the same on every rank, and with ``evict`` the caches are filled with other memory before every step.
+    Candidates share tensors, and the last cache of some CPUs holds a good part of them. So each round has its own
+    order, the same on every rank, and with ``evict`` the caches are filled with other memory before every step.
     """
     times: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     other = torch.zeros(EVICTING_BYTES if evict else 0, dtype=torch.uint8)
@@ -118,14 +119,14 @@ def measure(
 
 
 def now() -> float:
-    """Seconds, once everything that was launched is over."""
+    """Seconds, after everything that was launched has ended."""
     if torch.cuda.is_initialized() and torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def rows(candidates: Sequence[Candidate], times: dict[str, float], numel: int) -> list[Row]:
-    """The table, fastest first. What is not one of few passes is held against the first limit's bytes per second."""
+    """The table, fastest first. Steps of many passes are compared with the bytes per second of the first limit."""
     bounds = {
         one.name: min(times[kind + one.name] for kind in PASSES)
         for one in candidates

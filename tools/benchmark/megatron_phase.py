@@ -29,7 +29,7 @@ HYPER |= {"lion_beta1": 0.9, "lion_beta2": 0.95, "adam_beta1": 0.9, "adam_beta2"
 
 
 def start_ranks() -> None:
-    """Join the process group: the one of torchrun, or one of this process alone."""
+    """Join the process group: torchrun's, or one of only this process."""
     # Switched off for Megatron's fused functions by the CPU backend; stock Lion's direction is compiled all the same.
     torch._dynamo.config.disable = False
     if "RANK" in os.environ:
@@ -72,9 +72,8 @@ class Model:
         self.restore_gradients()
 
     def restore_gradients(self) -> None:
-        """The same gradient again: Megatron scales it in place, and would otherwise clip the first step alone.
-
-        On all ranks before any goes on: a step must not wait for a rank that is still at the one before.
+        """Restore the gradient: Megatron scales it in place, so otherwise only the first step would clip. Waits for all
+        ranks, so that a step does not include waiting for a rank at the previous one.
         """
         for buffer, gradient in zip(self.ddp.buffers, self._gradients, strict=True):
             buffer.grad_data.copy_(gradient)
@@ -85,7 +84,7 @@ class Model:
 class Phase:
     """How an optimizer is built. ``settings`` go to Megatron's configuration, ``merged`` bytes a compiler saves.
 
-    ``norm`` names a row for its gradient norm alone, if there is one.
+    ``norm`` names a row for only its gradient norm, if there is one.
     """
 
     name: str
@@ -169,7 +168,7 @@ def _dispatched_as_lion() -> Any:
 
 
 def candidates_of(phase: Phase, model: Model) -> list[Candidate]:
-    """``phase`` as a candidate whose step is Megatron's whole one, and its norm; its first steps are taken here."""
+    """Candidates of ``phase``: Megatron's whole step, and its norm. Makes their first steps."""
     made = build(phase, model)
 
     def step() -> None:
@@ -193,7 +192,7 @@ def candidates_of(phase: Phase, model: Model) -> list[Candidate]:
 
 
 def candidates(model: Model, peers: Sequence[str]) -> list[Candidate]:
-    """Every one of ours and the named ones of stock's, on one model, and the all-gather where none waits for it."""
+    """All of ours and the named ones of stock on one model, and the all-gather if no step waits for it."""
     phases = (*OWN, *(STOCK[name] for name in peers))
     made = [one for phase in phases for one in candidates_of(phase, model)]
     if model.ddp.ddp_config.overlap_param_gather:

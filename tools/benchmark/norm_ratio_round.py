@@ -44,7 +44,7 @@ def one_round(step: Step, datasets: list[Any], batches: int) -> None:
 
 
 def seconds(work: Callable[..., None], *args: Any) -> float:
-    """How long ``work(*args)`` takes until all ranks are through."""
+    """Seconds of ``work(*args)`` until all ranks have ended it."""
     torch.distributed.barrier()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -55,7 +55,7 @@ def seconds(work: Callable[..., None], *args: Any) -> float:
 
 
 def benchmark(rounds: Rounds, batches: int) -> None:
-    """Measure the pairs and print what came of them."""
+    """Measure the pairs and print the result."""
     step = rounds.step
     assert step is not None
     times: dict[Callable[..., None], list[float]] = {one_round: [], passes: []}

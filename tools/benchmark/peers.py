@@ -1,4 +1,4 @@
-"""Other people's optimizers, built and stepped where they are installed, named with the reason where they are not."""
+"""Optimizers of other packages. Those that are not installed are listed with the reason."""
 
 import importlib
 import importlib.util
@@ -94,7 +94,7 @@ PEERS = {
         untouched=("exp_avg_sq",),  # made, kept and saved, but not given to its kernel
     ),
     "DeepSpeed FusedLion": Peer("deepspeed.ops.lion", "FusedLion", passes=ONE_PASS, device="cuda"),
-    # On a CPU bitsandbytes has no kernel for Lion: it makes it of torch operations inside one operation of its own.
+    # On a CPU bitsandbytes has no kernel for Lion: it makes one operation from torch's operations.
     "bitsandbytes Lion": Peer("bitsandbytes.optim", "Lion32bit", passes=UNKNOWN),
     "bitsandbytes Lion8bit": Peer("bitsandbytes.optim", "Lion8bit", "int8 momentum", ONE_PASS, device="cuda"),
     "flashoptim FlashLion": Peer(
@@ -145,7 +145,7 @@ def build(params: Params, names: Sequence[str], device: str) -> tuple[list[Candi
         if problem is None:
             try:
                 made.append(candidate(name, params))
-            except Exception as error:  # whatever a peer raises where it does not fit: that is the finding
+            except Exception as error:  # whatever an unsuitable peer raises is the result
                 problem = first_line(error)
         if problem is not None:
             missing[name] = problem

@@ -1,8 +1,8 @@
-"""Megatron's whole optimizer phase on a CPU, this package's Lion beside stock Megatron's Lion and Adam.
+"""Megatron's whole optimizer phase on a CPU: this package's Lion, and stock Megatron's Lion and Adam.
 
 What is timed is the step that Megatron's training loop calls: gradient norm, clipping, update, bf16 parameters, in its
-real DistributedOptimizer on real gradient buffers. Their all-gather is as with --overlap-param-gather, part of the next
-forward pass, and has a row of its own; with ``--wait-for-gather`` each step ends with it. All candidates step the same
+real DistributedOptimizer on real gradient buffers. As with --overlap-param-gather, the all-gather is part of the next
+forward pass. It has a separate row; with ``--wait-for-gather`` each step ends with it. All candidates step the same
 buffers in turn, and medians are printed; the gradient is put back before each step, so that every step clips.
 
     python -m tools.benchmark.phase --threads 2 --rounds 7 --json runs/phase.json
@@ -50,7 +50,7 @@ def main() -> None:
     tables = {}
     for title, sizes in models(args).items():
         model = megatron_phase.Model(sizes, overlaps_gather=not args.wait_for_gather)
-        with contextlib.redirect_stdout(sys.stderr):  # what is printed at start, for which the table has no place
+        with contextlib.redirect_stdout(sys.stderr):  # start-up messages do not belong to the table
             candidates = megatron_phase.candidates(model, args.peers)
         limits = [] if args.host else measure.limits(candidates)
         times = measure.measure([*candidates, *limits], args.rounds, evict=not args.host)

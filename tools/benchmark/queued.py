@@ -1,4 +1,4 @@
-"""Steps queued on a GPU: device time between two events, host time apart, and a row for each candidate as it comes.
+"""Steps queued on a GPU: device time between two events, separate host time, and a row as each candidate is measured.
 
 Candidates are built, measured and freed one after another, each in a ``try``, so that one that fails or runs out of
 memory costs only its own row. The measured speed of a copy is taken next to each: a GPU's clocks change.
@@ -87,7 +87,7 @@ def rows(chosen: dict[str, Builder], numel: int, device: Device) -> Iterator[Que
         try:
             copy_ms = statistics.median(device.milliseconds(lambda: target.copy_(source), 5) for _ in range(ROUNDS))
             row = _measured(build, numel, 2 * source.numel() / copy_ms / 1e6, device)
-        except Exception as error:  # whatever a candidate raises where it does not fit: that is the finding
+        except Exception as error:  # whatever an unsuitable candidate raises is the result
             row = QueuedRow(name, error=str(error) if isinstance(error, LionError) else first_line(error))
         with contextlib.suppress(Exception):  # a lost CUDA context fails here as well
             device.free()

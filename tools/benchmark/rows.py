@@ -1,9 +1,9 @@
 """The CPU kernel's share of the memory limit for every storage, and its speed for rows of any length.
 
-int8 momentum has a scale for every 32 elements of a row, so rows whose length is not a multiple of 32, 1-D tensors and
-shards that begin anywhere have incomplete blocks. The columns on the right compare them with rows of 1,024 elements:
-1.00 is as fast. All candidates of a storage update the same tensors in turn, with the caches full of other memory; the
-limit is the streaming pass of tools/benchmark/step.py over these tensors.
+int8 momentum has a scale for every 32 elements of a row, so rows with a length that is not a multiple of 32, 1-D
+tensors and shards that begin anywhere have incomplete blocks. The columns on the right compare them with rows of 1,024
+elements: 1.00 is as fast. All candidates of a storage update the same tensors in turn, with the caches full of other
+memory; the limit is the streaming pass of tools/benchmark/step.py over these tensors.
 
     python -m tools.benchmark.rows --threads 2
     python -m tools.benchmark.rows --threads 2 --march haswell   # as on a CPU with AVX2 and without AVX-512

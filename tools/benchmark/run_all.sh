@@ -13,13 +13,13 @@ mkdir -p "$OUT"
 cd "$ROOT"
 phase=("$PYTHON" -m tools.benchmark.phase)
 {
-    printf '## The update alone\n\n'
+    printf '## Only the update\n\n'
     "$PYTHON" -m tools.benchmark.step --peers all --threads "$THREADS" --rounds 9 --json "$OUT/step.json" --plot "$OUT/step.svg"
     printf '\n## Rows of any length\n\n'
     "$PYTHON" -m tools.benchmark.rows --threads "$THREADS" --rounds 9 --json "$OUT/rows.json"
     printf '\n## The whole optimizer phase in Megatron\n\n'
     "${phase[@]}" --threads "$THREADS" --rounds 7 --json "$OUT/phase.json"
-    printf '\n## The host alone\n\n'
+    printf '\n## Only the host\n\n'
     "${phase[@]}" --host --threads 1 --rounds 30 --json "$OUT/host.json"
     printf '\n## Over data-parallel ranks\n\n'
     "${phase[@]}" --ranks 1 2 4 --threads 1 --rounds 5 --peers adam-fused lion

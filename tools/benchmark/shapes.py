@@ -1,4 +1,4 @@
-"""Whose parameters are stepped, and on which machine."""
+"""The parameters that are stepped, and a description of the machine."""
 
 import platform
 from pathlib import Path

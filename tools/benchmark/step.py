@@ -1,17 +1,17 @@
-"""How long one optimizer step takes, and how much of the memory's speed it uses: this package's Lion beside its peers.
+"""Time of one optimizer step, and its share of the memory's speed: this package's Lion next to other optimizers.
 
-Candidates of one table step the same parameters in turn, each with state of its own, round after round in one process,
-in an order drawn for each, and medians are printed, so that a machine that slows down slows all of them. On a CPU each
-step finds the caches full of other memory, as after a backward pass. Bytes are counted, and the limit is a streaming
-pass in place over the same tensors, with the same reads and writes and one addition (benchmark/traffic.py).
+Candidates of one table step the same parameters in turn, each with its own state. They run in one process in rounds of
+random order, and medians are printed, so that a machine that slows down slows all of them. On a CPU each step finds the
+caches full of other memory, as after a backward pass. Bytes are counted, and the limit is a streaming pass in place
+over the same tensors, with the same reads and writes and one addition (benchmark/traffic.py).
 
-On a GPU the candidates are built and measured one after another: several queued steps between two events, the host's
-time apart, and the share of a copy's speed. Each row is printed, and written to --rows, as soon as it is measured
+On a GPU the candidates are built and measured one after another: several queued steps between two events, separately
+the host's time, and the share of a copy's speed. Each row is printed, and written to --rows, as soon as it is measured
 (benchmark/queued.py).
 
     python -m tools.benchmark.step --threads 2 --rounds 9 --peers all --json runs/step.json --plot runs/step.svg
 
-The peers are optional; one line installs them beside the environment, and what is missing is named with the reason:
+The peers are optional. The first line installs them outside the environment. Missing ones are listed with the reason:
 
     pip install --no-deps --target peers -r tools/benchmark/peers.txt
     PYTHONPATH=peers PATH=$PWD/peers/bin:$PATH python -m tools.benchmark.step --peers all
@@ -41,7 +41,7 @@ def main() -> None:
         measure_queued(args, params, names, f"{len(sizes)} tensors, {numel:,} elements; {machine(args.device)}")
         return
     candidates, missing = ours.build(params)
-    with contextlib.redirect_stdout(sys.stderr):  # what a peer says at its start does not belong to the table
+    with contextlib.redirect_stdout(sys.stderr):  # messages of peers do not belong to the table
         others, missing_peers = peers.build(params, names, args.device)
     candidates, missing = candidates + others, missing | missing_peers
     measured = [*candidates, *measure.limits(candidates)]
@@ -75,7 +75,10 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--shapes", choices=tuple(MODELS), default="gpt2-small", help="whose parameters (default: %(default)s)"
+        "--shapes",
+        choices=tuple(MODELS),
+        default="gpt2-small",
+        help="model with these shapes (default: %(default)s)",
     )
     parser.add_argument("--numel", type=int, help="one flat tensor of so many elements instead")
     parser.add_argument("--tensors", type=int, default=1, help="with --numel: so many of them (default: %(default)s)")

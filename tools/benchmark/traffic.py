@@ -1,8 +1,8 @@
-"""How many bytes a step reads and writes, counted and never guessed; and the streaming pass over the same bytes.
+"""Count the bytes that a step reads and writes, and pass over the same bytes in a stream.
 
 A step that is one pass is described by its streams: each tensor, and whether the pass reads it, writes it or both. A
 step made of torch's own operations is run once under :class:`Counted`, which adds up what each operation reads and
-writes. What fits a cache is counted all the same, so such a step can look faster than its bytes allow.
+writes. Bytes that fit in a cache are counted too, so such a step can look faster than its bytes allow.
 """
 
 import ctypes
@@ -25,9 +25,9 @@ READ, WRITE, UPDATE = 1, 2, 3
 
 # Operations that overwrite their first argument without reading it.
 OVERWRITES = ("copy_", "_foreach_copy_", "zero_", "_foreach_zero_", "fill_")
-# Operations that take nothing but the shape of theirs; "empty" ones write nothing either.
+# Operations that use only the shape of their argument. "empty" ones write nothing either.
 FACTORIES = ("empty_like", "new_empty", "zeros_like", "new_zeros", "ones_like", "full_like")
-# torch's fused steps name the gradients as written, which they are only where a gradient scaler is given.
+# torch's fused steps declare gradients as written, which is true only with a gradient scaler.
 FUSED_READ_ONLY = {"_fused_adamw_": ("grads",), "_fused_adam_": ("grads",), "_fused_sgd_": ("grads",)}
 
 
@@ -45,9 +45,9 @@ class Stream:
 
 
 def streams_of(optimizer: torch.optim.Optimizer, untouched: Sequence[str] = ()) -> list[Stream]:
-    """What a one-pass step of ``optimizer``, stepped once, moves: gradients in; parameters and state in and out.
+    """Streams of a one-pass step of ``optimizer``, stepped once: gradients in, parameters and state in and out.
 
-    A 16-bit parameter beside an fp32 master is written only; state named in ``untouched`` is left alone.
+    A 16-bit parameter with an fp32 master is only written. State named in ``untouched`` is not moved.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     name = "decoupled_grad" if getattr(optimizer, "use_decoupled_grad", False) else "grad"

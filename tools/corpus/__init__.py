@@ -1,1 +1,1 @@
-"""What the tools that read and write training text share: sources, tokenizers, splits, shards, manifests."""
+"""Modules shared by the tools that read and write training text: sources, tokenizers, splits, shards, manifests."""

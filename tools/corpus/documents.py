@@ -40,22 +40,22 @@ def python_documents(folder: Path) -> list[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise LionError(f"this Python has no help topics ({error}): give text with --text FILE") from error
+        raise LionError(f"this Python has no help topics ({error}): pass text with --text FILE") from error
     names = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
     names = [name for name in names if not SKIPPED_FOLDERS.intersection(name.parts)]
     found = [text for name in names for text in docstrings((folder / name).read_bytes())]
     if not found:
-        raise LionError(f"no Python sources under {folder}: give text with --text FILE")
+        raise LionError(f"no Python sources under {folder}: pass text with --text FILE")
     cleaned_topics = [inspect.cleandoc(topics[name]) for name in sorted(topics)]
     return cleaned_topics + [text for text in found if len(text) >= SHORTEST_DOCSTRING]
 
 
 def read_text(path: Path) -> str:
-    """Return what the file holds; raises LionError if it cannot be read or is not UTF-8."""
+    """Return the file's text. Raises LionError if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise LionError(f"--text {path}: {error}; give a readable UTF-8 text file") from error
+        raise LionError(f"--text {path}: {error}; pass a readable UTF-8 text file") from error
 
 
 def paragraphs(text: str) -> list[str]:
@@ -82,7 +82,7 @@ def at_most(documents: list[str], megabytes: float) -> list[str]:
 
 
 def split_documents(documents: Sequence[str]) -> dict[str, list[str]]:
-    """Return about 90, 5 and 5 % as train, valid and test; a text's own hash decides, whatever stands around it."""
+    """Return about 90, 5 and 5 % as train, valid and test. Only the hash of a text decides."""
     splits: dict[str, list[str]] = {name: [] for name in SPLITS}
     for document in documents:
         splits[split_of(document, SHARES)].append(document)
@@ -90,12 +90,12 @@ def split_documents(documents: Sequence[str]) -> dict[str, list[str]]:
 
 
 def select_documents(documents: list[str], max_megabytes: float | None) -> dict[str, list[str]]:
-    """Return the documents of each split, identical ones once; raises LionError if a split would have none."""
+    """Return the documents of each split without duplicates. Raises LionError if a split would have none."""
     documents = list(dict.fromkeys(documents))
-    limit, remedy = "", "give a hundred documents or more (a blank line ends a document)"
+    limit, remedy = "", "use a hundred documents or more (a blank line ends a document)"
     if max_megabytes is not None:
         documents = at_most(documents, max_megabytes)
-        limit, remedy = f" within --max-megabytes {max_megabytes:g}", "give a larger --max-megabytes, or more text"
+        limit, remedy = f" within --max-megabytes {max_megabytes:g}", "use a larger --max-megabytes, or more text"
     splits = split_documents(documents)
     if empty := [name for name in SPLITS if not splits[name]]:
         found = f"only {len(documents)} distinct documents{limit}"

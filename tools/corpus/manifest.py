@@ -1,4 +1,4 @@
-"""The manifest beside a prepared corpus: what it was made of, with which tokenizer, and checksums of what was made."""
+"""The manifest of a prepared corpus: its sources, its tokenizer, and checksums of its files."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def read_manifest(output_prefix: Path) -> dict[str, Any]:
             f"{path} cannot be read ({error.strerror}): is --output-prefix the one it was made with?"
         ) from None
     except ValueError as error:
-        raise LionError(f"{path} is no manifest: {error}. Prepare the text again") from None
+        raise LionError(f"{path} is not a manifest: {error}. Prepare the text again") from None
     return content
 
 
@@ -39,9 +39,9 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 
 def problems(output_prefix: Path, tokenizer: TokenizerOptions | None = None) -> list[str]:
-    """Return a sentence for each thing that is not as the manifest says; none means that all is well.
+    """Return a sentence for each difference from the manifest. An empty list means that all is well.
 
-    Sizes and checksums of the files, and where ``tokenizer`` is given whether it is the one that made the tokens.
+    Compares sizes and checksums of the files, and ``tokenizer``, if it is passed, with the one that made the tokens.
     """
     manifest = read_manifest(output_prefix)
     found = []
@@ -52,14 +52,14 @@ def problems(output_prefix: Path, tokenizer: TokenizerOptions | None = None) -> 
         elif (size := path.stat().st_size) != entry["bytes"]:
             found.append(f"{path} has {size:,} bytes, the manifest says {entry['bytes']:,}")
         elif file_entry(path) != entry:
-            found.append(f"{path} has another content than the manifest says (same size, other SHA-256)")
+            found.append(f"{path} does not match the manifest (same size, other SHA-256)")
     if tokenizer is not None:
         found += tokenizer_problem(manifest, tokenizer)
     return found
 
 
 def tokenizer_problem(manifest: dict[str, Any], tokenizer: TokenizerOptions) -> list[str]:
-    """A sentence where ``tokenizer`` is not the one that the corpus was made with, else nothing."""
+    """A sentence if ``tokenizer`` is not the one that the corpus was made with, else an empty list."""
     made_with = manifest["tokenizer"]
     if tokenizer.sha256() == made_with["sha256"]:
         return []

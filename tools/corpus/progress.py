@@ -1,4 +1,4 @@
-"""How far a preparation is, how fast it goes, and how long the rest will take."""
+"""Progress of a preparation: what is done, how fast, and the remaining time."""
 
 import time
 from typing import Any
@@ -9,7 +9,7 @@ PROGRESS_SECONDS = 10.0
 
 
 class Progress:
-    """What is done so far, and a line about it every ten seconds."""
+    """Counts what is done and prints a line every ten seconds."""
 
     def __init__(self, total: int) -> None:
         self.total, self.start, self.shown = total, time.monotonic(), time.monotonic()
@@ -32,7 +32,7 @@ class Progress:
             print(f"  {self.line()}", flush=True)
 
     def line(self) -> str:
-        """Tokens and megabytes a second, and how long the rest will take at that pace."""
+        """Tokens and megabytes per second, and the remaining time at that rate."""
         seconds = max(time.monotonic() - self.start, 1e-9)
         text = f"{self.tokens:,} tokens, {self.tokens / seconds:,.0f} tokens/s, {self.bytes / 1e6 / seconds:.2f} MB/s"
         begun = self.from_position or 0

@@ -12,7 +12,7 @@ ABBREVIATIONS = frozenset(_ABBREVIATIONS_TEXT.split())
 _OPENING = "\"'\u00ab\u00bb\u2018\u201a\u201b\u201c\u201d\u201e\u201f\u2039\u203a([{\u00bf\u00a1\u300c\u300e"
 _CLOSING = "\"'\u00ab\u00bb\u2018\u2019\u201c\u201d\u2039\u203a)]}"
 # A run of end marks, closing quotes and brackets behind it, then blanks, then something that can begin a sentence; or
-# the full-width marks of Chinese and Japanese, behind which no blank stands. A run is looked at once, from its first
+# the full-width marks of Chinese and Japanese, which no blank follows. A run is looked at once, from its first
 # mark on (possessive, and not behind another mark): otherwise a long one takes quadratic time.
 _END = ".!?\u2026\u203d\u0589\u061f\u06d4\u0964\u0965\u1362"
 _BOUNDARY = re.compile(
@@ -28,7 +28,7 @@ def split_sentences(text: str, keep_newlines: bool = False) -> list[str]:
     A sentence ends at . ! ?, an ellipsis and the end marks of other scripts (before blanks and anything but a small
     letter), at the full-width marks and at a blank line; not after a known abbreviation or a single letter. Other line
     breaks inside a sentence become blanks, unless ``keep_newlines``. Time is linear in the text. Rules, not a trained
-    model: Megatron's preprocess_data.py uses NLTK's Punkt, whose data has to be downloaded.
+    model: Megatron's preprocess_data.py uses NLTK's Punkt, which needs a download.
     """
     sentences = []
     for paragraph in _BLANK_LINE.split(text):

@@ -1,8 +1,8 @@
 """Cut sources into shards, turn each into its own part of the data set, and join the parts.
 
-A shard is a run of units of one source, of about a fixed size of text. Its part on disk is complete when its record is
-there, and the record names a digest of the text: so a killed run is continued without doing a finished shard again, and
-the joined files do not depend on how many workers made the parts, or in which order.
+A shard is a run of units of one source, of about a fixed size of text. Its part on disk is complete when its record
+exists, and the record has a digest of the text. So a killed run continues without repeating finished shards, and the
+joined files do not depend on the number of workers or the order of their parts.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ INDEX_HEADER_BYTES = 18  # of an .idx file: 9 of magic, 8 of version, 1 for the 
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of units. ``first`` numbers the first of them in its source, from 1; ``consumed`` is for progress alone."""
+    """A run of units. ``first`` is the first one's number in its source, from 1. ``consumed`` is only for progress."""
 
     index: int
     source: str
@@ -89,11 +89,11 @@ def cut(sources: Sequence[Source], shard_bytes: int) -> Iterator[Shard]:
 
 
 class BadUnit(Exception):
-    """A unit that holds no document; the message says why."""
+    """A unit without a document. The message has the reason."""
 
 
 def document_text(unit: bytes, kind: str, key: str) -> str:
-    """Return the document in a unit, without a byte order mark at its beginning. Raises BadUnit where there is none."""
+    """Return the document in a unit, without a byte order mark at its beginning. Raises BadUnit if there is none."""
     try:
         text = unit.decode("utf-8")
     except UnicodeDecodeError:
@@ -107,7 +107,7 @@ def document_text(unit: bytes, kind: str, key: str) -> str:
     if not isinstance(record, dict) or key not in record:
         raise BadUnit(f"no {key!r}")
     if not isinstance(record[key], str):
-        raise BadUnit(f"{key!r} is no text")
+        raise BadUnit(f"{key!r} is not a string")
     try:
         record[key].encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no encoding can hold
@@ -121,7 +121,7 @@ def record_path(folder: Path, index: int) -> Path:
 
 
 def part_prefix(folder: Path, index: int, part: str) -> Path:
-    """Less the suffix, where a shard's tokens for one part are."""
+    """Path, without its suffix, of a shard's tokens for one part."""
     return folder / f"{index:06d}.{part}"
 
 
@@ -145,7 +145,7 @@ def write_shard(shard: Shard, folder: Path, encoding: Encoding, tokenizer: Any, 
 
     documents, bad, first_bad = _documents(shard, encoding.key, strict)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    # Under names of this process first: a worker that outlives a killed run for a moment disturbs nobody.
+    # First under names of this process, so that a worker that briefly outlives a killed run does no harm.
     prefixes = {part: part_prefix(folder, shard.index, f"{part}.{os.getpid()}") for part in encoding.parts()}
     builders = {part: IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype) for part, prefix in prefixes.items()}
     counts = {part: {"documents": 0, "sequences": 0, "tokens": 0, "text_bytes": 0} for part in prefixes}
@@ -183,7 +183,7 @@ def _documents(shard: Shard, key: str, strict: bool) -> tuple[list[str], dict[st
         except BadUnit as problem:
             where = f"{shard.source}, {'line' if shard.kind == 'json' else 'document'} {number}: {problem}"
             if strict:
-                raise LionError(f"{where}. Mend it, or leave out --strict to skip and count such lines") from None
+                raise LionError(f"{where}. Fix it, or remove --strict to skip and count such lines") from None
             bad[str(problem)] = bad.get(str(problem), 0) + 1
             first_bad += [where] if len(first_bad) < FIRST_BAD else []
     return documents, bad, first_bad
@@ -210,7 +210,7 @@ def _encode(documents: list[str], encoding: Encoding, tokenizer: Any) -> Iterato
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is there whole or not at all."""
+    """Write a JSON file atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -219,8 +219,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def join(prefixes: Sequence[Path], output: Path) -> dict[str, dict[str, Any]]:
     """Write ``output``.bin and .idx out of the shards' and return each file's size and SHA-256.
 
-    Byte for byte what Megatron's ``IndexedDatasetBuilder.add_index`` over the same parts gives; that one keeps Python
-    objects for every sequence in memory (some 80 bytes each), this one a shard's arrays.
+    The bytes are those of Megatron's ``IndexedDatasetBuilder.add_index`` over the same parts. That one keeps Python
+    objects for every sequence in memory (about 80 bytes each), this one a shard's arrays.
     """
     with _HashingWriter(Path(f"{output}.bin")) as data:
         for prefix in prefixes:

@@ -1,6 +1,6 @@
 """Build a small corpus folder in one go: tokenizer, indexed data sets and manifest.
 
-A folder is complete when its manifest is there. A complete folder made with the same options and Python is reused.
+A folder with a manifest is complete. A complete folder made with the same options and Python is reused.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from .tokenizers import TokenizerOptions
 from .vocabularies import train_sentencepiece
 
 FORMAT = 1  # raise it when the same options would give other files, so that folders of older versions are rebuilt
-PREFIX = "{}_text_document"  # less the folder, what --train-data-path and its kin take
+PREFIX = "{}_text_document"  # the value of --train-data-path and its kin, without the folder
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 TOKENIZER_TRAINING_MEGABYTES = 32.0  # more changes a small vocabulary little, and costs memory and time
@@ -75,7 +75,7 @@ def publish(staging: Path, output: Path, manifest: dict[str, Any]) -> None:
     """Move the finished files from `staging` into `output`, the manifest last."""
     (output / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
-        # Megatron keeps its sample index beside the data under a hash of names and settings, not of content
+        # Megatron keeps its sample index next to the data under a hash of names and settings, not of content
         # (GPTDataset._build_document_sample_shuffle_indices, 0.19): left there, it would be applied to the new tokens.
         if (cache := output / PREFIX.format(split) / "cache").exists():
             shutil.rmtree(cache)
@@ -90,12 +90,12 @@ def prepare(
 ) -> dict[str, Any]:
     """Make the corpus under `output`, unless it is there already, and return its manifest.
 
-    Raises LionError if an option or the text does not allow it; what `output` held before is then untouched.
+    Raises LionError if an option or the text does not allow it. Then `output` is not changed.
     """
     if not 0 < vocab_size < 2**31:
-        raise LionError(f"--vocab-size {vocab_size} is not a possible number of pieces: give one like 2048")
+        raise LionError(f"--vocab-size {vocab_size} is not a possible number of pieces: use one like 2048")
     if max_megabytes is not None and not 0 < max_megabytes < math.inf:
-        raise LionError(f"--max-megabytes {max_megabytes:g} is not above zero: give one like 2, or leave it out")
+        raise LionError(f"--max-megabytes {max_megabytes:g} is not above zero: use one like 2, or remove it")
     sources = [hashlib.sha256(read_text(path).encode("utf-8")).hexdigest() for path in text]
     options = {"vocab_size": vocab_size, "max_megabytes": max_megabytes, "text_sha256": sources}
     request = {"format": FORMAT, "python": platform.python_version(), "options": options}

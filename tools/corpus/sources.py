@@ -1,7 +1,7 @@
 """Read documents from files, folders and data sets, one after another, never a whole source at once.
 
-A source is read as a stream of *units*: a line of a JSON-lines file as it stands (the workers parse it), or the text of
-a document. The order is fixed by the sources alone, which is what makes everything behind it reproducible.
+A source is read as a stream of *units*: an unparsed line of a JSON-lines file (the workers parse it), or the text of a
+document. Only the sources determine the order, so all later steps are reproducible.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def find_sources(inputs: Sequence[str], *, key: str, documents: str, dataset_spl
         if path.is_dir() and not (path / "dataset_info.json").is_file():
             files = sorted(part for part in path.rglob("*") if part.is_file() and suffix_of(part) is not None)
             if not files:
-                raise LionError(f"--input {name} holds no {', '.join((*JSON_LINES, *PLAIN_TEXT, '.parquet'))} file")
+                raise LionError(f"--input {name} has no {', '.join((*JSON_LINES, *PLAIN_TEXT, '.parquet'))} file")
             sources += [file_source(part, key, documents) for part in files]
         elif path.is_file():
             sources.append(file_source(path, key, documents))
@@ -172,7 +172,7 @@ def parquet_texts(source: Source, key: str) -> Iterator[bytes]:
         file = pyarrow.parquet.ParquetFile(source.name)
         if key not in file.schema_arrow.names:
             columns = ", ".join(file.schema_arrow.names)
-            raise LionError(f"{source.name} has no column {key!r}: give one of its own with --json-keys ({columns})")
+            raise LionError(f"{source.name} has no column {key!r}: choose one with --json-keys ({columns})")
         rows = max(file.metadata.num_rows, 1)
         seen = 0
         for batch in file.iter_batches(batch_size=256, columns=[key], use_threads=False):
@@ -181,7 +181,7 @@ def parquet_texts(source: Source, key: str) -> Iterator[bytes]:
             seen += batch.num_rows
             source.consumed = source.total * seen // rows
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise LionError(f"{source.name} is damaged or no parquet file: {error}") from error
+        raise LionError(f"{source.name} is damaged or not a parquet file: {error}") from error
 
 
 def dataset_texts(name: str, split: str, key: str) -> Iterator[bytes]:
@@ -207,16 +207,16 @@ def dataset_texts(name: str, split: str, key: str) -> Iterator[bytes]:
             row = next(rows, None)
         except Exception as error:  # as above
             raise LionError(
-                f"{name} broke off after {read:,} documents: {error}. Run the same command again, it goes on"
+                f"{name} broke off after {read:,} documents: {error}. Run the same command again to continue"
             ) from error
         if row is None:
             return
         if key not in row:
-            raise LionError(f"{name} has no column {key!r}: give one of its own with --json-keys ({', '.join(row)})")
+            raise LionError(f"{name} has no column {key!r}: choose one with --json-keys ({', '.join(row)})")
         yield _as_bytes(row[key])
         read += 1
 
 
 def _as_bytes(value: Any) -> bytes:
-    """UTF-8, or for what is no text the JSON of it, which the worker then counts as bad."""
+    """UTF-8. If it is not a string, its JSON, which the worker counts as bad."""
     return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else b"\xff" + json.dumps(value).encode()

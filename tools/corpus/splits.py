@@ -1,4 +1,4 @@
-"""Which split a document belongs to: decided by its own text alone."""
+"""The split of a document, which depends only on its text."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def digest_number(document: str, part: int) -> int:
-    """Return a number that depends on the text alone; part 0 and part 1 are independent of each other."""
+    """Return a number that depends only on the text. Part 0 and part 1 are independent of each other."""
     digest = hashlib.sha256(document.encode("utf-8")).digest()
     return int.from_bytes(digest[8 * part : 8 * part + 8], "big")
 
@@ -17,7 +17,7 @@ def digest_number(document: str, part: int) -> int:
 def split_of(document: str, weights: Sequence[int]) -> str:
     """Return "train", "valid" or "test", in proportion to ``weights`` in that order.
 
-    A text keeps its split whatever stands around it, so identical documents never lie on both sides of a split.
+    Other documents do not matter, so identical documents are always in the same split.
     """
     _, valid, test = weights
     bucket = digest_number(document, 1) % sum(weights)
@@ -29,7 +29,7 @@ def parse_split(text: str) -> tuple[int, int, int]:
     try:
         train, valid, test = (int(part) for part in text.split(","))
     except ValueError:
-        raise LionError(f"--split {text} is not three whole numbers: give one like 98,1,1 (train,valid,test)") from None
+        raise LionError(f"--split {text} is not three whole numbers: use one like 98,1,1 (train,valid,test)") from None
     if min(train, valid, test) < 0 or train == 0:
-        raise LionError(f"--split {text} needs a positive share for train and none below zero: give one like 98,1,1")
+        raise LionError(f"--split {text} needs a positive share for train and none below zero: use one like 98,1,1")
     return train, valid, test

@@ -22,7 +22,7 @@ BLOCK_CHARACTERS = 1_000_000
 
 
 class _Flags(argparse.Namespace):
-    """Flags of which a version of Megatron may ask for more than are here: those were not given."""
+    """Tokenizer arguments for Megatron. An argument that is not here, but that its version reads, is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -32,7 +32,7 @@ class _Flags(argparse.Namespace):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerOptions:
-    """Which tokenizer, by Megatron's flags. Checked by :meth:`files`, built by :meth:`build`."""
+    """A tokenizer by Megatron's flags. :meth:`files` checks it, :meth:`build` builds it."""
 
     tokenizer_type: str
     tokenizer_model: str | None = None
@@ -44,11 +44,11 @@ class TokenizerOptions:
         return tokenizer_files(self)
 
     def sha256(self) -> str:
-        """A hash of the type and of the files' contents, whatever they are called and wherever they lie."""
+        """A hash of the type and of the files' contents, independent of their names and folders."""
         return tokenizer_sha256(self)
 
     def build(self) -> Any:
-        """Return Megatron's tokenizer: what the same flags give in training.
+        """Return Megatron's tokenizer, as the same flags build it in training.
 
         One thing is set apart from the flags' defaults: the BERT tokenizers add no [CLS] and [SEP] of their own, which
         Megatron's BERT dataset puts where it wants them (bert_dataset 133). Raises LionError where it cannot be built.
@@ -56,7 +56,7 @@ class TokenizerOptions:
         self.files()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Megatron names the accelerators it misses; none is needed here
+            warnings.simplefilter("ignore")  # Megatron lists missing accelerators; none is needed here
             build_tokenizer = _megatrons_builder()
         use_local_vocabularies()
         logging.getLogger("transformers").setLevel(logging.ERROR)  # "sequence longer than 1024" for each document
@@ -95,8 +95,8 @@ def _megatrons_builder() -> Any:
 def tokenize_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
     """Yield the ids of each text, as ``tokenizer.tokenize`` gives them, with few calls into a fast tokenizer.
 
-    A fast tokenizer's answer also holds offsets and strings, many times the text, so it is asked for about a
-    megabyte of text at a time.
+    A fast tokenizer's answer also has offsets and strings, many times the text, so each call has about a megabyte of
+    text.
     """
     inner = tokenizer._tokenizer
     fast = getattr(getattr(inner, "tokenizer", None), "backend_tokenizer", None)
@@ -133,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_from(args: argparse.Namespace) -> TokenizerOptions:
-    """The tokenizer that the command line asks for. Raises LionError where it names none."""
+    """The tokenizer that the command line asks for. Raises LionError if it names none."""
     if args.tokenizer_type is None:
         raise LionError(f"--tokenizer-type is missing: one of {', '.join(REQUIRED)}")
     names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")

@@ -43,7 +43,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 30,  # longer lines would be left out without a word
+            max_sentence_length=1 << 30,  # longer lines would be silently skipped
             num_threads=1,
             minloglevel=2,
         )
@@ -53,9 +53,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def vocabulary_error(message: str, vocab_size: int) -> LionError:
-    """Return what to tell the user about SentencePiece's refusal to train."""
+    """Return a message for the user about SentencePiece's error."""
     if limit := re.search(r"set it to a value <= (\d+)", message):
-        problem, remedy = "too large for this text", f"use --vocab-size {limit[1]} or smaller, or give more text"
+        problem, remedy = "too large for this text", f"use --vocab-size {limit[1]} or smaller, or more text"
     elif needed := re.search(r"required_chars\. \d+ vs (\d+)", message):
         problem, remedy = "too small for the characters of this text", f"use --vocab-size {needed[1]} or larger"
     else:
@@ -64,10 +64,10 @@ def vocabulary_error(message: str, vocab_size: int) -> LionError:
 
 
 def continuations(tokenizer: Any, texts: Iterable[str]) -> list[str]:
-    """Return "##x" for every character x that stands inside a word, sorted.
+    """Return "##x" for every character x that occurs inside a word, sorted.
 
-    Given to the trainer as its first entries: left to itself it numbers them in the order of a hash table, another one
-    in each process, and breaks ties by those numbers (tokenizers 0.23, models/bpe/trainer.rs).
+    The trainer gets them as its first entries. Otherwise it numbers them in the order of a hash table, which differs in
+    each process, and breaks ties by those numbers (tokenizers 0.23, models/bpe/trainer.rs).
     """
     blanks_apart = {word for text in texts for word in tokenizer.normalize(text).split()}
     words = (word for part in blanks_apart for word, _ in tokenizer._tokenizer.pre_tokenizer.pre_tokenize_str(part))
@@ -113,9 +113,9 @@ def train(kind: str, texts: Iterable[str], vocab_size: int, output: Path) -> dic
     """
     flags = {flag: output / name for flag, name in FILES[kind].items()}
     if there := [path for path in flags.values() if path.exists()]:
-        raise LionError(f"{there[0]} exists: give another --output, or remove it")
+        raise LionError(f"{there[0]} exists: use another --output, or remove it")
     if not 0 < vocab_size < 2**31:
-        raise LionError(f"--vocab-size {vocab_size} is not a possible number of entries: give one like 32000")
+        raise LionError(f"--vocab-size {vocab_size} is not a possible number of entries: use one like 32000")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as staging:
         if kind == "SentencePieceTokenizer":

@@ -21,7 +21,7 @@ _tokenizer: Any = None  # one for each process: built before the workers are for
 def build_tokenizer(encoding: Encoding) -> Any:
     """Build the tokenizer that this process, and the workers that it forks, will use, and return it.
 
-    Raises LionError where documents are to end with a token that it does not have.
+    Raises LionError if documents are to end with a token that it does not have.
     """
     global _tokenizer
     _tokenizer = encoding.tokenizer.build()
@@ -36,7 +36,7 @@ def make_shard(shard: Shard, folder: Path, encoding: Encoding, strict: bool) -> 
 
 
 def end_with_parent() -> None:
-    """Let this worker end within a second of a killed parent; left alone it would wait for work for ever."""
+    """End this worker within a second of a killed parent. Otherwise it would wait for work forever."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -74,7 +74,7 @@ def records(
             while running:
                 yield from _finished(running)
         except BrokenProcessPool as error:
-            raise LionError("a worker was killed (out of memory?): run the same command again, it goes on") from error
+            raise LionError("a worker was killed (out of memory?): run the same command again to continue") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -1,1 +1,1 @@
-"""What the tools that read trained checkpoints share: finding and reading them, windows, scores."""
+"""Modules shared by the tools that read trained checkpoints: finding and reading them, windows, scores."""

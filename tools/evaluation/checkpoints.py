@@ -1,4 +1,4 @@
-"""Read what Megatron's ``torch_dist`` checkpoints say of themselves, without building a model."""
+"""Read the metadata and tensors of Megatron's ``torch_dist`` checkpoints without building a model."""
 
 import contextlib
 import hashlib
@@ -15,8 +15,8 @@ ITERATION_FOLDER = re.compile(r"iter_(\d+)")
 def find_steps(folder: Path, steps: str) -> list[int]:
     """Return the iterations to look at: ``steps`` is "all", "latest", or numbers such as 10000,20000.
 
-    Raises LionError where the folder has no checkpoint, or not the ones asked for. A checkpoint whose writing was cut
-    short has no metadata.json, which Megatron writes last, and does not count.
+    Raises LionError where the folder has no checkpoint, or not the ones asked for. A checkpoint that was not completely
+    written has no metadata.json, which Megatron writes last, and does not count.
     """
     found = sorted(
         int(match[1])
@@ -24,7 +24,7 @@ def find_steps(folder: Path, steps: str) -> list[int]:
         if (match := ITERATION_FOLDER.fullmatch(path.name)) and (path / "metadata.json").is_file()
     )
     if not found:
-        raise LionError(f"--checkpoints {folder} holds no complete torch_dist checkpoint (a folder iter_<N> for each)")
+        raise LionError(f"--checkpoints {folder} has no complete torch_dist checkpoint (a folder iter_<N> for each)")
     if steps in ("all", "latest"):
         return found if steps == "all" else found[-1:]
     try:
@@ -42,7 +42,7 @@ def iteration_folder(folder: Path, step: int) -> Path:
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """A hash by which a checkpoint's content is told from another's: each file's name, size and time of change."""
+    """A fingerprint of a checkpoint: a hash of each file's name, size and time of change."""
     digest = hashlib.sha256()
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file():
@@ -58,13 +58,13 @@ def read_args(checkpoint: Path) -> Any:
     with _readable(checkpoint):
         common = load_common_state_dict(str(checkpoint))
     if "args" not in common:
-        raise LionError(f"{checkpoint} does not say how its model is built (no arguments in it)")
+        raise LionError(f"{checkpoint} has no arguments, so its model is unknown")
     return common["args"]
 
 
 @contextlib.contextmanager
 def _readable(checkpoint: Path) -> Iterator[None]:
-    """Raise LionError naming the cause where a checkpoint cannot be read; damage shows itself as almost anything."""
+    """Raise LionError with the cause if a checkpoint cannot be read. Damage can raise almost any error."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_lion.integration.checkpoint.integrity import READ_ERRORS, causes
@@ -73,7 +73,7 @@ def _readable(checkpoint: Path) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as error:
         cause = next((each for each in causes(error) if isinstance(each, READ_ERRORS)), error)
-        raise LionError(f"{checkpoint} cannot be read: {cause}. Take another step, or copy it again") from error
+        raise LionError(f"{checkpoint} cannot be read: {cause}. Use another step, or copy it again") from error
 
 
 def tensor_sizes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -90,15 +90,15 @@ def _metadata(checkpoint: Path) -> dict[str, Any]:
 
 
 def require_gpt(checkpoint: Path) -> None:
-    """Raise LionError where the checkpoint holds another architecture than a GPT."""
+    """Raise LionError if the checkpoint is not of a GPT."""
     sizes = tensor_sizes(checkpoint)
     if "embedding.word_embeddings.weight" not in sizes or "decoder.final_layernorm.weight" not in sizes:
         what = "BERT" if "encoder.final_layernorm.weight" in sizes else "another architecture"
-        raise LionError(f"{checkpoint} holds {what}, not a GPT: this tool needs a GPT's checkpoint")
+        raise LionError(f"{checkpoint} has {what}, not a GPT: this tool needs a GPT's checkpoint")
 
 
 def read_tensors(checkpoint: Path, keys: list[str]) -> dict[str, Any]:
-    """Return whole tensors of a checkpoint by key, whatever layout wrote them; needs no ranks.
+    """Return whole tensors of a checkpoint by key, from any layout. Needs no ranks.
 
     Raises LionError naming a key that is not there, and a file that is missing or damaged.
     """

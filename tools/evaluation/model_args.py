@@ -1,8 +1,8 @@
-"""Which of Megatron's arguments decide the function that a model computes: all that reach the model's configuration.
+"""Megatron's arguments that decide the function of a model: those that reach the model's configuration.
 
-The list is read off Megatron, whatever version is installed: the functions that make the configuration are run, and
-every argument that they ask for counts. Only what says how the function is computed is left out, by the patterns below;
-an argument that nobody thought of is taken from the checkpoint, or refused by the export.
+The list comes from the installed Megatron: the functions that make the configuration are run, and every argument that
+they read counts. The patterns below exclude only arguments that say how the function is computed. So an unknown
+argument comes from the checkpoint, or is refused by the export.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import sys
 from fnmatch import fnmatch
 from typing import Any
 
-# How ranks share the work, beside all that Megatron's ModelParallelConfig holds.
+# How ranks share the work, in addition to the fields of Megatron's ModelParallelConfig.
 LAYOUT = (
     "*pipeline*", "account_for_*", "*cp_comm_type*", "*dispatcher*", "*overlap*", "*offload*", "*_a2a_*", "*deepep*",
     "moe_flex_*", "*hybridep*", "moe_ncclep_*", "moe_paged_stash*", "distribute_saved_activations", "symmetric_ar_type",
@@ -25,7 +25,7 @@ ARITHMETIC = (
     "num_layers_at_*_in_bf16", "disable_bf16_*", "batch_invariant_mode", "flash_decode", "deterministic_mode",
     "fp32_residual_connection", "*quantization*", "moe_router_padding_for_fp8", "use_mamba_mem_eff_path",
 )  # fmt: skip
-# What matters while a model is trained or generates, and the machine.
+# Settings of training, of generation and of the machine.
 ELSEWHERE = (
     "*_dropout", "*init_method*", "init_model_*", "seed", "test_mode", "*_loss_coeff", "*_loss_scaling_factor",
     "*_per_token_loss", "moe_z_loss_coeff", "moe_input_jitter_eps", "moe_per_layer_logging",
@@ -33,7 +33,7 @@ ELSEWHERE = (
     "log_max_attention_logit", "*recompute*", "*cuda_graph*", "inference_*", "mlp_chunks_for_*", "config_logger_dir",
     "clone_scatter_*", "make_vocab_size_divisible_by", "padded_vocab_size", "cache_mla_latents",
 )  # fmt: skip
-# Asked for in launch/pretrain_gpt.py where Megatron's own loop does not build the model.
+# Used in launch/pretrain_gpt.py if Megatron's own loop does not build the model.
 BEFORE_0_19 = (
     "position_embedding_type", "rotary_percent", "rotary_base", "use_rope_scaling", "rope_scaling_factor",
     "rotary_seq_len_interpolation_factor", "max_position_embeddings", "untie_embeddings_and_output_weights", "spec",
@@ -74,7 +74,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 class _Recorder:
-    """Arguments that note what is asked of them. Those that lead to further files are not passed on."""
+    """Arguments that record which of them are read. Those that name further files are not passed on."""
 
     HIDDEN = ("multi_latent_attention", "heterogeneous_layers_config_path", "te_precision_config_file", "spec")
 

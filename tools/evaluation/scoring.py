@@ -35,8 +35,8 @@ def models_own(given: Any, saved: Any) -> dict[str, Any]:
         asked = getattr(given, name, None)
         if asked not in (value, getattr(usual, name, None)):
             raise LionError(
-                f"--{name.replace('_', '-')} {asked}: the checkpoint's model has {value}. Leave the flag out: what "
-                "decides the model's function comes from the checkpoint"
+                f"--{name.replace('_', '-')} {asked}: the checkpoint's model has {value}. Remove the flag: "
+                "arguments that decide the model's function come from the checkpoint"
             )
     return own
 
@@ -44,9 +44,9 @@ def models_own(given: Any, saved: Any) -> dict[str, Any]:
 def megatron_args(argv: list[str], checkpoints: Path, step: int, saved: Any) -> Any:
     """Parse Megatron's flags, complete them with the model's own and the tokenizer's, and make them Megatron's.
 
-    Everything about the model comes from the checkpoint; ``argv`` brings the layout, the precision and the machine, and
-    may bring another place of the tokenizer's files. Raises LionError where the vocabulary cannot be cut into the
-    tensor-parallel size.
+    The checkpoint decides everything about the model. ``argv`` has the layout, the precision and the machine, and may
+    have other paths of the tokenizer's files. Raises LionError if the tensor-parallel size does not divide the
+    vocabulary.
     """
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.checkpointing import load_args_from_checkpoint
@@ -61,8 +61,8 @@ def megatron_args(argv: list[str], checkpoints: Path, step: int, saved: Any) -> 
     vars(args).update(function)
     if args.padded_vocab_size % args.tensor_model_parallel_size:
         raise LionError(
-            f"the checkpoint's {args.padded_vocab_size} vocabulary rows cannot be cut into "
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: give a divisor"
+            f"the checkpoint's {args.padded_vocab_size} vocabulary rows are not divisible by "
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: use a divisor"
         )
     validate_args(args, {})
     set_global_variables(args, build_tokenizer=False)
@@ -83,7 +83,7 @@ def build_model(args: Any) -> torch.nn.Module:
 
 
 def load_weights(model: torch.nn.Module, args: Any, step: int) -> None:
-    """Read the checkpoint of one step into the model, whatever layout wrote it. Collective."""
+    """Read the checkpoint of one step, from any layout, into the model. Collective."""
     from megatron.training.checkpointing import load_checkpoint
 
     args.ckpt_step = step
@@ -91,7 +91,7 @@ def load_weights(model: torch.nn.Module, args: Any, step: int) -> None:
 
 
 def token_losses(logits: Tensor, targets: Tensor, vocab_size: int | None) -> Tensor:
-    """Return -ln softmax(logits)[target] in float64, from logits whose last axis is cut over tensor-parallel ranks.
+    """Return -ln softmax(logits)[target] in float64, from logits with the last axis divided over tensor-parallel ranks.
 
     Args:
         logits: [tokens, this rank's vocabulary rows]; padding in it is overwritten.
@@ -124,8 +124,8 @@ def batches(tokens: Tensor, windows: list[Window], length: int, size: int) -> It
     """Yield this data-parallel rank's micro-batches: inputs, targets, and whether a target is scored; [size, length].
 
     Whole micro-batches go round the data-parallel ranks, so their content does not depend on how many ranks there are.
-    What fills up a short window, and a short micro-batch, is scored nowhere; causal attention looks at none of it. All
-    ranks get the same number of micro-batches.
+    Padding of a short window or micro-batch is not scored, and causal attention does not see it. All ranks get the same
+    number of micro-batches.
     """
     from megatron.core import mpu
 

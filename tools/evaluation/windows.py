@@ -72,9 +72,9 @@ def make_windows(tokens: int, length: int, step: int) -> list[Window]:
     LionError for a step that would leave tokens out and for a text of one token.
     """
     if not 1 <= step <= length:
-        raise LionError(f"--overlapping-eval {step} must lie between 1 and the window's {length} tokens")
+        raise LionError(f"--overlapping-eval {step} must be between 1 and the window's {length} tokens")
     if tokens < 2:
-        raise LionError(f"a text of {tokens} tokens has none to predict: give a longer one")
+        raise LionError(f"a text of {tokens} tokens has none to predict: use a longer one")
     windows, scored_to = [], 0  # the last token that has been scored
     for begin in range(0, tokens - 1, step):
         end = min(begin + length, tokens - 1)

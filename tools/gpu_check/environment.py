@@ -1,4 +1,4 @@
-"""What this machine is, and what it lacks of what the check needs.
+"""Describe this machine, and list what the check needs and does not find.
 
     python -m tools.gpu_check.environment [--device cuda] [--rows FILE]
 

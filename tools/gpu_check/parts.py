@@ -1,7 +1,7 @@
 """The parts of the check, one line each: add a line to add a part.
 
-A part is a process of Python with a time limit of its own; exit status 0 is a pass. It reads nothing of the parts
-before it but files in the work folder, so it runs whatever became of them.
+A part is a process of Python with its own time limit. Exit status 0 is a pass. Of earlier parts it reads only
+files in the work folder, so it runs even if they failed.
 """
 
 import shlex

@@ -1,1 +1,1 @@
-"""``megatron-lion doctor --cluster``: what the ranks of a launcher see of each other, before a run rests on it."""
+"""``megatron-lion doctor --cluster``: compare the ranks of a launcher with each other before a run."""

@@ -21,7 +21,7 @@ Link = tuple[int, int]
 
 
 def clock_offset(runner: RankRunner) -> tuple[float, float]:
-    """Seconds that this rank's clock is ahead of rank 0's, and how uncertain that is: half the fastest round trip.
+    """Seconds that this rank's clock is ahead of rank 0's, and the uncertainty: half the fastest round trip.
 
     Rank 0 answers one rank after the other through the store; (0, 0) on rank 0.
     """
@@ -46,7 +46,7 @@ def clock_offset(runner: RankRunner) -> tuple[float, float]:
 def connect(runner: RankRunner, device: torch.device) -> None:
     """Join all ranks in one process group, NCCL on GPUs and gloo otherwise, and try it with one all-reduce.
 
-    Its time-out is half that of the roll call, so that a rank that waits can still say for whom.
+    Its time-out is half that of the runner, so that a waiting rank can still report which rank is missing.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
@@ -97,7 +97,7 @@ def link_seconds(count: int, runner: RankRunner, device: torch.device) -> dict[s
 
 
 def ring(size: int) -> list[Link]:
-    """Each rank with its next; the last with the first where that is another pair."""
+    """Pairs of neighboring ranks, and the last with the first if that is another pair."""
     return [(rank, (rank + 1) % size) for rank in range(size if size > 2 else size - 1)]
 
 
@@ -117,7 +117,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def by_kind(links: dict[Link, float], facts: list[dict[str, Any]]) -> dict[str, dict[Link, float]]:
-    """The links inside a node and those between nodes, apart."""
+    """The links inside a node and those between nodes, separately."""
     found: dict[str, dict[Link, float]] = {}
     for (left, right), seconds in links.items():
         kind = "within a node" if facts[left]["node"] == facts[right]["node"] else "between nodes"

@@ -21,7 +21,7 @@ SAME_EVERYWHERE = (
 
 
 def collect() -> dict[str, Any]:
-    """Versions, machine and device of this process; JSON holds it. None stands for what is not installed."""
+    """Versions, machine and device of this process, as values for JSON. None: not installed."""
     on_gpu = torch.cuda.is_available() and not torch_cuda.wanted()
     local = int(os.environ["LOCAL_RANK"])
     visible = torch.cuda.device_count() if on_gpu else 0
@@ -58,7 +58,7 @@ def mismatches(facts: list[dict[str, Any]]) -> list[str]:
 
 
 def gpu_problems(facts: list[dict[str, Any]]) -> list[str]:
-    """A sentence for every rank without a GPU of its own, where ranks are on GPUs."""
+    """A sentence for every rank without its own GPU, if ranks are on GPUs."""
     found = [
         f"{describe_ranks([rank], facts)}: local rank {fact['local']} has no GPU, {fact['gpus']} are visible there: "
         "lower --nproc-per-node, or correct CUDA_VISIBLE_DEVICES"
@@ -87,7 +87,7 @@ def clock_problems(offsets: list[tuple[float, float]], facts: list[dict[str, Any
 
 
 def describe_ranks(ranks: list[int], facts: list[dict[str, Any]]) -> str:
-    """``ranks 4, 5 (node 1, node7)``: with node and machine, where they share them."""
+    """``ranks 4, 5 (node 1, node7)``: with node and machine if all share them."""
     where = {(facts[rank]["node"], facts[rank]["machine"]) for rank in ranks}
     place = ", ".join(f"node {node}, {machine}" for node, machine in sorted(where))
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} ({place})"

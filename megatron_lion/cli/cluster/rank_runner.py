@@ -16,8 +16,8 @@ from torch.distributed.rendezvous import TCPStore  # type: ignore[attr-defined]
 
 from megatron_lion.config import LionError
 
-GRACE_SECONDS = 10.0  # for rank 0 to say who is missing, beyond the time in which they may answer
-NAMED = 4  # of the ranks on which something failed
+GRACE_SECONDS = 10.0  # extra time for rank 0 to report which ranks are missing
+NAMED = 4  # failed ranks that a message lists
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -30,7 +30,7 @@ class RanksUnreachable(LionError):
 
 
 def rank_and_node(rank: int) -> str:
-    """A rank by its number and, where the launcher gives every node as many, by its node, both from 0."""
+    """Name a rank by its number and, if every node has as many ranks, by its node. Both count from 0."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     return f"rank {rank} (node {rank // local})" if local else f"rank {rank}"
 
@@ -59,7 +59,7 @@ class RankRunner:
         master = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         patience = timedelta(seconds=self.timeout)
         try:
-            # Without waiting for the others: who is missing is to be said by number.
+            # Do not wait for the others here: missing ranks are reported by number later.
             store = TCPStore(host, port, self.size, master, patience, wait_for_workers=False)
         except RuntimeError as error:
             raise RanksUnreachable(
@@ -90,7 +90,7 @@ class RankRunner:
         return [json.loads(self.store.get(f"{question}/{rank}")) for rank in range(self.size)]
 
     def run_on_all_ranks(self, what: str, work: Callable[[], Any]) -> list[Any]:
-        """Do ``work``, which needs all ranks, on all of them, and return every rank's result.
+        """Run ``work``, which needs all ranks, on all of them, and return every rank's result.
 
         Raises LionError with the ranks on which it failed or did not end in time, and RanksUnreachable with those
         that never began.
@@ -117,7 +117,7 @@ class RankRunner:
 def _attempt(work: Callable[[], Any], outcome: dict[str, Any]) -> None:
     try:
         outcome["result"] = work()
-    except Exception as error:  # whatever the backend raises is what the user must read
+    except Exception as error:  # show the user whatever the backend raises
         outcome["error"] = _first_line(error)
     else:
         outcome.pop("error")

@@ -16,7 +16,7 @@ COLUMNS = ("machine", "node", "python", "torch", "megatron-core", "megatron-lion
 
 
 def main(timeout: float, megabytes: int) -> int:
-    """Check the ranks of this launcher. Returns 0 where all is well, else 1, the reasons being the last lines.
+    """Check the ranks of this launcher. Returns 0 if all is well, else 1. The last lines have the reasons.
 
     Each stage waits ``timeout`` seconds at most; all-reduce and links are measured with ``megabytes`` MiB.
     """
@@ -34,9 +34,9 @@ def main(timeout: float, megabytes: int) -> int:
 
 
 def _leave(status: int, rank: int) -> int:
-    """End with ``status``; after a failure at once, since a thread may hang in a collective that never ends."""
+    """Exit with ``status``. After a failure exit at once, because a thread may hang in a collective."""
     if status:
-        time.sleep(0.0 if rank == 0 else 1.0)  # a launcher ends all ranks with the first, and rank 0 has to print
+        time.sleep(0.0 if rank == 0 else 1.0)  # rank 0 prints first: launchers end all ranks when one fails
         sys.stdout.flush()
         os._exit(status)
     torch.distributed.destroy_process_group()
@@ -44,9 +44,9 @@ def _leave(status: int, rank: int) -> int:
 
 
 def _problems(runner: RankRunner, megabytes: int) -> list[str]:
-    """Go through the stages, print what each found, and return what is wrong; the same on every rank.
+    """Run the stages, print their results, and return the problems, the same on every rank.
 
-    What makes the following stages hang, or mean nothing, ends the examination.
+    A problem that would make later stages hang, or make their results meaningless, ends the checks.
     """
     facts = runner.ask("who is there", rank_facts.collect())
     offsets = runner.run_on_all_ranks("clock", lambda: network.clock_offset(runner))

@@ -11,9 +11,9 @@ from typing import Any
 from megatron_lion.config import LionError
 from megatron_lion.integration.cpu import run_flags
 
-DESCRIPTION = """Build some ranks of a run one after the other, without a GPU and without the other ranks, as far as its
-first step: flags, process groups, model, gradient buffers, optimizer, checkpoint. Prints their memory and messages.
-Exit status: 0 if they would start and fit, 1 if they need more than --gpu-memory, 2 if one would not start."""
+DESCRIPTION = """Build some ranks of a run one after another, without a GPU and without the other ranks, up to the first
+step: flags, process groups, model, gradient buffers, optimizer, checkpoint. Prints their memory and messages. Exit
+status: 0 if they would start and fit, 1 if they need more than --gpu-memory, 2 if one would not start."""
 
 
 def parser(base: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def parser(base: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> arg
     add("--gpu-memory", type=float, metavar="GiB", help="memory of a GPU; exit with 1 if a rank needs more")
     add("--steps", type=int, default=0, metavar="K", help="also run K steps on random tokens, in real memory")
     add("--json", type=Path, metavar="FILE", help="write the reports of the ranks to FILE")
-    add("--estimate", type=json.loads, default={}, help=argparse.SUPPRESS)  # launch.py's: bytes by kind
+    add("--estimate", type=json.loads, default={}, help=argparse.SUPPRESS)  # from launch.py: bytes by kind
     add("script", help="your Megatron script, such as pretrain_gpt.py")
     add("flags", nargs=argparse.REMAINDER, help="its flags, as on the cluster")
     return made
@@ -65,7 +65,7 @@ def main(arguments: list[str], base: type[argparse.ArgumentParser] = argparse.Ar
 
 
 def _problem(options: Any) -> str | None:
-    """What is wrong with the options; None if nothing is."""
+    """The first problem with the options, or None."""
     if options.world_size < 1:
         return f"--world-size {options.world_size} must be at least 1"
     for rank in options.rank or ():

@@ -154,6 +154,6 @@ def _memory(reports: list[RankReport], gpu_memory: float | None) -> str:
 
 
 def size(count: int) -> str:
-    """``count`` bytes in the largest unit that leaves a digit before the point."""
+    """``count`` bytes in the largest unit in which it is at least 1."""
     power = min(3, int(math.log(count, 1024))) if count else 0
     return f"{count / 1024**power:.2f} {('B', 'KiB', 'MiB', 'GiB')[power]}" if power else f"{count} B"

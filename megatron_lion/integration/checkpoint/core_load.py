@@ -10,7 +10,7 @@ from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint import formats, integrity
 
-# The optimizer with these kinds of momentum.
+# The optimizer that has these kinds of momentum.
 OWNERS = {
     frozenset({"exp_avg"}): "lion",
     frozenset({"exp_avg", "exp_avg_sq"}): "adam",

@@ -32,9 +32,10 @@ MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
 
 
 def moments(state: dict[str, Any], path: str) -> frozenset[str]:
-    """The kinds of momentum in the checkpoint at ``path``, which begins with ``state``; empty if unknown.
+    """The kinds of momentum in the checkpoint at ``path``. Empty if unknown.
 
-    For a ``torch_dist`` checkpoint from the names of its tensors, for the legacy format from its parameter groups.
+    Read from the names of the tensors of a ``torch_dist`` checkpoint, or from the parameter groups in ``state`` for the
+    legacy format.
     """
     from megatron.core import dist_checkpointing
 
@@ -98,7 +99,7 @@ def refuse_layers_frozen_apart(options: LionOptions, model_chunks: list[Any]) ->
 def refuse_another_layout(load_dir: str, state: dict[str, Any], saved_args: Any, args: Any) -> None:
     """Raise LionError if the optimizer state in ``load_dir`` cannot be loaded into this run's layout.
 
-    Megatron 0.19.2 names a flag that does not help there (checkpointing 2255), or fails later, in a list of keys.
+    Megatron 0.19.2 names a flag that does not help (checkpointing 2255), or fails later with a list of keys.
     """
     if not hasattr(args, "data_parallel_size"):  # the command line is not complete yet (--use-checkpoint-args)
         return

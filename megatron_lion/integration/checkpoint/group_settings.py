@@ -3,7 +3,7 @@
 Megatron looks for the saved group of each parameter group and takes all settings of that one. Up to 0.18 it compares
 only multipliers and kind: it silently ignored a new ``--lr``, although ``--override-opt_param-scheduler`` asks for it,
 and two groups that differ in their rates both got the last one's (0.18.2: distrib_optimizer 908). From 0.19 on it
-compares rates too, and found no group for a new ``--lr``.
+compares rates too, and finds no group for a new ``--lr``.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from megatron_lion.config import LionError
 from megatron_lion.storage import LION_GROUP_KEYS
 
 RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
-# Of a weight decay that changes while a run trains, over --train-iters.
+# Settings of a weight decay that changes during a run, over --train-iters.
 SCHEDULED_DECAY = ("start_weight_decay", "end_weight_decay", "train_iters")
 WEIGHT_DECAY = ("weight_decay", "weight_decay_incr_style", *SCHEDULED_DECAY)
 
@@ -36,13 +36,13 @@ def refuse_other_rates(saved_args: Any, args: Any) -> None:
     if args.use_checkpoint_opt_param_scheduler:
         if changes := _changes(saved_args, args, WEIGHT_DECAY):
             raise LionError(
-                f"--use-checkpoint-opt_param-scheduler, and this run changes {changes}, which Megatron would use for "
-                "its first step: give those of the checkpoint, or take the command line's values for all "
+                f"--use-checkpoint-opt_param-scheduler is set, but this run changes {changes}, which Megatron would "
+                "use for its first step. Use the checkpoint's values, or the command line's for all "
                 "(--override-opt_param-scheduler)"
             )
     elif changes := _changes(saved_args, args, (*RATES, *WEIGHT_DECAY)):
         raise LionError(
-            f"the schedule continues from the checkpoint's step, and this run changes {changes}: add "
+            f"the schedule continues from the checkpoint's step, but this run changes {changes}: add "
             "--override-opt_param-scheduler to use the command line's values, or use the checkpoint's"
         )
 
@@ -72,7 +72,7 @@ class GroupSettings:
         return (group for optimizer in self._optimizers for group in optimizer.param_groups)
 
     def set_again(self) -> None:
-        """Restore each group's settings. Groups that look the same to Megatron all got those of one of them."""
+        """Restore each group's settings: groups that are alike for Megatron all got those of one of them."""
         for group, settings in zip(self._groups(), self._settings, strict=True):
             group.update(settings)
 
@@ -81,7 +81,7 @@ class GroupSettings:
 def kept(own: GroupSettings, sub_optimizers: list[Any], state_dict: Any, *, from_run: bool) -> Iterator[Any]:
     """Around a load: yields ``state_dict`` with this run's group settings, by which Megatron finds each saved group.
 
-    Betas stay the saved ones; the optimizer decides about them. Before Megatron reads a checkpoint it also loads the
+    Betas stay the saved ones, because the optimizer handles them. Before Megatron reads a checkpoint it also loads the
     state of each sub-optimizer into itself, which changes its settings, so they are restored first. Without
     ``from_run`` everything is left to Megatron.
     """
@@ -119,14 +119,14 @@ def _is_lions(state: dict[str, Any]) -> bool:
 
 
 def _of_sub_optimizer(sub_optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    inner = state.get("optimizer", state)  # of the fp32 optimizer it is all there is
+    inner = state.get("optimizer", state)  # the fp32 optimizer's state has no further level
     saved = inner.get("param_groups")
     if not saved or sub_optimizer.optimizer is None:
         return state
     own = [_settings(group) | {"betas": saved[0]["betas"]} for group in sub_optimizer.optimizer.param_groups]
-    if any("params" in group for group in saved):  # by place, as Megatron has it; the distributed optimizer keeps none
+    if any("params" in group for group in saved):  # by position, as in Megatron. The distributed optimizer saves none
         if len(own) != len(saved):
-            return state  # Megatron says so
+            return state  # Megatron reports this
         own = [{**group, "params": other["params"]} for group, other in zip(own, saved, strict=True)]
     inner = {**inner, "param_groups": own}
     return {**state, "optimizer": inner} if "optimizer" in state else inner

@@ -3,7 +3,7 @@
 Megatron's ``torch_dist`` format stores each tensor as a small zip archive. torch writes a CRC-32 of the bytes into it,
 but does not check it on reading. This module does, for weights, optimizer state of any kind and the common state, in
 any layout, and for checkpoints saved without this package too. It costs one CRC of the bytes that a rank reads. Not
-covered: ``.metadata``, a pickle with the place of each tensor, and other formats.
+covered: other formats, and ``.metadata``, a pickle with the position of each tensor.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def with_checks(reader: Any) -> Any:
 
 
 def write_errors_named(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around a save: one line for a full disk and the like, on every rank, because Megatron tells all of them."""
+    """Around a save: turn an error such as a full disk into one line, on every rank, as Megatron raises it on all."""
     from megatron.training import get_args
 
     try:
@@ -89,7 +89,7 @@ def read_errors_named(load_dir: str, args: Any) -> Iterator[None]:
     """Turn an error in reading the checkpoint in ``load_dir`` into a LionError with the file and what to do."""
     try:
         yield
-    except SystemExit as error:  # with status 0, which torchrun takes for the end of training (363, 1743)
+    except SystemExit as error:  # with status 0, which for torchrun is the end of training (363, 1743)
         if error.code or args.exit_on_missing_checkpoint:
             raise
         hint = recovery_hint(load_dir, _asked_for(load_dir, args))
@@ -130,7 +130,7 @@ def verify_crc(record: BinaryIO, path: str, offset: int) -> io.BytesIO:
                         while content.read(CHUNK):
                             pass
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
-        raise DamagedRecord(f"{path} is damaged or cut short at byte {offset} or behind it ({error})") from error
+        raise DamagedRecord(f"{path} is damaged or cut short at byte {offset} or after it ({error})") from error
     data.seek(0)
     return data
 

@@ -12,8 +12,8 @@ from megatron_lion.integration.compat.versions import installed_traits
 def _compile_helpers(stock: Callable[[], None]) -> None:
     """Let training start from the wheel, which ships the compiled dataset helpers but no Makefile to compile them with.
 
-    Stock runs ``make`` all the same and exits when it fails (0.19.2: initialize 178). A checkout, which has the
-    Makefile, still compiles. Goes when the wheel's own loop starts without it.
+    Stock runs ``make`` anyway and exits when it fails (0.19.2: initialize 178). A checkout has the Makefile and still
+    compiles. Remove this when the wheel's own loop starts without it.
     """
     import megatron.core.datasets.utils as dataset_utils
 
@@ -37,7 +37,7 @@ def without_step() -> contextlib.AbstractContextManager[None]:
 
     Where neither Transformer Engine nor Apex is installed, its ``state_dict`` (0.19.2: distrib_optimizer 837) and
     ``load_state_dict`` (1025) read torch Adam's ``step`` from every parameter's state. Lion and SGD have none. The
-    other branch reads ``step`` from the groups, where it is there. Goes when Megatron asks the optimizer instead.
+    other branch reads ``step`` from the groups, which have it. Remove this when Megatron asks the optimizer.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -129,14 +129,14 @@ def is_quantized(param: Any) -> bool:
 
 
 def offloading_with(optimizer_class: type) -> contextlib.AbstractContextManager[None]:
-    """Have DistributedOptimizer make ``optimizer_class`` again of its shards (0.19.2: distrib_optimizer 779)."""
+    """Let DistributedOptimizer rebuild its optimizer as ``optimizer_class`` (0.19.2: distrib_optimizer 779)."""
     from megatron.core.optimizer import distrib_optimizer
 
     return temporarily(distrib_optimizer, HybridDeviceOptimizer=optimizer_class)
 
 
 def has_te_or_apex() -> bool:
-    """Whether Megatron took its Adam and SGD from Transformer Engine or NVIDIA's Apex, not from torch."""
+    """Whether Megatron uses the Adam and SGD of Transformer Engine or NVIDIA's Apex instead of torch's."""
     from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 
     return not USING_PYTORCH_OPTIMIZER
@@ -224,7 +224,7 @@ def wait_for_gather(bucket_group: Any) -> None:
 
 
 def rerun_disabled() -> contextlib.AbstractContextManager[None]:
-    """Megatron's rerun state machine off, as in its own evaluation, without the line that ``set_mode`` logs."""
+    """Turn Megatron's rerun state machine off, as its evaluation does, without the log line of ``set_mode``."""
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 
     return temporarily(get_rerun_state_machine(), mode=RerunMode.DISABLED)
@@ -232,7 +232,7 @@ def rerun_disabled() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def moe_metrics_kept() -> Iterator[None]:
-    """Let routers record their metrics elsewhere: the log's are summed up until they are printed."""
+    """Let routers record their metrics separately, because the log sums its own until they are printed."""
     if not installed_traits().moe_metrics_are_objects:
         from megatron.core.transformer.moe import moe_utils
 
@@ -252,8 +252,8 @@ def moe_metrics_kept() -> Iterator[None]:
 def gather_parameters(model_chunks: list[Any], optimizer: Any, *, hooked: bool) -> None:
     """Finish the all-gather of parameters that overlaps with the forward pass, as Megatron's evaluation does.
 
-    Where the hooks that wait for it are on (``hooked``) they are taken off. The chunk's ``enable_forward_pre_hook``
-    puts them back.
+    If the hooks that wait for it are on (``hooked``), they are removed. The chunk's ``enable_forward_pre_hook`` adds
+    them again.
     """
     if installed_traits().sync_asks_optimizer:
         optimizer.prepare_model_params_for_param_sync()

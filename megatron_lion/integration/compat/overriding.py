@@ -1,4 +1,4 @@
-"""Methods of ours that take the place of one of Megatron's."""
+"""Marks methods that override one of Megatron's."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ OVERRIDDEN: dict[type, set[str]] = {}
 
 
 class _Override:
-    """Stands for a marked method until its class is made, which calls ``__set_name__``."""
+    """Placeholder of a marked method until its class is created, which calls ``__set_name__``."""
 
     def __init__(self, method: Any) -> None:
         self._method = method
@@ -25,9 +25,9 @@ class _Override:
 
 
 def overrides[Method](method: Method) -> Method:
-    """Mark a method or property of ours that a class above has too.
+    """Mark a method or property that overrides one of a base class.
 
-    Raises LionError when the class is made, where no class above has it: Megatron would never call it. Goes above all
-    other decorators.
+    Raises LionError when the class is created if no base class has it, because Megatron would never call it. Must be
+    the outermost decorator.
     """
     return _Override(method)  # type: ignore[return-value]

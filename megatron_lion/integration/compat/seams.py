@@ -81,7 +81,7 @@ def _looked_up(code: CodeType) -> Iterator[Any]:
             yield constant
 
 
-# What the dataclass decorator writes into a class, except its constructor, and all that it reads or writes there.
+# Names that the dataclass decorator writes into a class, except its constructor, and names that it reads there.
 GENERATED = ("__repr__", "__eq__", "__match_args__")
 _OF_A_DATACLASS = (*GENERATED, "__annotations__", "__dataclass_fields__", "__dataclass_params__")
 _OPTIMIZER = "megatron.core.optimizer"
@@ -90,7 +90,7 @@ _SHARDED = "megatron.core.optimizer.distrib_optimizer"
 _BUFFERS = "megatron.core.distributed.param_and_grad_buffer"
 _CHECKPOINT = "megatron.core.dist_checkpointing"
 CORE: tuple[Seam, ...] = (
-    # What builds an optimizer looks up the classes that ours stand in for.
+    # Functions that build an optimizer look up the classes that ours replace.
     Seam(
         _OPTIMIZER,
         "_get_megatron_optimizer_based_on_param_groups",
@@ -188,7 +188,7 @@ CORE: tuple[Seam, ...] = (
     Seam(_SHARDED, "DistributedOptimizer.get_parameter_state_dp_zero", ("self",), (ADAM_STATE,), until="0.18"),
     Seam(_SHARDED, "DistributedOptimizer.load_parameter_state_from_dp_zero", (), (ADAM_STATE,), until="0.18"),
     Seam(_SHARDED, "DistributedOptimizer.load_parameter_state_from_dp_zero_legacy", (), (ADAM_STATE,), until="0.18"),
-    # What is repaired there must still be broken: a release that has the repair would be broken by ours.
+    # The bugs that we repair must still exist: our repair would break a release that has its own.
     Seam(
         _SHARDED,
         "DistributedOptimizer.sharded_param_state_fully_reshardable",
@@ -202,7 +202,7 @@ CORE: tuple[Seam, ...] = (
         "_ParamAndGradBucket.__init__",
         uses=("grad_data", "numel_unpadded", "offset", "param_data", "params"),
     ),
-    # What --lion-gather signs relies on.
+    # Names that --lion-gather signs relies on.
     Seam(
         _BUFFERS,
         "_ParamAndGradBucketGroup.__init__",
@@ -289,7 +289,7 @@ TRAINING: tuple[Seam, ...] = (
         ("use_distributed_optimizer", "overlap_param_gather"),
     ),
     Seam(_OPTIMIZER, "ChainedOptimizer.prepare_model_params_for_param_sync", ("self",), since="0.19"),
-    # Megatron's loop looks up what this package replaces.
+    # Megatron's loop looks up the names that this package replaces.
     Seam(_LOOP, "setup_model_and_optimizer", uses=("get_megatron_optimizer", "get_megatron_optimizer_config")),
     Seam(_LOOP, "get_megatron_optimizer", ("config",)),
     # It copies Lion's options, which are fields.
@@ -307,16 +307,21 @@ TRAINING: tuple[Seam, ...] = (
 
 
 def seams_of(*, training: bool) -> tuple[Seam, ...]:
-    """The seams of this table in the installed Megatron, with those in its loop or without."""
+    """The seams of this table that the installed Megatron needs, with or without those in its loop."""
     return tuple(seam for seam in CORE + (TRAINING if training else ()) if seam.is_needed)
 
 
 def require(seams: Iterable[Seam]) -> None:
-    """Raise LionError naming every one of ``seams`` that is gone or changed in the installed Megatron."""
-    found = (seam.problem() for seam in seams)
-    problems = dict.fromkeys(problem for problem in found if problem)  # a module that is gone is named once
+    """Raise LionError naming every one of ``seams`` that is gone or changed in the installed Megatron.
+
+    One missing package makes many imports fail, so a reason is named once, with the first module.
+    """
+    problems: dict[str, str] = {}
+    for seam in seams:
+        if problem := seam.problem():
+            problems.setdefault(problem.partition(" cannot be imported ")[2] or problem, problem)
     if problems:
-        raise incompatible("; ".join(problems))
+        raise incompatible("; ".join(problems.values()))
 
 
 def incompatible(problem: str) -> LionError:

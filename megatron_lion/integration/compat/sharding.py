@@ -1,8 +1,8 @@
-"""Megatron's distributed optimizer as 0.19 has it, also where Megatron is older.
+"""The distributed optimizer of Megatron 0.19, also for older releases.
 
-From 0.19 it takes any optimizer that comes with an ``init_state_fn``, and asks ``optimizer_state_keys`` which tensors
-a parameter's state has. Before, it takes Adam alone: an assertion says so, and Adam's two tensors are written into the
-methods that gather and scatter the state. Everything else is alike, so no method is written again here.
+From 0.19 it takes any optimizer that comes with an ``init_state_fn``, and asks ``optimizer_state_keys`` which tensors a
+parameter's state has. Before, it accepts only Adam: it asserts this, and the methods that gather and scatter state name
+Adam's two tensors. Everything else is the same, so no method is rewritten here.
 """
 
 import types
@@ -33,7 +33,7 @@ if not installed_traits().asks_for_state_keys:
             init_state_fn: Any,
             **kwargs: Any,
         ) -> None:
-            # The assertion (665) looks for the class under this name; a tuple of tuples will do.
+            # The assertion (665) looks up the class under this name and accepts a tuple of tuples.
             with temporarily(distrib_optimizer, Adam=(distrib_optimizer.Adam, type(optimizer))):
                 super().__init__(optimizer, config, grad_scaler, init_state_fn, **kwargs)
 
@@ -74,7 +74,7 @@ if not installed_traits().asks_for_state_keys:
             return {**state_dict, "state": state}
 
         def _with_own_keys(self, method: Callable[..., Any]) -> Callable[..., Any]:
-            """``method`` of Megatron's class with this optimizer's tensors for its constant, Adam's tensors."""
+            """``method`` of Megatron's class, with this optimizer's tensors in place of its constant with Adam's."""
             stock = method.__func__  # type: ignore[attr-defined]
             own = (ADAM_STATE[0], *self.optimizer_state_keys)
             code = stock.__code__.replace(

@@ -39,17 +39,17 @@ class MegatronTraits:
     sync_asks_optimizer: bool = True
     """the functions that gather overlapped parameters take the optimizer; from 0.19"""
     groups_are_found_by_rates: bool = True
-    """a saved parameter group is found by its rates too; before 0.19 by multipliers and kind alone"""
+    """a saved parameter group is found by its rates too; before 0.19 only by multipliers and kind"""
     waits_before_it_frees: bool = True
-    """an interleaved pipeline frees an activation when it is sent; before 0.18 it may be on its way still (4047)"""
+    """an interleaved pipeline frees an activation when it is sent; before 0.18 possibly earlier (4047)"""
     has_a_wheel_with_a_loop: bool = True
     """its wheel holds ``megatron.training``; before 0.17 only a checkout does"""
     packed_batch_flag: str = "has_cu_seqlens"
-    """how the function that broadcasts a batch calls the parameter that says that sequences are packed"""
+    """the parameter for packed sequences of the function that broadcasts a batch"""
     loop_builds_gpt: bool = True
-    """its loop makes a GPT from the command line; before 0.19 a script has to bring a function that does"""
+    """its loop builds a GPT from the command line; before 0.19 the script must pass a function that does"""
     loop_takes_arguments: bool = True
-    """its loop is given a command line that is already parsed; before 0.18 it parses the command line itself"""
+    """its loop accepts parsed arguments; before 0.18 it parses the command line itself"""
 
 
 _IGNORED_BETAS = (
@@ -119,7 +119,7 @@ def _spec_origin(module: str) -> Path | None:
 
 
 def megatron_path() -> Path | None:
-    """The folder of the ``megatron.core`` that would be imported, without importing it; None where there is none."""
+    """The folder of the ``megatron.core`` that would be imported, without importing it. None if there is none."""
     origin = _spec_origin("megatron.core")
     return origin.parent if origin else None
 
@@ -127,7 +127,7 @@ def megatron_path() -> Path | None:
 def megatron_version() -> str | None:
     """The version of the ``megatron.core`` that would be imported, without importing it.
 
-    None where there is none, "?" for each part that it does not state.
+    None if there is none, "?" for each part that it does not state.
     """
     folder = megatron_path()
     return None if folder is None else version_at(folder)
@@ -142,7 +142,7 @@ def version_at(folder: Path) -> str:
 
 
 def minor_version() -> str:
-    """The first two parts of :func:`megatron_version`; empty where there is no Megatron."""
+    """The first two parts of :func:`megatron_version`. Empty if there is no Megatron."""
     return (megatron_version() or "").rpartition(".")[0]
 
 
@@ -177,8 +177,8 @@ def resiliency_problem() -> str | None:
         return None
     return (
         f"megatron-core {megatron_version()} cannot be imported: it reads nvidia_resiliency_ext.__version__, which the "
-        f"installed nvidia-resiliency-ext ({', '.join(package.__path__)}) lacks, as all releases up to 0.4.1. pip "
-        "uninstall nvidia-resiliency-ext and remove its folder, which pip leaves empty and which breaks it too. "
+        f"installed nvidia-resiliency-ext ({', '.join(package.__path__)}) lacks, like all releases up to 0.4.1. "
+        "Run pip uninstall nvidia-resiliency-ext, and remove its folder: pip leaves it, and an empty one fails too. "
         "Or install 0.6.0, which megatron-core 0.19.2 asks for; in a read-only image with pip install --no-deps "
         "--target DIR, and DIR on PYTHONPATH"
     )

@@ -26,7 +26,7 @@ def silence_rng_warnings() -> None:
 
 
 class _HostCopies(TorchFunctionMode):
-    """Answers ``is_cuda``: false for what ``Tensor.cpu`` returned and what was made from that, true for all else."""
+    """Answers ``is_cuda``: false for results of ``Tensor.cpu`` and tensors made from them, true for all others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,16 +43,16 @@ class _HostCopies(TorchFunctionMode):
 
 
 def get_sub_optimizer_param_groups(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Let the optimizer of ``--optimizer-cpu-offload`` offload: it takes what ``is_cuda`` says for the device's."""
+    """Make ``--optimizer-cpu-offload`` work: its optimizer asks ``is_cuda`` which tensors are on the device."""
     with _HostCopies():
         return stock(*args, **kwargs)
 
 
 def get_save_function_and_args(stock: Callable[..., Any], writer: Any) -> Any:
-    """Give the writer of ``--async-save`` copies: training goes on while it writes.
+    """Give the writer of ``--async-save`` copies, because training continues while it writes.
 
-    What lies on a GPU is copied to the host before (filesystem_async 243); what lies there already would be shared, and
-    change under the writer.
+    Megatron copies tensors of a GPU to the host first (filesystem_async 243). Tensors on the host would be shared, and
+    change during the write.
     """
     writer.write_buckets = [
         (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
@@ -66,8 +66,8 @@ def send_forward_recv_forward(
 ) -> Any:
     """Keep an activation's memory while an interleaved pipeline sends it, where Megatron frees it meanwhile.
 
-    Before 0.18 it does (Megatron pull request 4047), which gloo, that sends later than NCCL, turns into other losses
-    and NaN in every run. A second view of the memory lives as long as the request.
+    Before 0.18 it does (Megatron pull request 4047). gloo sends later than NCCL, so every run then has wrong losses and
+    NaN. A second view keeps the memory alive as long as the request.
     """
     sent = None if output_tensor is None else output_tensor.detach()
     return stock(communicator, sent, *args, **kwargs)
@@ -76,8 +76,9 @@ def send_forward_recv_forward(
 def new_torch_norm(stock: Callable[..., Any], cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
     """Let torch's LayerNorm be used with sequence parallel, as the fused norms that need CUDA are.
 
-    Megatron refuses it (torch_norm 50) because torch's norms do not mark their parameters, whose gradients must be
-    summed over the tensor-parallel group. So the mark is set here, as its FusedLayerNorm does (fused_layer_norm 119).
+    Megatron refuses it (torch_norm 50) because torch's norms do not mark their parameters: the gradients of marked ones
+    are summed over the tensor-parallel group. So the mark is set here, as its FusedLayerNorm does (fused_layer_norm
+    119).
     """
     with temporarily(config, sequence_parallel=False):
         norm: torch.nn.Module = stock(cls, config, *args, **kwargs)

@@ -1,11 +1,11 @@
 """Real Megatron on gloo ranks, on a machine without a GPU: the replacements for CUDA, and nothing else.
 
 Opt-in with ``MEGATRON_LION_DEVICE=cpu``, refused where a GPU is present. Megatron's own loop, parallelism,
-checkpointing and distributed optimizer then run unmodified; only what names the CUDA device is answered by the CPU.
+checkpointing and distributed optimizer then run unmodified. Only calls that name the CUDA device go to the CPU.
 ``torch.cuda.is_available()`` stays False. Line numbers are megatron-core 0.19.2's.
 
-In two halves, because order matters: :func:`replace_cuda` before Megatron is first imported, and what ``cpu_megatron``
-replaces in Megatron itself after.
+There are two halves, because order matters: :func:`replace_cuda` runs before Megatron is first imported, the patches of
+``megatron_patches`` after.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def replace_cuda() -> None:
     """Answer torch's CUDA calls with the CPU, for this process and for good. Idempotent.
 
     Raises:
-        LionError: where a GPU is present (the replacements would hide it), or where Megatron is already imported
+        LionError: a GPU is present (the replacements would hide it), or Megatron is already imported
             (it keeps what it imported from torch by name).
     """
     if torch.cuda.is_available():
@@ -96,7 +96,7 @@ def answered_by(device: torch.device) -> Iterator[None]:
 
 
 def _without_cuda(device: Any) -> Any:
-    """``device``, or what answers for it where it names CUDA. Megatron names it by string, torch.device and index."""
+    """``device``, or its replacement if it names CUDA. Megatron names it by string, torch.device and index."""
     names_cuda = isinstance(device, int) or (isinstance(device, str | torch.device) and str(device).startswith("cuda"))
     return _device if names_cuda else device
 
@@ -150,7 +150,7 @@ def _replace_placement() -> None:
 
 
 class _Stream:
-    """The CPU's one stream: everything is already in order on it."""
+    """The CPU's one stream, on which everything is already in order."""
 
     device = CPU
 
@@ -234,7 +234,7 @@ def _replace_cuda_module() -> None:
 
 
 def _separate_data_loaders() -> None:
-    """Give every data loader a random generator of its own.
+    """Give every data loader its own random generator.
 
     On a GPU dropout draws from the device's generator and a new loader draws its seed from the CPU's. Here the two are
     one, so the loader that a resumed run makes after it has restored the generator would shift dropout's draws.

@@ -167,7 +167,7 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
     def error(message: str) -> None:
         raise LionError(f"{message}. All flags: --help")
 
-    for action in parser._actions:  # some of Megatron's help texts have a lone %, at which --help fails
+    for action in parser._actions:  # --help fails at a single %, which some of Megatron's help texts have
         action.help = action.help and re.sub(r"%%|%(?!\()", "%%", action.help)
 
     # argparse would print the message, and all of Megatron's usage, once for every rank.

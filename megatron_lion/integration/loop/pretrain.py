@@ -11,19 +11,19 @@ from megatron_lion.config import LionError
 from megatron_lion.integration.compat.patching import temporarily
 from megatron_lion.integration.compat.versions import INSTALL_HINT, has_training, installed_traits, megatron_version
 
-# What the builder below, for versions whose loop has none, leaves to Megatron-LM's own script.
+# Flags that the GPT builder below does not support. It is for versions with a loop that has no builder.
 OLDER_GPT_LEAVES_OUT = ("spec", "heterogeneous_layers_config_path", "experimental_attention_variant", "yaml_cfg")
 
 
 def parse_and_validate_args(args_defaults: dict[str, Any]) -> Any:
     """Megatron's arguments from the command line, validated, and made its global ones.
 
-    Before 0.18 the loop does this itself, and without a way to look at the arguments before it goes on: what is here is
-    then 0.18's function (arguments 98). Raises LionError where Megatron has no loop, and for a file of arguments.
+    Before 0.18 the loop parses by itself and gives no access to the arguments, so this repeats 0.18's function
+    (arguments 98). Raises LionError where Megatron has no loop, and for a file of arguments.
     """
     if not has_training() or not installed_traits().has_a_wheel_with_a_loop:
         raise LionError(
-            f"megatron-core {megatron_version()} is released without Megatron's own loop: take 0.17.1 or later, or run "
+            f"megatron-core {megatron_version()} is released without Megatron's own loop: use 0.17.1 or later, or run "
             "a Megatron-LM checkout's own script, torchrun -m megatron_lion.run /path/to/Megatron-LM/pretrain_gpt.py"
         )
     import megatron.training.arguments as arguments
@@ -45,10 +45,10 @@ def parse_and_validate_args(args_defaults: dict[str, Any]) -> Any:
 
 
 def require_a_loop_that_builds_gpt(what: str) -> None:
-    """Raise LionError where ``what`` asks Megatron's loop for a GPT and the installed one has none to give."""
+    """Raise LionError if ``what`` needs a loop that builds a GPT and the installed Megatron has none."""
     if not (has_training() and installed_traits().loop_builds_gpt):
         raise LionError(
-            f"{what} needs a Megatron whose loop builds a GPT from its arguments, 0.19 or later; this is "
+            f"{what} needs a Megatron loop that builds a GPT from its arguments, 0.19 or later; this is "
             f"{megatron_version()}. {INSTALL_HINT}"
         )
 
@@ -83,7 +83,7 @@ def pretrain(
 
 @contextlib.contextmanager
 def _arguments_are_ready(args: Any) -> Iterator[None]:
-    """Let 0.17's ``initialize_megatron`` go on from ``args`` instead of parsing and validating them once more."""
+    """Let 0.17's ``initialize_megatron`` use ``args`` instead of parsing and validating again."""
     import megatron.training.initialize as initialize
     import megatron.training.training as training
 
@@ -143,8 +143,8 @@ def _older_gpt(args: Any) -> Callable[..., torch.nn.Module]:
 def bert_dataset() -> Any:
     """Megatron's data set of masked sentences, as 0.18 has it.
 
-    Before, each process has the vocabulary in an order of its own (0.17.1: bert_dataset 57), so the tokens that stand
-    for masked ones change from run to run and from rank to rank.
+    Before, each process has its own order of the vocabulary (0.17.1: bert_dataset 57), so the tokens that replace
+    masked ones change from run to run and from rank to rank.
     """
     from megatron.core.datasets import bert_dataset as stock
 

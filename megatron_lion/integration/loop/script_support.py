@@ -1,4 +1,4 @@
-"""What the pretraining scripts share: data sets from Megatron's flags, checks of the data and of each loss, the run."""
+"""Code that the pretraining scripts share: data sets from Megatron's flags, checks of the data and of each loss."""
 
 import sys
 from typing import Any
@@ -9,7 +9,7 @@ from megatron_lion.config import LionError
 
 
 def dataset_options(args: Any) -> dict[str, Any]:
-    """What every kind of Megatron data set is configured with, from the command line."""
+    """Settings of every kind of Megatron data set, from the command line."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -50,13 +50,13 @@ def check_loss(loss: torch.Tensor) -> None:
 def parse_command_line(script: str, *, left_out: tuple[str, ...], instead: str, tokenizer_type: str) -> Any:
     """Register, then parse and validate Megatron's command line; ``tokenizer_type`` is the default one.
 
-    Raises LionError without a device, for the flags that ``script`` leaves out, with ``instead`` as what to do, and for
-    data that its manifest disowns.
+    Raises LionError if there is no device, for flags that ``script`` does not support (``instead`` says what to do),
+    and for data that contradict their manifest.
     """
     import megatron_lion
     from megatron_lion.integration.cpu import torch_cuda
 
-    if not {"-h", "--help"} & set(sys.argv):  # which any machine can print
+    if not {"-h", "--help"} & set(sys.argv):  # works on any machine
         torch_cuda.require_device()
     megatron_lion.register()
     from megatron_lion.integration.loop import vocabularies
@@ -66,6 +66,6 @@ def parse_command_line(script: str, *, left_out: tuple[str, ...], instead: str, 
     args = parse_and_validate_args(args_defaults={"tokenizer_type": tokenizer_type})
     for name in left_out:
         if getattr(args, name, None):
-            raise LionError(f"{script} leaves out --{name.replace('_', '-')}: {instead}")
+            raise LionError(f"{script} does not support --{name.replace('_', '-')}: {instead}")
     vocabularies.check_data_manifests(args)
     return args

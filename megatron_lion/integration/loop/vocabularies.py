@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_lion.config import LionError, check_choice
 
-# What the hub's "gpt2", "bert-large-uncased" and "bert-large-cased" say beside their vocabularies, and the name that
-# each class of tokenizer looks for its vocabulary under.
+# Settings of the hub's "gpt2", "bert-large-uncased" and "bert-large-cased" next to their vocabularies, and the file
+# names of each tokenizer class.
 LOCAL = {
     "GPT2BPETokenizer": ({"tokenizer_class": "GPT2Tokenizer"}, ("vocab.json", "merges.txt")),
     "BertWordPieceLowerCase": ({"tokenizer_class": "BertTokenizer", "do_lower_case": True}, ("vocab.txt",)),
@@ -26,7 +26,7 @@ REQUIRED = {
     "SentencePieceTokenizer": ("tokenizer_model",),
     "HuggingFaceTokenizer": ("tokenizer_model",),
 }
-# Of a Hugging Face folder, what decides how text becomes tokens.
+# Files of a Hugging Face folder that decide how text becomes tokens.
 HUGGING_FACE_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -48,7 +48,7 @@ def tokenizer_files(args: Any) -> list[Path]:
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if value is None:
             raise LionError(
-                f"{kind} needs {flag}: give its path (tools/train_tokenizer.py makes one from your own text)"
+                f"{kind} needs {flag}: pass its path (tools/train_tokenizer.py makes one from your own text)"
             )
         path = Path(value)
         if kind == "HuggingFaceTokenizer" and path.is_dir():
@@ -56,14 +56,14 @@ def tokenizer_files(args: Any) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise LionError(f"{flag} {value} does not exist: give the path of {kind}'s file")
+            raise LionError(f"{flag} {value} does not exist: pass the path of {kind}'s file")
     if not found:
-        raise LionError(f"--tokenizer-model {args.tokenizer_model} holds none of {', '.join(HUGGING_FACE_FILES)}")
+        raise LionError(f"--tokenizer-model {args.tokenizer_model} has none of {', '.join(HUGGING_FACE_FILES)}")
     return found
 
 
 def tokenizer_sha256(args: Any) -> str:
-    """A hash of the type and of the files' contents, whatever they are called and wherever they lie."""
+    """A hash of the type and of the files' contents, independent of their names and folders."""
     digest = hashlib.sha256(args.tokenizer_type.encode())
     for path in tokenizer_files(args):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -73,9 +73,8 @@ def tokenizer_sha256(args: Any) -> str:
 def check_data_manifests(args: Any) -> None:
     """Raise LionError where a manifest of tools/prepare_text.py says that the data is not what it should be.
 
-    Looks beside every prefix that Megatron will read, links followed, for another tokenizer's tokens and for files of
-    another size, as one cut short has. Data without a manifest passes; a tokenizer that is not a local file is not
-    compared.
+    Compares the tokenizer and the sizes of the files for every prefix that Megatron will read, links followed. Data
+    without a manifest pass. A tokenizer that is not a local file is not compared.
     """
     prefixes = [Path(f"{prefix}.bin").resolve().with_suffix("") for prefix in _data_prefixes(args)]
     for folder in dict.fromkeys(prefix.parent for prefix in prefixes):
@@ -113,8 +112,8 @@ def _check_manifest(args: Any, path: Path, manifest: dict[str, Any], names: list
     if args.tokenizer_type in REQUIRED and tokenizer_sha256(args) != made_with["sha256"]:
         raise LionError(
             f"{path.with_name(names[0])} was made with {made_with['type']} {' and '.join(made_with['files'])} (SHA-256 "
-            f"{made_with['sha256'][:12]}, says {path.name}), and --tokenizer-type {args.tokenizer_type} with the files "
-            "given here is another one. Give that tokenizer, or prepare the text with this one"
+            f"{made_with['sha256'][:12]}, says {path.name}), but --tokenizer-type {args.tokenizer_type} with the files "
+            "of this run is another tokenizer. Use that tokenizer, or prepare the text with this one"
         )
 
 
@@ -123,8 +122,8 @@ def use_local_vocabularies() -> None:
 
     Stock 0.19.2 asks the hub for "gpt2" or "bert-large-*" even where both files are given (megatron_hf_tokenizer 83,
     huggingface_tokenizer 68): without the network it retries for 45 seconds and fails. Replaces the constructor of
-    Megatron's ``MegatronHFTokenizer``; without ``--vocab-file`` it does what it did. Idempotent. Goes when Megatron
-    reads the files it is given.
+    Megatron's ``MegatronHFTokenizer``; without ``--vocab-file`` it works as before. Idempotent. Remove this when
+    Megatron reads the files it is given.
     """
     from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
     from megatron.core.tokenizers.text.libraries.megatron_hf_tokenizer import MegatronHFTokenizer

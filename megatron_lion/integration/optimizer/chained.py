@@ -20,7 +20,7 @@ from megatron_lion.step import on_host
 
 
 class LionChainedOptimizer(ChainedOptimizer):
-    """Megatron's chain of dense and expert optimizers, which skips an update whose gradient norm is not finite.
+    """Megatron's chain of dense and expert optimizers. It skips an update if the gradient norm is not finite.
 
     The norm is reduced over all ranks, so every rank skips, and no parameter or momentum changes. Without this, as
     torch's sign(NaN) is 0, Lion would keep a NaN momentum and silently stop updating those elements. Megatron

@@ -47,7 +47,7 @@ def install() -> None:
 
 
 def refuse_earlier_subclasses() -> None:
-    """Raise LionError for subclasses of OptimizerConfig that are older than the fields: they would not take them."""
+    """Raise LionError for subclasses of OptimizerConfig that were defined before the fields, because they lack them."""
     config_class = _config_class()
     own_init = [cls for cls in _subclasses(config_class) if "__dataclass_fields__" in vars(cls)]  # others inherit it
     megatrons = _megatrons_subclasses(config_class)
@@ -117,12 +117,12 @@ def _subclasses(cls: type) -> Iterator[type]:
 
 
 def _megatrons_subclasses(config_class: type) -> list[type]:
-    """Up to 0.17 Megatron has one for Adam and one for SGD."""
+    """Megatron's own subclasses: up to 0.17 one for Adam and one for SGD."""
     return [cls for cls in _subclasses(config_class) if cls.__module__ == config_class.__module__]
 
 
 def _make_again(cls: Any) -> None:
-    """Make the dataclass ``cls`` again, with the fields that its annotations and its bases have now."""
+    """Rebuild the dataclass ``cls`` with the fields that its annotations and its bases have now."""
     for name in inspect.get_annotations(cls):
         setattr(cls, name, cls.__dataclass_fields__[name])  # also where the default is a factory
     for name in ("__init__", *compat.GENERATED):  # the decorator writes them again

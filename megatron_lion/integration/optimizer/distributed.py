@@ -19,7 +19,7 @@ from megatron_lion.precision import BLOCK, BlockLayout
 
 
 def init_lion_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
-    """Give every parameter its zero momentum: what Megatron calls before it loads a checkpoint."""
+    """Give every parameter its zero momentum. Megatron calls this before it loads a checkpoint."""
     optimizer.init_state()  # type: ignore[attr-defined]
 
 

@@ -83,7 +83,7 @@ def with_state(stock: Callable[..., Any], chain: Any, *args: Any, **kwargs: Any)
 
 
 def get_megatron_optimizer_config(stock: Callable[..., Any], args: Any) -> Any:
-    """Let ``megatron.training`` make Lion's configuration, whose name it refuses up to 0.17 (0.17.1: training 1585).
+    """Let ``megatron.training`` make Lion's configuration. Up to 0.17 it refuses the name (0.17.1: training 1585).
 
     Later releases copy the configuration's fields, Lion's options among them.
     """

@@ -41,7 +41,7 @@ class HalfOfLion(ShardedLion):
 
 
 class HostLion(HalfOfLion):
-    """The CPU's side. Two classes, as HybridDeviceOptimizer tells by the class to which side state belongs (417)."""
+    """The CPU's side. It has its own class, by which HybridDeviceOptimizer tells the sides apart (417)."""
 
 
 class DeviceLion(HalfOfLion):
@@ -68,7 +68,7 @@ class OffloadingLion(HybridDeviceOptimizer):
         self._sync_sub_optimizers_state_to_hdo()
 
     def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
-        """``exp_avg`` or ``master_param`` of ``param``, fp32, on the side where it lives."""
+        """``exp_avg`` or ``master_param`` of ``param``, fp32, on the side that has it."""
         return self.state[param][name]
 
     def state_bytes(self) -> tuple[int, int]:

@@ -16,16 +16,15 @@ from megatron_lion.integration.compat.sharding import DistributedOptimizer
 class RepairedDistributedOptimizer(DistributedOptimizer):
     """DistributedOptimizer with correct checkpoints for any buckets.
 
-    ``fully_reshardable``: up to 0.19.2 the state gathered for such a checkpoint has the padding between buckets taken
-    out, and is then cut at offsets that count it, so every parameter behind the first bucket is saved shifted: with
-    several buckets, which tied embeddings on two pipeline stages already make (Megatron issue 5077, fixed in 0.20).
-    Here the padding is put back before it is cut.
+    ``fully_reshardable``: up to 0.19.2 the gathered state lacks the padding between buckets, but is cut at offsets that
+    include it, so every parameter after the first bucket is saved shifted (Megatron issue 5077, fixed in 0.20). Tied
+    embeddings on two pipeline stages already make several buckets. Here the padding is inserted before the state is
+    cut.
 
-    ``dp_reshardable``: a bucket is saved up to its unpadded end, of which each rank says what its own piece holds,
-    parameters and the gaps between them. Up to 0.19.2 a piece that begins with a gap reaches to the end of the rank's
-    piece, beyond the unpadded end, where saving fails (Megatron pull request 5898), and a piece that holds no parameter
-    at all is refused on saving and not found on loading (6191). Here gaps end where the bucket does, and are zero where
-    stock saves uninitialised memory. Goes when both are released.
+    ``dp_reshardable``: a bucket is saved up to its unpadded end. Each rank describes its piece as parameters and gaps
+    between them. Up to 0.19.2 a gap at the beginning of a piece may extend beyond the unpadded end, and saving fails
+    (Megatron pull request 5898). A piece without a parameter is refused on saving and not found on loading (6191). Here
+    gaps end with the bucket and are zero, where stock saves uninitialized memory. Remove this when both are released.
     """
 
     @compat.overrides
@@ -69,7 +68,7 @@ class RepairedDistributedOptimizer(DistributedOptimizer):
 
     @compat.overrides
     def get_parameter_state_dp_reshardable(self) -> Any:
-        """As Megatron's, with a parameter of no elements in each bucket of which this rank holds none."""
+        """As Megatron's, with an empty parameter in each bucket in which this rank has none."""
         state = super().get_parameter_state_dp_reshardable()
         nothing = dict.fromkeys(
             ("param", *self.optimizer_state_keys), torch.empty(0, device=torch.cuda.current_device())

@@ -41,10 +41,9 @@ class SGDDistributedOptimizer(StatelessStepDistributedOptimizer):
 class TorchAdamDistributedOptimizer(RepairedDistributedOptimizer):
     """Megatron's distributed optimizer around torch's Adam, made able to resume.
 
-    Stock saves such a run but cannot load it: the fresh state has no ``step`` to read (839). With that mended, the step
-    would be one tensor shared by all parameters, which each parameter's update increments (1028), then be overwritten
-    with the fresh state's zero (1219), or looked for in a format that does not hold it. So the groups' step, which
-    every format holds, is the one that counts.
+    Stock saves such a run but cannot load it: the fresh state has no ``step`` to read (839). If that were fixed, all
+    parameters would share one step tensor, which each update increments (1028), or the fresh state's zero would
+    overwrite it (1219), or a format would lack it. So the groups' step is used, which every format has.
     """
 
     @compat.overrides

@@ -1,4 +1,4 @@
-"""What a save of this run writes, and whether the checkpoint of ``--load`` fits, without its tensors."""
+"""Plan what a save of this run writes, and check that the checkpoint of ``--load`` fits, without its tensors."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

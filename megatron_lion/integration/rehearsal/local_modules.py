@@ -1,7 +1,7 @@
 """What a machine without a GPU lacks: Transformer Engine, fused kernels, flash attention, fp8, context parallelism.
 
-Megatron first checks the flags as given. Then each is replaced by a setting whose modules have the same parameters, or
-refused.
+Megatron first checks the flags as given. Then each is refused, or replaced by a setting with modules of the same
+parameters.
 """
 
 from collections.abc import Callable

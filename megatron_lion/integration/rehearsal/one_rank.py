@@ -86,7 +86,7 @@ def preload() -> None:
 
 
 def rehearse(script: str, flags: list[str], *, rank: int, world_size: int, steps: int = 0) -> RankReport:
-    """Run ``script`` with ``flags`` as rank ``rank`` of ``world_size``, in this process, which is then used up.
+    """Run ``script`` with ``flags`` as rank ``rank`` of ``world_size``, in this process, which cannot be used again.
 
     The other ranks do not exist (``fake_ranks``). Without ``steps`` the weights, the gradients and the optimizer's
     state are on the meta device. Nothing is saved, and no log is written.
@@ -101,7 +101,7 @@ def rehearse(script: str, flags: list[str], *, rank: int, world_size: int, steps
     report = RankReport(rank=rank, world_size=world_size)
     report.seconds["imports and registration"] = time.monotonic() - started
     if not Path(script).is_file():
-        raise LionError(f"{script} is not a file: give the path of your Megatron script, such as pretrain_gpt.py")
+        raise LionError(f"{script} is not a file: pass the path of your Megatron script, such as pretrain_gpt.py")
     sys.path.insert(0, str(Path(script).resolve().parent))
     sys.argv = [script, *flags]
     with _taking_over(report, steps, started):

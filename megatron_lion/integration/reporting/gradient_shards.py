@@ -61,8 +61,8 @@ class Shard:
         return self.param.main_grad.view(-1)[self.start : self.stop]
 
     def as_counted(self) -> Counted:
-        """The shard as a round takes it. Theta is the model's own parameter, where the gradient was taken, not the
-        optimizer's fp32 copy of it."""
+        """The shard for a round. Theta is the model's own parameter, at which the gradient was computed, not the
+        optimizer's fp32 copy."""
         layers = () if self.layer is None else (("layers", str(self.layer)),)
         return Counted(
             name=self.name,
@@ -152,7 +152,7 @@ def data_parallel_group(param: torch.nn.Parameter) -> Any:
 
 
 def kind_of(name: str) -> str:
-    """The first of ``KINDS`` whose pattern ``name`` has."""
+    """The first of ``KINDS`` with a pattern that ``name`` has."""
     return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-# Writes values, by name, of an iteration. Called on every rank.
+# Writes named values of an iteration. Called on every rank.
 Write = Callable[[dict[str, float], int], None]
 
 

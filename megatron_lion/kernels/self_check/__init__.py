@@ -1,4 +1,4 @@
-"""Whether the Triton kernel has the reference's bits on this device: checked once, in a process of its own.
+"""Check once, in a separate process, that the Triton kernel has the reference's bits on this device.
 
 The check covers the storage that the run uses. Its result is kept for later runs, until the package's code, Triton,
 torch, the driver or the GPU changes. It issues no collective. Ranks of one node wait for the first one's result.
@@ -45,7 +45,7 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """What is checked: a kernel ("module:function") for one kind of tensors, of which the largest has ``numel``."""
+    """What is checked: a kernel ("module:function") for one kind of tensors. The largest has ``numel`` elements."""
 
     kind: StepKind
     numel: int = NUMEL
@@ -88,7 +88,7 @@ def _decide(kind: StepKind) -> Result:
         return Result(False, "Triton is not installed")
     try:
         result = run(Check(kind))
-    except Exception as error:  # whatever is wrong with the GPU, Triton or the system, the run goes on with foreach
+    except Exception as error:  # whatever is wrong with the GPU, Triton or the system, the run continues with foreach
         return Result(False, f"no self-check: {error}")
     if not result.passed and os.environ.get("LOCAL_RANK", "0") == "0":
         warnings.warn(
@@ -176,7 +176,7 @@ def _driver_version() -> str:
 
 
 def _run_child(check: Check) -> records.Record:
-    """What the child process answers, or ``failure``: why there is no answer."""
+    """The answer of the child process, or ``failure``: the reason why there is none."""
     if check.kind.device.type == "cuda":
         torch.cuda.empty_cache()  # the child needs memory of the same GPU
     asked = json.dumps({"device": str(check.kind.device), **check.request()})

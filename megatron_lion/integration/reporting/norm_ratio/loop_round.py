@@ -16,7 +16,7 @@ def run_round(step: Step, datasets: list[Any], batches: int, iteration: int) -> 
     """:func:`measure_round` with the loop's batches; returns the record and the number of tokens read.
 
     Args:
-        step: the training step whose model, optimizer and schedule are used.
+        step: the training step. Its model, optimizer and schedule are used.
         datasets: this rank's training dataset for each model chunk; empty where another rank reads for it.
         batches: how many.
         iteration: which batches are drawn, together with Megatron's seed.

@@ -36,7 +36,7 @@ class BatchLoss:
         self._tokens = 0.0
 
     def recording(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
-        """``forward_step`` with a loss function that is listened to."""
+        """``forward_step`` with its loss recorded."""
 
         @functools.wraps(forward_step)
         def recorded_forward_step(*args: Any, **kwargs: Any) -> Any:
@@ -62,7 +62,7 @@ class BatchLoss:
 
     @contextlib.contextmanager
     def tokens_counted(self) -> Iterator[None]:
-        """Listen to the number of tokens that Megatron sums over all ranks when it finalizes gradients."""
+        """Record the number of tokens that Megatron sums over all ranks when it finalizes gradients."""
         stock_finalize = self._config.finalize_model_grads_func
 
         @functools.wraps(stock_finalize)

@@ -1,4 +1,4 @@
-"""One round: global batches forward and backward, their gradients into a mean."""
+"""One round: run global batches forward and backward, and average their gradients."""
 
 import contextlib
 import sys
@@ -70,7 +70,7 @@ def measure_round(
 
 
 def all_reduce(vector: torch.Tensor) -> None:
-    """Sum a vector that lies on the CPU over all ranks, in place."""
+    """Sum a CPU vector over all ranks, in place."""
     on_device = vector.to(torch.cuda.current_device())
     torch.distributed.all_reduce(on_device)
     vector.copy_(on_device)

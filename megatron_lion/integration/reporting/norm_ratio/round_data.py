@@ -1,4 +1,4 @@
-"""The batches of a round: drawn from the training split, by an iterator of their own."""
+"""The batches of a round, drawn from the training split by a separate iterator."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,16 +22,15 @@ def draw_indices(samples: int, *, seed: int, iteration: int, count: int) -> nump
 def micro_batches(
     indices: numpy.ndarray, *, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
 ) -> list[list[int]]:
-    """What one data-parallel rank reads of the global batches that lie one after the other in ``indices``.
-
-    As Megatron's own sampler cuts them, so that a global batch holds the same samples in every layout.
+    """The samples of one data-parallel rank, from the consecutive global batches in ``indices``. Divided as by
+    Megatron's own sampler, so that a global batch has the same samples in every layout.
     """
     cut = indices.reshape(-1, data_parallel_size, micro_batch_size)
     return cut[:, data_parallel_rank].tolist()
 
 
 def form_of(data_iterator: Any) -> list[None] | None:
-    """None, or a list of it for each model chunk: what :func:`iterators` needs to know of Megatron's iterator."""
+    """The form of Megatron's iterator, for :func:`iterators`: a list with an entry per model chunk, or None."""
     return [None] * len(data_iterator) if isinstance(data_iterator, list) else None
 
 
@@ -71,6 +70,6 @@ def check_datasets(datasets: Sequence[Any]) -> None:
     for dataset in datasets:
         if dataset is not None and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise LionError(
-                f"--norm-ratio-interval needs a training dataset with __getitem__ and __len__, to draw batches of its "
-                f"own from it; {type(dataset).__name__} has not both"
+                f"--norm-ratio-interval needs a training dataset with __getitem__ and __len__, from which it draws "
+                f"batches; {type(dataset).__name__} lacks one of them"
             )

@@ -145,7 +145,7 @@ def report(
     known: dict[str, Any],
     write: metrics.Write,
 ) -> None:
-    """Append the record, with what else is ``known`` of the round, to its file, and say it, on rank 0.
+    """Append the record, and what else is ``known`` of the round, to its file, and log it, on rank 0.
 
     ``write`` receives the values.
     """
