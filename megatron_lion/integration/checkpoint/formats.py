@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_lion.config import LionError, LionOptions
 
@@ -24,8 +25,8 @@ EXPERTS_APART = (
     "Megatron cannot convert it: resume with the --expert-model-parallel-size that it was saved with, or load only "
     "the weights (--no-load-optim)"
 )
-# Formats that belong to other ways of sharding than Lion's.
-FOREIGN_FORMATS = {"fsdp_dtensor": "Megatron-FSDP", "torch_dcp": "torch FSDP2"}
+# The state of one parameter in an fsdp_dtensor checkpoint.
+FSDP_STATE_KEY = re.compile(r"^optimizer\.state\..*\.(\w+)$")
 # The state of one parameter, or of one bucket of parameters, in a torch_dist checkpoint.
 STATE_KEY = re.compile(r"\boptimizer\.state\.(\w+)\.|\boptimizer\.distributed\..*\.(\w+)$")
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
@@ -34,12 +35,16 @@ MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
 def moments(state: dict[str, Any], path: str) -> frozenset[str]:
     """The kinds of momentum in the checkpoint at ``path``, which begins with ``state``; empty if unknown.
 
-    For a ``torch_dist`` checkpoint from the names of its tensors, for the legacy format from its parameter groups.
+    For a ``torch_dist`` or ``fsdp_dtensor`` checkpoint from the names of its tensors, for the legacy format from its
+    parameter groups.
     """
     from megatron.core import dist_checkpointing
 
     if dist_checkpointing.check_is_distributed_checkpoint(path):
         return kinds_of_momentum(dist_checkpointing.load_tensors_metadata(path))
+    if (Path(path) / ".metadata").is_file():
+        found = map(FSDP_STATE_KEY.match, FileSystemReader(path).read_metadata().state_dict_metadata)
+        return MOMENTS & {match[1] for match in found if match}
     parts = state.get("optimizer") or []
     parts = [part.get("optimizer", part) for part in (parts if isinstance(parts, list) else [parts])]
     keys = {key for part in parts for group in part.get("param_groups", ()) for key in group}
@@ -55,11 +60,21 @@ def kinds_of_momentum(keys: Iterable[str]) -> frozenset[str]:
 
 
 def refuse_foreign_format(args: Any) -> None:
-    """Raise LionError for the ``--ckpt-format`` of a sharding that Lion does not support."""
-    if args.ckpt_format in FOREIGN_FORMATS:
+    """Raise LionError for a ``--ckpt-format`` that does not fit to how the run is sharded."""
+    is_fsdp = getattr(args, "use_megatron_fsdp", False)
+    if args.ckpt_format == "torch_dcp":
         raise LionError(
-            f"--ckpt-format {args.ckpt_format} is the format of {FOREIGN_FORMATS[args.ckpt_format]}, which Lion does "
-            "not support: use torch_dist, the default, or torch"
+            "--ckpt-format torch_dcp is the format of torch FSDP2, which Lion does not support: use torch_dist, the "
+            "default, or torch"
+        )
+    if args.ckpt_format == "fsdp_dtensor" and not is_fsdp:
+        raise LionError(
+            "--ckpt-format fsdp_dtensor is the format of Megatron-FSDP: add --use-megatron-fsdp, or use torch_dist, the "
+            "default, or torch"
+        )
+    if args.ckpt_format != "fsdp_dtensor" and is_fsdp:
+        raise LionError(
+            f"--use-megatron-fsdp cannot save or load --ckpt-format {args.ckpt_format}: add --ckpt-format fsdp_dtensor"
         )
 
 
@@ -101,6 +116,8 @@ def refuse_another_layout(load_dir: str, state: dict[str, Any], saved_args: Any,
     Megatron 0.19.2 names a flag that does not help there (checkpointing 2255), or fails later, in a list of keys.
     """
     if not hasattr(args, "data_parallel_size"):  # the command line is not complete yet (--use-checkpoint-args)
+        return
+    if args.ckpt_format == "fsdp_dtensor":  # any layout
         return
     from megatron.core.dist_checkpointing import load_content_metadata
 

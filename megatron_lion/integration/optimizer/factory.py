@@ -16,7 +16,7 @@ from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.exchange import sign_gather
 from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import config_fields, fast_norm, offload, refusals, startup_report
+from megatron_lion.integration.optimizer import config_fields, fast_norm, fsdp, offload, refusals, startup_report
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer, init_lion_state
 from megatron_lion.integration.optimizer.sgd_and_adam import (
@@ -138,7 +138,10 @@ def _build_lion(config: Any, model_chunks: list[Any], build: Callable[[], Any]) 
     fast_norm.check(options, model_chunks)
     options.write_to(config)
     stored = {"momentum_dtype": options.momentum_dtype, "master_weights": options.master_weights}
-    if not state_precision.use_precision_aware_path(config, options, model_chunks):
+    is_fsdp = compat.uses_megatron_fsdp(model_chunks)
+    if is_fsdp:  # it holds the masters, in fp32
+        compat.set_precision_aware(config, False)
+    elif not state_precision.use_precision_aware_path(config, options, model_chunks):
         stored = {}  # Megatron keeps the masters, and Lion's momentum has their dtype
     with (
         compat.as_sgd(config),
@@ -147,12 +150,12 @@ def _build_lion(config: Any, model_chunks: list[Any], build: Callable[[], Any]) 
             optimizers,
             SGD=functools.partial(_lion_in_place_of_sgd, options, stored),
             HybridDeviceOptimizer=functools.partial(offload.build, options),
-            DistributedOptimizer=LionDistributedOptimizer,
+            DistributedOptimizer=fsdp.LionFSDPOptimizer if is_fsdp else LionDistributedOptimizer,
             ChainedOptimizer=LionChainedOptimizer,
             log_single_rank=functools.partial(_log_the_real_name, optimizers.log_single_rank),
         ),
     ):
-        optimizer = _with_init_state(build(), init_lion_state)
+        optimizer = _with_init_state(fsdp.in_a_chain(build(), LionChainedOptimizer), init_lion_state)
     optimizer.options = options
     for sub_optimizer in compat.sub_optimizers_of(optimizer):
         sub_optimizer.options = options

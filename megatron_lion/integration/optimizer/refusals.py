@@ -7,16 +7,28 @@ import inspect
 import sys
 from typing import Any
 
-from megatron_lion.config import LionError, LionOptions, check_rates
+from megatron_lion.config import LionError, LionOptions, check_rates, dtype_name
+from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint import formats
 from megatron_lion.integration.exchange import refusals as exchange
 from megatron_lion.integration.flags import state_precision
 
 # Megatron's flags that Lion does not support, and the alternative to suggest.
 UNSUPPORTED = {
-    "use_megatron_fsdp": "Megatron-FSDP has its own optimizer state layout. Use --use-distributed-optimizer",
-    "use_torch_fsdp2": "torch FSDP2 is not supported with Lion. Use --use-distributed-optimizer",
+    "use_torch_fsdp2": (
+        "Megatron cannot resume its checkpoints with any optimizer. Use --use-megatron-fsdp --ckpt-format fsdp_dtensor"
+    ),
     "optimizer_cuda_graph": "a captured step would reuse the learning rate of its first capture. Remove the flag",
+}
+# Settings that are not supported where Megatron-FSDP shards the model, with why and what to do.
+UNSUPPORTED_WITH_FSDP = {
+    "fp16": "its gradients have no loss scale. Use --bf16",
+    "optimizer_cpu_offload": "it passes DTensors to the optimizer. Remove one of them",
+    "use_precision_aware_optimizer": (
+        "Megatron-FSDP stores the fp32 master weights. Remove the flag; --lion-momentum-dtype bf16 or int8 makes the "
+        "momentum smaller"
+    ),
+    "overlap_param_gather_with_optimizer_step": "Megatron-FSDP gathers before each module runs. Remove the flag",
 }
 
 
@@ -25,6 +37,36 @@ def refuse_flags(args: Any) -> None:
     for dest in UNSUPPORTED:
         if getattr(args, dest, None):
             raise _unsupported(dest)
+    if getattr(args, "use_megatron_fsdp", False):
+        refuse_fsdp_settings(args, args, LionOptions.from_config(args), args.pipeline_model_parallel_size)
+
+
+def refuse_fsdp_settings(settings: Any, ddp_settings: Any, options: LionOptions, pipeline_stages: int) -> None:
+    """Raise LionError for a setting that Lion does not support where Megatron-FSDP shards the model.
+
+    ``settings`` and ``ddp_settings`` are the command line, or the configurations of the optimizer and of FSDP.
+    """
+    for dest, why in UNSUPPORTED_WITH_FSDP.items():
+        if getattr(settings, dest, False):
+            raise _unsupported_with_fsdp(f"--{dest.replace('_', '-')}", why)
+    if (version := getattr(ddp_settings, "megatron_fsdp_version", 1)) != 1:
+        raise _unsupported_with_fsdp(f"--megatron-fsdp-version {version}", "it cannot save optimizer state. Use 1")
+    masters = dtype_name(ddp_settings.megatron_fsdp_main_params_dtype)
+    if masters != "fp32" and (settings.bf16 or masters not in ("auto", "None")):
+        raise _unsupported_with_fsdp(f"--megatron-fsdp-main-params-dtype {masters}", "Lion steps fp32 masters. Use fp32")
+    if options.master_weights != "fp32":
+        raise _unsupported_with_fsdp(
+            f"--lion-master-weights {options.master_weights}", "Megatron-FSDP stores fp32 master weights. Use fp32"
+        )
+    if options.gather != "params":
+        raise _unsupported_with_fsdp(
+            f"--lion-gather {options.gather}", "Megatron-FSDP gathers parameters itself. Use params"
+        )
+    if pipeline_stages > 1:
+        raise _unsupported_with_fsdp(
+            f"--pipeline-model-parallel-size {pipeline_stages}",
+            "in its checkpoints the layers of two stages have the same names. Use tensor parallelism",
+        )
 
 
 def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any]) -> None:
@@ -44,9 +86,13 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
             "MimoModel is not supported with --optimizer lion: Megatron builds an optimizer for each of its modules, "
             "on different ranks. Use another optimizer"
         )
+    if compat.uses_megatron_fsdp(model_chunks):
+        from megatron.core import parallel_state as mpu
+
+        stages = mpu.get_pipeline_model_parallel_world_size()
+        refuse_fsdp_settings(config, model_chunks[0].ddp_config, options, stages)
+        return
     for chunk in model_chunks:
-        if getattr(getattr(chunk, "ddp_config", None), "use_megatron_fsdp", False):
-            raise _unsupported("use_megatron_fsdp")
         if any(_is_dtensor(param) for param in chunk.parameters()):
             raise _unsupported("use_torch_fsdp2")
     formats.refuse_layers_frozen_apart(options, model_chunks)
@@ -56,6 +102,10 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
 
 def _unsupported(dest: str) -> LionError:
     return LionError(f"--{dest.replace('_', '-')} is not supported with --optimizer lion: {UNSUPPORTED[dest]}")
+
+
+def _unsupported_with_fsdp(flag: str, why: str) -> LionError:
+    return LionError(f"{flag} is not supported with --optimizer lion and --use-megatron-fsdp: {why}")
 
 
 def _is_mimo(chunk: Any) -> bool:

@@ -120,6 +120,9 @@ def is_counted(param: torch.nn.Parameter) -> bool:
 
 def counts_here(sub_optimizer: Any, param: torch.nn.Parameter) -> bool:
     """Whether this rank counts the elements of ``param`` that ``sub_optimizer`` updates: its shard, or all of them."""
+    if hasattr(param, "device_mesh"):  # Megatron-FSDP's; each copy of a shard is on another rank of the mesh
+        places = zip(param.device_mesh.get_coordinate(), param.placements, strict=False)
+        return is_counted(param) and not any(rank for rank, place in places if place.is_replicate())
     if hasattr(sub_optimizer, "distributed_optimizer_instance_id"):
         return is_counted(param) and sub_optimizer.distributed_optimizer_instance_id == 0
     return is_counted(param) and data_parallel_group(param).rank() == 0
@@ -139,7 +142,7 @@ def tensor_parallel_rank(param: torch.nn.Parameter) -> int:
 
 def is_expert(param: torch.nn.Parameter) -> bool:
     """Whether ``param`` belongs to one expert and is reduced over the experts' own groups."""
-    return not getattr(param, "allreduce", True)
+    return not getattr(compat.original(param), "allreduce", True)
 
 
 def data_parallel_group(param: torch.nn.Parameter) -> Any:
