@@ -227,7 +227,8 @@ def restored_states(
 ) -> Iterator[tuple[Tensor, State, Tensor | None]]:
     """Each parameter of ``groups`` with state in ``state_dict``, its state in this storage, and its new value or None.
 
-    ``stored`` returns the tensor that a parameter's state is for. Modifies nothing. Raises LionError if another optimizer wrote ``state_dict``, or as :meth:`Storage.restore` does.
+    ``stored`` returns the tensor that a parameter's state is for. Modifies nothing. Raises LionError if another
+    optimizer wrote ``state_dict``, or as :meth:`Storage.restore` does.
     """
     for group in state_dict["param_groups"]:
         if missing := sorted(LION_GROUP_KEYS - group.keys()):

@@ -69,8 +69,8 @@ def refuse_foreign_format(args: Any) -> None:
         )
     if args.ckpt_format == "fsdp_dtensor" and not is_fsdp:
         raise LionError(
-            "--ckpt-format fsdp_dtensor is the format of Megatron-FSDP: add --use-megatron-fsdp, or use torch_dist, the "
-            "default, or torch"
+            "--ckpt-format fsdp_dtensor is the format of Megatron-FSDP: add --use-megatron-fsdp, or use torch_dist, "
+            "the default, or torch"
         )
     if args.ckpt_format != "fsdp_dtensor" and is_fsdp:
         raise LionError(

@@ -1,4 +1,7 @@
-"""``fsdp_dtensor`` checkpoints, the format of Megatron-FSDP, with Lion's state. Line numbers are megatron-core 0.19.2's."""
+"""``fsdp_dtensor`` checkpoints, Megatron-FSDP's format, with Lion's state.
+
+Line numbers are megatron-core 0.19.2's.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -58,8 +58,8 @@ class LionFSDPOptimizer(StatelessStepDistributedOptimizer):
         torch.distributed.all_gather_object(gathered, cut[:1])
         if found := [name for names in gathered for name in names]:
             raise LionError(
-                f"--lion-momentum-dtype int8: with Megatron-FSDP on {len(gathered)} ranks a shard boundary cuts a block "
-                f"of {BLOCK} elements in {found[0]}. Use --lion-momentum-dtype bf16, or another number of ranks"
+                f"--lion-momentum-dtype int8: with Megatron-FSDP on {len(gathered)} ranks a shard boundary cuts a "
+                f"block of {BLOCK} elements in {found[0]}. Use --lion-momentum-dtype bf16, or another number of ranks"
             )
 
     @compat.overrides

@@ -53,7 +53,9 @@ def refuse_fsdp_settings(settings: Any, ddp_settings: Any, options: LionOptions,
         raise _unsupported_with_fsdp(f"--megatron-fsdp-version {version}", "it cannot save optimizer state. Use 1")
     masters = dtype_name(ddp_settings.megatron_fsdp_main_params_dtype)
     if masters != "fp32" and (settings.bf16 or masters not in ("auto", "None")):
-        raise _unsupported_with_fsdp(f"--megatron-fsdp-main-params-dtype {masters}", "Lion steps fp32 masters. Use fp32")
+        raise _unsupported_with_fsdp(
+            f"--megatron-fsdp-main-params-dtype {masters}", "Lion steps fp32 masters. Use fp32"
+        )
     if options.master_weights != "fp32":
         raise _unsupported_with_fsdp(
             f"--lion-master-weights {options.master_weights}", "Megatron-FSDP stores fp32 master weights. Use fp32"
