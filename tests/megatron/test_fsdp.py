@@ -1,25 +1,28 @@
-"""Lion under Megatron-FSDP: the distributed optimizer's losses, and checkpoints that any number of ranks resumes."""
+"""Lion under Megatron-FSDP: the distributed optimizer's losses, whole updates, counts, and what is refused."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_lion.config import LionError, LionOptions
+from megatron_lion.integration.optimizer import refusals
 from tests.harness import (
-    HORIZON,
-    NO_DROPOUT,
     assert_same_checkpoint,
+    outcomes_of,
     pretrain,
+    pretrain_flags,
     read_checkpoint,
     relative_difference,
 )
-from tests.megatron.fsdp_checkpoints import put_state_of
+from tests.megatron.fsdp_runs import FSDP, RUN, pretrain_or_fail, put_state_of, saving
 from tests.versions import since
 
 pytestmark = since("0.19")
 
-FSDP = "--use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy"
-RUN = f"--optimizer lion {HORIZON} {NO_DROPOUT} --make-vocab-size-divisible-by 256"
+PROBE = Path(__file__).with_name("fsdp_probe.py")
 DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 # With bf16 weights the distributed optimizer reduces fp32 gradients, FSDP 16-bit ones unless told so.
@@ -42,14 +45,6 @@ LAYOUTS = {
     "EP 2 x DP 2": (4, MOE),
     "two instances (HSDP)": (4, HSDP),
 }
-
-
-def saving(folder: Path, interval: int) -> str:
-    return f"--save {folder} --save-interval {interval}"
-
-
-def slow_but(case: str, fast: str) -> list[pytest.MarkDecorator]:
-    return [] if case == fast else [pytest.mark.slow]
 
 
 # ---- losses ----
@@ -106,71 +101,75 @@ def test_layouts_train_as_the_distributed_optimizer_and_resume(text: Path, tmp_p
     assert_same_checkpoint(read_checkpoint(tmp_path / "whole", 4), read_checkpoint(tmp_path / "resumed", 4))
 
 
-# ---- checkpoints ----
-
-STORAGES = {
-    "fp32": "",
-    "bf16": "--bf16",
-    "bf16 momentum": "--bf16 --lion-momentum-dtype bf16",
-    "int8 momentum": "--bf16 --lion-momentum-dtype int8",
-}
-
-
-@pytest.mark.parametrize(
-    ("strategy", "storage"),
-    [
-        pytest.param(strategy, storage, marks=slow_but(f"{strategy}, {storage}", "optim_grads_params, bf16"))
-        for strategy, storages in {
-            "no_shard": ("bf16", "int8 momentum"),
-            "optim": ("bf16", "bf16 momentum"),
-            "optim_grads": ("bf16",),
-            "optim_grads_params": tuple(STORAGES),
-        }.items()
-        for storage in storages
-    ],
-)
-@pytest.mark.supports(
-    "Megatron-FSDP: `fsdp_dtensor` checkpoints, momentum in fp32, bf16 or int8, swiglu",
-    "DP 2, resumed at the same DP: the final checkpoint is an uninterrupted run's bit for bit",
-)
-def test_a_resumed_run_ends_as_an_uninterrupted_one(text: Path, tmp_path: Path, strategy: str, storage: str) -> None:
-    run = f"{RUN} --swiglu {STORAGES[storage]} {FSDP} {strategy} --train-iters 4"
-    pretrain(text, run, saving(tmp_path / "whole", 2), ranks=2)
-    resumed = pretrain(
-        text, run, f"--load {tmp_path / 'whole'} --ckpt-step 2 {saving(tmp_path / 'resumed', 2)}", ranks=2
-    )
-    assert min(resumed.log.loss) == 3
-    last = read_checkpoint(tmp_path / "whole", 4)
-    assert_same_checkpoint(last, read_checkpoint(tmp_path / "resumed", 4))
-    momenta = [tensor for key, tensor in last.items() if key.endswith(".exp_avg")]
-    assert len(momenta) == 32  # 28, of which 4 are halves of swiglu's
-    assert {tensor.dtype for tensor in momenta} == {torch.float32}
-    assert all(tensor.any() for tensor in momenta)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["no_shard", "optim_grads_params"])
+@pytest.mark.supports("Megatron-FSDP: a NaN gradient on one rank", "no rank changes a parameter or a momentum")
+def test_an_update_is_skipped_by_all_ranks(text: Path, strategy: str) -> None:
+    flags = f"{RUN} --bf16 {FSDP} {strategy} --train-iters 4 --no-check-for-nan-in-loss-and-grad"
+    steps = outcomes_of(PROBE, *pretrain_flags(text), flags, ranks=2)
+    done, skipped = "applied on 2, unchanged on 0", "applied on 0, unchanged on 2"
+    assert steps == {f"step {step}": skipped if step == 3 else done for step in range(1, 5)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("strategy", ["optim", "optim_grads_params"])
-@pytest.mark.supports(
-    "Megatron-FSDP: another number of data-parallel ranks",
-    "saved with DP 2, loaded and saved again with DP 4, then DP 2: weights and momentum bit for bit",
-)
-def test_a_checkpoint_is_loaded_by_another_number_of_ranks(
-    text: Path, tmp_path: Path, storage: str, strategy: str
-) -> None:
-    run = f"{RUN} --swiglu {STORAGES[storage]} {FSDP} {strategy}"
-    folders = [tmp_path / name for name in ("first", "four", "two")]
-    first = pretrain(text, run, f"{saving(folders[0], 2)} --train-iters 4", ranks=2)
-    before = tensors_of(read_checkpoint(folders[0], 2))
-    for ranks, source, target in ((4, folders[0], folders[1]), (2, folders[1], folders[2])):
-        # Trains nothing: Megatron saves at the end where the last iteration is no multiple of the interval.
-        step = f"--load {source} --ckpt-step 2 {saving(target, 5)} --train-iters 2"
-        pretrain(text, run, step, ranks=ranks)
-        assert_same_checkpoint(before, tensors_of(read_checkpoint(target, 2)))
-    again = pretrain(text, run, f"--load {folders[2]} --train-iters 4", ranks=4)
-    assert relative_difference(first.log, again.log) <= 5e-5
+@pytest.mark.supports("Megatron-FSDP: `--lion-telemetry`", "each element once: the distributed optimizer's sums")
+@pytest.mark.parametrize("strategy", ["no_shard", "optim_grads_params"])
+def test_telemetry_counts_each_element_once(text: Path, strategy: str) -> None:
+    run = f"{RUN} --lion-telemetry --train-iters 2"
+    one = pretrain(text, run, "--use-distributed-optimizer", ranks=2)
+    other = pretrain(text, run, f"{FSDP} {strategy}", ranks=2)
+    first, second = ([line for line in found.ours() if "step 1: gradient" in line] for found in (one, other))
+    assert re.search(r"\((\d+) elements\)", first[0])[1] == re.search(r"\((\d+) elements\)", second[0])[1]
+    sums = [list(map(float, re.findall(r"(?:l1|l2|agreement) ([\d.e+-]+)", lines[0]))) for lines in (first, second)]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-4)
 
 
-def tensors_of(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights and momenta; other tensors are of the random generators."""
-    return {key: tensor for key, tensor in checkpoint.items() if key.startswith(("model.", "optimizer.state."))}
+# ---- refusals ----
+
+
+@pytest.mark.slow
+@pytest.mark.refuses("Megatron-FSDP: int8 momentum where a shard boundary cuts a block of 32 elements")
+def test_int8_momentum_needs_shards_of_whole_blocks(text: Path) -> None:
+    flags = f"{RUN} --bf16 --lion-momentum-dtype int8 --train-iters 1 --global-batch-size 6"
+    output = pretrain_or_fail(text, flags, f"{FSDP} optim_grads_params", ranks=3)
+    assert "--lion-momentum-dtype int8: with Megatron-FSDP on 3 ranks a shard boundary cuts a block" in output
+    assert "Use --lion-momentum-dtype bf16" in output
+
+
+SETTINGS = {
+    "fp16": (True, "--fp16 is not supported", "Use --bf16"),
+    "optimizer_cpu_offload": (True, "--optimizer-cpu-offload is not supported", "Remove one of them"),
+    "use_precision_aware_optimizer": (True, "--use-precision-aware-optimizer is not", "--lion-momentum-dtype bf16"),
+    "overlap_param_gather_with_optimizer_step": (True, "--overlap-param-gather-with-optimizer-step is not", "Remove"),
+    "megatron_fsdp_version": (2, "--megatron-fsdp-version 2 is not supported", "cannot save", "Use 1"),
+    "megatron_fsdp_main_params_dtype": (torch.bfloat16, "--megatron-fsdp-main-params-dtype bf16 is not", "Use fp32"),
+    "master_weights": ("remainder", "--lion-master-weights remainder is not supported", "Use fp32"),
+    "gather": ("signs", "--lion-gather signs is not supported", "Use params"),
+    "pipeline_stages": (2, "--pipeline-model-parallel-size 2 is not supported", "Use tensor parallelism"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.refuses("Megatron-FSDP with fp16, PP, CPU offload, remainders, gathered signs or its version 2")
+def test_what_is_not_supported_is_refused_with_what_to_do(name: str) -> None:
+    value, *messages = SETTINGS[name]
+    settings = SimpleNamespace(bf16=True, megatron_fsdp_main_params_dtype=torch.float32)
+    stages, options = 1, LionOptions()
+    if name == "pipeline_stages":
+        stages = value
+    elif hasattr(options, name):
+        options = LionOptions(**{name: value})
+    else:
+        setattr(settings, name, value)
+    with pytest.raises(LionError) as error:
+        refusals.refuse_fsdp_settings(settings, settings, options, stages)
+    for message in (*messages, "with --optimizer lion and --use-megatron-fsdp"):
+        assert message in str(error.value)
+
+
+def test_what_is_supported_is_not_refused() -> None:
+    for settings in (
+        SimpleNamespace(bf16=True, megatron_fsdp_main_params_dtype="fp32"),  # the command line before its validation
+        SimpleNamespace(bf16=False, megatron_fsdp_main_params_dtype=None),
+    ):
+        refusals.refuse_fsdp_settings(settings, settings, LionOptions(momentum_dtype="int8"), 1)

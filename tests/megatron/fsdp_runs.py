@@ -1,4 +1,4 @@
-"""One checkpoint for two ways to shard: a ``fully_reshardable`` one as an ``fsdp_dtensor`` one, for tests."""
+"""Runs of Megatron-FSDP, and one checkpoint for two ways to shard: ``fully_reshardable`` as ``fsdp_dtensor``."""
 
 import re
 from pathlib import Path
@@ -9,13 +9,26 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, sav
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from tests.harness import read_checkpoint
+from tests.harness import HORIZON, NO_DROPOUT, pretrain_flags, read_checkpoint, run_ranks
 
+FSDP = "--use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy"
+RUN = f"--optimizer lion {HORIZON} {NO_DROPOUT} --make-vocab-size-divisible-by 256"
 # The norms' names in a torch_dist checkpoint of Megatron's local layers.
 NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+
+
+def saving(folder: Path, interval: int) -> str:
+    return f"--save {folder} --save-interval {interval}"
+
+
+def pretrain_or_fail(text: Path, *flags: str, ranks: int) -> str:
+    """The output of a run that must fail."""
+    failed = run_ranks(*pretrain_flags(text), *flags, ranks=ranks)
+    assert failed.returncode != 0
+    return failed.output
 
 
 def put_state_of(distributed: Path, fsdp: Path, iteration: int, target: Path) -> None:
