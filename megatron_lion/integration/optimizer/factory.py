@@ -42,6 +42,11 @@ def get_megatron_optimizer(
     if config.optimizer == "adam" and not compat.has_te_or_apex():
         with compat.temporarily(optimizers, DistributedOptimizer=TorchAdamDistributedOptimizer):
             return build()
+    if "muon" in config.optimizer and getattr(config, "muon_scalar_optimizer", None) == "lion":
+        console.say(
+            f"--muon-scalar-optimizer lion: what --optimizer {config.optimizer} does not update is on stock Megatron's "
+            f"Lion, betas ({config.lion_beta1:g}, {config.lion_beta2:g}); this package's Lion is --optimizer lion"
+        )
     return build()
 
 

@@ -89,9 +89,7 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
             "on different ranks. Use another optimizer"
         )
     if compat.uses_megatron_fsdp(model_chunks):
-        from megatron.core import parallel_state as mpu
-
-        stages = mpu.get_pipeline_model_parallel_world_size()
+        stages = getattr(getattr(model_chunks[0], "config", None), "pipeline_model_parallel_size", 1)
         refuse_fsdp_settings(config, model_chunks[0].ddp_config, options, stages)
         return
     for chunk in model_chunks:
