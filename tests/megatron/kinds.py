@@ -5,8 +5,9 @@
 WHAT is ``frozen`` (some parameters take no gradient), ``frozen-layer`` (those of the first layer take none),
 ``context-parallel`` (Megatron's own local attention runs without Transformer Engine but refuses a sequence that is
 split over ranks; here it gathers keys and values first), ``hybrid`` (HybridModel from ``--hybrid-layer-pattern``, of
-Megatron's local layers), ``mamba`` (the same with Mamba layers, computed in plain torch), ``multi-token`` (``--mtp-num-layers``), or ``learning-rates`` (layer norms at a tenth of --lr,
-through Megatron's own overrides for parameters).
+Megatron's local layers), ``mamba`` (the same with Mamba layers, in plain torch), ``multi-token``
+(``--mtp-num-layers``), or ``learning-rates`` (layer norms at a tenth of --lr, through Megatron's own overrides for
+parameters).
 """
 
 import sys
