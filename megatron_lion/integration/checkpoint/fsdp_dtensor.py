@@ -49,6 +49,13 @@ CORE = (
 )
 
 
+def is_registered() -> bool:
+    """Whether Megatron calls :func:`split_fused_parameters`."""
+    from megatron.core.transformer import fsdp_dtensor_checkpoint
+
+    return hasattr(fsdp_dtensor_checkpoint.handle_swiglu_in_state_dict, "wrapper")
+
+
 @contextlib.contextmanager
 def records_checked() -> Iterator[None]:
     """Let the reader of these checkpoints check each record that it reads; Megatron looks it up in torch (1776)."""

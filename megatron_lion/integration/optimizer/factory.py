@@ -14,6 +14,7 @@ import torch
 
 from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
+from megatron_lion.integration.checkpoint import fsdp_dtensor
 from megatron_lion.integration.exchange import sign_gather
 from megatron_lion.integration.flags import state_precision
 from megatron_lion.integration.optimizer import config_fields, fast_norm, fsdp, offload, refusals, startup_report
@@ -53,12 +54,15 @@ def get_megatron_optimizer(
 def build_lion(config: Any, model_chunks: list[Any], **kwargs: Any) -> Any:
     """Build Lion with the arguments of ``get_megatron_optimizer``, without registration.
 
-    Raises LionError if this Megatron is not supported, and as registration's ``get_megatron_optimizer`` does.
+    Raises LionError if this Megatron is not supported, for Megatron-FSDP, and as registration's
+    ``get_megatron_optimizer`` does.
     """
     import megatron.core.optimizer as optimizers
 
     compat.require_supported_version()
     compat.require(compat.seams_of(training=False))
+    if compat.uses_megatron_fsdp(model_chunks) and not fsdp_dtensor.is_registered():
+        raise LionError("Lion's checkpoints of Megatron-FSDP need megatron_lion.register(): call it first")
     stock = inspect.unwrap(optimizers.get_megatron_optimizer)
     optimizer = _build_lion(config, model_chunks, functools.partial(stock, config, model_chunks, **kwargs))
     for name in ("sharded_state_dict", "save_parameter_state"):

@@ -4,6 +4,7 @@ Megatron-FSDP shards weights, gradients and fp32 main weights itself, and passes
 steps each rank's local tensors. Line numbers are megatron-core 0.19.2's.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -116,12 +117,13 @@ class LionFSDPOptimizer(StatelessStepDistributedOptimizer):
     def sharding(self) -> str:
         """How state is sharded, for the start-up line."""
         strategy = self.ddp_config.data_parallel_sharding_strategy
-        param = next(self._params(), None)
-        ranks = 1
-        for place, size in zip(param.placements, param.device_mesh.shape, strict=False) if param is not None else ():
-            ranks *= size if place.is_shard(0) else 1
-        sharded = "state on every rank, not sharded" if strategy == "no_shard" else f"state sharded over DP={ranks}"
-        return f"Megatron-FSDP {strategy}, {sharded}"
+        if strategy == "no_shard":
+            return f"Megatron-FSDP {strategy}, state on every rank, not sharded"
+        param = next(self._params())
+        mesh, tensor_parallel = param.device_mesh, param.megatron_fsdp_dist_index.tp_dim
+        dims = zip(param.placements, mesh.shape, mesh.mesh_dim_names, strict=True)
+        ranks = math.prod(size for place, size, name in dims if place.is_shard() and name != tensor_parallel)
+        return f"Megatron-FSDP {strategy}, state sharded over DP={ranks}"
 
     def master_bytes(self) -> int:
         """Bytes of this rank's fp32 main weights of 16-bit parameters."""

@@ -46,6 +46,9 @@ def refuse_fsdp_settings(settings: Any, ddp_settings: Any, options: LionOptions,
 
     ``settings`` and ``ddp_settings`` are the command line, or the configurations of the optimizer and of FSDP.
     """
+    if not compat.installed_traits().runs_lion_with_fsdp:
+        version = f"megatron-core {compat.megatron_version()}"
+        raise _unsupported_with_fsdp(version, "it is supported from 0.17 on. Use --use-distributed-optimizer")
     for dest, why in UNSUPPORTED_WITH_FSDP.items():
         if getattr(settings, dest, False):
             raise _unsupported_with_fsdp(f"--{dest.replace('_', '-')}", why)

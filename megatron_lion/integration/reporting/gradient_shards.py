@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 from megatron_lion.stats import Counted
 
@@ -184,6 +185,11 @@ def _owned(optimizer: Any) -> Iterator[_Owned]:
         if sub_optimizer.optimizer is None:  # this rank holds none of its parameters
             continue
         for param, _, group in compat.updated_params(sub_optimizer):
+            if hasattr(param, "device_mesh"):
+                raise LionError(
+                    "the norm ratio is not supported with Megatron-FSDP, which keeps gradients in its own buffers: use "
+                    "--use-distributed-optimizer"
+                )
             if hasattr(sub_optimizer, "distributed_optimizer_instance_id"):
                 start, stop = compat.shard_range(sub_optimizer, param)
                 first_instance = sub_optimizer.distributed_optimizer_instance_id == 0
