@@ -95,10 +95,10 @@ def seams(*, training: bool) -> tuple[Seam, ...]:
 
 def _core_patches() -> list[Patch]:
     from megatron_lion.integration.checkpoint import core_load, fsdp_dtensor, integrity
-    from megatron_lion.integration.cpu import megatron_patches
+    from megatron_lion.integration.cpu import megatron_fsdp, megatron_patches
     from megatron_lion.integration.optimizer import factory
 
-    on_cpu = megatron_patches.CORE if torch_cuda.wanted() else ()
+    on_cpu = (*megatron_patches.CORE, *megatron_fsdp.CORE) if torch_cuda.wanted() else ()
     return _needed([*factory.CORE, *core_load.CORE, *fsdp_dtensor.CORE, *integrity.CORE, *on_cpu])
 
 

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def same_start(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pyt
     """A run of the distributed optimizer, and its second iteration's state as a checkpoint of Megatron-FSDP."""
     flags, tolerance = PRECISIONS[request.param]
     folder = tmp_path_factory.mktemp("start")
-    run = f"{RUN} {flags} --swiglu"
+    run = f"{RUN} {flags}"
     reference = pretrain(
         text, run, DISTRIBUTED, saving(folder / "distributed", SAVED_AT), f"--train-iters {LAST}", ranks=2
     )
@@ -145,31 +146,39 @@ SETTINGS = {
     "megatron_fsdp_main_params_dtype": (torch.bfloat16, "--megatron-fsdp-main-params-dtype bf16 is not", "Use fp32"),
     "master_weights": ("remainder", "--lion-master-weights remainder is not supported", "Use fp32"),
     "gather": ("signs", "--lion-gather signs is not supported", "Use params"),
+    "is_gated": (True, "no_shard with --swiglu is not supported", "cannot save", "Use another strategy"),
     "pipeline_stages": (2, "--pipeline-model-parallel-size 2 is not supported", "Use tensor parallelism"),
 }
+
+
+def command_line(**changed: Any) -> SimpleNamespace:
+    same = {"bf16": True, "megatron_fsdp_main_params_dtype": torch.float32}
+    return SimpleNamespace(**{**same, "data_parallel_sharding_strategy": "no_shard", **changed})
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.refuses("Megatron-FSDP with fp16, PP, CPU offload, remainders, gathered signs or its version 2")
 def test_what_is_not_supported_is_refused_with_what_to_do(name: str) -> None:
     value, *messages = SETTINGS[name]
-    settings = SimpleNamespace(bf16=True, megatron_fsdp_main_params_dtype=torch.float32)
-    stages, options = 1, LionOptions()
-    if name == "pipeline_stages":
-        stages = value
+    settings = command_line()
+    model, options = {"pipeline_stages": 1, "is_gated": False}, LionOptions()
+    if name in model:
+        model[name] = value
     elif hasattr(options, name):
         options = LionOptions(**{name: value})
     else:
         setattr(settings, name, value)
     with pytest.raises(LionError) as error:
-        refusals.refuse_fsdp_settings(settings, settings, options, stages)
+        refusals.refuse_fsdp_settings(settings, settings, options, **model)
     for message in (*messages, "with --optimizer lion and --use-megatron-fsdp"):
         assert message in str(error.value)
 
 
 def test_what_is_supported_is_not_refused() -> None:
     for settings in (
-        SimpleNamespace(bf16=True, megatron_fsdp_main_params_dtype="fp32"),  # the command line before its validation
-        SimpleNamespace(bf16=False, megatron_fsdp_main_params_dtype=None),
+        command_line(megatron_fsdp_main_params_dtype="fp32"),  # before Megatron validates it
+        command_line(bf16=False, megatron_fsdp_main_params_dtype=None),
+        command_line(data_parallel_sharding_strategy="optim"),
     ):
-        refusals.refuse_fsdp_settings(settings, settings, LionOptions(momentum_dtype="int8"), 1)
+        is_gated = settings.data_parallel_sharding_strategy == "optim"
+        refusals.refuse_fsdp_settings(settings, settings, LionOptions(momentum_dtype="int8"), 1, is_gated)

@@ -38,10 +38,12 @@ def refuse_flags(args: Any) -> None:
         if getattr(args, dest, None):
             raise _unsupported(dest)
     if getattr(args, "use_megatron_fsdp", False):
-        refuse_fsdp_settings(args, args, LionOptions.from_config(args), args.pipeline_model_parallel_size)
+        refuse_fsdp_settings(args, args, LionOptions.from_config(args), args.pipeline_model_parallel_size, args.swiglu)
 
 
-def refuse_fsdp_settings(settings: Any, ddp_settings: Any, options: LionOptions, pipeline_stages: int) -> None:
+def refuse_fsdp_settings(
+    settings: Any, ddp_settings: Any, options: LionOptions, pipeline_stages: int, is_gated: bool
+) -> None:
     """Raise LionError for a setting that Lion does not support where Megatron-FSDP shards the model.
 
     ``settings`` and ``ddp_settings`` are the command line, or the configurations of the optimizer and of FSDP.
@@ -66,6 +68,11 @@ def refuse_fsdp_settings(settings: Any, ddp_settings: Any, options: LionOptions,
     if options.gather != "params":
         raise _unsupported_with_fsdp(
             f"--lion-gather {options.gather}", "Megatron-FSDP gathers parameters itself. Use params"
+        )
+    if ddp_settings.data_parallel_sharding_strategy == "no_shard" and is_gated:
+        raise _unsupported_with_fsdp(
+            "--data-parallel-sharding-strategy no_shard with --swiglu",
+            "Megatron cannot save gated layers that are not sharded. Use another strategy",
         )
     if pipeline_stages > 1:
         raise _unsupported_with_fsdp(
@@ -92,8 +99,10 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
             "on different ranks. Use another optimizer"
         )
     if compat.uses_megatron_fsdp(model_chunks):
-        stages = getattr(getattr(model_chunks[0], "config", None), "pipeline_model_parallel_size", 1)
-        refuse_fsdp_settings(config, model_chunks[0].ddp_config, options, stages)
+        model = getattr(model_chunks[0], "config", None)
+        stages = getattr(model, "pipeline_model_parallel_size", 1)
+        is_gated = getattr(model, "gated_linear_unit", False)
+        refuse_fsdp_settings(config, model_chunks[0].ddp_config, options, stages, is_gated)
         return
     for chunk in model_chunks:
         if any(_is_dtensor(param) for param in chunk.parameters()):
