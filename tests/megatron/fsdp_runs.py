@@ -13,6 +13,8 @@ from tests.harness import HORIZON, NO_DROPOUT, pretrain_flags, read_checkpoint, 
 
 FSDP = "--use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy"
 RUN = f"--optimizer lion {HORIZON} {NO_DROPOUT} --make-vocab-size-divisible-by 256"
+# The distributed optimizer reduces fp32 gradients, FSDP those of bf16 weights in bf16 unless told so.
+FP32_GRADIENTS = "--megatron-fsdp-main-grads-dtype fp32 --megatron-fsdp-grad-comm-dtype fp32"
 # The norms' names in a torch_dist checkpoint of Megatron's local layers.
 NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -22,6 +24,11 @@ NAMES = {
 
 def saving(folder: Path, interval: int) -> str:
     return f"--save {folder} --save-interval {interval}"
+
+
+def tensors_of(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights and momenta; other tensors are of the random generators."""
+    return {key: tensor for key, tensor in checkpoint.items() if key.startswith(("model.", "optimizer.state."))}
 
 
 def pretrain_or_fail(text: Path, *flags: str, ranks: int) -> str:

@@ -18,7 +18,7 @@ from tests.harness import (
     read_checkpoint,
     relative_difference,
 )
-from tests.megatron.fsdp_runs import FSDP, RUN, pretrain_or_fail, put_state_of, saving
+from tests.megatron.fsdp_runs import FP32_GRADIENTS, FSDP, RUN, pretrain_or_fail, put_state_of, saving
 from tests.versions import since
 
 pytestmark = since("0.19")
@@ -26,12 +26,10 @@ pytestmark = since("0.19")
 PROBE = Path(__file__).with_name("fsdp_probe.py")
 DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
-# With bf16 weights the distributed optimizer reduces fp32 gradients, FSDP 16-bit ones unless told so.
 PRECISIONS = {
     "fp32": ("", 5e-6),
     "bf16": ("--bf16", 5e-5),
 }
-FP32_GRADIENTS = "--megatron-fsdp-main-grads-dtype fp32 --megatron-fsdp-grad-comm-dtype fp32"
 SAVED_AT, LAST = 2, 8
 HSDP = "--num-distributed-optimizer-instances 2"
 TP_2 = "--tensor-model-parallel-size 2 --sequence-parallel"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.harness import assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
-from tests.megatron.fsdp_runs import FSDP, RUN, pretrain_or_fail, saving
+from tests.megatron.fsdp_runs import FSDP, RUN, pretrain_or_fail, saving, tensors_of
 from tests.versions import since
 
 pytestmark = since("0.19")
@@ -83,11 +83,6 @@ def test_a_checkpoint_is_loaded_by_another_number_of_ranks(
         assert_same_checkpoint(before, tensors_of(read_checkpoint(target, 2)))
     again = pretrain(text, run, f"--load {folders[2]} --train-iters 4", ranks=4)
     assert relative_difference(first.log, again.log) <= 5e-5
-
-
-def tensors_of(checkpoint: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights and momenta; other tensors are of the random generators."""
-    return {key: tensor for key, tensor in checkpoint.items() if key.startswith(("model.", "optimizer.state."))}
 
 
 @pytest.mark.slow

@@ -48,37 +48,42 @@ def refuse_fsdp_settings(
 
     ``settings`` and ``ddp_settings`` are the command line, or the configurations of the optimizer and of FSDP.
     """
-    if not compat.installed_traits().runs_lion_with_fsdp:
-        version = f"megatron-core {compat.megatron_version()}"
-        raise _unsupported_with_fsdp(version, "it is supported from 0.17 on. Use --use-distributed-optimizer")
-    for dest, why in UNSUPPORTED_WITH_FSDP.items():
-        if getattr(settings, dest, False):
-            raise _unsupported_with_fsdp(f"--{dest.replace('_', '-')}", why)
-    if (version := getattr(ddp_settings, "megatron_fsdp_version", 1)) != 1:
-        raise _unsupported_with_fsdp(f"--megatron-fsdp-version {version}", "it cannot save optimizer state. Use 1")
-    masters = dtype_name(ddp_settings.megatron_fsdp_main_params_dtype)
-    if masters != "fp32" and (settings.bf16 or masters not in ("auto", "None")):
-        raise _unsupported_with_fsdp(
-            f"--megatron-fsdp-main-params-dtype {masters}", "Lion steps fp32 masters. Use fp32"
-        )
-    if options.master_weights != "fp32":
-        raise _unsupported_with_fsdp(
-            f"--lion-master-weights {options.master_weights}", "Megatron-FSDP stores fp32 master weights. Use fp32"
-        )
-    if options.gather != "params":
-        raise _unsupported_with_fsdp(
-            f"--lion-gather {options.gather}", "Megatron-FSDP gathers parameters itself. Use params"
-        )
-    if ddp_settings.data_parallel_sharding_strategy == "no_shard" and is_gated:
-        raise _unsupported_with_fsdp(
-            "--data-parallel-sharding-strategy no_shard with --swiglu",
+    release = f"megatron-core {compat.megatron_version()}"
+    version = getattr(ddp_settings, "megatron_fsdp_version", 1)
+    masters = dtype_name(getattr(ddp_settings, "megatron_fsdp_main_params_dtype", "fp32"))
+    has_fp32_masters = masters == "fp32" or (masters in ("auto", "None") and not settings.bf16)
+    strategy = ddp_settings.data_parallel_sharding_strategy
+    found = {
+        f"--{dest.replace('_', '-')}": (getattr(settings, dest, False), why)
+        for dest, why in UNSUPPORTED_WITH_FSDP.items()
+    }
+    found |= {
+        release: (
+            not compat.installed_traits().runs_lion_with_fsdp,
+            "it is supported from 0.17 on. Use --use-distributed-optimizer",
+        ),
+        f"--megatron-fsdp-version {version}": (version != 1, "it cannot save optimizer state. Use 1"),
+        f"--megatron-fsdp-main-params-dtype {masters}": (not has_fp32_masters, "Lion steps fp32 masters. Use fp32"),
+        f"--lion-master-weights {options.master_weights}": (
+            options.master_weights != "fp32",
+            "Megatron-FSDP stores fp32 master weights. Use fp32",
+        ),
+        f"--lion-gather {options.gather}": (
+            options.gather != "params",
+            "Megatron-FSDP gathers parameters itself. Use params",
+        ),
+        f"--data-parallel-sharding-strategy {strategy} with --swiglu": (
+            is_gated and strategy == "no_shard",
             "Megatron cannot save gated layers that are not sharded. Use another strategy",
-        )
-    if pipeline_stages > 1:
-        raise _unsupported_with_fsdp(
-            f"--pipeline-model-parallel-size {pipeline_stages}",
+        ),
+        f"--pipeline-model-parallel-size {pipeline_stages}": (
+            pipeline_stages > 1,
             "in its checkpoints the layers of two stages have the same names. Use tensor parallelism",
-        )
+        ),
+    }
+    for what, (is_asked, why) in found.items():
+        if is_asked:
+            raise LionError(f"{what} is not supported with --optimizer lion and --use-megatron-fsdp: {why}")
 
 
 def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any]) -> None:
@@ -114,10 +119,6 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
 
 def _unsupported(dest: str) -> LionError:
     return LionError(f"--{dest.replace('_', '-')} is not supported with --optimizer lion: {UNSUPPORTED[dest]}")
-
-
-def _unsupported_with_fsdp(flag: str, why: str) -> LionError:
-    return LionError(f"{flag} is not supported with --optimizer lion and --use-megatron-fsdp: {why}")
 
 
 def _is_mimo(chunk: Any) -> bool:
