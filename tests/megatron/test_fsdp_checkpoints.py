@@ -121,6 +121,16 @@ def test_a_resumed_run_takes_its_rates_from_the_command_line_or_the_checkpoint(t
 
 
 @pytest.mark.slow
+@pytest.mark.refuses("Megatron-FSDP: a checkpoint of the distributed optimizer, and the reverse")
+def test_the_two_ways_to_shard_do_not_read_each_others_checkpoints(text: Path, tmp_path: Path) -> None:
+    runs = {"torch_dist": f"{RUN} --use-distributed-optimizer", "fsdp_dtensor": f"{RUN} {FSDP} optim_grads_params"}
+    for one, other in (runs, reversed(runs)):
+        pretrain(text, runs[one], f"--train-iters 2 {saving(tmp_path / one, 2)}", ranks=2)
+        output = pretrain_or_fail(text, runs[other], f"--load {tmp_path / one} --train-iters 3", ranks=2)
+        assert f"is in the format {one} and this run's is {other}: Megatron-FSDP reads only fsdp_dtensor" in output
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--no-load-optim", "--finetune"])
 @pytest.mark.supports("Megatron-FSDP: only the weights of a checkpoint", "bf16, fp32 masters bit for bit")
 def test_only_the_weights_are_loaded(text: Path, tmp_path: Path, flag: str) -> None:

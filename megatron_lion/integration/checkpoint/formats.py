@@ -25,6 +25,8 @@ EXPERTS_APART = (
     "Megatron cannot convert it: resume with the --expert-model-parallel-size that it was saved with, or load only "
     "the weights (--no-load-optim)"
 )
+# Megatron-FSDP's.
+FSDP_FORMAT = "fsdp_dtensor"
 # The state of one parameter in an fsdp_dtensor checkpoint.
 FSDP_STATE_KEY = re.compile(r"^optimizer\.state\..*\.(\w+)$")
 # The state of one parameter, or of one bucket of parameters, in a torch_dist checkpoint.
@@ -67,14 +69,14 @@ def refuse_foreign_format(args: Any) -> None:
             "--ckpt-format torch_dcp is the format of torch FSDP2, which Lion does not support: use torch_dist, the "
             "default, or torch"
         )
-    if args.ckpt_format == "fsdp_dtensor" and not is_fsdp:
+    if args.ckpt_format == FSDP_FORMAT and not is_fsdp:
         raise LionError(
-            "--ckpt-format fsdp_dtensor is the format of Megatron-FSDP: add --use-megatron-fsdp, or use torch_dist, "
+            f"--ckpt-format {FSDP_FORMAT} is the format of Megatron-FSDP: add --use-megatron-fsdp, or use torch_dist, "
             "the default, or torch"
         )
-    if args.ckpt_format != "fsdp_dtensor" and is_fsdp:
+    if args.ckpt_format != FSDP_FORMAT and is_fsdp:
         raise LionError(
-            f"--use-megatron-fsdp cannot save or load --ckpt-format {args.ckpt_format}: add --ckpt-format fsdp_dtensor"
+            f"--use-megatron-fsdp cannot save or load --ckpt-format {args.ckpt_format}: add --ckpt-format {FSDP_FORMAT}"
         )
 
 
@@ -117,8 +119,14 @@ def refuse_another_layout(load_dir: str, state: dict[str, Any], saved_args: Any,
     """
     if not hasattr(args, "data_parallel_size"):  # the command line is not complete yet (--use-checkpoint-args)
         return
-    if args.ckpt_format == "fsdp_dtensor":  # any layout
-        return
+    saved_format, running_format = getattr(saved_args, "ckpt_format", args.ckpt_format), args.ckpt_format
+    if FSDP_FORMAT in (saved_format, running_format):
+        if saved_format != running_format:
+            raise LionError(
+                f"the checkpoint in {load_dir} is in the format {saved_format} and this run's is {running_format}: "
+                f"Megatron-FSDP reads only {FSDP_FORMAT}, and other runs cannot read that. Resume as it was saved"
+            )
+        return  # it is for any layout
     from megatron.core.dist_checkpointing import load_content_metadata
 
     saved_sharded = getattr(saved_args, "use_distributed_optimizer", args.use_distributed_optimizer)

@@ -39,7 +39,7 @@ def _asks_lion_for_adams_state(request: dict[str, Any], args: Any) -> bool:
     """Whether ``request`` is for Lion's state, from an ``fsdp_dtensor`` checkpoint that has Adam's."""
     from megatron.training.checkpointing import get_load_checkpoint_path_by_args
 
-    if args.optimizer != "lion" or args.ckpt_format != "fsdp_dtensor" or not args.lion_init_from:
+    if args.optimizer != "lion" or args.ckpt_format != formats.FSDP_FORMAT or not args.lion_init_from:
         return False
     return "optimizer" in request and "exp_avg_sq" in formats.moments({}, get_load_checkpoint_path_by_args(args))
 
