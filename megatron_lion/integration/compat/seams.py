@@ -163,6 +163,7 @@ CORE: tuple[Seam, ...] = (
             "HybridDeviceOptimizer",
             "buffers",
             "data_parallel_group",
+            "ddp_config",
             "distributed_optimizer_instance_id",
             "is_stub_optimizer",
             "model_chunks",
@@ -197,7 +198,9 @@ CORE: tuple[Seam, ...] = (
         until="0.19",
     ),
     Seam(_SHARDED, "DistributedOptimizer.sharded_param_state_dp_reshardable", ("self", "is_loading")),
-    # Megatron-FSDP: what it sets on the parameters that it passes to the optimizer, and its fp32 main weights.
+    # Megatron-FSDP: torch as the CPU replaces it, what it sets on the optimizer's parameters, and its fp32 main weights.
+    Seam("megatron.core.distributed.fsdp.mcore_fsdp_adapter", "torch"),
+    Seam(f"{_FSDP}.megatron_fsdp", "torch"),
     Seam(_OPTIMIZER, "get_megatron_optimizer", uses=("use_megatron_fsdp", "ChainedOptimizer"), since="0.17"),
     Seam(_SHARDED, "DistributedOptimizer._param_name", ("self", "param"), since="0.17"),
     Seam(
