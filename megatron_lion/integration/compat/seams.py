@@ -198,7 +198,7 @@ CORE: tuple[Seam, ...] = (
         until="0.19",
     ),
     Seam(_SHARDED, "DistributedOptimizer.sharded_param_state_dp_reshardable", ("self", "is_loading")),
-    # Megatron-FSDP: torch as the CPU replaces it, what it sets on the optimizer's parameters, and its fp32 main weights.
+    # Megatron-FSDP: torch, which the CPU replaces there, marks on the parameters, and the fp32 main weights.
     Seam("megatron.core.distributed.fsdp.mcore_fsdp_adapter", "torch"),
     Seam(f"{_FSDP}.megatron_fsdp", "torch"),
     Seam(_OPTIMIZER, "get_megatron_optimizer", uses=("use_megatron_fsdp", "ChainedOptimizer"), since="0.17"),
