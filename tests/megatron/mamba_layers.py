@@ -26,6 +26,15 @@ class GatedRMSNorm(torch.nn.Module):
         normed = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.eps)
         return (normed.flatten(-2) * self.weight.float()).to(x.dtype)
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
+        """As Megatron's subclass of ``mamba_ssm``'s norm has it (0.19.2: mamba_mixer 116)."""
+        from megatron.core import parallel_state
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        state = self.state_dict(prefix="", keep_vars=True)
+        groups = {"tp_group": parallel_state.get_tensor_model_parallel_group(), "dp_cp_group": metadata["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, **groups)
+
 
 def conv1d_and_scan(
     zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
@@ -57,5 +66,5 @@ def install() -> None:
     from megatron.core.ssm import mamba_mixer
 
     mamba_mixer.HAVE_MAMBA_SSM = True
-    mamba_mixer.RMSNormGated = GatedRMSNorm
+    mamba_mixer.RMSNormGated = mamba_mixer.ExtendedRMSNorm = GatedRMSNorm
     mamba_mixer.mamba_split_conv1d_scan_combined = conv1d_and_scan

@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint import integrity
@@ -27,10 +28,10 @@ def split_fused_parameters(
     if not all("exp_avg" in tensors and SECOND_MOMENT not in tensors for tensors in states.values()) or not states:
         return stock(model, model_state, optimizer_state)
     twice = {name: {**tensors, SECOND_MOMENT: tensors["exp_avg"]} for name, tensors in states.items()}
-    model_state, optimizer_state = stock(model, model_state, {**optimizer_state, "state": twice})
-    for tensors in optimizer_state["state"].values():  # type: ignore[index]
+    model_state, split = stock(model, model_state, {**(optimizer_state or {}), "state": twice})
+    for tensors in split["state"].values():
         del tensors[SECOND_MOMENT]
-    return model_state, optimizer_state
+    return model_state, split
 
 
 _PATCHED = "megatron.core.transformer.fsdp_dtensor_checkpoint"
@@ -59,12 +60,11 @@ def is_registered() -> bool:
 @contextlib.contextmanager
 def records_checked() -> Iterator[None]:
     """Let the reader of these checkpoints check each record that it reads; Megatron looks it up in torch (1776)."""
-    stock = torch.distributed.checkpoint.FileSystemReader
 
     def reader(*args: Any, **kwargs: Any) -> Any:
-        return integrity.with_checks(stock(*args, **kwargs))
+        return integrity.with_checks(FileSystemReader(*args, **kwargs))
 
-    with compat.temporarily(torch.distributed.checkpoint, FileSystemReader=reader):
+    with compat.temporarily(checkpoint, FileSystemReader=reader):
         yield
 
 

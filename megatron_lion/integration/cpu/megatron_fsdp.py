@@ -63,4 +63,4 @@ def run_on_cpu() -> None:
     def on_cpu(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
         return from_group(group, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
-    DeviceMesh.from_group = staticmethod(on_cpu)  # type: ignore[method-assign, assignment]
+    DeviceMesh.from_group = staticmethod(on_cpu)  # type: ignore[method-assign]

@@ -119,7 +119,7 @@ def is_counted(param: torch.nn.Parameter) -> bool:
     return bool(getattr(param, "tensor_model_parallel", False)) or tensor_parallel_rank(param) == 0
 
 
-def counts_here(sub_optimizer: Any, param: torch.nn.Parameter) -> bool:
+def counts_here(sub_optimizer: Any, param: Any) -> bool:
     """Whether this rank counts the elements of ``param`` that ``sub_optimizer`` updates: its shard, or all of them."""
     if hasattr(param, "device_mesh"):  # Megatron-FSDP's; each copy of a shard is on another rank of the mesh
         places = zip(param.device_mesh.get_coordinate(), param.placements, strict=False)
