@@ -131,7 +131,7 @@ class Lion(torch.optim.Optimizer):
                     f"Lion needs real floating-point parameters, got {param.dtype} of shape {tuple(param.shape)}"
                 )
             if torch.is_tensor(param):
-                storage.check(param)
+                storage.check(self._stored(param))
                 kernels.check_parameter(group["kernel"], storage.kind(param, param.dtype), param)
         super().add_param_group(group)
 
@@ -178,7 +178,7 @@ class Lion(torch.optim.Optimizer):
             if group.get("momentum_dtype") == "int8" and call.tensors.scales is None:  # loaded in fp32, set_momentum
                 storage = storage_of(group)
                 for param, state in zip(call.params, call.states, strict=True):
-                    storage.set_momentum(state, param, state["exp_avg"], self._block_layout(param))
+                    storage.set_momentum(state, self._stored(param), state["exp_avg"], self._block_layout(param))
             if call.tensors.are_captured():  # a graph reads a kernel's tables at each replay
                 self._captured.append(call.tensors.launch)
 
@@ -222,11 +222,11 @@ class Lion(torch.optim.Optimizer):
         state: State = self._create_state(param, group)
         if group["momentum_init"] == "gradient":
             first = grad.to(compute_dtype(param)) * scalars.grad_scale
-            storage_of(group).set_momentum(state, param, first, self._block_layout(param))
+            storage_of(group).set_momentum(state, self._stored(param), first, self._block_layout(param))
         return state
 
     def _create_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        self.state[param] = storage_of(group).create(param, self._block_layout(param))
+        self.state[param] = storage_of(group).create(self._stored(param), self._block_layout(param))
         return self.state[param]
 
     # What a subclass may change.
@@ -237,6 +237,10 @@ class Lion(torch.optim.Optimizer):
 
     def _gradients(self, params: list[Tensor]) -> Grads:
         return list(map(_grad, params))
+
+    def _stored(self, param: Tensor) -> Tensor:
+        """The tensor that the state of ``param`` is for."""
+        return param
 
     def _block_layout(self, param: Tensor) -> BlockLayout:
         return BlockLayout.of_whole(param)
@@ -275,7 +279,7 @@ class Lion(torch.optim.Optimizer):
 
         def convert(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             kept.extend({key: group.get(key) for key in KEPT_ON_LOAD} for group in self.param_groups)
-            restored.extend(restored_states(self.param_groups, state_dict, self._block_layout))
+            restored.extend(restored_states(self.param_groups, state_dict, self._stored, self._block_layout))
             return {**state_dict, "state": {}}  # torch would cast the state to the parameters' dtype
 
         def install(_: torch.optim.Optimizer) -> None:

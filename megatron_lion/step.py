@@ -209,10 +209,11 @@ def _local(tensors: list[Tensor]) -> list[Tensor]:
     if PLAIN_TYPES.issuperset(map(type, tensors)):
         return tensors
     with torch.no_grad():
-        return [_local_tensor(tensor) for tensor in tensors]
+        return [local_tensor(tensor) for tensor in tensors]
 
 
-def _local_tensor(tensor: Any) -> Tensor:
+def local_tensor(tensor: Any) -> Tensor:
+    """This rank's local tensor if ``tensor`` is a DTensor, which shares its memory; else ``tensor``."""
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if is_traceable_wrapper_subclass(local):  # the address of its memory would be wrong or 0
         raise ValueError(

@@ -220,11 +220,15 @@ def step_tensors(
 
 
 def restored_states(
-    groups: list[dict[str, Any]], state_dict: dict[str, Any], layout_of: Callable[[Tensor], BlockLayout]
+    groups: list[dict[str, Any]],
+    state_dict: dict[str, Any],
+    stored: Callable[[Tensor], Tensor],
+    layout_of: Callable[[Tensor], BlockLayout],
 ) -> Iterator[tuple[Tensor, State, Tensor | None]]:
     """Each parameter of ``groups`` with state in ``state_dict``, its state in this storage, and its new value or None.
 
-    Modifies nothing. Raises LionError if another optimizer wrote ``state_dict``, or as :meth:`Storage.restore` does.
+    ``stored`` returns the tensor that a parameter's state is for. Modifies nothing. Raises LionError if another
+    optimizer wrote ``state_dict``, or as :meth:`Storage.restore` does.
     """
     for group in state_dict["param_groups"]:
         if missing := sorted(LION_GROUP_KEYS - group.keys()):
@@ -236,4 +240,4 @@ def restored_states(
     for group, saved_group in zip(groups, state_dict["param_groups"], strict=False):
         for param, number in zip(group["params"], saved_group["params"], strict=False):
             if saved := state_dict["state"].get(number):
-                yield param, *storage_of(group).restore(saved, param, layout_of(param))
+                yield param, *storage_of(group).restore(saved, stored(param), layout_of(param))

@@ -49,9 +49,10 @@ def register_core() -> None:
         patch.apply()
     config_fields.install()
     if torch_cuda.wanted():
-        from megatron_lion.integration.cpu import megatron_patches
+        from megatron_lion.integration.cpu import megatron_fsdp, megatron_patches
 
         megatron_patches.silence_rng_warnings()
+        megatron_fsdp.run_on_cpu()
     _done.add("core")
 
 
@@ -93,12 +94,12 @@ def seams(*, training: bool) -> tuple[Seam, ...]:
 
 
 def _core_patches() -> list[Patch]:
-    from megatron_lion.integration.checkpoint import core_load, integrity
-    from megatron_lion.integration.cpu import megatron_patches
+    from megatron_lion.integration.checkpoint import core_load, fsdp_dtensor, integrity
+    from megatron_lion.integration.cpu import megatron_fsdp, megatron_patches
     from megatron_lion.integration.optimizer import factory
 
-    on_cpu = megatron_patches.CORE if torch_cuda.wanted() else ()
-    return _needed([*factory.CORE, *core_load.CORE, *integrity.CORE, *on_cpu])
+    on_cpu = (*megatron_patches.CORE, *megatron_fsdp.CORE) if torch_cuda.wanted() else ()
+    return _needed([*factory.CORE, *core_load.CORE, *fsdp_dtensor.CORE, *integrity.CORE, *on_cpu])
 
 
 def _training_patches() -> list[Patch]:

@@ -5,8 +5,9 @@
 WHAT is ``frozen`` (some parameters take no gradient), ``frozen-layer`` (those of the first layer take none),
 ``context-parallel`` (Megatron's own local attention runs without Transformer Engine but refuses a sequence that is
 split over ranks; here it gathers keys and values first), ``hybrid`` (HybridModel from ``--hybrid-layer-pattern``, of
-Megatron's local layers), ``multi-token`` (``--mtp-num-layers``), or ``learning-rates`` (layer norms at a tenth of --lr,
-through Megatron's own overrides for parameters).
+Megatron's local layers), ``mamba`` (the same with Mamba layers, in plain torch), ``multi-token``
+(``--mtp-num-layers``), or ``learning-rates`` (layer norms at a tenth of --lr, through Megatron's own overrides for
+parameters).
 """
 
 import sys
@@ -27,6 +28,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 
 from launch import pretrain_gpt  # noqa: E402
 from megatron_lion.integration.compat import temporarily  # noqa: E402
+from tests.megatron import mamba_layers  # noqa: E402
 
 FROZEN = ("embedding.word_embeddings", "mlp.linear_fc1", "self_attention.linear_proj.bias")
 
@@ -94,6 +96,12 @@ def hybrid() -> None:
     argument_utils.gpt_config_from_args = config
 
 
+def mamba() -> None:
+    """HybridModel with Mamba layers."""
+    hybrid()
+    mamba_layers.install()
+
+
 def slow_norms() -> None:
     """Give layer norms a tenth of the learning rate."""
     import megatron.training.training as training
@@ -115,6 +123,7 @@ PREPARE: dict[str, Callable[[], None]] = {
     "frozen-layer": lambda: freeze(("layers.0.",)),
     "context-parallel": split_sequence,
     "hybrid": hybrid,
+    "mamba": mamba,
     "learning-rates": slow_norms,
     "multi-token": lambda: None,
 }

@@ -110,8 +110,8 @@ WRONG = {
 FOREIGN = {
     f"{LION} --ckpt-format fsdp_dtensor": ("--ckpt-format fsdp_dtensor", "Megatron-FSDP", "use torch_dist"),
     f"{LION} --ckpt-format torch_dcp": ("--ckpt-format torch_dcp", "torch FSDP2", "use torch_dist"),
-    f"{LION} --use-megatron-fsdp": ("--use-megatron-fsdp is not supported", "lion", f"Use {DISTRIBUTED}"),
-    f"{LION} --use-torch-fsdp2": ("--use-torch-fsdp2 is not supported", "lion", f"Use {DISTRIBUTED}"),
+    f"{LION} --use-megatron-fsdp": ("--use-megatron-fsdp cannot save", "torch_dist", "add --ckpt-format fsdp_dtensor"),
+    f"{LION} --use-torch-fsdp2": ("--use-torch-fsdp2 is not supported", "cannot resume", "Use --use-megatron-fsdp"),
     f"{LION} --optimizer-cuda-graph": ("--optimizer-cuda-graph is not supported", "lion", "Remove the flag"),
 }
 SIGNS = {
@@ -126,7 +126,7 @@ SIGNS = {
     ),
     f"{LION} {DISTRIBUTED} --bf16 --lion-gather signs --fp8-param-gather": ("signs is not supported with --fp8-param",),
     f"{LION} {DISTRIBUTED} --fp16 --lion-gather signs --lion-kernel fused": ("--lion-kernel fused and --fp16", "auto"),
-    f"{LION} {DISTRIBUTED} --lion-gather signs --use-megatron-fsdp": ("--use-megatron-fsdp is not supported",),
+    f"{LION} {DISTRIBUTED} --lion-gather signs --use-megatron-fsdp": ("--lion-gather signs is not supported", "params"),
     f"{LION} {DISTRIBUTED} --lion-gather signs --cuda-graph-impl local": ("signs is not supported with --cuda-graph",),
     f"{LION} {DISTRIBUTED} --lion-gather signs --overlap-param-gather-with-optimizer-step": (
         "signs is not supported with --overlap-param-gather-with-optimizer-step",
@@ -136,7 +136,7 @@ SIGNS = {
 REFUSES_SIGNS = pytest.mark.refuses(
     "`--lion-gather signs` with CPU offload, fp8 and fp4 parameters, FSDP, CUDA graphs, mixed devices"
 )
-REFUSES = pytest.mark.refuses("Megatron-FSDP, torch FSDP2, their checkpoint formats, optimizer CUDA graphs")
+REFUSES = pytest.mark.refuses("torch FSDP2, formats of another way to shard, optimizer CUDA graphs")
 
 # What a right command line must become: optimizer, betas, then Megatron's two kinds of distributed optimizer.
 RIGHT = {

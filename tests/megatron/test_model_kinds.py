@@ -1,5 +1,6 @@
 """Every kind of model trains with Lion as one process trains it, or is refused by name."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,10 @@ MOE = (
     "--moe-token-dispatcher-type allgather --disable-bias-linear"
 )
 HYBRID = "--hybrid-layer-pattern *-*- --is-hybrid-model --position-embedding-type rope"
+MAMBA = (
+    "--hybrid-layer-pattern M*M- --is-hybrid-model --position-embedding-type rope --mamba-num-heads 4 "
+    "--mamba-head-dim 32 --mamba-num-groups 2 --mamba-state-dim 16"
+)
 MULTI_TOKEN = "--mtp-num-layers 1 --position-embedding-type rope"
 TENSOR_PARALLEL = f"{DISTRIBUTED} --tensor-model-parallel-size 2 --sequence-parallel"
 PIPELINE = f"{DISTRIBUTED} --pipeline-model-parallel-size 2"
@@ -91,13 +96,15 @@ CASES = {
     ),
     "HybridModel of attention and MLP layers, DP 2": Kind("hybrid", HYBRID, 2, DISTRIBUTED, slow=True),
     "HybridModel of attention and MLP layers, TP 2": Kind("hybrid", HYBRID, 2, TENSOR_PARALLEL, slow=True),
+    "Mamba layers, DP 2": Kind("mamba", MAMBA, 2, DISTRIBUTED, slow=True),
+    "Mamba layers, TP 2": Kind("mamba", MAMBA, 2, TENSOR_PARALLEL, slow=True),
     "multi-token prediction, DP 2": Kind("multi-token", MULTI_TOKEN, 2, DISTRIBUTED, slow=True),
     "multi-token prediction, TP 2": Kind("multi-token", MULTI_TOKEN, 2, TENSOR_PARALLEL, slow=True),
 }
 
 HOW = "loss curve of one process from one checkpoint, 6 steps"
 # Older loops make these in other ways, and 0.20 in development cannot make the second one of local layers.
-ONLY = {"HybridModel": [since("0.19")], "multi-token": [since("0.19"), until("0.19")]}
+ONLY = {"HybridModel": [since("0.19")], "Mamba": [since("0.19")], "multi-token": [since("0.19"), until("0.19")]}
 # By the first word of a case.
 ROWS = {
     "experts,": pytest.mark.supports("mixture of experts: EP, with TP and expert TP, interleaved PP", HOW),
@@ -112,6 +119,9 @@ ROWS = {
     "two": pytest.mark.supports("several distributed-optimizer instances", HOW),
     "decoupled": pytest.mark.supports("`--decoupled-lr`, tied and untied", f"{HOW}; each weight moves by its own rate"),
     "HybridModel": pytest.mark.supports("HybridModel of attention and MLP layers", f"{HOW}; resumed bit for bit"),
+    "Mamba": pytest.mark.supports(
+        "HybridModel with Mamba layers", f"{HOW}, the scan in plain torch; resumed bit for bit; decay by parameter"
+    ),
     "multi-token": pytest.mark.supports("multi-token prediction", f"{HOW}; resumed bit for bit"),
 }
 
@@ -192,7 +202,7 @@ def moved_by(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], rate: d
         if lr == 0.0:
             assert torch.equal(before, after), f"{key} is frozen"
             continue
-        decay = 0.0 if "bias" in key or "norm" in key else 0.1
+        decay = 0.0 if re.search(r"bias|norm|A_log|mixer\.D$", key) else 0.1
         signs = (before - after) / lr - decay * before
         assert (signs - signs.round()).abs().max() < 0.03, f"{key} did not go by {lr}"
         assert signs.round().abs().max() == 1, key
@@ -209,6 +219,7 @@ def moved_by(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], rate: d
             f"--decoupled-lr 3e-4 --decoupled-min-lr 3e-4 {UNTIED}",
             {"word_embeddings": 3e-4, "output_layer": 3e-4, "norm": 1e-5, "": 1e-4},
         ),
+        pytest.param("mamba", MAMBA, {"": 1e-4}, marks=[pytest.mark.slow, *ONLY["Mamba"]]),
         ("frozen", "", {"word_embeddings": 0.0, "fc1.weight": 0.0, "fc1.bias": 0.0, "proj.bias": 0.0, "": 1e-4}),
     ],
 )
@@ -227,6 +238,7 @@ def test_each_parameter_moves_by_its_own_learning_rate_and_weight_decay(
         pytest.param("frozen-layer", DISTRIBUTED, marks=pytest.mark.slow),
         pytest.param(None, f"{MOE} {DISTRIBUTED} --expert-model-parallel-size 2 {CANONICAL}", marks=pytest.mark.slow),
         pytest.param("hybrid", f"{HYBRID} {DISTRIBUTED} {CANONICAL}", marks=[pytest.mark.slow, *ONLY["HybridModel"]]),
+        pytest.param("mamba", f"{MAMBA} {DISTRIBUTED} {CANONICAL}", marks=[pytest.mark.slow, *ONLY["Mamba"]]),
         pytest.param(
             "multi-token", f"{MULTI_TOKEN} {DISTRIBUTED} {CANONICAL}", marks=[pytest.mark.slow, *ONLY["multi-token"]]
         ),

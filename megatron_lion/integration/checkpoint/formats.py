@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_lion.config import LionError, LionOptions
 
@@ -24,8 +25,10 @@ EXPERTS_APART = (
     "Megatron cannot convert it: resume with the --expert-model-parallel-size that it was saved with, or load only "
     "the weights (--no-load-optim)"
 )
-# Formats that belong to other ways of sharding than Lion's.
-FOREIGN_FORMATS = {"fsdp_dtensor": "Megatron-FSDP", "torch_dcp": "torch FSDP2"}
+# Megatron-FSDP's.
+FSDP_FORMAT = "fsdp_dtensor"
+# The state of one parameter in an fsdp_dtensor checkpoint.
+FSDP_STATE_KEY = re.compile(r"^optimizer\.state\..*\.(\w+)$")
 # The state of one parameter, or of one bucket of parameters, in a torch_dist checkpoint.
 STATE_KEY = re.compile(r"\boptimizer\.state\.(\w+)\.|\boptimizer\.distributed\..*\.(\w+)$")
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
@@ -34,13 +37,16 @@ MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
 def moments(state: dict[str, Any], path: str) -> frozenset[str]:
     """The kinds of momentum in the checkpoint at ``path``. Empty if unknown.
 
-    Read from the names of the tensors of a ``torch_dist`` checkpoint, or from the parameter groups in ``state`` for the
-    legacy format.
+    Read from the names of the tensors of a ``torch_dist`` or ``fsdp_dtensor`` checkpoint, or from the parameter groups in
+    ``state`` for the legacy format.
     """
     from megatron.core import dist_checkpointing
 
     if dist_checkpointing.check_is_distributed_checkpoint(path):
         return kinds_of_momentum(dist_checkpointing.load_tensors_metadata(path))
+    if (Path(path) / ".metadata").is_file():
+        found = map(FSDP_STATE_KEY.match, FileSystemReader(path).read_metadata().state_dict_metadata)
+        return MOMENTS & {match[1] for match in found if match}
     parts = state.get("optimizer") or []
     parts = [part.get("optimizer", part) for part in (parts if isinstance(parts, list) else [parts])]
     keys = {key for part in parts for group in part.get("param_groups", ()) for key in group}
@@ -56,11 +62,21 @@ def kinds_of_momentum(keys: Iterable[str]) -> frozenset[str]:
 
 
 def refuse_foreign_format(args: Any) -> None:
-    """Raise LionError for the ``--ckpt-format`` of a sharding that Lion does not support."""
-    if args.ckpt_format in FOREIGN_FORMATS:
+    """Raise LionError for a ``--ckpt-format`` that does not fit to how the run is sharded."""
+    is_fsdp = getattr(args, "use_megatron_fsdp", False)
+    if args.ckpt_format == "torch_dcp":
         raise LionError(
-            f"--ckpt-format {args.ckpt_format} is the format of {FOREIGN_FORMATS[args.ckpt_format]}, which Lion does "
-            "not support: use torch_dist, the default, or torch"
+            "--ckpt-format torch_dcp is the format of torch FSDP2, which Lion does not support: use torch_dist, the "
+            "default, or torch"
+        )
+    if args.ckpt_format == FSDP_FORMAT and not is_fsdp:
+        raise LionError(
+            f"--ckpt-format {FSDP_FORMAT} is the format of Megatron-FSDP: add --use-megatron-fsdp, or use torch_dist, "
+            "the default, or torch"
+        )
+    if args.ckpt_format != FSDP_FORMAT and is_fsdp:
+        raise LionError(
+            f"--use-megatron-fsdp cannot save or load --ckpt-format {args.ckpt_format}: add --ckpt-format {FSDP_FORMAT}"
         )
 
 
@@ -103,6 +119,14 @@ def refuse_another_layout(load_dir: str, state: dict[str, Any], saved_args: Any,
     """
     if not hasattr(args, "data_parallel_size"):  # the command line is not complete yet (--use-checkpoint-args)
         return
+    saved_format, running_format = getattr(saved_args, "ckpt_format", args.ckpt_format), args.ckpt_format
+    if FSDP_FORMAT in (saved_format, running_format):
+        if saved_format != running_format:
+            raise LionError(
+                f"the checkpoint in {load_dir} is in the format {saved_format} and this run's is {running_format}: "
+                f"Megatron-FSDP reads only {FSDP_FORMAT}, and other runs cannot read that. Resume as it was saved"
+            )
+        return  # it is for any layout
     from megatron.core.dist_checkpointing import load_content_metadata
 
     saved_sharded = getattr(saved_args, "use_distributed_optimizer", args.use_distributed_optimizer)

@@ -189,8 +189,25 @@ def reduces_norm_over_all_ranks(sub_optimizer: Any) -> bool:
 
 
 def gradient_of(sub_optimizer: Any, param: Any) -> Any:
-    """The gradient of ``param``, one of the parameters of ``sub_optimizer``; None if it has none."""
-    return getattr(param, "decoupled_grad" if is_precision_aware(sub_optimizer.config) else "grad", None)
+    """The gradient of ``param``, one of the parameters of ``sub_optimizer``; None if it has none.
+
+    With Megatron-FSDP it is this rank's part of it, as Megatron's gradient norm takes it (0.19.2: optimizer 265).
+    """
+    grad = getattr(param, "decoupled_grad" if is_precision_aware(sub_optimizer.config) else "grad", None)
+    return getattr(grad, "_local_tensor", grad)
+
+
+def uses_megatron_fsdp(model_chunks: list[Any]) -> bool:
+    """Whether Megatron-FSDP shards the model."""
+    return bool(getattr(getattr(model_chunks[0], "ddp_config", None), "use_megatron_fsdp", False))
+
+
+def original(param: Any) -> Any:
+    """The parameter of the model that Megatron-FSDP replaced by the DTensor ``param``; ``param`` itself if it did not.
+
+    It has the shape of the tensor-parallel rank's parameter, and marks that the DTensor lacks.
+    """
+    return getattr(param, "orig_param", param)
 
 
 def shard_range(sub_optimizer: Any, param: Any) -> tuple[int, int]:

@@ -88,6 +88,7 @@ _OPTIMIZER = "megatron.core.optimizer"
 _CONFIG = "megatron.core.optimizer.optimizer_config"
 _SHARDED = "megatron.core.optimizer.distrib_optimizer"
 _BUFFERS = "megatron.core.distributed.param_and_grad_buffer"
+_FSDP = "megatron.core.distributed.fsdp.src.megatron_fsdp"
 _CHECKPOINT = "megatron.core.dist_checkpointing"
 CORE: tuple[Seam, ...] = (
     # Functions that build an optimizer look up the classes that ours replace.
@@ -162,6 +163,7 @@ CORE: tuple[Seam, ...] = (
             "HybridDeviceOptimizer",
             "buffers",
             "data_parallel_group",
+            "ddp_config",
             "distributed_optimizer_instance_id",
             "is_stub_optimizer",
             "model_chunks",
@@ -196,6 +198,30 @@ CORE: tuple[Seam, ...] = (
         until="0.19",
     ),
     Seam(_SHARDED, "DistributedOptimizer.sharded_param_state_dp_reshardable", ("self", "is_loading")),
+    # Megatron-FSDP: torch, which the CPU replaces there, marks on the parameters, and the fp32 main weights.
+    Seam("megatron.core.distributed.fsdp.mcore_fsdp_adapter", "torch"),
+    Seam(f"{_FSDP}.megatron_fsdp", "torch"),
+    Seam(_OPTIMIZER, "get_megatron_optimizer", uses=("use_megatron_fsdp", "ChainedOptimizer"), since="0.17"),
+    Seam(_SHARDED, "DistributedOptimizer._param_name", ("self", "param"), since="0.17"),
+    Seam(
+        _SHARDED,
+        "DistributedOptimizer._param_groups_to_param2group_meta",
+        ("self", "param_groups"),
+        uses=("_param_name",),
+        since="0.17",
+    ),
+    Seam(
+        f"{_FSDP}.param_and_grad_buffer",
+        "ParamAndGradBuffer._init_optimizer_named_parameters",
+        uses=("orig_param", "megatron_fsdp_slice", "megatron_fsdp_dist_index"),
+        since="0.17",
+    ),
+    Seam(
+        f"{_FSDP}.param_and_grad_buffer",
+        "ParamAndGradBuffer.copy_main_weights_to_model_weights",
+        uses=("parameter_groups", "main_weight_buffer"),
+        since="0.17",
+    ),
     Seam(_BUFFERS, "_ParamAndGradBuffer.__init__", uses=("buckets", "param_index_map", "params")),
     Seam(
         _BUFFERS,

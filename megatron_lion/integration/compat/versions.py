@@ -42,6 +42,8 @@ class MegatronTraits:
     """a saved parameter group is found by its rates too; before 0.19 only by multipliers and kind"""
     waits_before_it_frees: bool = True
     """an interleaved pipeline frees an activation when it is sent; before 0.18 possibly earlier (4047)"""
+    runs_lion_with_fsdp: bool = True
+    """its Megatron-FSDP was run with Lion"""
     has_a_wheel_with_a_loop: bool = True
     """its wheel holds ``megatron.training``; before 0.17 only a checkout does"""
     packed_batch_flag: str = "has_cu_seqlens"
@@ -68,6 +70,7 @@ TRAITS = {
         moe_metrics_are_objects=False,
         sync_asks_optimizer=False,
         groups_are_found_by_rates=False,
+        runs_lion_with_fsdp=False,
         has_a_wheel_with_a_loop=False,
         loop_builds_gpt=False,
         loop_takes_arguments=False,

@@ -9,7 +9,8 @@ from megatron_lion.config import LionError
 from megatron_lion.integration.flags import state_precision
 
 # Settings of the command line, of the model's or of the optimizer's configuration, with why and what to do.
-# CPU offload and unsharded optimizers are refused by LionOptions, Megatron-FSDP and torch FSDP2 for Lion as a whole.
+# CPU offload and unsharded optimizers are refused by LionOptions, Megatron-FSDP by optimizer/refusals.py, and torch
+# FSDP2 for Lion as a whole.
 _QUANTIZED = "a replay writes 16-bit and fp32 parameters only"
 _GRAPHS = "a captured graph would not replay the signs"
 UNSUPPORTED = {

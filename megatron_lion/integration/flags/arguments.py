@@ -67,6 +67,8 @@ def _validate_lion(stock: Callable[..., Any], args: Any, defaults: dict[str, Any
 def _settle(args: Any) -> LionOptions:
     """Check the command line, turn it into options and write these back, for Megatron's configuration to copy."""
     torch_cuda.require_device()
+    if getattr(args, "use_megatron_fsdp", False):
+        args.use_distributed_optimizer = True  # as Megatron sets it later
     refusals.refuse_flags(args)
     formats.refuse_foreign_format(args)
     check_rates(args.lr, args.weight_decay, args.min_lr)

@@ -14,9 +14,10 @@ import torch
 
 from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
+from megatron_lion.integration.checkpoint import fsdp_dtensor
 from megatron_lion.integration.exchange import sign_gather
 from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import config_fields, fast_norm, offload, refusals, startup_report
+from megatron_lion.integration.optimizer import config_fields, fast_norm, fsdp, offload, refusals, startup_report
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer, init_lion_state
 from megatron_lion.integration.optimizer.sgd_and_adam import (
@@ -42,18 +43,26 @@ def get_megatron_optimizer(
     if config.optimizer == "adam" and not compat.has_te_or_apex():
         with compat.temporarily(optimizers, DistributedOptimizer=TorchAdamDistributedOptimizer):
             return build()
+    if "muon" in config.optimizer and getattr(config, "muon_scalar_optimizer", None) == "lion":
+        console.say(
+            f"--muon-scalar-optimizer lion: what --optimizer {config.optimizer} does not update is on stock Megatron's "
+            f"Lion, betas ({config.lion_beta1:g}, {config.lion_beta2:g}); this package's Lion is --optimizer lion"
+        )
     return build()
 
 
 def build_lion(config: Any, model_chunks: list[Any], **kwargs: Any) -> Any:
     """Build Lion with the arguments of ``get_megatron_optimizer``, without registration.
 
-    Raises LionError if this Megatron is not supported, and as registration's ``get_megatron_optimizer`` does.
+    Raises LionError if this Megatron is not supported, for Megatron-FSDP, and as registration's
+    ``get_megatron_optimizer`` does.
     """
     import megatron.core.optimizer as optimizers
 
     compat.require_supported_version()
     compat.require(compat.seams_of(training=False))
+    if compat.uses_megatron_fsdp(model_chunks) and not fsdp_dtensor.is_registered():
+        raise LionError("Lion's checkpoints of Megatron-FSDP need megatron_lion.register(): call it first")
     stock = inspect.unwrap(optimizers.get_megatron_optimizer)
     optimizer = _build_lion(config, model_chunks, functools.partial(stock, config, model_chunks, **kwargs))
     for name in ("sharded_state_dict", "save_parameter_state"):
@@ -138,7 +147,10 @@ def _build_lion(config: Any, model_chunks: list[Any], build: Callable[[], Any]) 
     fast_norm.check(options, model_chunks)
     options.write_to(config)
     stored = {"momentum_dtype": options.momentum_dtype, "master_weights": options.master_weights}
-    if not state_precision.use_precision_aware_path(config, options, model_chunks):
+    is_fsdp = compat.uses_megatron_fsdp(model_chunks)
+    if is_fsdp:  # it holds the masters, in fp32
+        compat.set_precision_aware(config, False)
+    elif not state_precision.use_precision_aware_path(config, options, model_chunks):
         stored = {}  # Megatron keeps the masters, and Lion's momentum has their dtype
     with (
         compat.as_sgd(config),
@@ -147,12 +159,12 @@ def _build_lion(config: Any, model_chunks: list[Any], build: Callable[[], Any]) 
             optimizers,
             SGD=functools.partial(_lion_in_place_of_sgd, options, stored),
             HybridDeviceOptimizer=functools.partial(offload.build, options),
-            DistributedOptimizer=LionDistributedOptimizer,
+            DistributedOptimizer=fsdp.LionFSDPOptimizer if is_fsdp else LionDistributedOptimizer,
             ChainedOptimizer=LionChainedOptimizer,
             log_single_rank=functools.partial(_log_the_real_name, optimizers.log_single_rank),
         ),
     ):
-        optimizer = _with_init_state(build(), init_lion_state)
+        optimizer = _with_init_state(fsdp.in_a_chain(build(), LionChainedOptimizer), init_lion_state)
     optimizer.options = options
     for sub_optimizer in compat.sub_optimizers_of(optimizer):
         sub_optimizer.options = options

@@ -7,16 +7,28 @@ import inspect
 import sys
 from typing import Any
 
-from megatron_lion.config import LionError, LionOptions, check_rates
+from megatron_lion.config import LionError, LionOptions, check_rates, dtype_name
+from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint import formats
 from megatron_lion.integration.exchange import refusals as exchange
 from megatron_lion.integration.flags import state_precision
 
 # Megatron's flags that Lion does not support, and the alternative to suggest.
 UNSUPPORTED = {
-    "use_megatron_fsdp": "Megatron-FSDP has its own optimizer state layout. Use --use-distributed-optimizer",
-    "use_torch_fsdp2": "torch FSDP2 is not supported with Lion. Use --use-distributed-optimizer",
+    "use_torch_fsdp2": (
+        "Megatron cannot resume its checkpoints with any optimizer. Use --use-megatron-fsdp --ckpt-format fsdp_dtensor"
+    ),
     "optimizer_cuda_graph": "a captured step would reuse the learning rate of its first capture. Remove the flag",
+}
+# Settings that are not supported where Megatron-FSDP shards the model, with why and what to do.
+UNSUPPORTED_WITH_FSDP = {
+    "fp16": "its gradients have no loss scale. Use --bf16",
+    "optimizer_cpu_offload": "it passes DTensors to the optimizer. Remove one of them",
+    "use_precision_aware_optimizer": (
+        "Megatron-FSDP stores the fp32 master weights. Remove the flag; --lion-momentum-dtype bf16 or int8 makes the "
+        "momentum smaller"
+    ),
+    "overlap_param_gather_with_optimizer_step": "Megatron-FSDP gathers before each module runs. Remove the flag",
 }
 
 
@@ -25,6 +37,53 @@ def refuse_flags(args: Any) -> None:
     for dest in UNSUPPORTED:
         if getattr(args, dest, None):
             raise _unsupported(dest)
+    if getattr(args, "use_megatron_fsdp", False):
+        refuse_fsdp_settings(args, args, LionOptions.from_config(args), args.pipeline_model_parallel_size, args.swiglu)
+
+
+def refuse_fsdp_settings(
+    settings: Any, ddp_settings: Any, options: LionOptions, pipeline_stages: int, is_gated: bool
+) -> None:
+    """Raise LionError for a setting that Lion does not support where Megatron-FSDP shards the model.
+
+    ``settings`` and ``ddp_settings`` are the command line, or the configurations of the optimizer and of FSDP.
+    """
+    release = f"megatron-core {compat.megatron_version()}"
+    version = getattr(ddp_settings, "megatron_fsdp_version", 1)
+    masters = dtype_name(getattr(ddp_settings, "megatron_fsdp_main_params_dtype", "fp32"))
+    has_fp32_masters = masters == "fp32" or (masters in ("auto", "None") and not settings.bf16)
+    strategy = ddp_settings.data_parallel_sharding_strategy
+    found = {
+        f"--{dest.replace('_', '-')}": (getattr(settings, dest, False), why)
+        for dest, why in UNSUPPORTED_WITH_FSDP.items()
+    }
+    found |= {
+        release: (
+            not compat.installed_traits().runs_lion_with_fsdp,
+            "it is supported from 0.17 on. Use --use-distributed-optimizer",
+        ),
+        f"--megatron-fsdp-version {version}": (version != 1, "it cannot save optimizer state. Use 1"),
+        f"--megatron-fsdp-main-params-dtype {masters}": (not has_fp32_masters, "Lion steps fp32 masters. Use fp32"),
+        f"--lion-master-weights {options.master_weights}": (
+            options.master_weights != "fp32",
+            "Megatron-FSDP stores fp32 master weights. Use fp32",
+        ),
+        f"--lion-gather {options.gather}": (
+            options.gather != "params",
+            "Megatron-FSDP gathers parameters itself. Use params",
+        ),
+        f"--data-parallel-sharding-strategy {strategy} with --swiglu": (
+            is_gated and strategy == "no_shard",
+            "Megatron cannot save gated layers that are not sharded. Use another strategy",
+        ),
+        f"--pipeline-model-parallel-size {pipeline_stages}": (
+            pipeline_stages > 1,
+            "in its checkpoints the layers of two stages have the same names. Use tensor parallelism",
+        ),
+    }
+    for what, (is_asked, why) in found.items():
+        if is_asked:
+            raise LionError(f"{what} is not supported with --optimizer lion and --use-megatron-fsdp: {why}")
 
 
 def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any]) -> None:
@@ -44,9 +103,13 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
             "MimoModel is not supported with --optimizer lion: Megatron builds an optimizer for each of its modules, "
             "on different ranks. Use another optimizer"
         )
+    if compat.uses_megatron_fsdp(model_chunks):
+        model = getattr(model_chunks[0], "config", None)
+        stages = getattr(model, "pipeline_model_parallel_size", 1)
+        is_gated = getattr(model, "gated_linear_unit", False)
+        refuse_fsdp_settings(config, model_chunks[0].ddp_config, options, stages, is_gated)
+        return
     for chunk in model_chunks:
-        if getattr(getattr(chunk, "ddp_config", None), "use_megatron_fsdp", False):
-            raise _unsupported("use_megatron_fsdp")
         if any(_is_dtensor(param) for param in chunk.parameters()):
             raise _unsupported("use_torch_fsdp2")
     formats.refuse_layers_frozen_apart(options, model_chunks)

@@ -11,7 +11,7 @@ from megatron_lion.config import check_choice
 from megatron_lion.lion import Grads, Lion
 from megatron_lion.plan import GroupPlan, present
 from megatron_lion.precision import BlockLayout
-from megatron_lion.step import StepScalars
+from megatron_lion.step import StepScalars, local_tensor
 from megatron_lion.storage import State, master_values, momentum_values, storage_of
 from megatron_lion.telemetry import Telemetry
 
@@ -49,7 +49,7 @@ class ShardedLion(Lion):
     def state_bytes(self) -> tuple[int, int]:
         """Bytes of momentum and of master weights, including state that is not yet allocated."""
         sizes = [
-            storage_of(group).sizes(param, self._block_layout(param))
+            storage_of(group).sizes(self._stored(param), self._block_layout(param))
             for group in self.param_groups
             for param in group["params"]
         ]
@@ -64,7 +64,7 @@ class ShardedLion(Lion):
         if name == "exp_avg":
             return momentum_values(self.state[param], self._block_layout(param))
         check_choice("state", name, ("exp_avg", "master_param"))
-        return master_values(self.state[param], param)
+        return master_values(self.state[param], self._stored(param))
 
     @torch.no_grad()
     def set_scaled_state(self, param: Tensor, name: str, value: Tensor) -> None:
@@ -75,15 +75,16 @@ class ShardedLion(Lion):
         """
         group = next(group for group in self.param_groups if any(param is other for other in group["params"]))
         if name == "exp_avg":
-            storage_of(group).set_momentum(self.state[param], param, value, self._block_layout(param), exact=True)
+            stored, layout = self._stored(param), self._block_layout(param)
+            storage_of(group).set_momentum(self.state[param], stored, value, layout, exact=True)
         else:
             check_choice("state", name, ("exp_avg", "master_param"))
-            storage_of(group).set_master(self.state[param], param, value)
+            storage_of(group).set_master(self.state[param], self._stored(param), value)
 
     def unquantized(self) -> int:
         """Number of elements with loaded momentum that is still fp32 and becomes int8 in the next step."""
         return sum(
-            param.numel()
+            self._stored(param).numel()
             for group in self.param_groups
             for param in (group["params"] if group["momentum_dtype"] == "int8" else ())
             if param in self.state and "exp_avg_scale" not in self.state[param]
@@ -112,9 +113,13 @@ class ShardedLion(Lion):
             return super()._gradients(params)
         return [getattr(param, "decoupled_grad", None) for param in params]
 
+    def _stored(self, param: Tensor) -> Tensor:
+        """This rank's local tensor of a DTensor, so that state is plain tensors in any storage precision."""
+        return local_tensor(param.detach())
+
     def _block_layout(self, param: Tensor) -> BlockLayout:
         layout = self.blocks.get(param)
-        return BlockLayout.of_whole(param) if layout is None else layout
+        return BlockLayout.of_whole(self._stored(param)) if layout is None else layout
 
     def _model_copies(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
         return [self.model_copies[param] for param in params] if params[0] in self.model_copies else None

@@ -12,6 +12,7 @@ from megatron_lion.integration.console import say, warn
 from megatron_lion.integration.cpu import torch_cuda
 from megatron_lion.integration.exchange import sign_gather
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer
+from megatron_lion.integration.optimizer.fsdp import LionFSDPOptimizer
 from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
 from megatron_lion.integration.rehearsal import fake_ranks
 from megatron_lion.integration.reporting import gradient_shards
@@ -111,6 +112,7 @@ def _count_over_ranks(trainable: list[Any], missed: list[Any]) -> tuple[int, int
     every rank of its group but counts as a tensor on the first one only; a tied copy on another stage adds nothing.
     If the other ranks do not exist, the numbers are those of this rank.
     """
+    trainable, missed = (list(map(compat.original, params)) for params in (trainable, missed))
     if fake_ranks.is_active():
         return len(trainable), len(missed), sum(param.numel() for param in trainable)
     counts = [0.0, 0.0, 0.0]
@@ -141,7 +143,9 @@ def _state_bytes(options: LionOptions, config: Any, optimizer: Any) -> tuple[str
             sub_optimizer, "shard_fp32_from_float16_groups", getattr(sub_optimizer, "fp32_from_float16_groups", [])
         )
         master += sum(p.numel() * p.element_size() for group in copies for p in group if p is not None)
-        if config.use_distributed_optimizer:
+        if isinstance(sub_optimizer, LionFSDPOptimizer):
+            master += sub_optimizer.master_bytes()
+        elif config.use_distributed_optimizer:
             dp = max(dp, sub_optimizer.data_parallel_group.size())
     largest = torch.tensor([momentum, master, on_host, dp], dtype=torch.int64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
@@ -150,7 +154,12 @@ def _state_bytes(options: LionOptions, config: Any, optimizer: Any) -> tuple[str
     state = f"{options.momentum_dtype} momentum {_megabytes(momentum)}" + (
         f" + {kept} {_megabytes(master)}" if master else " (fp32 parameters are their own master)"
     )
-    sharding = f"state sharded over DP={dp}" if config.use_distributed_optimizer else "state on every rank, not sharded"
+    if isinstance(sub_optimizers[0], LionFSDPOptimizer):
+        sharding = sub_optimizers[0].sharding()
+    elif config.use_distributed_optimizer:
+        sharding = f"state sharded over DP={dp}"
+    else:
+        sharding = "state on every rank, not sharded"
     return sharding, state + (f", {_megabytes(on_host)} of it on the CPU" if on_host else "")
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 from megatron_lion.stats import Counted
 
@@ -118,8 +119,11 @@ def is_counted(param: torch.nn.Parameter) -> bool:
     return bool(getattr(param, "tensor_model_parallel", False)) or tensor_parallel_rank(param) == 0
 
 
-def counts_here(sub_optimizer: Any, param: torch.nn.Parameter) -> bool:
+def counts_here(sub_optimizer: Any, param: Any) -> bool:
     """Whether this rank counts the elements of ``param`` that ``sub_optimizer`` updates: its shard, or all of them."""
+    if hasattr(param, "device_mesh"):  # Megatron-FSDP's; each copy of a shard is on another rank of the mesh
+        places = zip(param.device_mesh.get_coordinate(), param.placements, strict=False)
+        return is_counted(param) and not any(rank for rank, place in places if place.is_replicate())
     if hasattr(sub_optimizer, "distributed_optimizer_instance_id"):
         return is_counted(param) and sub_optimizer.distributed_optimizer_instance_id == 0
     return is_counted(param) and data_parallel_group(param).rank() == 0
@@ -139,7 +143,7 @@ def tensor_parallel_rank(param: torch.nn.Parameter) -> int:
 
 def is_expert(param: torch.nn.Parameter) -> bool:
     """Whether ``param`` belongs to one expert and is reduced over the experts' own groups."""
-    return not getattr(param, "allreduce", True)
+    return not getattr(compat.original(param), "allreduce", True)
 
 
 def data_parallel_group(param: torch.nn.Parameter) -> Any:
@@ -181,6 +185,11 @@ def _owned(optimizer: Any) -> Iterator[_Owned]:
         if sub_optimizer.optimizer is None:  # this rank holds none of its parameters
             continue
         for param, _, group in compat.updated_params(sub_optimizer):
+            if hasattr(param, "device_mesh"):
+                raise LionError(
+                    "the norm ratio is not supported with Megatron-FSDP, which keeps gradients in its own buffers: use "
+                    "--use-distributed-optimizer"
+                )
             if hasattr(sub_optimizer, "distributed_optimizer_instance_id"):
                 start, stop = compat.shard_range(sub_optimizer, param)
                 first_instance = sub_optimizer.distributed_optimizer_instance_id == 0
