@@ -27,6 +27,7 @@ from megatron_lion.exchange import trits
 BLOCK = 64
 CODES = ("int8", "int4", "ternary")
 LEVELS = {"int8": 127.0, "int4": 7.0}
+QUIET_NAN = 0x7FC0  # the bits of a bf16
 THRESHOLD = 0.7  # of the mean magnitude: smaller elements become 0 in a ternary block
 
 
@@ -57,8 +58,8 @@ def quantize(values: Tensor, code: str) -> tuple[Tensor, Tensor]:
         quotients = torch.where(divisors > 0, blocks / divisors, 0.0).round().clamp(-levels, levels)
     # A ternary block with an infinity keeps it, or nothing where the threshold is infinite.
     finite = magnitudes.isfinite().all(1) & scales.isfinite()
-    scales = torch.where(finite, scales, torch.nan).to(torch.bfloat16)
-    return torch.where(finite.unsqueeze(1), quotients, 0.0).to(torch.int8), scales
+    bits = scales.to(torch.bfloat16).view(torch.int16).masked_fill(~finite, QUIET_NAN)
+    return torch.where(finite.unsqueeze(1), quotients, 0.0).to(torch.int8), bits.view(torch.bfloat16)
 
 
 def dequantize(codes: Tensor, scales: Tensor, numel: int) -> Tensor:

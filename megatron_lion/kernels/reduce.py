@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_lion.config import LionError
 from megatron_lion.exchange.pieces import sum_blocks, write_blocks_
+from megatron_lion.kernels.reduce_cpu import reduce_cpu_problem, sum_blocks_cpu, write_blocks_cpu_
 
 
 class ReduceKernels(NamedTuple):
@@ -18,8 +20,23 @@ class ReduceKernels(NamedTuple):
 
 
 REFERENCE = ReduceKernels("reference", write_blocks_, sum_blocks)
+CPU = ReduceKernels("fused", write_blocks_cpu_, sum_blocks_cpu)
 
 
 def choose_reduce(kernel: str, device: torch.device) -> ReduceKernels:
-    """The implementation for gradients on ``device``. ``kernel`` is one of :data:`megatron_lion.config.KERNELS`."""
+    """The implementation for gradients on ``device``. ``kernel`` is one of :data:`megatron_lion.config.KERNELS`.
+
+    ``"auto"`` and ``"fused"`` are the compiled kernel on a CPU, or the reference if ``"auto"`` cannot be compiled.
+    Everything else is the reference.
+
+    Raises:
+        LionError: ``kernel`` is ``"fused"``, which is not available; the message has the reason.
+    """
+    if kernel not in ("auto", "fused") or device.type != "cpu":
+        return REFERENCE
+    problem = reduce_cpu_problem()
+    if problem is None:
+        return CPU
+    if kernel == "fused":
+        raise LionError(f"the fused kernels of the reduction are not available: {problem}. Use auto or reference")
     return REFERENCE

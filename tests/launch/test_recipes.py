@@ -216,6 +216,23 @@ def test_the_report_compares_both_gathers() -> None:
     assert "--lion-gather signs" in text
 
 
+def test_packed_gradients_are_fewer_bytes_and_keep_a_residual() -> None:
+    stock, packed = (recipe("gpt2_small", "lion", "a100x16", f"lion-reduce={name}") for name in ("stock", "int4"))
+    assert estimates.reduce_bytes(packed, "int4") * 32 == pytest.approx(4.25 * estimates.reduce_bytes(stock, "stock"))
+    saved = (
+        estimates.wire_bytes_per_step(stock)["data parallel"] - estimates.wire_bytes_per_step(packed)["data parallel"]
+    )
+    assert saved == pytest.approx(124_475_904 * 27.75 / 8 * 15 / 16)
+    assert estimates.memory(stock).residual == 0
+    assert estimates.memory(packed).residual == pytest.approx(124_475_904 * 15 / 16 * 66 / 64)
+    without = recipe("gpt2_small", "lion", "a100x16", "lion-reduce=int4", "lion-error-feedback=none")
+    assert estimates.memory(without).residual == 0
+    text = report.report(packed, [])
+    (line,) = (line for line in text.splitlines() if line.strip().startswith("reduction of gradients"))
+    assert "lion-reduce=int4 59.12 MiB (experimental); with lion-reduce=stock 0.43 GiB" in line
+    assert "--lion-reduce int4" in text
+
+
 # ---- the command itself ----
 
 
