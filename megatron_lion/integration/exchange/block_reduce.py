@@ -237,7 +237,7 @@ def describe(options: LionOptions, optimizer: Any) -> str:
     if not buckets:
         return "no reduction (DP=1)"
     elements = sum(bucket.numel * len(bucket.others) for bucket in buckets)
-    bits = 8 * sum(bucket.sent_bytes for bucket in buckets) / elements
+    bits = 8 * sum(sum(bucket.sent_sizes) for bucket in buckets) / elements
     stock = 8 * buckets[0].bucket.grad_data.element_size()
     kept = sum(reduce.residual_bytes for reduce in reduces_of(optimizer))
     feedback = f"{options.error_feedback} error feedback {kept / 1e6:.1f} MB" if kept else "no error feedback"

@@ -69,11 +69,9 @@ class BucketReduction:
         return [rank for rank in range(self.ranks) if rank != self.rank]
 
     @property
-    def sent_bytes(self) -> int:
-        """Bytes that this rank sends in a reduction."""
-        if self.is_compressed:
-            return sum(self.forms[rank].nbytes for rank in self.others)
-        return self.numel * self.bucket.grad_data.element_size() * len(self.others)
+    def sent_sizes(self) -> list[int]:
+        """Bytes of the message to each rank, none for this one."""
+        return [0 if rank == self.rank else self.forms[rank].nbytes for rank in range(self.ranks)]
 
     def shard(self, rank: int) -> Tensor:
         """This rank's gradient of the shard of ``rank``."""
@@ -92,10 +90,24 @@ class BucketReduction:
                 self.shard(self.rank), self.bucket.grad_data, op=op, group=self.group, async_op=async_op
             )
             return Pending(self, work, None, None, op)
-        sizes = [0 if rank == self.rank else self.forms[rank].nbytes for rank in range(self.ranks)]
-        sent = torch.empty(sum(sizes), dtype=torch.uint8, device=self.bucket.grad_data.device)
-        messages = sent.split(sizes)
         exact = self._exact_sum(op) if self.sampling == "exact" else None
+        sent = self.pack(exact)
+        mine = self.forms[self.rank].nbytes
+        received = sent.new_empty(len(self.others), mine)
+        expected = [0 if rank == self.rank else mine for rank in range(self.ranks)]
+        work = torch.distributed.all_to_all_single(
+            received.view(-1), sent, expected, self.sent_sizes, group=self.group, async_op=async_op
+        )
+        return Pending(self, work, sent, received, op)
+
+    @torch.no_grad()
+    def pack(self, exact: Tensor | None = None) -> Tensor:
+        """Return the messages to all ranks, uint8 [sum of sent_sizes], and keep what is not sent.
+
+        Moves the exact elements of other shards out of ``grad_data``. If a sample is due, it has ``exact``.
+        """
+        sent = torch.empty(sum(self.sent_sizes), dtype=torch.uint8, device=self.bucket.grad_data.device)
+        messages = sent.split(self.sent_sizes)
         for rank in self.others:
             write_exact_(messages[rank], self.shard(rank), self.forms[rank])
         if self.sampling is not None:
@@ -104,14 +116,9 @@ class BucketReduction:
             self.sampling = None
         for rank in self.others:
             self.kernels.write_blocks_(messages[rank], self.shard(rank), self.residuals.get(rank), self.forms[rank])
-        mine = self.forms[self.rank].nbytes
-        received = sent.new_empty(len(self.others), mine)
-        expected = [0 if rank == self.rank else mine for rank in range(self.ranks)]
-        work = torch.distributed.all_to_all_single(
-            received.view(-1), sent, expected, sizes, group=self.group, async_op=async_op
-        )
-        return Pending(self, work, sent, received, op)
+        return sent
 
+    @torch.no_grad()
     def receive(self, messages: Tensor, op: Any) -> None:
         """Replace this rank's shard in ``grad_data`` by the sum over all ranks, or their mean."""
         own, form = self.shard(self.rank), self.forms[self.rank]

@@ -37,7 +37,7 @@ def after_step(optimizer: Any, iteration: int) -> None:
 def report(reduces: list[BlockReduce], iteration: int) -> None:
     """One line on rank 0, TensorBoard and W&B: sums over all ranks. Issues one small all-reduce over all ranks."""
     taken = [reduce.take_sample() for reduce in reduces]
-    bits = sum(8 * bucket.sent_bytes for reduce in reduces for bucket in reduce.buckets)
+    bits = sum(8 * sum(bucket.sent_sizes) for reduce in reduces for bucket in reduce.buckets)
     elements = sum(bucket.numel * len(bucket.others) for reduce in reduces for bucket in reduce.buckets)
     here = [sum(getattr(sample, name) for sample in taken) for name in ("gradient", "residual", "unlike", "elements")]
     sums = torch.tensor([bits, elements, *here], dtype=torch.float64, device=torch.cuda.current_device())
