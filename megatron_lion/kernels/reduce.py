@@ -26,15 +26,23 @@ CPU = ReduceKernels("fused", write_blocks_cpu_, sum_blocks_cpu)
 def choose_reduce(kernel: str, device: torch.device) -> ReduceKernels:
     """The implementation for gradients on ``device``. ``kernel`` is one of :data:`megatron_lion.config.KERNELS`.
 
-    ``"auto"`` and ``"fused"`` are the compiled kernel on a CPU, or the reference if ``"auto"`` cannot be compiled.
-    Everything else is the reference.
+    ``"auto"`` and ``"fused"`` are the compiled kernel on a CPU and the Triton kernels on a GPU. Where these are not
+    available, ``"auto"`` is the reference. ``"foreach"`` and ``"reference"`` are the reference.
 
     Raises:
         LionError: ``kernel`` is ``"fused"``, which is not available; the message has the reason.
     """
-    if kernel not in ("auto", "fused") or device.type != "cpu":
+    if kernel not in ("auto", "fused"):
         return REFERENCE
-    problem = reduce_cpu_problem()
+    if device.type == "cpu":
+        problem = reduce_cpu_problem()
+    else:
+        try:
+            from megatron_lion.kernels import reduce_gpu as gpu  # Triton takes a second to import
+
+            return ReduceKernels("fused", gpu.write_blocks_gpu_, gpu.sum_blocks_gpu)
+        except ImportError as error:
+            problem = str(error)
     if problem is None:
         return CPU
     if kernel == "fused":

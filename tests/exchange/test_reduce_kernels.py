@@ -1,15 +1,30 @@
 """Every kernel of packed gradients has the reference's bits, also for NaN, infinities, denormals and short blocks."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from megatron_lion.exchange.blocks import BLOCK, CODES, Residual
 from megatron_lion.exchange.pieces import PieceFormat
 from megatron_lion.kernels.reduce import CPU, REFERENCE, choose_reduce
+from tests.exchange.exchange_cases import CUDA, DEVICE
 
+
+def triton_kernels():
+    """The Triton kernels, in Triton's interpreter where there is no GPU; None where there is no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    with pytest.MonkeyPatch.context() as patch:  # Triton looks when a kernel is defined
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        return choose_reduce("fused", CUDA)
+
+
+TRITON = triton_kernels()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 63, 64, 65, 319, 321, 1000, BLOCK * 400 + 5]
-KERNELS = pytest.mark.parametrize("kernels", [CPU], ids=["cpu"])
+FEEDBACKS = ["int8", "bf16", None]
 
 
 def gradient(numel, *, seed, dtype, special=False):
@@ -30,22 +45,46 @@ def same(one, other):
     return torch.equal(one.float().nan_to_num(nan=7.0), other.float().nan_to_num(nan=7.0))
 
 
-@KERNELS
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("feedback", ["int8", "bf16", None])
-def test_messages_residuals_and_sums_have_the_references_bits(kernels, code, dtype, feedback):
-    for numel in SIZES:
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_the_cpu_kernel_has_the_references_bits(code, dtype, feedback):
+    compare(CPU, code, dtype, feedback, SIZES)
+
+
+@pytest.mark.skipif(TRITON is None, reason="needs Triton")
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize(
+    ("dtype", "feedback"),
+    [
+        (torch.float32, "int8"),
+        *(
+            pytest.param(dtype, feedback, marks=pytest.mark.slow)
+            for dtype in DTYPES
+            for feedback in FEEDBACKS
+            if (dtype, feedback) != (torch.float32, "int8")
+        ),
+    ],
+    ids=str,
+)
+def test_the_triton_kernels_have_the_references_bits(code, dtype, feedback):
+    compare(TRITON, code, dtype, feedback, [1, 500] if DEVICE == "cpu" else SIZES)
+
+
+def compare(kernels, code, dtype, feedback, sizes):
+    """Messages, residuals and sums of ``kernels`` and of the reference, over three steps of each of ``sizes``."""
+    device = DEVICE if kernels is TRITON else "cpu"
+    for numel in sizes:
         form = PieceFormat(code, numel, dtype, exact=((0, 1),))
-        messages = torch.zeros(2, 3, form.nbytes, dtype=torch.uint8)
-        residuals = [Residual.zeros(feedback, numel, "cpu") if feedback else None for _ in range(2)]
+        messages = torch.zeros(2, 3, form.nbytes, dtype=torch.uint8, device=device)
+        residuals = [Residual.zeros(feedback, numel, device) if feedback else None for _ in range(2)]
         for step in range(3):
-            values = gradient(numel, seed=step, dtype=dtype, special=step == 2)
+            values = gradient(numel, seed=step, dtype=dtype, special=step == 2).to(device)
             for which, residual, rows in zip((REFERENCE, kernels), residuals, messages, strict=True):
                 which.write_blocks_(rows[step], values, residual, form)
             assert torch.equal(messages[0, step], messages[1, step]), (numel, step)
             assert residuals[0] is None or all(map(same, *residuals)), (numel, step)
-        own = gradient(numel, seed=7, dtype=dtype)
+        own = gradient(numel, seed=7, dtype=dtype).to(device)
         for rank in (0, 1, 3):
             sums = (which.sum_blocks(own, messages[0], rank, form) for which in (REFERENCE, kernels))
             assert same(*sums), (numel, rank)
