@@ -25,6 +25,7 @@ TRITON = triton_kernels()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 63, 64, 65, 319, 321, 1000, BLOCK * 400 + 5]
 FEEDBACKS = ["int8", "bf16", None]
+FEW = ("int4", torch.float32, "int8")  # in every run of Triton's interpreter, which takes seconds
 
 
 def gradient(numel, *, seed, dtype, special=False):
@@ -53,17 +54,13 @@ def test_the_cpu_kernel_has_the_references_bits(code, dtype, feedback):
 
 
 @pytest.mark.skipif(TRITON is None, reason="needs Triton")
-@pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize(
-    ("dtype", "feedback"),
+    ("code", "dtype", "feedback"),
     [
-        (torch.float32, "int8"),
-        *(
-            pytest.param(dtype, feedback, marks=pytest.mark.slow)
-            for dtype in DTYPES
-            for feedback in FEEDBACKS
-            if (dtype, feedback) != (torch.float32, "int8")
-        ),
+        pytest.param(code, dtype, feedback, marks=[] if (code, dtype, feedback) == FEW else [pytest.mark.slow])
+        for code in CODES
+        for dtype in DTYPES
+        for feedback in FEEDBACKS
     ],
     ids=str,
 )
