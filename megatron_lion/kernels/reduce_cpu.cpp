@@ -97,15 +97,15 @@ template <int CODE> void unpack(const uint8_t *bytes, int64_t block, int8_t *cod
             codes[j + BLOCK / 2] = static_cast<int8_t>(static_cast<int8_t>(in[j]) >> 4);
         }
     } else {
+        // byte / 3^place as a product and a shift, which are exact for all bytes up to 242
+        constexpr uint16_t FACTORS[GROUP] = {1, 171, 57, 19, 203}, SHIFTS[GROUP] = {0, 9, 9, 9, 14};
         const uint8_t *in = bytes + block / GROUP * BLOCK;
+        const uint16_t factor = FACTORS[block % GROUP], shift = SHIFTS[block % GROUP];
+#pragma omp simd
         for (int64_t j = 0; j < BLOCK; ++j) {
-            uint16_t rest = in[j], third = 0, digit = 0;
-            for (int64_t place = 0; place <= block % GROUP; ++place) {
-                third = static_cast<uint16_t>(rest * 171) >> 9; // rest / 3 below 384
-                digit = static_cast<uint16_t>(rest - 3 * third);
-                rest = third;
-            }
-            codes[j] = static_cast<int8_t>(digit - 1);
+            const uint16_t rest = static_cast<uint16_t>(in[j] * factor) >> shift;
+            const uint16_t third = static_cast<uint16_t>(rest * 171) >> 9;
+            codes[j] = static_cast<int8_t>(rest - 3 * third - 1);
         }
     }
 }
