@@ -73,7 +73,7 @@ def pack(codes: Tensor, code: str, numel: int) -> Tensor:
     if code == "ternary":
         return trits.pack_trits(codes.view(-1)[:numel])
     if code == "int4":
-        low, high = codes.split(BLOCK // 2, dim=1)
+        low, high = codes.chunk(2, dim=1)
         codes = low & 15 | high << 4
     return codes.reshape(-1).view(torch.uint8)
 
@@ -136,6 +136,6 @@ class Residual(NamedTuple):
 def _sum(blocks: Tensor) -> Tensor:
     """The sum of each block in a fixed order: halves are added until one element is left."""
     while blocks.shape[1] > 1:
-        low, high = blocks.split(blocks.shape[1] // 2, dim=1)
+        low, high = blocks.chunk(2, dim=1)
         blocks = low + high
     return blocks[:, 0]

@@ -9,7 +9,6 @@ A message is one uint8 tensor. Its size depends only on the :class:`PieceFormat`
 filled with zeros to a multiple of 16 bytes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -147,8 +146,9 @@ def sum_exact_(total: Tensor, own: Tensor, messages: Tensor, rank: int, form: Pi
         summed = torch.zeros(form.exact_numel, dtype=torch.float32, device=own.device)
         for piece in pieces:
             summed += piece
-        torch._foreach_copy_(_exact_spans(total, form), summed.split([stop - start for start, stop in form.exact]))
+        sizes = [stop - start for start, stop in form.exact]
+        torch._foreach_copy_(_exact_spans(total, form), torch.split(summed, sizes))
 
 
-def _exact_spans(shard: Tensor, form: PieceFormat) -> Sequence[Tensor]:
+def _exact_spans(shard: Tensor, form: PieceFormat) -> list[Tensor]:
     return [shard[start:stop] for start, stop in form.exact]

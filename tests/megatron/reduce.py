@@ -6,7 +6,7 @@ On every rank and in every reduction, in fp64: what was sent and what was kept i
 what an owner received is the sum of what was sent; what a flush adds to the momentum is the sum of what was kept.
 Prints the largest errors, each in units of its bound, so that 1 is allowed. With REDUCE_NAN=N step N has gradients that
 are not finite, on the last rank only. With REDUCE_KIND the model is one of ``kinds.py``, or ``core`` for
-``core_loop.py``.
+``core_loop.py``. With REDUCE_NODE=N every N ranks are taken for a node.
 """
 
 import os
@@ -26,7 +26,7 @@ from megatron_lion.integration.exchange.block_reduce import BlockReduce  # noqa:
 from megatron_lion.integration.exchange.bucket_reduction import BucketReduction  # noqa: E402
 from tests.megatron.gather import bad_gradients_in  # noqa: E402
 
-NAMES = ("reductions", "kept", "received", "flushes", "flushed", "cleared")
+NAMES = ("reductions", "nodes", "kept", "received", "flushes", "flushed", "cleared")
 FOUND: Counter[str] = Counter()
 BF16 = 2.0**-8  # relative error of a rounding to bf16
 FP32 = 2.0**-22
@@ -56,19 +56,18 @@ def sent_values(bucket: BucketReduction, rank: int, message: torch.Tensor) -> to
 
 
 def check_reductions() -> None:
-    start, receive = BucketReduction.start, BucketReduction.receive
+    pack, receive = BucketReduction.pack, BucketReduction.receive
 
-    def checked_start(self: Any, op: Any, *, async_op: bool) -> Any:
-        gradient = {rank: self.shard(rank).double() for rank in range(self.ranks)}
+    def checked_pack(self: Any, exact: Any = None) -> torch.Tensor:
+        check_node(self)
+        whole = {rank: self.shard(rank).double() for rank in range(self.ranks)}
         kept = {rank: kept_values(self, rank) for rank in self.others}
-        pending = start(self, op, async_op=async_op)
-        if not self.is_compressed:
-            return pending
+        sent = pack(self, exact)
         FOUND["reductions"] += 1
-        messages = pending.sent.split([self.forms[rank].nbytes for rank in self.others])
-        whole = gradient
-        for rank, message in zip(self.others, messages, strict=True):
-            whole[rank], wanted = sent_values(self, rank, message), gradient[rank] + kept[rank]
+        for rank, message in enumerate(sent.split(self.sent_sizes)):
+            if rank == self.rank:
+                continue
+            wanted, whole[rank] = whole[rank] + kept[rank], sent_values(self, rank, message)
             if self.residuals:
                 left = kept_values(self, rank)
                 largest = (wanted - whole[rank]).abs()
@@ -78,17 +77,34 @@ def check_reductions() -> None:
                 note("kept", (wanted - whole[rank] - left).abs(), stored + FP32 * wanted.abs() + 1e-38)
         self.expected = torch.cat([whole[rank] for rank in range(self.ranks)])
         torch.distributed.all_reduce(self.expected, group=self.group)
-        return pending
+        return sent
 
     def checked_receive(self: Any, messages: torch.Tensor, op: Any) -> None:
         receive(self, messages, op)
         expected = self.expected.view(self.ranks, -1)[self.rank]
-        half = self.bucket.grad_data.dtype != torch.float32
         scale = 1.0 / self.ranks if op == torch.distributed.ReduceOp.AVG else 1.0
-        bound = expected.abs() * (BF16 if half else FP32) + expected.abs().max() * FP32 + 1e-38
-        note("received", (self.shard(self.rank).double() - expected * scale).abs(), bound)
+        note("received", (self.owned.double() - expected * scale).abs(), rounding(self, expected))
 
-    BucketReduction.start, BucketReduction.receive = checked_start, checked_receive
+    BucketReduction.pack, BucketReduction.receive = checked_pack, checked_receive
+
+
+def rounding(bucket: BucketReduction, expected: torch.Tensor) -> torch.Tensor:
+    """What a sum may be off by, in the dtype of the gradient buffer."""
+    stored = FP32 if bucket.bucket.grad_data.dtype == torch.float32 else BF16
+    return expected.abs() * stored + expected.abs().max() * FP32 + 1e-38
+
+
+def check_node(bucket: BucketReduction) -> None:
+    """On two levels, what is packed is the sum of this node's gradients."""
+    inner = bucket.levels.inner
+    if inner is None:
+        return
+    FOUND["nodes"] += 1
+    whole = bucket.bucket.grad_data.double()
+    torch.distributed.all_reduce(whole, group=inner)
+    expected = whole.view(-1, bucket.numel)[bucket.levels.shards].view(-1)
+    found = torch.cat([bucket.shard(rank) for rank in range(bucket.ranks)]).double()
+    note("received", (found - expected).abs(), rounding(bucket, expected))
 
 
 def check_flushes() -> None:
@@ -145,6 +161,8 @@ def main() -> None:
     if "REDUCE_UNCHECKED" not in os.environ:
         check_reductions()
         check_flushes()
+    if "REDUCE_NODE" in os.environ:
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ["REDUCE_NODE"]
     if "REDUCE_NAN" in os.environ:
         bad_gradients_in(int(os.environ["REDUCE_NAN"]))
     kind = os.environ.get("REDUCE_KIND", "")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from megatron_lion.config import LionError, LionOptions
-from megatron_lion.integration.exchange import refusals
+from megatron_lion.integration.exchange import levels, refusals
 from tests.harness import (
     BATCH,
     CPU,
@@ -146,6 +146,44 @@ def test_what_is_sent_and_what_is_kept_is_the_gradient(text: Path, tmp_path: Pat
         for _, bits, kept, unlike in logged:
             assert least < float(bits) < most
             assert 0 < float(kept) < 2 and 0 <= float(unlike) < 40
+
+
+@SUPPORTED
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (4, f"{INT4} --bf16 --micro-batch-size 1 {BUCKETS} --lion-gather signs"),
+        (4, f"{TERNARY} --micro-batch-size 1 --ddp-average-in-collective"),
+        (8, f"{INT4} --bf16 --micro-batch-size 1 --pipeline-model-parallel-size 2"),
+    ],
+)
+def test_ranks_of_a_node_are_summed_before_their_sum_is_packed(
+    text: Path, tmp_path: Path, ranks: int, flags: str
+) -> None:
+    """Two nodes of two data-parallel ranks; with the pipeline, its stages have two such nodes each."""
+    done = finished(run(text, tmp_path, row=Row(ranks, flags), environment={"REDUCE_NODE": "2"}))
+    found = reduced(done)
+    assert len(found) == ranks
+    assert_adds_up(found)
+    assert all(rank["nodes"] == rank["reductions"] for rank in found)
+    assert any("reduction of gradients between nodes" in line for line in done.ours())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_node", "nodes"),
+    [
+        ([0, 1, 2, 3], 2, [[0, 1], [2, 3]]),
+        ([0, 2, 4, 6], 4, [[0, 2], [4, 6]]),
+        ([0, 1, 2, 3], 4, [[0, 1, 2, 3]]),
+        ([0, 4, 8], 4, [[0, 4, 8]]),
+        ([0, 1, 2], 2, [[0, 1, 2]]),
+        ([0, 2, 1, 3], 2, [[0, 2, 1, 3]]),
+    ],
+    ids=["two nodes", "with tensor parallelism", "one node", "one rank in each", "uneven", "out of order"],
+)
+def test_levels(ranks: list[int], per_node: int, nodes: list[list[int]]) -> None:
+    assert levels.ranks_by_node(ranks, per_node) == nodes
 
 
 @SUPPORTED

@@ -12,6 +12,7 @@ from megatron_lion.config import LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.exchange.bucket_reduction import BucketReduction
 from megatron_lion.integration.exchange.groups import bucket_groups_of, param_starts
+from megatron_lion.integration.exchange.levels import Levels, levels_of
 from megatron_lion.integration.exchange.reducing_groups import ReducingBucketGroup, convert, convert_buffer
 from megatron_lion.kernels.reduce import choose_reduce
 from megatron_lion.update import lion_sign
@@ -169,12 +170,16 @@ def install(options: LionOptions, optimizer: Any) -> None:
         if sub_optimizer.is_stub_optimizer or sub_optimizer.data_parallel_group.size() == 1:
             continue
         groups = []
+        levels: dict[Any, Levels] = {}
         for group in bucket_groups_of(sub_optimizer):
+            ranks = group.intra_distributed_optimizer_instance_group
+            if ranks not in levels:
+                levels[ranks] = levels_of(ranks)
             reductions = [
                 BucketReduction(
                     bucket,
                     param_starts(sub_optimizer, bucket),
-                    group.intra_distributed_optimizer_instance_group,
+                    levels[ranks],
                     choose_reduce(options.kernel, bucket.grad_data.device),
                     code=options.reduce,
                     feedback=options.error_feedback,
@@ -241,7 +246,8 @@ def describe(options: LionOptions, optimizer: Any) -> str:
     stock = 8 * buckets[0].bucket.grad_data.element_size()
     kept = sum(reduce.residual_bytes for reduce in reduces_of(optimizer))
     feedback = f"{options.error_feedback} error feedback {kept / 1e6:.1f} MB" if kept else "no error feedback"
+    where = "" if buckets[0].levels.inner is None else " between nodes"
     return (
-        f"experimental {options.reduce} reduction of gradients ({buckets[0].kernels.name}, {bits:.2f} bits per "
+        f"experimental {options.reduce} reduction of gradients{where} ({buckets[0].kernels.name}, {bits:.2f} bits per "
         f"parameter instead of {stock}, {feedback})"
     )

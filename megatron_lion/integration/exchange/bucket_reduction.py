@@ -10,6 +10,7 @@ from torch.distributed import ReduceOp
 from megatron_lion.exchange.blocks import Residual
 from megatron_lion.exchange.pieces import PieceFormat, sum_exact_, write_exact_
 from megatron_lion.integration import compat
+from megatron_lion.integration.exchange.levels import Levels
 from megatron_lion.kernels.reduce import ReduceKernels
 
 
@@ -31,7 +32,8 @@ class BucketReduction:
     Args:
         bucket: Megatron's. Each data-parallel rank owns an equal piece of its ``grad_data``, the shard.
         starts: where the bucket has each of its parameters.
-        group: the data-parallel ranks, in the order of their shards.
+        levels: the data-parallel ranks, in the order of their shards. On two levels, ranks of a node reduce as Megatron
+            does, and what is packed is the sum of a node.
         kernels: how blocks are written and summed.
         code: one of :data:`megatron_lion.exchange.blocks.CODES`.
         feedback: the form of the residual: "int8", "bf16" or "none".
@@ -41,19 +43,21 @@ class BucketReduction:
         self,
         bucket: Any,
         starts: dict[torch.nn.Parameter, int],
-        group: Any,
+        levels: Levels,
         kernels: ReduceKernels,
         *,
         code: str,
         feedback: str,
     ) -> None:
-        self.bucket, self.group, self.kernels, self.code = bucket, group, kernels, code
-        self.rank, self.ranks = group.rank(), group.size()
-        self.numel = bucket.grad_data.numel() // self.ranks
+        self.bucket, self.levels, self.kernels, self.code = bucket, levels, kernels, code
+        self.group = levels.outer
+        self.rank, self.ranks = self.group.rank(), self.group.size()
+        self.numel = bucket.grad_data.numel() // levels.whole.size()
+        self._of_node: Tensor | None = None
         self.exact_params = {param for param in starts if param.dim() < 2 or compat.is_reduced_again(param)}
         spans = sorted((starts[param], starts[param] + param.numel()) for param in self.exact_params)
         dtype = bucket.grad_data.dtype
-        self.forms = [PieceFormat(code, self.numel, dtype, tuple(self._in_shard(spans, r))) for r in range(self.ranks)]
+        self.forms = [PieceFormat(code, self.numel, dtype, tuple(self._in_shard(spans, n))) for n in levels.shards]
         self.is_compressed = len(self.exact_params) < len(starts)
         keeps = self.is_compressed and feedback != "none"
         device = bucket.grad_data.device
@@ -74,23 +78,32 @@ class BucketReduction:
         return [0 if rank == self.rank else self.forms[rank].nbytes for rank in range(self.ranks)]
 
     def shard(self, rank: int) -> Tensor:
-        """This rank's gradient of the shard of ``rank``."""
-        flat: Tensor = self.bucket.grad_data.view(-1)
+        """This rank's gradient, or its node's, of the shard of ``rank``."""
+        flat: Tensor = self.bucket.grad_data.view(-1) if self._of_node is None else self._of_node
         return flat[rank * self.numel : (rank + 1) * self.numel]
+
+    @property
+    def owned(self) -> Tensor:
+        """This rank's shard in ``grad_data``."""
+        flat: Tensor = self.bucket.grad_data.view(-1)
+        return flat.view(-1, self.numel)[self.levels.shards[self.rank]]
 
     @torch.no_grad()
     def start(self, op: Any, *, async_op: bool) -> "Pending":
         """Send the gradient of the other shards to their owners, and keep what was not sent.
 
-        Issues one all-to-all of packed bytes, or Megatron's reduce-scatter if every parameter is exact. Modifies the
-        exact elements of other shards in ``grad_data``, which hold nothing of use after a reduce-scatter.
+        Issues one all-to-all of packed bytes, after a reduce-scatter inside the node on two levels, or Megatron's
+        reduce-scatter if every parameter is exact. Modifies the exact elements of other shards in ``grad_data``, which
+        hold nothing of use after a reduce-scatter.
         """
         if not self.is_compressed:
             work = torch.distributed.reduce_scatter_tensor(
-                self.shard(self.rank), self.bucket.grad_data, op=op, group=self.group, async_op=async_op
+                self.owned, self.bucket.grad_data, op=op, group=self.levels.whole, async_op=async_op
             )
             return Pending(self, work, None, None, op)
         exact = self._exact_sum(op) if self.sampling == "exact" else None
+        if self.levels.inner is not None:
+            self._of_node = self._sum_in_node(op)
         sent = self.pack(exact)
         mine = self.forms[self.rank].nbytes
         received = sent.new_empty(len(self.others), mine)
@@ -107,7 +120,7 @@ class BucketReduction:
         Moves the exact elements of other shards out of ``grad_data``. If a sample is due, it has ``exact``.
         """
         sent = torch.empty(sum(self.sent_sizes), dtype=torch.uint8, device=self.bucket.grad_data.device)
-        messages = sent.split(self.sent_sizes)
+        messages = torch.split(sent, self.sent_sizes)
         for rank in self.others:
             write_exact_(messages[rank], self.shard(rank), self.forms[rank])
         if self.sampling is not None:
@@ -124,7 +137,8 @@ class BucketReduction:
         own, form = self.shard(self.rank), self.forms[self.rank]
         total = self.kernels.sum_blocks(own, messages, self.rank, form)
         sum_exact_(total, own, messages, self.rank, form)
-        own.copy_(total / self.ranks if op == ReduceOp.AVG else total)
+        self._of_node = None
+        self.owned.copy_(total / self.ranks if op == ReduceOp.AVG else total)
 
     def sum_residuals(self) -> Tensor:
         """What all ranks have not sent of this rank's shard, fp32 [numel]. Issues one reduce-scatter."""
@@ -142,8 +156,16 @@ class BucketReduction:
 
     def _exact_sum(self, op: Any) -> Tensor:
         whole = self.bucket.grad_data.view(-1).float()
-        total = torch.empty_like(self.shard(self.rank), dtype=torch.float32)
-        torch.distributed.reduce_scatter_tensor(total, whole, op=op, group=self.group)
+        total = torch.empty_like(self.owned, dtype=torch.float32)
+        torch.distributed.reduce_scatter_tensor(total, whole, op=op, group=self.levels.whole)
+        return total
+
+    def _sum_in_node(self, op: Any) -> Tensor:
+        """This node's gradient of the shards of ``group``. Issues one reduce-scatter inside the node."""
+        in_node = self.levels.inner
+        by_shard = self.bucket.grad_data.view(self.ranks, in_node.size(), self.numel)
+        total = torch.empty_like(by_shard[:, 0]).view(-1)
+        torch.distributed.reduce_scatter_tensor(total, by_shard.transpose(0, 1).reshape(-1), op=op, group=in_node)
         return total
 
     def _in_shard(self, spans: list[tuple[int, int]], rank: int) -> Iterator[tuple[int, int]]:

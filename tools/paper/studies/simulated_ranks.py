@@ -25,6 +25,7 @@ from torch.distributed import ReduceOp  # noqa: E402
 from launch import pretrain_gpt  # noqa: E402
 from megatron_lion.exchange.blocks import BLOCK  # noqa: E402
 from megatron_lion.integration.exchange.bucket_reduction import BucketReduction  # noqa: E402
+from megatron_lion.integration.exchange.levels import flat  # noqa: E402
 from megatron_lion.kernels.reduce import choose_reduce  # noqa: E402
 
 
@@ -73,7 +74,7 @@ class PackedBlocks:
             BucketReduction(
                 Gradients(gradient),
                 starts,
-                Rank(rank, len(gradients)),
+                flat(Rank(rank, len(gradients))),
                 kernels,
                 code=self.code,
                 feedback=self.feedback,
