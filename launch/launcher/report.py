@@ -67,9 +67,11 @@ def _needs(recipe: Recipe) -> str:
     if recipe["optimizer"] == "lion" and recipe.get("use-distributed-optimizer") and recipe.dp > 1:
         rows["gather after a step"] = _gather_row(recipe)
         if (reduce := recipe.get("lion-reduce", "stock")) != "stock":
-            sent, stock = (_size(estimates.reduce_bytes(recipe, name)) for name in (reduce, "stock"))
+            inside, packed = estimates.reduce_bytes(recipe)
+            first = f" after {_size(inside)} inside the node" if inside else ""
+            stock = _size(estimates.reduce_bytes(recipe, "stock")[0])
             rows["reduction of gradients"] = (
-                f"lion-reduce={reduce} {sent} (experimental); with lion-reduce=stock {stock}"
+                f"lion-reduce={reduce} {_size(packed)}{first} (experimental); with lion-reduce=stock {stock}"
             )
     if interval := recipe.get("norm-ratio-interval"):
         rows["norm-ratio rounds"] = f"{recipe['norm-ratio-batches']} batches every {interval:,} steps"
