@@ -13,6 +13,8 @@ MOMENTUM_INITS = ("zero", "gradient")
 MOMENTUM_DTYPES = ("fp32", "bf16", "int8")
 MASTER_WEIGHTS = ("fp32", "remainder")
 GATHERS = ("params", "signs")
+REDUCES = ("stock", "int8", "int4", "ternary")
+ERROR_FEEDBACKS = ("int8", "bf16", "none")
 INITS_FROM = ("adam", "fresh")
 
 # Lion's published rates for language models (docs/coming-from-adamw.md, section 4): up to 2e-3 with weight decays from
@@ -111,6 +113,11 @@ class LionOptions:
     """what data-parallel ranks send each other after a step, one of ``GATHERS``; both give the same bits"""
     gather_refresh: int = 0
     """with ``gather="signs"``: send the parameters after every this many steps; 0 for never"""
+    reduce: str = "stock"
+    """how data-parallel ranks send each other gradients, one of ``REDUCES``. All but "stock" are lossy, and
+    experimental"""
+    error_feedback: str = "int8"
+    """with another ``reduce``: how a rank keeps what it has not sent, one of ``ERROR_FEEDBACKS``"""
     fast_norm: bool = False
     """compute Megatron's gradient norm in one pass of this package's CPU kernel; its last bits may differ"""
     init_from: str | None = None
@@ -130,6 +137,13 @@ class LionOptions:
             raise LionError(f"--lion-gather-refresh must be >= 0 steps (0 is never), got {self.gather_refresh}")
         if self.gather_refresh and self.gather != "signs":
             raise LionError("--lion-gather-refresh has no effect without --lion-gather signs: add it, or remove this")
+        check_choice("--lion-reduce", self.reduce, REDUCES)
+        check_choice("--lion-error-feedback", self.error_feedback, ERROR_FEEDBACKS)
+        if self.error_feedback != LionOptions.error_feedback and self.reduce == "stock":
+            raise LionError(
+                f"--lion-error-feedback {self.error_feedback} has no effect without --lion-reduce int8, int4 or "
+                "ternary: add it, or remove this"
+            )
         if self.init_from is not None:
             check_choice("--lion-init-from", self.init_from, INITS_FROM)
 
@@ -145,6 +159,8 @@ class LionOptions:
             master_weights=master_weights,
             gather=config.lion_gather,
             gather_refresh=config.lion_gather_refresh,
+            reduce=config.lion_reduce,
+            error_feedback=config.lion_error_feedback,
             fast_norm=config.lion_fast_norm,
             init_from=config.lion_init_from,
             rates_from_run=config.lion_rates_from_run,
@@ -167,6 +183,7 @@ class LionOptions:
             f"--lion-momentum-dtype {self.momentum_dtype}": self.momentum_dtype != "fp32",
             f"--lion-master-weights {self.master_weights}": self.master_weights != "fp32",
             f"--lion-gather {self.gather}": self.gather != "params",
+            f"--lion-reduce {self.reduce}": self.reduce != "stock",
             "--use-precision-aware-optimizer": config.use_precision_aware_optimizer,
             "--main-grads-dtype bf16": dtype_name(config.main_grads_dtype) != "fp32",
         }
@@ -182,6 +199,11 @@ class LionOptions:
             raise LionError(
                 "--lion-gather signs is not supported with --optimizer-cpu-offload: its steps on the CPU leave no "
                 "signs. Remove one of them"
+            )
+        if offload and self.reduce != "stock":
+            raise LionError(
+                f"--lion-reduce {self.reduce} is not supported with --optimizer-cpu-offload: it cannot add to the "
+                "momentum there. Remove one of them"
             )
         if self.gather == "signs" and self.kernel == "fused" and config.fp16:
             raise LionError(

@@ -30,6 +30,8 @@ DEFAULTS = {
     "lion_kernel": "auto",
     "lion_gather": "params",
     "lion_gather_refresh": 0,
+    "lion_reduce": "stock",
+    "lion_error_feedback": "int8",
     "lion_fast_norm": False,
     "lion_init_from": None,
     "lion_rates_from_run": False,

@@ -15,6 +15,9 @@ GIB = 1 << 30
 MOMENTS = {"lion": 4.0, "adam": 8.0, "sgd": 4.0}
 LION_MOMENTUM = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 32}
 MASTER_WEIGHTS = {"fp32": 4.0, "remainder": 2.0}
+# Bytes of what --lion-reduce has not sent, and bits of a gradient that it sends.
+ERROR_FEEDBACK = {"int8": 1 + 2 / 64, "bf16": 2.0, "none": 0.0}
+REDUCED_BITS = {"int8": 8.25, "int4": 4.25, "ternary": 1.85}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +27,16 @@ class Memory:
     weights: int
     gradients: int
     state: int
+    residual: int
+    """what --lion-reduce has not sent"""
     round_copy: int
     """the norm ratio's fp32 mean gradient"""
     activations: int
 
     @property
     def static(self) -> int:
-        """Bytes that do not depend on the batch: weights, gradients, optimizer state."""
-        return self.weights + self.gradients + self.state
+        """Bytes that do not depend on the batch: weights, gradients, optimizer state, and what was not sent."""
+        return self.weights + self.gradients + self.state + self.residual
 
     @property
     def total(self) -> int:
@@ -106,9 +111,17 @@ def memory(recipe: Recipe) -> Memory:
         weights=count * (2 if half else 4),
         gradients=count * (2 if recipe.get("grad-reduce-in-bf16") else 4),  # fp32 also for bf16 weights, unless asked
         state=round(shard * _state_bytes(recipe, half)),
+        residual=round(_packed_share(recipe) * count * _feedback_bytes(recipe)),
         round_copy=4 * shard if recipe.get("norm-ratio-interval") else 0,
         activations=_activations(recipe, 2 if half else 4),
     )
+
+
+def _feedback_bytes(recipe: Recipe) -> float:
+    """Bytes of error feedback for each packed parameter."""
+    if recipe.get("lion-reduce", "stock") == "stock":
+        return 0.0
+    return ERROR_FEEDBACK[recipe.get("lion-error-feedback", "int8")]
 
 
 def _state_bytes(recipe: Recipe, half: bool) -> float:
@@ -171,19 +184,21 @@ def hours(recipe: Recipe, utilization: float) -> float | None:
 def wire_bytes_per_step(recipe: Recipe) -> dict[str, int]:
     """Bytes that the busiest GPU sends in a step, by kind, with ring collectives of n ranks ((n - 1) / n a pass).
 
-    Data parallel: gradients in fp32 reduced, weights gathered (sharded, :func:`gathered_bits`), or an all-reduce of
-    gradients, which is two passes. Tensor parallel: four all-reduces of s b h in a layer and micro-batch. Pipeline:
-    s b h both ways for a micro-batch.
+    Data parallel: gradients reduced (:func:`reduce_bytes`), weights gathered (sharded, :func:`gather_bytes`), or an
+    all-reduce of fp32 gradients, which is two passes. Tensor parallel: four all-reduces of s b h in a layer and
+    micro-batch. Pipeline: s b h both ways for a micro-batch.
     """
     count, layout, dp = max(parameters(recipe)), recipe.layout, recipe.dp
     width = 2 if recipe.get("bf16") or recipe.get("fp16") else 4
     share = (dp - 1) / dp
-    data = count * (4 + gathered_bits(recipe) / 8) if recipe.get("use-distributed-optimizer") else count * 8
+    data = count * 8.0 * share
+    if recipe.get("use-distributed-optimizer"):
+        data = sum(reduce_bytes(recipe)) + gather_bytes(recipe)
     micro_batches = int(recipe["global-batch-size"]) // (int(recipe["micro-batch-size"]) * dp)
     block = int(recipe["seq-length"]) * int(recipe["micro-batch-size"]) * int(recipe["hidden-size"]) * width
     tp, pp = layout["TP"], layout["PP"]
     return {
-        "data parallel": round(data * share),
+        "data parallel": round(data),
         "tensor parallel": round(8 * (tp - 1) / tp * block * micro_batches * (int(recipe["num-layers"]) // pp)),
         "pipeline parallel": 2 * block * micro_batches if pp > 1 else 0,
     }
@@ -201,7 +216,37 @@ def gathered_bits(recipe: Recipe, gather: str | None = None) -> float:
     return 16.0 if half else 32.0
 
 
-def gather_bytes(recipe: Recipe, gather: str) -> int:
+def reduce_bytes(recipe: Recipe, reduce: str | None = None) -> tuple[int, int]:
+    """Bytes that the busiest GPU sends in the reduction of gradients: in fp32, and packed with --lion-reduce.
+
+    Packed gradients are exchanged between nodes if these hold g > 1 data-parallel ranks each, which first reduce in
+    fp32. 1-D parameters are counted as packed, which they are not.
+    """
+    count, dp = max(parameters(recipe)), recipe.dp
+    reduce = reduce or recipe.get("lion-reduce", "stock")
+    if reduce == "stock":
+        return round(count * 4 * (dp - 1) / dp), 0
+    in_node = _reduced_in_node(recipe)
+    return (
+        round(count * 4 * (in_node - 1) / in_node),
+        round(_packed_share(recipe) * count * REDUCED_BITS[reduce] / 8),
+    )
+
+
+def _packed_share(recipe: Recipe) -> float:
+    """Share of a rank's parameters that it packs for other ranks: of other shards, or of other nodes' shards."""
+    in_node = _reduced_in_node(recipe)
+    return (1 - in_node / recipe.dp) / in_node
+
+
+def _reduced_in_node(recipe: Recipe) -> int:
+    """Data-parallel ranks that reduce inside a node before they pack: 1 unless several nodes hold several each."""
+    here = recipe["gpus-per-node"] // (recipe.layout["TP"] * recipe.layout["CP"])
+    is_two_levels = recipe["nodes"] > 1 and 1 < here < recipe.dp and recipe.dp % here == 0
+    return here if is_two_levels else 1
+
+
+def gather_bytes(recipe: Recipe, gather: str | None = None) -> int:
     """Bytes that the busiest GPU sends in the gather after a step, for ``gather`` "params" or "signs"."""
     return round(max(parameters(recipe)) * gathered_bits(recipe, gather) / 8 * (recipe.dp - 1) / recipe.dp)
 

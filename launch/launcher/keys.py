@@ -101,6 +101,8 @@ MEGATRON_TOPICS: dict[str, dict[str, type]] = {
         "lion-master-weights": str,
         "lion-gather": str,
         "lion-gather-refresh": int,
+        "lion-reduce": str,
+        "lion-error-feedback": str,
     },
     "schedule and batch": {
         "train-iters": int,

@@ -3,7 +3,16 @@
 import math
 from pathlib import Path
 
-from megatron_lion.config import GATHERS, LionError, LionOptions, betas_or_default, check_choice, check_non_negative
+from megatron_lion.config import (
+    ERROR_FEEDBACKS,
+    GATHERS,
+    REDUCES,
+    LionError,
+    LionOptions,
+    betas_or_default,
+    check_choice,
+    check_non_negative,
+)
 
 from . import estimates, slurm
 from .recipe_files import ROOT
@@ -29,6 +38,8 @@ CHOICES = {
     "normalization": ("LayerNorm", "RMSNorm"),
     "position-embedding-type": ("learned_absolute", "rope"),
     "lion-gather": GATHERS,
+    "lion-reduce": REDUCES,
+    "lion-error-feedback": ERROR_FEEDBACKS,
     "lion-momentum-dtype": tuple(estimates.LION_MOMENTUM),
     "lion-master-weights": tuple(estimates.MASTER_WEIGHTS),
 }

@@ -67,6 +67,13 @@ def _needs(recipe: Recipe) -> str:
     }
     if recipe["optimizer"] == "lion" and recipe.get("use-distributed-optimizer") and recipe.dp > 1:
         rows["gather after a step"] = _gather_row(recipe)
+        if (reduce := recipe.get("lion-reduce", "stock")) != "stock":
+            inside, packed = estimates.reduce_bytes(recipe)
+            first = f" after {_size(inside)} inside the node" if inside else ""
+            stock = _size(estimates.reduce_bytes(recipe, "stock")[0])
+            rows["reduction of gradients"] = (
+                f"lion-reduce={reduce} {_size(packed)}{first} (experimental); with lion-reduce=stock {stock}"
+            )
     if interval := recipe.get("norm-ratio-interval"):
         rows["norm-ratio rounds"] = f"{recipe['norm-ratio-batches']} batches every {interval:,} steps"
     hours = estimates.hours(recipe, UTILIZATION)
@@ -83,7 +90,7 @@ def _three_digits(value: float) -> str:
 
 
 def _memory_row(needed: estimates.Memory, there: float) -> str:
-    parts = ("weights", "gradients", "state", "round_copy", "activations")
+    parts = ("weights", "gradients", "state", "residual", "round_copy", "activations")
     listed = " + ".join(
         f"{name.replace('_', ' ')} {_size(getattr(needed, name))}" for name in parts if getattr(needed, name)
     )

@@ -63,12 +63,13 @@ def register_training() -> None:
     require_known_megatron(training=True)
     from megatron_lion.integration import loop_callbacks
     from megatron_lion.integration.exchange import metrics as gather_metrics
+    from megatron_lion.integration.exchange import reduce_metrics
     from megatron_lion.integration.reporting import step_telemetry
     from megatron_lion.integration.reporting.norm_ratio import schedule
 
     for patch in _training_patches():
         patch.apply()
-    for reporter in (step_telemetry, schedule):
+    for reporter in (reduce_metrics, step_telemetry, schedule):
         loop_callbacks.before_step.append(reporter.before_step)
         loop_callbacks.after_step.append(reporter.after_step)
     loop_callbacks.after_step.append(gather_metrics.after_step)

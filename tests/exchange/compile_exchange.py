@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict
 
 from megatron_lion.exchange.digits import FORMATS
-from megatron_lion.kernels import exchange_gpu, exchange_triton
+from megatron_lion.kernels import exchange_gpu, exchange_triton, reduce_gpu, reduce_triton
 from tools.benchmark.sass import ARCHITECTURES, compile_kernel, facts
 
 POINTERS = {
@@ -43,16 +43,27 @@ POINTERS = {
         "valid": "*i32",
         "checksums": "*i64",
     },
+    "write_kernel": {
+        "gradient": "*P",
+        "scales": "*i16",
+        "packed": "*i8",
+        "residual": "*i8",
+        "residual_scales": "*i16",
+    },
+    "sum_kernel": {"own": "*P", "messages": "*i8", "total": "*fp32"},
 }
 SIZES = {"SIZE": exchange_gpu.SIZE, "GROUPS": exchange_gpu.GROUPS}
 EVERY_FORMAT = ("digits_kernel", "pack_kernel", "replay_kernel")
+OF_REDUCE = ("write_kernel", "sum_kernel")  # of int4 with int8 error feedback, and of ternary without
 
 
 def compiled(name, kind, arch):
-    """The kernel ``name`` for parameters of format ``kind``, as the launches make it."""
-    kernel = getattr(exchange_triton, name)
+    """The kernel ``name`` for parameters or gradients of format ``kind``, as the launches make it."""
+    kernel = getattr(reduce_triton if name in OF_REDUCE else exchange_triton, name)
     params = "*fp32" if FORMATS[kind][0].itemsize == 4 else "*i16"
-    constants = {key: value for key, value in {**SIZES, "FORMAT": kind}.items() if key in kernel.arg_names}
+    reduced = {"CODE": 2, "FEEDBACK": 0, "ROWS": 5} if kind else {"CODE": 1, "FEEDBACK": 1, "ROWS": 1}
+    all_constants = {**SIZES, **reduced, "TILE": reduce_gpu.TILE, "FORMAT": kind}
+    constants = {key: value for key, value in all_constants.items() if key in kernel.arg_names}
     if name == "replace_kernel":
         constants["SIZE"] = exchange_gpu.ENTRIES
     types = {arg: ("fp32" if arg in ("lr", "weight_decay") else "i64") for arg in kernel.arg_names}
@@ -70,7 +81,7 @@ def main():
     args = parser.parse_args()
     rows = []
     for name in args.kernels:
-        for kind in args.formats if name in EVERY_FORMAT else [1]:
+        for kind in args.formats if name in EVERY_FORMAT else [0, 1] if name in OF_REDUCE else [1]:
             rows += [
                 {"kernel": name, "format": kind, "arch": arch, **asdict(facts(compiled(name, kind, arch)))}
                 for arch in args.arch

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_lion.config import LionError
+from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration.exchange import refusals
 
 
@@ -21,7 +21,7 @@ def build(monkeypatch: pytest.MonkeyPatch, *, config: Any = None, devices: tuple
     model = torch.nn.Linear(2, 2)
     for name, value in chunk.items():
         setattr(model, name, value)
-    refusals.refuse_where_built(config or SimpleNamespace(), [model])
+    refusals.refuse_where_built(LionOptions(gather="signs"), config or SimpleNamespace(), [model])
 
 
 def test_a_plain_model_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,8 +35,8 @@ def test_a_plain_model_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"config": SimpleNamespace(cuda_graph_impl="full_iteration")}, "--cuda-graph-impl full_iteration"),
         ({"config": SimpleNamespace(enable_cuda_graph=True)}, "--enable-cuda-graph"),
         ({"config": SimpleNamespace(external_cuda_graph=True)}, "--external-cuda-graph"),
-        ({"ddp_config": SimpleNamespace(fp8_param_gather=True)}, "fp8_param_gather=True"),
-        ({"ddp_config": SimpleNamespace(fp4_param_gather=True)}, "fp4_param_gather=True"),
+        ({"ddp_config": SimpleNamespace(fp8_param_gather=True)}, "--fp8-param-gather"),
+        ({"ddp_config": SimpleNamespace(fp4_param_gather=True)}, "--fp4-param-gather"),
         ({"devices": ("NVIDIA H100", "NVIDIA A100", "NVIDIA H100")}, r"a mix of devices \(NVIDIA A100, NVIDIA H100\)"),
     ],
 )

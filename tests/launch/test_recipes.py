@@ -216,6 +216,27 @@ def test_the_report_compares_both_gathers() -> None:
     assert "--lion-gather signs" in text
 
 
+def test_packed_gradients_are_fewer_bytes_and_keep_a_residual() -> None:
+    count = 124_475_904
+    stock, packed = (recipe("gpt2_small", "lion", "a100x16", f"lion-reduce={name}") for name in ("stock", "int4"))
+    assert estimates.reduce_bytes(stock) == (round(count * 4 * 15 / 16), 0)
+    # Two nodes of 8: fp32 inside, then an eighth of the parameters to the other node.
+    assert estimates.reduce_bytes(packed) == (round(count * 4 * 7 / 8), round(count / 8 / 2 * 4.25 / 8))
+    assert estimates.memory(stock).residual == 0
+    assert estimates.memory(packed).residual == round(count / 8 / 2 * 66 / 64)
+    flat = recipe("gpt2_small", "lion", "h100x8", "lion-reduce=ternary", "lion-error-feedback=bf16")
+    assert estimates.reduce_bytes(flat) == (0, round(count * 1.85 / 8 * 7 / 8))
+    assert estimates.memory(flat).residual == round(count * 2 * 7 / 8)
+    sent = estimates.wire_bytes_per_step(flat)["data parallel"]
+    assert sent == pytest.approx(count * (1.85 + 16) / 8 * 7 / 8)
+    without = recipe("gpt2_small", "lion", "a100x16", "lion-reduce=int4", "lion-error-feedback=none")
+    assert estimates.memory(without).residual == 0
+    text = report.report(packed, [])
+    (line,) = (line for line in text.splitlines() if line.strip().startswith("reduction of gradients"))
+    assert "int4 3.94 MiB after 0.41 GiB inside the node (experimental); with lion-reduce=stock 0.43 GiB" in line
+    assert "--lion-reduce int4" in text
+
+
 # ---- the command itself ----
 
 

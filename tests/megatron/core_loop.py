@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bf16-gradients", action="store_true")
     parser.add_argument("--fp8-weights", action="store_true")
     parser.add_argument("--gather", default="params")
+    parser.add_argument("--reduce", default="stock")
     parser.add_argument("--sharding", default="fully_reshardable")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--save-interval", type=int, default=1000)
@@ -81,7 +82,8 @@ def build(args: argparse.Namespace, *, sharded: bool = True, **options: Any) -> 
     if args.overlap:
         config.no_sync_func, config.grad_sync_func = wrapped.no_sync, wrapped.start_grad_sync
         config.param_sync_func = wrapped.start_param_sync
-    settings = {"optimizer": "lion", "lion_beta1": 0.8, "lion_beta2": 0.97, "lion_gather": args.gather} | options
+    exchanged = {"lion_gather": args.gather, "lion_reduce": args.reduce}
+    settings = {"optimizer": "lion", "lion_beta1": 0.8, "lion_beta2": 0.97} | exchanged | options
     optimizer_config = OptimizerConfig(
         lr=1e-4,
         min_lr=1e-4,

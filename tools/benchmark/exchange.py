@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from megatron_lion.exchange.blocks import CODES, Residual
 from megatron_lion.exchange.digits import EXCEPTION, FORMATS
 from megatron_lion.exchange.message import Run, WireFormat
+from megatron_lion.exchange.pieces import PieceFormat
 from megatron_lion.kernels.exchange import choose_exchange
+from megatron_lion.kernels.reduce import choose_reduce
 
 LR, WEIGHT_DECAY = 1e-9, 0.1  # so small that repeated replays leave the parameters where they are
 
@@ -57,12 +60,40 @@ def rows(parameters: int, exceptions: float, repeats: int) -> list[tuple[str, st
             "replay": (2 * wide + sent, lambda m=messages, p=params, f=form, r=runs: kernels.replay_(p, m, r, f)),
         }
         for name, (moved, call) in timed.items():
-            source = torch.zeros(int(moved * parameters / 2), dtype=torch.uint8)
-            target = torch.empty_like(source)
-            copy = nanoseconds(lambda a=target, b=source: a.copy_(b), parameters, repeats)
+            copy = copy_nanoseconds(moved, parameters, repeats)
             label = f"{str(dtype).removeprefix('torch.')}{' half away' if half_away else ''}"
             found.append((label, f"{name} ({kernels.name})", moved, nanoseconds(call, parameters, repeats), copy))
     return found
+
+
+def reduce_rows(parameters: int, repeats: int) -> list[tuple[str, str, float, float, float]]:
+    """The same for each code of packed fp32 gradients, with a residual in int8, and for the sum of four ranks."""
+    kernels = choose_reduce("auto", torch.device("cpu"))
+    gradient = torch.randn(parameters)
+    found = []
+    for code in CODES:
+        form = PieceFormat(code, parameters)
+        messages = torch.zeros(3, form.nbytes, dtype=torch.uint8)
+        residual = Residual.zeros("int8", parameters, "cpu")
+        sent = form.nbytes / parameters
+        timed = {
+            "pack": (
+                4 + sent + 2 * residual.nbytes / parameters,
+                lambda m=messages, r=residual, f=form: kernels.write_blocks_(m[0], gradient, r, f),
+            ),
+            "sum of 4": (8 + 3 * sent, lambda m=messages, f=form: kernels.sum_blocks(gradient, m, 0, f)),
+        }
+        for name, (moved, call) in timed.items():
+            copy = copy_nanoseconds(moved, parameters, repeats)
+            found.append((code, f"{name} ({kernels.name})", moved, nanoseconds(call, parameters, repeats), copy))
+    return found
+
+
+def copy_nanoseconds(moved: float, parameters: int, repeats: int) -> float:
+    """The best time for one parameter of a copy that moves ``moved`` bytes for each."""
+    source = torch.zeros(int(moved * parameters / 2), dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return nanoseconds(lambda: target.copy_(source), parameters, repeats)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     print(f"{args.parameters:,} parameters, {args.threads} thread(s)")
     print(f"{'format':20} {'pass':20} {'bytes':>6} {'ns':>7} {'GB/s':>6} {'copy ns':>8}")
-    for label, name, moved, ours, copy in rows(args.parameters, args.exceptions, args.repeats):
+    found = rows(args.parameters, args.exceptions, args.repeats) + reduce_rows(args.parameters, args.repeats)
+    for label, name, moved, ours, copy in found:
         print(f"{label:20} {name:20} {moved:6.2f} {ours:7.3f} {moved / ours:6.1f} {copy:8.3f}")
 
 

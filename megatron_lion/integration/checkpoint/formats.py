@@ -37,8 +37,8 @@ MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
 def moments(state: dict[str, Any], path: str) -> frozenset[str]:
     """The kinds of momentum in the checkpoint at ``path``. Empty if unknown.
 
-    Read from the names of the tensors of a ``torch_dist`` or ``fsdp_dtensor`` checkpoint, or from the parameter groups in
-    ``state`` for the legacy format.
+    Read from the names of the tensors of a ``torch_dist`` or ``fsdp_dtensor`` checkpoint, or from the parameter groups
+    in ``state`` for the legacy format.
     """
     from megatron.core import dist_checkpointing
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, exit_signal
+from megatron_lion.integration.exchange import block_reduce
 
 CHUNK = 1 << 20
 COMMON_STATE = "common.pt"
@@ -44,6 +45,17 @@ def with_checks(reader: Any) -> Any:
         slice_file = reader._slice_file
         reader._slice_file = lambda file, place: verify_crc(slice_file(file, place), file.name, place.offset)
     return reader
+
+
+def save_checkpoint(
+    stock: Callable[..., Any], iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around a save: say if it changes the run, and name the errors."""
+    from megatron.training import get_args
+
+    intervals = (getattr(get_args(), name, None) for name in ("save_interval", "non_persistent_save_interval"))
+    block_reduce.announce_save(optimizer, iteration, intervals)
+    return write_errors_named(stock, iteration, model, optimizer, *args, **kwargs)
 
 
 def write_errors_named(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -75,7 +87,7 @@ CORE = (
 TRAINING = (
     compat.wrap(
         "megatron.training.checkpointing:save_checkpoint",
-        write_errors_named,
+        save_checkpoint,
         parameters=("iteration", "model", "optimizer"),
     ),
     compat.wrap(

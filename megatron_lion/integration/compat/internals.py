@@ -240,6 +240,33 @@ def wait_for_gather(bucket_group: Any) -> None:
         bucket_group.param_gather_handle = None
 
 
+@contextlib.contextmanager
+def reducing_with(reduce_scatter: Callable[..., Any]) -> Iterator[None]:
+    """Let a bucket group's ``start_grad_sync`` call ``reduce_scatter(output, input, op, group, async_op)`` for each of
+    its buckets, with ``output`` this rank's shard in ``input``. It looks the function up at each call."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    with temporarily(param_and_grad_buffer, dist_reduce_scatter_func=reduce_scatter):
+        yield
+
+
+def is_reduced_again(param: Any) -> bool:
+    """Whether Megatron adds the gradient of ``param`` up over other ranks after the data-parallel reduction.
+
+    These are norms, biases, routers and the like under tensor parallelism, and embeddings that pipeline stages share
+    (0.19.2: finalize_model_grads 89, 164, 262, 278, 412).
+    """
+    marks = (
+        "sequence_parallel",
+        "average_gradients_across_tp_domain",
+        "pipeline_parallel",
+        "shared_embedding",
+        "shared",
+        "flextron_router_pp_sync",
+    )
+    return any(getattr(param, mark, False) for mark in marks)
+
+
 def rerun_disabled() -> contextlib.AbstractContextManager[None]:
     """Turn Megatron's rerun state machine off, as its evaluation does, without the log line of ``set_mode``."""
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine

@@ -252,6 +252,15 @@ CORE: tuple[Seam, ...] = (
         uses=("param_gather_handle", "param_gather_dispatched", "start_param_sync", "wait"),
     ),
     Seam(_BUFFERS, "_ParamAndGradBucketGroup.finish_grad_sync", uses=("param_gather_dispatched",)),
+    # What --lion-reduce relies on.
+    Seam(
+        _BUFFERS,
+        "_ParamAndGradBucketGroup.start_grad_sync",
+        ("force_all_reduce",),
+        uses=("dist_reduce_scatter_func", "grad_reduce_handle", "grad_data", "_coalescing_manager"),
+    ),
+    Seam(_BUFFERS, "_ParamAndGradBucketGroup.finish_grad_sync", uses=("grad_reduce_handle", "start_grad_sync", "wait")),
+    Seam(_BUFFERS, "_ParamAndGradBuffer.scale_gradients", ("scaling_factor",)),
     # Offload to the CPU.
     Seam(
         "megatron.core.optimizer.cpu_offloading",

@@ -11,6 +11,7 @@ from megatron_lion.config import LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.exchange.bucket_groups import SignBucketGroup, State, convert
 from megatron_lion.integration.exchange.bucket_signs import BucketSigns, Span
+from megatron_lion.integration.exchange.groups import bucket_groups_of, param_starts
 from megatron_lion.kernels.exchange import choose_exchange
 
 
@@ -144,7 +145,7 @@ def install(options: LionOptions, optimizer: Any) -> None:
     for sub_optimizer in compat.sub_optimizers_of(optimizer):
         if sub_optimizer.is_stub_optimizer or sub_optimizer.data_parallel_group.size() == 1:
             continue
-        groups = [_converted(options, sub_optimizer, group) for group in _bucket_groups(sub_optimizer)]
+        groups = [_converted(options, sub_optimizer, group) for group in bucket_groups_of(sub_optimizer)]
         sub_optimizer.sign_gather = SignGather(sub_optimizer, groups, options.gather_refresh)
 
 
@@ -167,30 +168,18 @@ def describe(optimizer: Any) -> str:
     return f"{kernel} gather of signs ({bits[0]:.2f} bits per parameter instead of {bits[1]:.3g}, plus exceptions)"
 
 
-def _bucket_groups(sub_optimizer: Any) -> list[Any]:
-    """The bucket groups of the model's chunks that hold parameters of ``sub_optimizer``."""
-    own = {id(bucket) for buffer in sub_optimizer.buffers for bucket in buffer.buckets}
-    return [
-        group
-        for chunk in sub_optimizer.model_chunks
-        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
-        if group.buckets and all(id(bucket) in own for bucket in group.buckets)
-    ]
-
-
 def _converted(options: LionOptions, sub_optimizer: Any, group: Any) -> SignBucketGroup:
-    index_of = {id(bucket): buffer for buffer in sub_optimizer.buffers for bucket in buffer.buckets}
-    signs = []
-    for bucket in group.buckets:
-        index = index_of[id(bucket)].param_index_map
-        starts = [(index[param][0] - bucket.offset, param) for param in bucket.params]
-        signs.append(
-            BucketSigns(
-                bucket,
-                [Span(start, start + param.numel(), sub_optimizer.group_of[param]) for start, param in starts],
-                group.intra_distributed_optimizer_instance_group,
-                choose_exchange(options.kernel, bucket.param_data.device),
-                half_away=options.master_weights == "remainder",
-            )
+    signs = [
+        BucketSigns(
+            bucket,
+            [
+                Span(start, start + param.numel(), sub_optimizer.group_of[param])
+                for param, start in param_starts(sub_optimizer, bucket).items()
+            ],
+            group.intra_distributed_optimizer_instance_group,
+            choose_exchange(options.kernel, bucket.param_data.device),
+            half_away=options.master_weights == "remainder",
         )
+        for bucket in group.buckets
+    ]
     return convert(group, signs)

@@ -6,7 +6,17 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from megatron_lion.config import GATHERS, INITS_FROM, KERNELS, LionError, LionOptions, check_rates, did_you_mean
+from megatron_lion.config import (
+    ERROR_FEEDBACKS,
+    GATHERS,
+    INITS_FROM,
+    KERNELS,
+    REDUCES,
+    LionError,
+    LionOptions,
+    check_rates,
+    did_you_mean,
+)
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.checkpoint import formats, init_from_adam, ownership
 from megatron_lion.integration.cpu import run_flags, torch_cuda
@@ -43,6 +53,7 @@ def _validate_another(stock: Callable[..., Any], args: Any, defaults: dict[str, 
     asked = {
         f"--lion-init-from {args.lion_init_from}": args.lion_init_from,
         f"--lion-gather {args.lion_gather}": args.lion_gather != LionOptions.gather,
+        f"--lion-reduce {args.lion_reduce}": args.lion_reduce != LionOptions.reduce,
     }
     for flag in (flag for flag, is_asked in asked.items() if is_asked):
         raise LionError(f"{flag} has no effect with --optimizer {args.optimizer}: remove it, or add --optimizer lion")
@@ -75,8 +86,7 @@ def _settle(args: Any) -> LionOptions:
     options = LionOptions.from_config(args)
     init_from_adam.check(args, options)
     state_precision.check(args, options)
-    if options.gather == "signs":
-        exchange.refuse_settings(args)
+    exchange.refuse_settings(options, args)
     options.write_to(args)
     if args.optimizer_cpu_offload:  # Megatron requires the flag of its own path to the CPU
         args.use_precision_aware_optimizer = True
@@ -152,6 +162,22 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="With --lion-gather signs: send the parameters after every N steps; 0: only where they must be (default: "
         "%(default)s).",
+    )
+
+    parser.add_argument(
+        "--lion-reduce",
+        default=LionOptions.reduce,
+        metavar=f"{{{','.join(REDUCES)}}}",
+        help="EXPERIMENTAL, changes training: how data-parallel ranks send each other gradients. stock: as Megatron "
+        "does. int8, int4, ternary: in blocks of 64 with one scale, 8.3, 4.3 or 1.9 bits per parameter instead of 32 "
+        "(docs/exchange.md) (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--lion-error-feedback",
+        default=LionOptions.error_feedback,
+        metavar=f"{{{','.join(ERROR_FEEDBACKS)}}}",
+        help="With --lion-reduce: how a rank keeps what it has not sent, to add it to its next gradient. int8 and bf16 "
+        "need 1 or 2 bytes for each parameter on every rank; none drops it (default: %(default)s).",
     )
 
     state_precision.add(parser)

@@ -12,6 +12,7 @@ from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.checkpoint import group_settings
 from megatron_lion.integration.checkpoint.formats import EXPERTS_APART
+from megatron_lion.integration.exchange import block_reduce
 from megatron_lion.integration.optimizer import fast_norm
 from megatron_lion.integration.optimizer.offload import LIONS
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
@@ -50,7 +51,9 @@ class LionChainedOptimizer(ChainedOptimizer):
     @torch.no_grad()
     def step(self) -> Any:
         with compat.folding_the_clip_factor(self._fold):
-            return super().step()
+            result = super().step()
+        block_reduce.after_step(self, made=result[0])
+        return result
 
     def _fold(self, parameters: list[torch.Tensor], factor: float | torch.Tensor) -> bool:
         """Let the sub-optimizer that has exactly these parameters apply ``factor``. Returns whether there is one.

@@ -22,6 +22,8 @@ FIELDS: dict[str, tuple[Any, Any]] = {
     "lion_master_weights": (str | None, None),
     "lion_gather": (str, LionOptions.gather),
     "lion_gather_refresh": (int, LionOptions.gather_refresh),
+    "lion_reduce": (str, LionOptions.reduce),
+    "lion_error_feedback": (str, LionOptions.error_feedback),
     "lion_fast_norm": (bool, LionOptions.fast_norm),
     "lion_init_from": (str | None, LionOptions.init_from),
     "lion_rates_from_run": (bool, LionOptions.rates_from_run),

@@ -11,6 +11,7 @@ import torch
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint.init_from_adam import InitFromAdam
+from megatron_lion.integration.exchange.block_reduce import BlockReduce
 from megatron_lion.integration.exchange.sign_gather import SignGather
 from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
 from megatron_lion.integration.optimizer.repaired import StatelessStepDistributedOptimizer
@@ -34,6 +35,8 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
     init_state = staticmethod(init_lion_state)
     sign_gather: SignGather | None = None
     """Sends the signs of a step instead of the parameters; None for Megatron's own gather."""
+    block_reduce: BlockReduce | None = None
+    """Reduces gradients in packed blocks; None for Megatron's own reduction."""
     _addresses: tuple[int, ...] | None = None
 
     @compat.overrides
@@ -87,6 +90,8 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
         if isinstance(self.optimizer, LIONS):
             self.optimizer.init_state()  # Megatron would allocate other tensors
         self._require_full_gather()
+        if self.block_reduce is not None:
+            self.block_reduce.clear()
         super().load_state_dict(state_dict)
 
     @compat.overrides
@@ -141,6 +146,8 @@ class LionDistributedOptimizer(InitFromAdam, StatelessStepDistributedOptimizer):
 
         if gather is not None:
             gather.begin_step()
+        if self.block_reduce is not None:
+            self.block_reduce.begin_step()
         # Called between the update of the masters and the gather of the parameters.
         with compat.temporarily(self, _copy_main_params_to_model_params=copy_and_prepare_to_send):
             return bool(super().step_with_ready_grads())

@@ -15,7 +15,7 @@ import torch
 from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.checkpoint import fsdp_dtensor
-from megatron_lion.integration.exchange import sign_gather
+from megatron_lion.integration.exchange import block_reduce, sign_gather
 from megatron_lion.integration.flags import state_precision
 from megatron_lion.integration.optimizer import config_fields, fast_norm, fsdp, offload, refusals, startup_report
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer
@@ -84,7 +84,10 @@ def with_state(stock: Callable[..., Any], chain: Any, *args: Any, **kwargs: Any)
     """Around a save: make the state of Lion and SGD, which does not exist before the first step.
 
     Megatron would fail, or save a checkpoint that it cannot load. The state begins as the first step would begin it.
+    With --lion-reduce, Lion's momentum receives what was not sent, which checkpoints do not hold.
     """
+    if not inspect.signature(stock).bind(chain, *args, **kwargs).arguments.get("is_loading"):
+        block_reduce.flush(chain)
     for sub_optimizer in chain.chained_optimizers:
         if sub_optimizer.optimizer is not None and sub_optimizer.init_state_fn in (init_lion_state, init_sgd_state):
             sub_optimizer.init_state_fn(sub_optimizer.optimizer, sub_optimizer.config)
@@ -172,6 +175,8 @@ def _build_lion(config: Any, model_chunks: list[Any], build: Callable[[], Any]) 
             sub_optimizer.optimizer.register_load_state_dict_post_hook(functools.partial(_keep_betas, options))
     if options.gather == "signs":
         sign_gather.install(options, optimizer)
+    if options.reduce != "stock":
+        block_reduce.install(options, optimizer)
     startup_report.report(options, config, model_chunks, optimizer)
     return optimizer
 

@@ -113,8 +113,7 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
         if any(_is_dtensor(param) for param in chunk.parameters()):
             raise _unsupported("use_torch_fsdp2")
     formats.refuse_layers_frozen_apart(options, model_chunks)
-    if options.gather == "signs":
-        exchange.refuse_where_built(config, model_chunks)
+    exchange.refuse_where_built(options, config, model_chunks)
 
 
 def _unsupported(dest: str) -> LionError:

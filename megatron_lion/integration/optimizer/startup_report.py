@@ -10,7 +10,7 @@ from megatron_lion.config import LionOptions, warning_about
 from megatron_lion.integration import compat
 from megatron_lion.integration.console import say, warn
 from megatron_lion.integration.cpu import torch_cuda
-from megatron_lion.integration.exchange import sign_gather
+from megatron_lion.integration.exchange import block_reduce, sign_gather
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer
 from megatron_lion.integration.optimizer.fsdp import LionFSDPOptimizer
 from megatron_lion.integration.optimizer.offload import LIONS, OffloadingLion
@@ -42,6 +42,7 @@ def report(options: LionOptions, config: Any, model_chunks: list[Any], optimizer
         f"betas ({options.betas[0]:g}, {options.betas[1]:g}), weight decay {config.weight_decay:g}, "
         f"{sharding}: {state} per rank, kernel {kernel}"
         + (f", {sign_gather.describe(optimizer)}" if options.gather == "signs" else "")
+        + (f", {block_reduce.describe(options, optimizer)}" if options.reduce != "stock" else "")
     )
     if missed_tensors:
         names = ", ".join(name for name, _ in missed) or "none"

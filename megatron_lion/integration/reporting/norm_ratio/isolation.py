@@ -9,6 +9,7 @@ import numpy
 import torch
 
 from megatron_lion.integration import compat
+from megatron_lion.integration.exchange.block_reduce import exact_gradients
 
 
 @contextlib.contextmanager
@@ -18,8 +19,8 @@ def isolated(model_chunks: list[Any], optimizer: Any, config: Any, *, stepped: b
     Restored: the random states of Python, numpy, torch, the device and Megatron's tracker; the model's buffers (for
     example a router's expert bias); the mixture-of-experts metrics; the rerun state machine, which is off. Parameters
     are gathered first if their all-gather overlaps with the forward pass, and its hooks are off inside, as in
-    Megatron's own evaluation. Gradient buffers are zeroed, as each step begins by zeroing them. Issues the collectives
-    of that all-gather.
+    Megatron's own evaluation. Gradients are not compressed. Gradient buffers are zeroed, as each step begins by zeroing
+    them. Issues the collectives of that all-gather.
 
     Args:
         model_chunks: the model of this rank, wrapped in Megatron's DistributedDataParallel.
@@ -31,6 +32,7 @@ def isolated(model_chunks: list[Any], optimizer: Any, config: Any, *, stepped: b
         _parameters_gathered(model_chunks, optimizer, stepped=stepped),
         compat.temporarily(config, timers=None, param_sync_func=None),
         compat.rerun_disabled(),
+        exact_gradients(optimizer),
         compat.moe_metrics_kept(),
         restore_buffers(model_chunks),
         restore_random_states(),

@@ -1,0 +1,57 @@
+"""At every ``--log-interval``: what ``--lion-reduce`` sent and kept, in the log, TensorBoard and W&B.
+
+The step that is logged is sampled: norms of the gradient and of the residual, and with ``--lion-telemetry`` the share
+of signs that the uncompressed gradient would change, which costs one more reduction in that step.
+"""
+
+from typing import Any
+
+import torch
+
+from megatron_lion.integration import console
+from megatron_lion.integration.exchange.block_reduce import BlockReduce, reduces_of
+from megatron_lion.integration.loop_callbacks import Step
+from megatron_lion.integration.reporting import metrics
+
+
+def before_step(step: Step, iteration: int) -> None:
+    """Sample the step that comes after ``iteration`` steps if it will be logged."""
+    from megatron.training import get_args
+
+    args = get_args()
+    if getattr(args, "lion_reduce", "stock") != "stock":
+        is_due = (iteration + 1) % args.log_interval == 0
+        what = "exact" if args.lion_telemetry else "norm"
+        for reduce in reduces_of(step.optimizer):
+            reduce.sample_next(what if is_due else None)
+
+
+def after_step(optimizer: Any, iteration: int) -> None:
+    """Report the step if it was sampled."""
+    from megatron.training import get_args
+
+    if getattr(get_args(), "lion_reduce", "stock") != "stock" and iteration % get_args().log_interval == 0:
+        report(reduces_of(optimizer), iteration)
+
+
+def report(reduces: list[BlockReduce], iteration: int) -> None:
+    """One line on rank 0, TensorBoard and W&B: sums over all ranks. Issues one small all-reduce over all ranks."""
+    taken = [reduce.take_sample() for reduce in reduces]
+    bits = sum(8 * sum(bucket.sent_sizes) for reduce in reduces for bucket in reduce.buckets)
+    elements = sum(bucket.numel * len(bucket.others) for reduce in reduces for bucket in reduce.buckets)
+    here = [sum(getattr(sample, name) for sample in taken) for name in ("gradient", "residual", "unlike", "elements")]
+    sums = torch.tensor([bits, elements, *here], dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(sums)
+    bits, elements, gradient, residual, unlike, counted = sums.tolist()
+    if not elements:  # DP=1
+        return
+    values = {"reduce_bits": bits / elements}
+    line = f"step {iteration}: reduction of gradients: {bits / elements:.2f} bits per parameter"
+    if gradient > 0:
+        values["reduce_residual"] = (residual / gradient) ** 0.5
+        line += f", not sent {values['reduce_residual']:.3f} of the gradient's norm"
+    if counted:
+        values["reduce_unlike_signs"] = unlike / counted
+        line += f", {values['reduce_unlike_signs']:.3%} of signs unlike the exact ones"
+    console.say(line)
+    metrics.write({f"lion/{name}": value for name, value in values.items()}, iteration)
