@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +141,10 @@ def _follow(
     lines: Iterable[str], kill: Callable[[int | None], None], when: Kill, timeout: float
 ) -> tuple[str, TrainingLog]:
     """Read a run's output to its end; kill it once when told to, and whole after ``timeout`` seconds."""
-    deadline, output, log, due = time.monotonic() + timeout, [], TrainingLog(), when.at is not None
+    output, log, due = [], TrainingLog(), when.at is not None
+    limit = threading.Timer(timeout, kill, [None])  # also of a run that writes nothing
+    limit.daemon = True
+    limit.start()
     for text in lines:
         output.append(text)
         iteration = log.add_line(text)
@@ -152,8 +154,7 @@ def _follow(
                 threading.Timer(when.after, kill, [when.rank]).start()
             else:
                 kill(when.rank)
-        if time.monotonic() > deadline:
-            kill(None)
+    limit.cancel()
     return "".join(output), log
 
 

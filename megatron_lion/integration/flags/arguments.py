@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_lion.config import GATHERS, INITS_FROM, KERNELS, LionError, LionOptions, check_rates, did_you_mean
-from megatron_lion.integration import compat, console
+from megatron_lion.integration import compat, console, exit_signal
 from megatron_lion.integration.checkpoint import formats, init_from_adam, ownership
 from megatron_lion.integration.cpu import run_flags, torch_cuda
 from megatron_lion.integration.exchange import refusals as exchange
@@ -34,6 +34,7 @@ def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]
     step_telemetry.check(args)
     validated = (_validate_lion if args.optimizer == "lion" else _validate_another)(stock, args, defaults or {})
     norm_ratio.check(args)  # again, as Megatron derives some settings from others
+    exit_signal.kill_daemons_at_exit(args)
     return validated
 
 
