@@ -4,11 +4,14 @@ Megatron first checks the flags as given. Then each is replaced by a setting who
 refused.
 """
 
-from collections.abc import Callable
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_lion.config import LionError
+from megatron_lion.integration import compat
 from megatron_lion.integration.flags.state_precision import QUANTIZED_WEIGHTS
 
 OPTIMIZERS = ("lion", "sgd", "adam")
@@ -87,6 +90,18 @@ IRREPLACEABLE = {
 }
 
 
+@contextlib.contextmanager
+def transformer_engine_of_the_cluster() -> Iterator[None]:
+    """Where it is not installed, let Megatron's checks of the flags find one that is new enough for each of them."""
+    import megatron.training.arguments as arguments
+
+    if importlib.util.find_spec("transformer_engine") is not None:
+        yield
+    else:
+        with compat.temporarily(arguments, is_te_min_version=lambda *_, **__: True):
+            yield
+
+
 def refuse(args: Any) -> None:
     """Raise LionError for a flag that has no replacement on a machine without a GPU, or with state that is unknown."""
     if args.optimizer not in OPTIMIZERS:
@@ -130,12 +145,10 @@ def _let_attention_be_local() -> None:
     """
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    from megatron_lion.integration.compat import temporarily
-
     stock = DotProductAttention.__init__
 
     def init(self: Any, config: Any, *args: Any, k_channels: Any = None, v_channels: Any = None, **kwargs: Any) -> None:
-        with temporarily(config, context_parallel_size=1):
+        with compat.temporarily(config, context_parallel_size=1):
             stock(self, config, *args, **kwargs)
 
     DotProductAttention.__init__ = init

@@ -127,7 +127,8 @@ def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[Non
     stock_validate = arguments.validate_args
 
     def validate_args(args: Any, *rest: Any, **named: Any) -> Any:
-        validated = stock_validate(args, *rest, **named)
+        with local_modules.transformer_engine_of_the_cluster():
+            validated = stock_validate(args, *rest, **named)
         local_modules.refuse(args)
         report.replaced = local_modules.replace(args)
         _write_nothing(args)
