@@ -2,8 +2,8 @@
 
     te_ranks.py (te WHEEL | local) < lines of "RANK WORLD_SIZE <Megatron's flags>"
 
-Prints a line of JSON for each line: the parameters as (shape, dtype), sorted; the sizes; the classes of modules that
-have parameters. Each rank is forked from this process, which has Megatron imported.
+Prints a line of JSON for each line: the parameters as (shape, dtype), sorted; the sizes, the padding and the messages;
+the classes of modules that have parameters. Each rank is forked from this process, which has Megatron imported.
 """
 
 import json
@@ -62,7 +62,7 @@ def describe(line: str) -> dict[str, Any]:
     rank, world_size, *flags = line.split()
     report = one_rank.rehearse(str(PRETRAIN_GPT), flags, rank=int(rank), world_size=int(world_size))
     padding = sum(bucket["padding"] for bucket in report.buckets)
-    return {**found, "sizes": report.sizes, "padding": padding}
+    return {**found, "sizes": report.sizes, "padding": padding, "traffic": report.traffic}
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ EXPERTS = (
     f"{LLAMA} --moe-ffn-hidden-size 96"
 )
 LATENT = (
-    "--multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 "
-    "--v-head-dim 8 --qk-layernorm --rotary-scaling-factor 40"
+    f"{LLAMA.split(' --group')[0]} --multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 8 "
+    "--qk-pos-emb-head-dim 4 --v-head-dim 8 --qk-layernorm --rotary-scaling-factor 40"
 )
 TP_2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 CASES = {
@@ -31,7 +31,9 @@ CASES = {
     "RMSNorm, SwiGLU, grouped queries": f"0 2 {LLAMA}",
     "the same at TP 2, PP 2, last stage": f"3 4 {LLAMA} {TP_2} --pipeline-model-parallel-size 2",
     "normalized queries and keys": f"0 2 {LLAMA} --qk-layernorm",
-    "multi-latent attention": f"0 2 {LLAMA.split(' --group')[0]} {LATENT}",
+    "multi-latent attention": f"0 2 {LATENT}",
+    "the same at TP 2, whose ranks have the projections down whole": f"1 2 {LATENT} {TP_2}",
+    "grouped experts at expert TP 2": f"1 4 {EXPERTS} {TP_2} --moe-grouped-gemm --expert-tensor-parallel-size 2",
     "context parallelism": f"0 4 {LLAMA} --context-parallel-size 2",
     "experts, one module each": f"0 2 {EXPERTS}",
     "grouped experts": f"0 2 {EXPERTS} --moe-grouped-gemm",
@@ -62,13 +64,13 @@ def built(*arm: str) -> dict[str, dict[str, Any]]:
 
 
 def test_what_replaces_transformer_engine_has_the_same_parameters_and_bytes() -> None:
-    """Also the padding of the buckets is the same in these cases."""
+    """Also the padding of the buckets and the messages of a step."""
     theirs, ours = built("te", str(transformer_engine.folder())), built("local")
     replaced: set[str] = set()
     for case in CASES:
         one, other = theirs[case], ours[case]
         assert len(one["parameters"]) > 5, case
-        for what in ("parameters", "sizes", "padding"):
+        for what in ("parameters", "sizes", "padding", "traffic"):
             assert one[what] == other[what], (case, what)
         replaced |= set(one["modules"]) - set(other["modules"])
         assert not any("TE" in name or "transformer_engine" in name for name in other["modules"]), case

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 from megatron_lion.integration.flags.state_precision import QUANTIZED_WEIGHTS
@@ -32,8 +34,7 @@ REPLACEMENTS = (
     Replacement(
         "transformer_impl",
         "local",
-        f"Transformer Engine's linear, norm, attention and grouped-expert modules by Megatron's local ones: {SAME}. "
-        "Their order in the buffers may differ, and with it the padding",
+        f"Transformer Engine's linear, norm, attention and grouped-expert modules by Megatron's local ones: {SAME}",
         lambda value: value == "transformer_engine",
     ),
     Replacement(
@@ -79,6 +80,8 @@ KERNELS = {
     "delay_wgrad_compute": False,
     "fine_grained_activation_offloading": False,
 }
+# Megatron's names for the projections of latent attention to few channels.
+DOWN_PROJECTIONS = ("q_down_proj", "kv_down_proj", "qkv_down_proj")
 IRREPLACEABLE = {
     **dict.fromkeys(
         QUANTIZED_WEIGHTS, "its weights are Transformer Engine's tensors, which need a GPU. Rehearse without the flag"
@@ -129,6 +132,8 @@ def replace(args: Any) -> list[str]:
     for flag in only_te_attention(args):
         replaced.append(f"{flag}: Transformer Engine's attention by Megatron's local one: neither has parameters")
         _let_attention_be_local()
+    if getattr(args, "multi_latent_attention", False) and args.tensor_model_parallel_size > 1:
+        _keep_down_projections_whole(args.rank)
     return replaced
 
 
@@ -152,3 +157,24 @@ def _let_attention_be_local() -> None:
             stock(self, config, *args, **kwargs)
 
     DotProductAttention.__init__ = init
+
+
+def _keep_down_projections_whole(rank: int) -> None:
+    """Let each tensor-parallel rank have latent attention's projections down whole, as with Transformer Engine.
+
+    Megatron cuts its own (0.19.2: multi_latent_attention 525 and 572).
+    """
+    from megatron.core.transformer import multi_latent_attention
+
+    stock = multi_latent_attention.build_module
+    alone = torch.distributed.new_group([rank])
+
+    def build_module(spec: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("tp_comm_buffer_name") not in DOWN_PROJECTIONS:
+            return stock(spec, *args, **kwargs)
+        module = stock(spec, *args, **{**kwargs, "tp_group": alone})
+        for param in module.parameters():  # as Transformer Engine's: the ranks add up their gradients
+            param.sequence_parallel = kwargs["config"].sequence_parallel
+        return module
+
+    multi_latent_attention.build_module = build_module

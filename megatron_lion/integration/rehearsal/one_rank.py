@@ -32,6 +32,11 @@ SEAMS = (
     compat.Seam(_CHECKPOINTS, "generate_state_dict", ("args", "model", "optimizer", "optim_sd_kwargs")),
     compat.Seam(_CHECKPOINTS, "_load_global_dist_base_checkpoint", uses=("dist_checkpointing", "load")),
     compat.Seam("megatron.core.transformer.dot_product_attention", "DotProductAttention.__init__", ("config",)),
+    compat.Seam(
+        "megatron.core.transformer.multi_latent_attention",
+        "MLASelfAttention.__init__",
+        uses=("build_module", "q_down_proj", "kv_down_proj"),
+    ),
 )
 
 
