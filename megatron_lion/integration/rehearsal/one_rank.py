@@ -26,6 +26,7 @@ _LOOP = "megatron.training.training"
 _CHECKPOINTS = "megatron.training.checkpointing"
 # What a rehearsal replaces or calls in Megatron, in addition to what registration has checked.
 SEAMS = (
+    compat.Seam("megatron.training.arguments", "validate_args", ("args",), uses=("is_te_min_version",)),
     compat.Seam(_LOOP, "pretrain", uses=("setup_model_and_optimizer", "build_train_valid_test_data_iterators")),
     compat.Seam(_LOOP, "setup_model_and_optimizer", uses=("get_megatron_optimizer", "load_checkpoint")),
     compat.Seam(_CHECKPOINTS, "_build_sharded_state_dict_metadata", ("args",)),
