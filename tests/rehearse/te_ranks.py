@@ -40,6 +40,7 @@ def keep_transformer_engine(wheel: Path) -> None:
 
     local_modules.REPLACEMENTS = tuple(each for each in local_modules.REPLACEMENTS if each.dest not in KEPT)
     local_modules.only_te_attention = lambda args: []
+    local_modules._keep_down_projections_whole = lambda rank: None
 
 
 def describe(line: str) -> dict[str, Any]:
