@@ -34,6 +34,8 @@ os.environ.update(CPU_ENVIRONMENT)
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 # Processes that read data, in every run that is killed or gets a signal: they get it too.
 WORKERS = "--num-workers 2"
+# Without the other two flags Megatron from 0.17 on only warns, and saves as usual.
+ASYNC_SAVE = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
 # A start and a resume must give the scheduler the same horizon, whatever --train-iters says.
 HORIZON = "--lr-decay-iters 20"
 
