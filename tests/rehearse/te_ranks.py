@@ -6,6 +6,7 @@ Prints a line of JSON for each line: the parameters as (shape, dtype), sorted; t
 the classes of modules that have parameters. Each rank is forked from this process, which has Megatron imported.
 """
 
+import functools
 import json
 import os
 import sys
@@ -24,9 +25,10 @@ KEPT = ("transformer_impl", "fp8")
 
 def keep_transformer_engine(wheel: Path) -> None:
     """Let a rehearsal build the modules that it replaces otherwise."""
-    from tests import transformer_engine
+    from tests import transformer_engine as installer
 
-    transformer_engine.install(wheel)
+    installer.install(wheel)
+    import transformer_engine.pytorch
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
     stock = TransformerEngineBaseModule.__init__
@@ -36,11 +38,21 @@ def keep_transformer_engine(wheel: Path) -> None:
             stock(self, *args, **kwargs)
 
     TransformerEngineBaseModule.__init__ = init
+    for norm in (transformer_engine.pytorch.LayerNorm, transformer_engine.pytorch.RMSNorm):
+        norm.__init__ = functools.partialmethod(marked, norm.__init__)
     from megatron_lion.integration.rehearsal import local_modules
 
     local_modules.REPLACEMENTS = tuple(each for each in local_modules.REPLACEMENTS if each.dest not in KEPT)
     local_modules.only_te_attention = lambda args: []
     local_modules._keep_down_projections_whole = lambda rank: None
+
+
+def marked(self: Any, init: Any, *args: Any, **kwargs: Any) -> None:
+    """Mark the parameters of a norm as it does where it fills them, which it leaves out on the meta device."""
+    init(self, *args, **kwargs)
+    if self.sequence_parallel is not None:
+        for param in self.parameters():
+            param.sequence_parallel = self.sequence_parallel
 
 
 def describe(line: str) -> dict[str, Any]:
