@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,8 @@ os.environ.update(CPU_ENVIRONMENT)
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 # Processes that read data, in every run that is killed or gets a signal: they get it too.
 WORKERS = "--num-workers 2"
+# Without the other two flags Megatron from 0.17 on only warns, and saves as usual.
+ASYNC_SAVE = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
 # A start and a resume must give the scheduler the same horizon, whatever --train-iters says.
 HORIZON = "--lr-decay-iters 20"
 
@@ -142,7 +143,10 @@ def _follow(
     lines: Iterable[str], kill: Callable[[int | None], None], when: Kill, timeout: float
 ) -> tuple[str, TrainingLog]:
     """Read a run's output to its end; kill it once when told to, and whole after ``timeout`` seconds."""
-    deadline, output, log, due = time.monotonic() + timeout, [], TrainingLog(), when.at is not None
+    output, log, due = [], TrainingLog(), when.at is not None
+    limit = threading.Timer(timeout, kill, [None])  # also of a run that writes nothing
+    limit.daemon = True
+    limit.start()
     for text in lines:
         output.append(text)
         iteration = log.add_line(text)
@@ -152,8 +156,7 @@ def _follow(
                 threading.Timer(when.after, kill, [when.rank]).start()
             else:
                 kill(when.rank)
-        if time.monotonic() > deadline:
-            kill(None)
+    limit.cancel()
     return "".join(output), log
 
 

@@ -1,5 +1,6 @@
 """Processes that a rank starts live through the signal of --exit-signal-handler, however they are started."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,37 @@ def test_a_process_lives_through_the_signal_only_where_the_rank_handles_it(
     script.write_text(SCRIPT.format(method=method, handled=handled))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert done.stdout == ("alive 1\n" if handled else "ended\n"), done.stderr
+
+
+# The last of what a failing rank does: its daemons ignore SIGTERM, as Megatron's data workers do.
+FAILING = """
+import argparse, multiprocessing, os, signal
+from megatron_lion.integration import exit_signal
+
+def wait(connection):
+    {deafen}
+    connection.send(os.getpid())
+    signal.pause()
+
+exit_signal.kill_daemons_at_exit(argparse.Namespace(exit_signal_handler=True))
+context = multiprocessing.get_context("fork")
+here, there = context.Pipe()
+with exit_signal.processes_live_through_it(argparse.Namespace(exit_signal_handler={blocked})):
+    context.Process(target=wait, args=(there,), daemon=True).start()
+print(here.recv(), flush=True)
+raise RuntimeError("failed on purpose")
+"""
+
+
+@pytest.mark.parametrize(
+    ("deafen", "blocked"),
+    [("signal.signal(signal.SIGTERM, lambda *_: None)", False), ("pass", True)],
+    ids=["handled, as by Megatron's data workers", "blocked, as by a round's"],
+)
+def test_a_process_that_fails_does_not_wait_for_daemons_that_live_through_sigterm(deafen: str, blocked: bool) -> None:
+    script = FAILING.format(deafen=deafen, blocked=blocked)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("RuntimeError: failed on purpose")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)

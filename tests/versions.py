@@ -40,17 +40,21 @@ def others_with_a_loop() -> list[str]:
 
 
 def wheel(version: str) -> Path:
-    """The folder that holds megatron-core ``version`` alone, fetched if it is not there; skips the test where it
-    cannot be."""
-    folder = WHEELS / version
+    """The folder that holds megatron-core ``version`` alone; see :func:`fetched`."""
+    return fetched(f"megatron-core=={version}", WHEELS / version)
+
+
+def fetched(requirement: str, folder: Path) -> Path:
+    """``folder`` with the wheel of ``requirement`` alone, fetched if it is not there; skips the test where it cannot
+    be."""
     if folder.is_dir():
         return folder
-    WHEELS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=WHEELS) as fresh:  # moved when it is complete
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:  # moved when it is complete
         line = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{fresh}/wheel"]
-        done = subprocess.run([*line, f"megatron-core=={version}"], capture_output=True, text=True, check=False)
+        done = subprocess.run([*line, requirement], capture_output=True, text=True, check=False)
         if done.returncode:
-            pytest.skip(f"megatron-core {version} cannot be fetched: {done.stderr.strip().splitlines()[-1]}")
+            pytest.skip(f"{requirement} cannot be fetched: {done.stderr.strip().splitlines()[-1]}")
         os.rename(f"{fresh}/wheel", folder)
     return folder
 

@@ -210,7 +210,8 @@ def recipe_rows(name: str) -> list[str]:
     """A row of a recipe with Lion on a100x16, with the recipe's estimate."""
     from launch.launcher import estimates, recipes, rehearsal
 
-    recipe = recipes.resolve(name, "lion", "a100x16", ["lr=1e-5"])
+    rates = ["lr=1e-5", "min-lr=0", "weight-decay=0.1"]  # which the recipes for BERT do not have
+    recipe = recipes.resolve(name, "lion", "a100x16", rates)
     words = rehearsal.flags(recipe, [])
     reports, seconds = rehearse(ROOT / "launch" / recipe["script"], words, recipe.ranks, None)
     fullest = max(reports, key=lambda report: int(report.sizes["on_device"])).sizes

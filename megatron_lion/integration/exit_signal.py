@@ -1,10 +1,32 @@
 """--exit-signal-handler: keep a rank's child processes alive when a signal makes the rank save and end."""
 
 import contextlib
+import multiprocessing
 import signal
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 from typing import Any
+
+
+def kill_daemons_at_exit(args: Any) -> None:
+    """Let this process end, although what it has started lives through SIGTERM.
+
+    At exit Python sends SIGTERM to multiprocessing's daemons, such as a data loader's workers, and waits for them. With
+    ``args.exit_signal_handler`` they block or handle SIGTERM, here and in Megatron (0.19.2: data_samplers 95). A rank
+    that fails still holds its loaders, so it would wait forever, and torchrun with it. So daemons are killed.
+
+    Args:
+        args: Megatron's arguments.
+    """
+    if args.exit_signal_handler:
+        util.Finalize(None, _kill_daemons, exitpriority=0)  # the last one before Python waits
+
+
+def _kill_daemons() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a loader's worker is killed
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import pytest
 
 from launch.launcher import commands
 from megatron_lion.training_log import read_training_log
-from tests.harness import as_in_a_terminal, run_ranks
+from tests.harness import ASYNC_SAVE, as_in_a_terminal, read_checkpoint, run_ranks
 from tests.launch.recipe_cases import ROOT, recipe
 
 # So that a run takes seconds; the models, the optimizers and the cluster stay as they are.
@@ -104,6 +104,33 @@ def test_a_run_that_is_preempted_or_interrupted_saves_at_once_and_the_same_line_
     rounds = (tmp_path / "run" / "norm_ratio.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in rounds] == [5, 10]
     assert "test" in whole.final
+
+
+@pytest.mark.slow
+def test_a_run_that_is_preempted_while_it_saves_in_the_background_leaves_both_checkpoints(
+    text: Path, tmp_path: Path
+) -> None:
+    """The process that writes the first one gets the signal too."""
+    steps = ["train-iters=40", "lr-decay-iters=40", "save-interval=3", WORKERS, "--", *ASYNC_SAVE.split()]
+    run = tmp_path / "run"
+    process = start(text, run, "lion", *steps)
+    while "scheduled an async checkpoint save at iteration       3 " not in read_if_there(run / "log.txt"):
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode != 0, "a run that was cut short must not look complete"
+    saved = int((run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= saved < 40
+    assert max(read_training_log(run / "log.txt").loss) == saved
+    for iteration in {3, saved}:
+        assert read_checkpoint(run / "checkpoints", iteration)
+    resume(text, run, *[f"train-iters={saved + 2}", *steps[1:4]], as_users_do=False)
+    assert sorted(read_training_log(run / "log.txt").loss) == list(range(1, saved + 3))
+
+
+def read_if_there(log: Path) -> str:
+    return log.read_text(errors="replace") if log.exists() else ""
 
 
 @pytest.mark.slow

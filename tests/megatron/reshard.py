@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.harness import BATCH, CPU, HORIZON, MODEL, NO_DROPOUT, RATE, Run, run_ranks, text_flags
+from tests.harness import ASYNC_SAVE, BATCH, CPU, HORIZON, MODEL, NO_DROPOUT, RATE, Run, run_ranks, text_flags
 from tests.megatron import optimizer_state
 
 PROBE = Path(__file__).with_name("probe_state.py")
@@ -39,7 +39,7 @@ FORMATS = {
         "--dist-ckpt-optim-fully-reshardable --distrib-optim-fully-reshardable-mem-efficient"
     ),
     "dp_reshardable": "",
-    "dp_reshardable, async": "--async-save --use-persistent-ckpt-worker --async-strategy mcore",
+    "dp_reshardable, async": ASYNC_SAVE,
     "torch": "--ckpt-format torch",
 }
 STORAGES = {

@@ -23,6 +23,7 @@ from megatron_lion.integration.checkpoint.integrity import (
     verify_crc,
 )
 from tests.harness import (
+    ASYNC_SAVE,
     BATCH,
     CPU,
     HORIZON,
@@ -70,7 +71,7 @@ def test_a_run_killed_at_a_random_moment_and_resumed_ends_as_if_nothing_had_happ
     dice = random.Random(moment)
     run = f"{RUN} {WORKERS} --train-iters {LAST} --save {tmp_path} --load {tmp_path} --save-interval 1"
     if moment % 3 == 2:
-        run += " --async-save"
+        run += f" {ASYNC_SAVE}"
     kill = {"kill_at": dice.randrange(1, LAST), "kill_after": dice.uniform(0.0, 0.6)}
     killed = pretrain(text, run, ranks=2, kill_rank=None if moment % 2 else 1, **kill)
     cut = unfinished(tmp_path)
@@ -281,7 +282,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     "a full disk while saving",
     "one line on what to do; the checkpoint before it resumes bit for bit",
 )
-@pytest.mark.parametrize("how", ["", pytest.param("--async-save", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["", pytest.param(ASYNC_SAVE, id="async", marks=pytest.mark.slow)])
 def test_a_full_disk_ends_the_run_with_its_name_and_the_previous_checkpoint_loads(
     text: Path, tmp_path: Path, small_disk: Path, undisturbed: dict[str, Any], how: str
 ) -> None:

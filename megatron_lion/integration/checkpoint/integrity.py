@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, exit_signal
+from megatron_lion.integration.cpu import torch_cuda
 from megatron_lion.integration.exchange import block_reduce
 
 CHUNK = 1 << 20
@@ -77,6 +78,17 @@ def write_errors_named(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         ) from error
 
 
+def init_persistent_async_worker(stock: Callable[..., Any], rank: int, mp_mode: str = "spawn") -> Any:
+    """Let the process that writes checkpoints in the background live through the exit signal.
+
+    On the CPU it is forked: only then it has what answers for CUDA.
+    """
+    from megatron.training import get_args
+
+    with exit_signal.processes_live_through_it(get_args()):
+        return stock(rank, "fork" if torch_cuda.wanted() else mp_mode)
+
+
 CORE = (
     compat.wrap(
         "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader",
@@ -92,6 +104,11 @@ TRAINING = (
     ),
     compat.wrap(
         "megatron.training.async_utils:maybe_finalize_async_save", write_errors_named, parameters=("blocking",)
+    ),
+    compat.wrap(
+        "megatron.training.async_utils:init_persistent_async_worker",
+        init_persistent_async_worker,
+        parameters=("rank", "mp_mode"),
     ),
 )
 

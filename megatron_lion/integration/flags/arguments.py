@@ -17,13 +17,14 @@ from megatron_lion.config import (
     check_rates,
     did_you_mean,
 )
-from megatron_lion.integration import compat, console
+from megatron_lion.integration import compat, console, exit_signal
 from megatron_lion.integration.checkpoint import formats, init_from_adam, ownership
 from megatron_lion.integration.cpu import run_flags, torch_cuda
 from megatron_lion.integration.exchange import refusals as exchange
 from megatron_lion.integration.flags import norm_ratio_arguments as norm_ratio
 from megatron_lion.integration.flags import state_precision
 from megatron_lion.integration.optimizer import config_fields, fast_norm, refusals
+from megatron_lion.integration.rehearsal import fake_ranks
 from megatron_lion.integration.reporting import step_telemetry
 
 
@@ -36,14 +37,15 @@ def add_megatron_arguments(stock: Callable[..., Any], parser: argparse.ArgumentP
 
 
 def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any] | None = None) -> Any:
-    """Check our flags, before and after Megatron checks its own. On the CPU, set the flags that it needs first."""
-    if torch_cuda.wanted() and (flags := run_flags.apply(args)):
+    """Check our flags, before and after Megatron checks its own. A run on the CPU first sets what it needs."""
+    if torch_cuda.wanted() and not fake_ranks.is_active() and (flags := run_flags.apply(args)):
         console.say(f"{torch_cuda.DEVICE_VARIABLE}=cpu sets {' '.join(flags)}")
     _require_ranks(args)
     norm_ratio.check(args)
     step_telemetry.check(args)
     validated = (_validate_lion if args.optimizer == "lion" else _validate_another)(stock, args, defaults or {})
     norm_ratio.check(args)  # again, as Megatron derives some settings from others
+    exit_signal.kill_daemons_at_exit(args)
     return validated
 
 

@@ -4,11 +4,16 @@ Megatron first checks the flags as given. Then each is refused, or replaced by a
 parameters.
 """
 
-from collections.abc import Callable
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_lion.config import LionError
+from megatron_lion.integration import compat
 from megatron_lion.integration.flags.state_precision import QUANTIZED_WEIGHTS
 
 OPTIMIZERS = ("lion", "sgd", "adam")
@@ -29,8 +34,7 @@ REPLACEMENTS = (
     Replacement(
         "transformer_impl",
         "local",
-        f"Transformer Engine's linear, norm, attention and grouped-expert modules by Megatron's local ones: {SAME}. "
-        "Their order in the buffers may differ, and with it the padding",
+        f"Transformer Engine's linear, norm, attention and grouped-expert modules by Megatron's local ones: {SAME}",
         lambda value: value == "transformer_engine",
     ),
     Replacement(
@@ -76,6 +80,8 @@ KERNELS = {
     "delay_wgrad_compute": False,
     "fine_grained_activation_offloading": False,
 }
+# Megatron's names for the projections of latent attention to few channels.
+DOWN_PROJECTIONS = ("q_down_proj", "kv_down_proj", "qkv_down_proj")
 IRREPLACEABLE = {
     **dict.fromkeys(
         QUANTIZED_WEIGHTS, "its weights are Transformer Engine's tensors, which need a GPU. Rehearse without the flag"
@@ -85,6 +91,18 @@ IRREPLACEABLE = {
     "moe_single_grouped_weight": "the grouped weight is a Transformer Engine tensor. Rehearse without the flag",
     "yaml_cfg": "a file of arguments bypasses the command line. Rehearse with Megatron's flags",
 }
+
+
+@contextlib.contextmanager
+def transformer_engine_of_the_cluster() -> Iterator[None]:
+    """Where it is not installed, let Megatron's checks of the flags find one that is new enough for each of them."""
+    import megatron.training.arguments as arguments
+
+    if importlib.util.find_spec("transformer_engine") is not None:
+        yield
+    else:
+        with compat.temporarily(arguments, is_te_min_version=lambda *_, **__: True):
+            yield
 
 
 def refuse(args: Any) -> None:
@@ -114,6 +132,8 @@ def replace(args: Any) -> list[str]:
     for flag in only_te_attention(args):
         replaced.append(f"{flag}: Transformer Engine's attention by Megatron's local one: neither has parameters")
         _let_attention_be_local()
+    if getattr(args, "multi_latent_attention", False) and args.tensor_model_parallel_size > 1:
+        _keep_down_projections_whole(args.rank)
     return replaced
 
 
@@ -130,12 +150,31 @@ def _let_attention_be_local() -> None:
     """
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    from megatron_lion.integration.compat import temporarily
-
     stock = DotProductAttention.__init__
 
     def init(self: Any, config: Any, *args: Any, k_channels: Any = None, v_channels: Any = None, **kwargs: Any) -> None:
-        with temporarily(config, context_parallel_size=1):
+        with compat.temporarily(config, context_parallel_size=1):
             stock(self, config, *args, **kwargs)
 
     DotProductAttention.__init__ = init
+
+
+def _keep_down_projections_whole(rank: int) -> None:
+    """Let each tensor-parallel rank have latent attention's projections down whole, as with Transformer Engine.
+
+    Megatron cuts its own (0.19.2: multi_latent_attention 525 and 572).
+    """
+    from megatron.core.transformer import multi_latent_attention
+
+    stock = multi_latent_attention.build_module
+    alone = torch.distributed.new_group([rank])
+
+    def build_module(spec: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("tp_comm_buffer_name") not in DOWN_PROJECTIONS:
+            return stock(spec, *args, **kwargs)
+        module = stock(spec, *args, **{**kwargs, "tp_group": alone})
+        for param in module.parameters():  # as Transformer Engine's: the ranks add up their gradients
+            param.sequence_parallel = kwargs["config"].sequence_parallel
+        return module
+
+    multi_latent_attention.build_module = build_module

@@ -26,12 +26,18 @@ _LOOP = "megatron.training.training"
 _CHECKPOINTS = "megatron.training.checkpointing"
 # What a rehearsal replaces or calls in Megatron, in addition to what registration has checked.
 SEAMS = (
+    compat.Seam("megatron.training.arguments", "validate_args", ("args",), uses=("is_te_min_version",)),
     compat.Seam(_LOOP, "pretrain", uses=("setup_model_and_optimizer", "build_train_valid_test_data_iterators")),
     compat.Seam(_LOOP, "setup_model_and_optimizer", uses=("get_megatron_optimizer", "load_checkpoint")),
     compat.Seam(_CHECKPOINTS, "_build_sharded_state_dict_metadata", ("args",)),
     compat.Seam(_CHECKPOINTS, "generate_state_dict", ("args", "model", "optimizer", "optim_sd_kwargs")),
     compat.Seam(_CHECKPOINTS, "_load_global_dist_base_checkpoint", uses=("dist_checkpointing", "load")),
     compat.Seam("megatron.core.transformer.dot_product_attention", "DotProductAttention.__init__", ("config",)),
+    compat.Seam(
+        "megatron.core.transformer.multi_latent_attention",
+        "MLASelfAttention.__init__",
+        uses=("build_module", "q_down_proj", "kv_down_proj"),
+    ),
 )
 
 
@@ -127,7 +133,8 @@ def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[Non
     stock_validate = arguments.validate_args
 
     def validate_args(args: Any, *rest: Any, **named: Any) -> Any:
-        validated = stock_validate(args, *rest, **named)
+        with local_modules.transformer_engine_of_the_cluster():
+            validated = stock_validate(args, *rest, **named)
         local_modules.refuse(args)
         report.replaced = local_modules.replace(args)
         _write_nothing(args)
