@@ -145,7 +145,7 @@ MEGATRON_TOPICS: dict[str, dict[str, type]] = {
         "eval-iters": int,
         "tensorboard-dir": str,
         "norm-ratio-interval": int,
-        "norm-ratio-batches": int,
+        "norm-ratio-batches": str,  # a number, or all
         "norm-ratio-at-start": bool,
         "norm-ratio-file": str,
     },

@@ -62,6 +62,73 @@ def test_a_round_equals_float64_autograd_over_the_same_samples(
     assert max(difference.values()) < 1e-5, difference
 
 
+# ---- a round over the whole split ----
+
+WHOLE = "--norm-ratio-batches all"
+SPLIT_LAYOUTS = {
+    "DP 2": (2, DISTRIBUTED),
+    "DP 2, tokens as weights": (2, f"{DISTRIBUTED} --calculate-per-token-loss"),
+    "TP 2": (2, "--tensor-model-parallel-size 2"),
+    "PP 2": (2, "--pipeline-model-parallel-size 2"),
+    "PP 2 interleaved x DP 2, other micro-batches": (
+        4,
+        f"{DISTRIBUTED} --pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 "
+        "--micro-batch-size 1",
+    ),
+}
+
+
+def small_split(text: Path) -> str:
+    """Train on the validation text: few samples, and no multiple of a batch."""
+    return f"--train-data-path {text}/valid_text_document --make-vocab-size-divisible-by 256"
+
+
+def assert_equals_reference(record: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The largest relative difference from float64 autograd over the split, each sample once."""
+    assert record["samples"] == expected["samples"] and record["exact"] and record["converged"]
+    assert record["samples"] % 8 and record["samples"] % 2, "the last batch must be filled up"
+    return max(abs(record[key] / expected[key] - 1) for key in ("loss", "l1", "l2", "kkt_residual"))
+
+
+@pytest.fixture(scope="module")
+def whole_split(text: Path) -> dict[str, Any]:
+    """One process's round, and float64 autograd over the same split."""
+    (answer,) = look(text, small_split(text), WHOLE, ranks=1, PROBE_REFERENCE="1")
+    return answer
+
+
+def test_a_round_over_the_whole_split_equals_float64_autograd(whole_split: dict[str, Any]) -> None:
+    assert assert_equals_reference(whole_split["record"], whole_split["reference"]) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "flags"), SPLIT_LAYOUTS.values(), ids=SPLIT_LAYOUTS)
+def test_a_round_over_the_whole_split_is_the_same_in_every_layout(
+    text: Path, whole_split: dict[str, Any], ranks: int, flags: str
+) -> None:
+    expected = whole_split["reference"]
+    if "--num-layers" in flags:
+        (deeper,) = look(text, small_split(text), WHOLE, "--num-layers 4", ranks=1, PROBE_REFERENCE="1")
+        expected = deeper["reference"]
+    for answer in look(text, small_split(text), WHOLE, flags, ranks=ranks):
+        assert assert_equals_reference(answer["record"], expected) < 5e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [DISTRIBUTED, "--pipeline-model-parallel-size 2"])
+def test_training_does_not_notice_rounds_over_the_whole_split(text: Path, tmp_path: Path, flags: str) -> None:
+    flags = f"--optimizer lion {flags} {small_split(text)} {HORIZON} --train-iters 4 --save-interval 4"
+    plain = pretrain(text, flags, f"--save {tmp_path}/without", ranks=2)
+    rounds = f"--norm-ratio-interval 2 --norm-ratio-at-start {WHOLE}"
+    measured = pretrain(text, flags, rounds, f"--save {tmp_path}/with", ranks=2)
+    assert exactly(plain) == exactly(measured)
+    assert_same_checkpoint(read_checkpoint(tmp_path / "without", 4), read_checkpoint(tmp_path / "with", 4))
+    found = records(tmp_path / "with")
+    assert [record["iteration"] for record in found] == [0, 2, 4]
+    assert not any(record["exact"] for record in found), "dropout is on"
+    assert len({record["tokens"] for record in found}) == 1
+
+
 # ---- each parameter once: known integers in the buffers ----
 
 TENSOR_PARALLEL_DEFECTS = ("tensor-parallel copies count", "no tensor-parallel sum")

@@ -1,5 +1,5 @@
 """The paper's language runs at its own settings: the recipes ``gpt2_small`` and ``bert_small`` with ``lion_paper`` and
-``sgd_paper``, with fewer and narrower layers, shorter sequences, a smaller batch and other text, in fp32 on one CPU core.
+``sgd_paper``, with fewer and narrower layers, shorter sequences, smaller batches and other text, in fp32 on one core.
 
 A run has three phases: training through ``launch/launch.py``, exact rounds on the fixed split at five of its
 checkpoints and at the start, and perplexities of the same checkpoints. Each phase resumes where it was stopped.

@@ -1,36 +1,52 @@
 """One round in Megatron's loop: its batches run through Megatron's schedule, as those of training do."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from megatron_lion.config import ALL_BATCHES, LionError
+from megatron_lion.integration import compat
 from megatron_lion.integration.loop_callbacks import Step
 from megatron_lion.integration.reporting.norm_ratio import round_data
 from megatron_lion.integration.reporting.norm_ratio.loss import BatchLoss
 from megatron_lion.integration.reporting.norm_ratio.measure import measure_round
+from megatron_lion.integration.reporting.norm_ratio.round_data import Batches
 from megatron_lion.stats import GradientRecord
 
 
-def run_round(step: Step, datasets: list[Any], batches: int, iteration: int) -> tuple[GradientRecord, int]:
+def run_round(
+    step: Step, datasets: list[Any], batches: int | Literal["all"], iteration: int
+) -> tuple[GradientRecord, int]:
     """:func:`measure_round` with the loop's batches; returns the record and the number of tokens read.
 
     Args:
         step: the training step whose model, optimizer and schedule are used.
-        datasets: this rank's training dataset for each model chunk; empty where another rank reads for it.
-        batches: how many.
+        datasets: this rank's training dataset for each model chunk; empty where another rank reads for it. For ``all``
+            of one epoch.
+        batches: how many; ``all`` for those of the whole dataset, each sample once.
         iteration: which batches are drawn, together with Megatron's seed.
     """
     from megatron.training import get_args, get_tokenizer
 
     args = get_args()
-    iterator, samples = own_iterator(step, datasets, batches, iteration)
+    is_whole = batches == ALL_BATCHES
+    parts = whole_split(_samples(datasets)) if batches == ALL_BATCHES else [drawn(datasets, batches, iteration)]
     loss = BatchLoss(step.config)
     forward_step = loss.recording(step.forward_step_func)
+    iterators = [own_iterator(step, datasets, part) for part in parts]
+    queue = [(part, iterator, number) for part, iterator in zip(parts, iterators, strict=True) for number in part]
 
     def run_batch() -> tuple[float | Tensor, float]:
-        forward_backward(step, forward_step, iterator)
-        return loss.take()
+        part, iterator, number = queue.pop(0)
+        real = part.samples_in(number)
+        if real < part.size:
+            loss.scale_next(_factors(part, number))
+        with compat.temporarily(args, micro_batch_size=part.micro_batch_size):
+            forward_backward(step, forward_step, iterator)
+        share, weight = loss.take()
+        return share, weight * (real if is_whole and not step.config.calculate_per_token_loss else 1)
 
     with loss.tokens_counted():
         record = measure_round(
@@ -38,30 +54,85 @@ def run_round(step: Step, datasets: list[Any], batches: int, iteration: int) -> 
             step.optimizer,
             step.config,
             run_batch,
-            batches=batches,
+            batches=len(queue),
             vocabulary=(get_tokenizer().vocab_size, args.padded_vocab_size),
             iteration=iteration,
+            exact=is_whole and not (step.config.hidden_dropout or step.config.attention_dropout),
         )
-    return record, samples * args.seq_length
+    return record, sum(part.samples for part in parts) * args.seq_length
 
 
-def own_iterator(step: Step, datasets: list[Any], batches: int, iteration: int) -> tuple[Any, int]:
-    """An iterator over the micro-batches of ``batches`` global batches, and the number of samples in all of them."""
-    from megatron.core import parallel_state as mpu
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
+def drawn(datasets: Sequence[Any], batches: int, iteration: int) -> Batches:
+    """``batches`` global batches of random samples."""
     from megatron.training import get_args
 
-    args = get_args()
-    dp_size = mpu.get_data_parallel_world_size()
-    samples = batches * get_num_microbatches() * args.micro_batch_size * dp_size
-    size = next((len(dataset) for dataset in datasets if dataset is not None), 1)
-    indices = round_data.micro_batches(
-        round_data.draw_indices(size, seed=args.seed, iteration=iteration, count=samples),
-        micro_batch_size=args.micro_batch_size,
-        data_parallel_rank=mpu.get_data_parallel_rank(),
-        data_parallel_size=dp_size,
+    size, mine = _batch_size(get_args().micro_batch_size)
+    indices = round_data.draw_indices(
+        next((len(dataset) for dataset in datasets if dataset is not None), 1),
+        seed=get_args().seed,
+        iteration=iteration,
+        count=batches * size,
     )
-    return round_data.iterators(datasets, step.data_iterator, indices, args), samples
+    return Batches(indices=indices, size=size, micro_batch_size=mine)
+
+
+def whole_split(samples: int) -> list[Batches]:
+    """All samples in order: global batches as in training, then the rest in micro-batches of one sample.
+
+    Raises LionError for no sample.
+    """
+    from megatron.training import get_args
+
+    if samples < 1:
+        raise LionError("--norm-ratio-batches all: the training split has no sample of --seq-length tokens; add text")
+    size, mine = _batch_size(get_args().micro_batch_size)
+    smallest, _ = _batch_size(1)
+    full = samples // size * size
+    parts = [
+        Batches(indices=round_data.in_order(0, full), size=size, micro_batch_size=mine),
+        Batches(indices=round_data.in_order(full, samples), size=smallest, micro_batch_size=1),
+    ]
+    return [part for part in parts if part.samples]
+
+
+def _batch_size(micro_batch_size: int) -> tuple[int, int]:
+    """Samples in a global batch of training's number of micro-batches, and the micro-batch's."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    return get_num_microbatches() * micro_batch_size * mpu.get_data_parallel_world_size(), micro_batch_size
+
+
+def _samples(datasets: Sequence[Any]) -> int:
+    """Samples of the dataset, on every rank: some have no dataset. Issues one all-reduce."""
+    known = [len(dataset) for dataset in datasets if dataset is not None]
+    count = torch.tensor(max(known, default=0), dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+    return int(count)
+
+
+def _factors(part: Batches, number: int) -> list[float]:
+    """For each of this rank's micro-batches of one sample in a batch that is filled up: 0 for a sample that fills it
+    up, and for the others what makes the schedule's mean over all of them the mean over the real ones."""
+    from megatron.core import parallel_state as mpu
+
+    rank, world = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    real = part.samples_in(number)
+    return [part.size / real if place < real else 0.0 for place in range(rank, part.size, world)]
+
+
+def own_iterator(step: Step, datasets: Sequence[Any], batches: Batches) -> Any:
+    """An iterator over this rank's micro-batches of ``batches``."""
+    from megatron.core import parallel_state as mpu
+    from megatron.training import get_args
+
+    indices = round_data.micro_batches(
+        batches.filled_up(),
+        micro_batch_size=batches.micro_batch_size,
+        data_parallel_rank=mpu.get_data_parallel_rank(),
+        data_parallel_size=mpu.get_data_parallel_world_size(),
+    )
+    return round_data.iterators(datasets, step.data_iterator, indices, get_args())
 
 
 def forward_backward(step: Step, forward_step: Callable[..., Any], iterator: Any) -> None:

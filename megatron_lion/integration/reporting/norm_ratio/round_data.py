@@ -1,6 +1,7 @@
 """The batches of a round: drawn from the training split, by an iterator of their own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -10,6 +11,39 @@ from megatron_lion.config import LionError
 from megatron_lion.integration import exit_signal
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Global batches of one size, one after the other; the last may have fewer samples than the others."""
+
+    indices: numpy.ndarray
+    """of the samples in the dataset"""
+    size: int
+    """samples in a global batch"""
+    micro_batch_size: int
+
+    @property
+    def samples(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of the batches."""
+        return iter(range(-(-self.samples // self.size)))
+
+    def samples_in(self, number: int) -> int:
+        """Samples of a batch, without those that fill it up."""
+        return min(self.size, self.samples - number * self.size)
+
+    def filled_up(self) -> numpy.ndarray:
+        """The indices, with the first repeated until the last batch is full."""
+        missing = -self.samples % self.size
+        return numpy.concatenate((self.indices, numpy.repeat(self.indices[:1], missing)))
+
+
+def in_order(start: int, end: int) -> numpy.ndarray:
+    """The indices from ``start`` on, below ``end``."""
+    return numpy.arange(start, end)
+
+
 def draw_indices(samples: int, *, seed: int, iteration: int, count: int) -> numpy.ndarray:
     """``count`` independent uniform draws from ``range(samples)``, the same for the same seed and iteration.
 
@@ -17,6 +51,20 @@ def draw_indices(samples: int, *, seed: int, iteration: int, count: int) -> nump
     noise estimate's formulas need them.
     """
     return numpy.random.default_rng([seed, iteration]).integers(samples, size=count)
+
+
+def one_epoch(provider: Callable[[tuple[None, None, None]], Sequence[Any]]) -> Any:
+    """The training split's samples, each once, from the loop's dataset provider. Issues its collectives.
+
+    Megatron builds one epoch where it is not told a number of samples. Raises LionError where the provider cannot.
+    """
+    try:
+        return provider((None, None, None))[0]
+    except (AssertionError, TypeError, ValueError) as error:
+        raise LionError(
+            f"--norm-ratio-batches all needs a dataset of one epoch, and the dataset provider builds none: {error}. "
+            "Use data paths without weights, or set a number of batches"
+        ) from error
 
 
 def micro_batches(
