@@ -3,17 +3,10 @@
 import math
 from pathlib import Path
 
-from megatron_lion.config import (
-    ALL_BATCHES,
-    GATHERS,
-    LionError,
-    LionOptions,
-    betas_or_default,
-    check_choice,
-    check_non_negative,
-)
+from megatron_lion.config import GATHERS, LionError, LionOptions, betas_or_default, check_choice, check_non_negative
 
 from . import estimates, slurm
+from .keys import WORDS
 from .recipe_files import ROOT
 from .recipes import SLURM_PORTS, Recipe
 
@@ -21,7 +14,7 @@ POSITIVE = (
     "num-layers", "hidden-size", "num-attention-heads", "seq-length", "max-position-embeddings", "global-batch-size",
     "micro-batch-size", "train-iters", "vocab-size", "nodes", "gpus-per-node", "tensor-model-parallel-size",
     "pipeline-model-parallel-size", "context-parallel-size", "save-interval", "eval-interval", "log-interval",
-    "lr-decay-iters", "gpu-memory-gib", "distributed-timeout-minutes", "slurm-cpus",
+    "lr-decay-iters", "norm-ratio-batches", "gpu-memory-gib", "distributed-timeout-minutes", "slurm-cpus",
     "join-timeout", "num-query-groups", "ffn-hidden-size",
 )  # fmt: skip
 FRACTIONS = (
@@ -69,7 +62,7 @@ def check(recipe: Recipe) -> None:
 
 def _check_values(recipe: Recipe) -> None:
     for key in POSITIVE:
-        if key in recipe.settings and not recipe[key] > 0:
+        if key in recipe.settings and recipe[key] != WORDS.get(key) and not recipe[key] > 0:
             raise LionError(f"{key} must be greater than 0, got {recipe[key]:g}")
     for key in FRACTIONS:
         if key in recipe.settings and not 0.0 <= recipe[key] < 1.0:
@@ -159,9 +152,6 @@ def _check_schedule(recipe: Recipe) -> None:
         raise LionError(f"lr-warmup-iters {warmup} does not end before lr-decay-iters {decay}: change one of them")
     if recipe.get("norm-ratio-interval", 0) < 0:
         raise LionError(f"norm-ratio-interval must be >= 0, got {recipe['norm-ratio-interval']}; 0 turns it off")
-    batches = recipe.get("norm-ratio-batches", ALL_BATCHES)
-    if batches != ALL_BATCHES and not (batches.isdecimal() and int(batches) > 0):
-        raise LionError(f"norm-ratio-batches must be a positive whole number or {ALL_BATCHES}, got {batches!r}")
 
 
 def _check_device(recipe: Recipe) -> None:
