@@ -1,0 +1,155 @@
+"""The long runs at the paper's settings: their command lines, records, and what the report says of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lion.config import LionError
+from tools.paper import report
+from tools.paper.long_runs import claimed, state
+from tools.paper.studies import long_records, long_runs, long_text
+from tools.paper.studies.long_runs import CHECKPOINTS, OPTIMIZERS, STEPS, LongRun
+
+EXHIBITS = ("Figure 2", "Figure 3", "Table A1")
+ITERATION = " iteration {0}/ 50000 | elapsed time per iteration (ms): 5.0 | lm loss: {1:.4E} |\n"
+VALIDATION = " validation loss at iteration {0} | lm loss value: {1:.4E} | lm loss PPL: 1 |\n"
+D = 400
+
+
+def run_of(folder: Path, optimizer: str = "lion_paper", seed: int = 1234) -> LongRun:
+    text = long_text.paths(folder / "text", "gpt")
+    return LongRun(model="gpt", optimizer=optimizer, seed=seed, output=folder, text=text)
+
+
+def round_at(step: int, loss: float, ratio: float) -> dict[str, Any]:
+    parts = {"kinds": {"embedding": {"d": 100, "l1": 1.0, "l2": 0.5}}}
+    numbers = {"loss": loss, "l1": 0.25 * ratio, "l2": 0.25, "ratio": ratio, "ratio_over_sqrt_d": ratio / D**0.5}
+    known = {"iteration": step, "d": D, "batches": 100, "snr": 12.0, "converged": True, "tokens": 64, "parts": parts}
+    return known | numbers | {"kkt_residual": 1.0}
+
+
+def finish(run: LongRun, loss: float) -> None:
+    """Leave in the run's folder what its three phases would."""
+    run.folder.mkdir(parents=True)
+    steps = range(100, STEPS + 1, 100)
+    log = "".join(ITERATION.format(step, loss) for step in steps)
+    log += "".join(VALIDATION.format(step, loss + 0.1) for step in CHECKPOINTS)
+    (run.folder / "log.txt").write_text(log)
+    rounds = [round_at(step, loss, 8.0) for step in range(1000, STEPS + 1, 1000)]
+    (run.folder / "norm_ratio.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rounds))
+    for step in (0, *CHECKPOINTS):
+        folder = run.folder / f"exact-{step}"
+        folder.mkdir()
+        (folder / "norm_ratio.jsonl").write_text(json.dumps(round_at(step, loss - 0.1, 7.0)) + "\n")
+    settings = run.recipe().settings
+    (run.folder / "recipe.json").write_text(json.dumps({"settings": settings, "versions": {"torch": "2"}}))
+    (run.folder / long_runs.PIECES).write_text('{"cpu_seconds": 1800}\n{"cpu_seconds": 900}\n')
+    for name in ("held-out", "wikitext"):
+        folder = run.folder / f"perplexity-{name}"
+        folder.mkdir()
+        results = {str(step): {"perplexity": 2.718281828**loss} for step in CHECKPOINTS}
+        (folder / "results.json").write_text(json.dumps({"results": results}))
+    run.text.folder.mkdir(parents=True, exist_ok=True)
+    for name in ("text", "fixed"):
+        counts = {part: {"tokens": 1000} for part in ("train", "valid", "test", "all")}
+        (run.text.folder / f"{name}_manifest.json").write_text(json.dumps({"counts": counts}))
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """Records of two seeds of Lion and of SGD with momentum."""
+    folder = tmp_path / "records"
+    folder.mkdir()
+    for optimizer, loss in (("lion_paper", 5.0), ("sgd_paper", 7.0)):
+        for seed in (1234, 1235):
+            run = run_of(tmp_path / "runs", optimizer, seed)
+            finish(run, loss + 0.01 * (seed - 1234))
+            (folder / f"{run.name}.json").write_text(json.dumps(long_records.record(run)))
+    return folder
+
+
+def test_a_run_is_the_papers_recipe_but_for_size_batch_text_and_device(tmp_path: Path) -> None:
+    from launch.launcher import recipes
+
+    own = run_of(tmp_path).recipe().settings
+    papers = recipes.resolve("gpt2_small", "lion_paper", "cpu", []).settings
+    changed = {key for key in own.keys() | papers.keys() if own.get(key) != papers.get(key)}
+    size = {*long_runs.SHAPE, *long_runs.BATCH, "vocab-size"}
+    files = {"data", "run", "data-cache-path", "vocab-file", "merge-file"}
+    files |= {f"{split}-data-path" for split in ("train", "valid", "test")}
+    # The first seed is the recipe's.
+    assert changed == size | files | {"save-interval", "gpus-per-node"}
+    assert (own["lr"], own["lion-beta1"], own["lion-beta2"], own["train-iters"]) == (1e-5, 0.9, 0.95, 50_000)
+    assert (own["norm-ratio-batches"], own["norm-ratio-interval"], own["eval-interval"]) == (100, 1000, 10_000)
+
+
+def test_exact_rounds_are_over_the_fixed_split_without_dropout(tmp_path: Path) -> None:
+    first, *others = (one.flags for one in long_runs.exact_rounds(run_of(tmp_path)))
+    assert len(others) == len(CHECKPOINTS)
+    assert "--ckpt-step" not in first and all("--ckpt-step" in flags for flags in others)
+    for flags in (first, *others):
+        assert "--norm-ratio-batches all" in flags and "fixed_text_document" in flags
+        assert "--hidden-dropout 0.0 --attention-dropout 0.0" in flags
+
+
+def test_records_are_small_and_hold_what_the_report_needs(records: Path) -> None:
+    (path, *_) = records.iterdir()
+    assert path.stat().st_size < 8000
+    one = long_records.read(records)[0]
+    assert (one["name"], one["cpu_hours"], one["training_loss"]["1000"]) == ("gpt-lion_paper-1234", 0.75, 5.0)
+    assert one["log_perplexity"]["wikitext"]["10000"] == pytest.approx(5.0, abs=1e-4)
+    assert not any(str(value).startswith(str(records.parent)) for value in one["settings"].values())
+
+
+def test_a_file_that_is_no_record_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(LionError, match=r"x\.json is not a record"):
+        long_records.read(tmp_path)
+
+
+def test_the_report_says_what_is_finished_and_what_the_runs_confirm(records: Path, tmp_path: Path) -> None:
+    rows = report.write_report(tmp_path / "none", tmp_path / "page", "a test", records, EXHIBITS)
+    by_name = {row.exhibit.name: row.findings[0] for row in rows}
+    assert [row.exhibit.name for row in rows] == list(EXHIBITS) and not any(row.problems for row in rows)
+    bert, gpt, table = (by_name[name] for name in EXHIBITS)
+    assert bert.missing == ["0 of 3 runs of 50,000 steps are finished"] and not bert.tables
+    assert gpt.missing == table.missing == ["4 of 9 runs of 50,000 steps are finished"]
+    assert gpt.verdict.startswith(
+        "Confirmed at the paper's rates, for the exact training loss at step 50,000: LION 4.9"
+    )
+    losses = ["5.005 (5.000 to 5.010)", "5.105 (5.100 to 5.110)", "4.905 (4.900 to 4.910)"]
+    assert gpt.tables[0][1] == ["LION", "2", *losses, "0.350 (0.350 to 0.350)", "0.350 to 0.350"]
+    assert table.verdict.startswith("Confirmed against SGD, momentum 0.9 at the paper's rates: Lion's first checkpoint")
+    assert "LION 1e-05 (2 seeds), SGD, momentum 0.9 0.0001 (2 seeds); 3.0 hours of one core" in gpt.made
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert "<unk>" in page and "ln perplexity on held-out text | 10k | 20k | 30k | 40k | 50k" in page
+    assert (tmp_path / "page" / "figures" / "figure-3-0-0.svg").is_file()
+
+
+@pytest.mark.slow
+def test_the_same_records_give_the_same_page(records: Path, tmp_path: Path) -> None:
+    pages = []
+    for name in ("a", "b"):
+        report.write_report(tmp_path / "none", tmp_path / name, "a test", records, EXHIBITS)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        pages.append([path.read_bytes() for path in files])
+    assert pages[0] == pages[1]
+
+
+def test_two_processes_do_not_take_one_run(tmp_path: Path) -> None:
+    run = run_of(tmp_path, OPTIMIZERS[1])
+    with claimed(run) as first, claimed(run) as second:
+        assert (first, second) == (True, False)
+    with claimed(run) as again:
+        assert again
+    assert state(run, tmp_path) == "not started"
+
+
+def test_a_piece_that_saves_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LongRun, "command", lambda self, minutes: ["true"])
+    with pytest.raises(LionError, match="saved nothing after step 0"):
+        long_runs.train(run_of(tmp_path), minutes=50.0)
+    (piece,) = (tmp_path / "gpt-lion_paper-1234" / long_runs.PIECES).read_text().splitlines()
+    assert json.loads(piece)["to"] == 0
