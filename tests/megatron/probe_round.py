@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+import numpy
 import torch
 
 import megatron_lion
@@ -123,7 +124,7 @@ def reference(step: Step, dataset: Any, batches: int | Literal["all"], iteration
     model = step.model[0].module
     stock = dict(model.named_parameters())
     double = {name: param.detach().double().requires_grad_() for name, param in stock.items()}
-    indices = round_data.in_order(0, len(dataset))
+    indices = numpy.arange(len(dataset))
     if batches != ALL_BATCHES:
         count = batches * get_num_microbatches() * args.micro_batch_size
         indices = round_data.draw_indices(len(dataset), seed=args.seed, iteration=iteration, count=count)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_lion.config import ALL_BATCHES, LionError
+from megatron_lion.config import ALL_BATCHES
 from megatron_lion.integration import compat
 from megatron_lion.integration.loop_callbacks import Step
 from megatron_lion.integration.reporting.norm_ratio import round_data
@@ -28,11 +28,16 @@ def run_round(
         batches: how many; ``all`` for those of the whole dataset, each sample once.
         iteration: which batches are drawn, together with Megatron's seed.
     """
+    from megatron.core import parallel_state as mpu
     from megatron.training import get_args, get_tokenizer
 
     args = get_args()
+    rank, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     is_whole = batches == ALL_BATCHES
-    parts = whole_split(_samples(datasets)) if batches == ALL_BATCHES else [drawn(datasets, batches, iteration)]
+    if batches == ALL_BATCHES:
+        parts = round_data.whole_split(_samples(datasets), *_batch_sizes(), args.micro_batch_size)
+    else:
+        parts = [drawn(datasets, batches, iteration)]
     loss = BatchLoss(step.config)
     forward_step = loss.recording(step.forward_step_func)
     iterators = [own_iterator(step, datasets, part) for part in parts]
@@ -42,7 +47,7 @@ def run_round(
         part, iterator, number = queue.pop(0)
         real = part.samples_in(number)
         if real < part.size:
-            loss.scale_next(_factors(part, number))
+            loss.scale_next(part.factors(number, rank, replicas))
         with compat.temporarily(args, micro_batch_size=part.micro_batch_size):
             forward_backward(step, forward_step, iterator)
         share, weight = loss.take()
@@ -66,41 +71,24 @@ def drawn(datasets: Sequence[Any], batches: int, iteration: int) -> Batches:
     """``batches`` global batches of random samples."""
     from megatron.training import get_args
 
-    size, mine = _batch_size(get_args().micro_batch_size)
+    args, (size, _) = get_args(), _batch_sizes()
     indices = round_data.draw_indices(
         next((len(dataset) for dataset in datasets if dataset is not None), 1),
-        seed=get_args().seed,
+        seed=args.seed,
         iteration=iteration,
         count=batches * size,
     )
-    return Batches(indices=indices, size=size, micro_batch_size=mine)
+    return Batches(indices=indices, size=size, micro_batch_size=args.micro_batch_size)
 
 
-def whole_split(samples: int) -> list[Batches]:
-    """All samples in order: global batches as in training, then the rest in micro-batches of one sample.
-
-    Raises LionError for no sample.
-    """
-    from megatron.training import get_args
-
-    if samples < 1:
-        raise LionError("--norm-ratio-batches all: the training split has no sample of --seq-length tokens; add text")
-    size, mine = _batch_size(get_args().micro_batch_size)
-    smallest, _ = _batch_size(1)
-    full = samples // size * size
-    parts = [
-        Batches(indices=round_data.in_order(0, full), size=size, micro_batch_size=mine),
-        Batches(indices=round_data.in_order(full, samples), size=smallest, micro_batch_size=1),
-    ]
-    return [part for part in parts if part.samples]
-
-
-def _batch_size(micro_batch_size: int) -> tuple[int, int]:
-    """Samples in a global batch of training's number of micro-batches, and the micro-batch's."""
+def _batch_sizes() -> tuple[int, int]:
+    """Samples in a global batch, and in one with as many micro-batches of one sample."""
     from megatron.core import parallel_state as mpu
     from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.training import get_args
 
-    return get_num_microbatches() * micro_batch_size * mpu.get_data_parallel_world_size(), micro_batch_size
+    parts = get_num_microbatches() * mpu.get_data_parallel_world_size()
+    return parts * get_args().micro_batch_size, parts
 
 
 def _samples(datasets: Sequence[Any]) -> int:
@@ -109,16 +97,6 @@ def _samples(datasets: Sequence[Any]) -> int:
     count = torch.tensor(max(known, default=0), dtype=torch.int64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
     return int(count)
-
-
-def _factors(part: Batches, number: int) -> list[float]:
-    """For each of this rank's micro-batches of one sample in a batch that is filled up: 0 for a sample that fills it
-    up, and for the others what makes the schedule's mean over all of them the mean over the real ones."""
-    from megatron.core import parallel_state as mpu
-
-    rank, world = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    real = part.samples_in(number)
-    return [part.size / real if place < real else 0.0 for place in range(rank, part.size, world)]
 
 
 def own_iterator(step: Step, datasets: Sequence[Any], batches: Batches) -> Any:

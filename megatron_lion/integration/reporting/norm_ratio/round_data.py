@@ -33,15 +33,40 @@ class Batches:
         """Samples of a batch, without those that fill it up."""
         return min(self.size, self.samples - number * self.size)
 
+    def factors(self, number: int, rank: int, world: int) -> list[float]:
+        """What the loss of each of a data-parallel rank's micro-batches in a batch is multiplied by.
+
+        Micro-batches are of one sample. A sample that fills the batch up gets 0. The others get what makes the
+        schedule's mean over all of them the mean over the real ones.
+        """
+        real = self.samples_in(number)
+        return [self.size / real if place < real else 0.0 for place in range(rank, self.size, world)]
+
     def filled_up(self) -> numpy.ndarray:
         """The indices, with the first repeated until the last batch is full."""
         missing = -self.samples % self.size
         return numpy.concatenate((self.indices, numpy.repeat(self.indices[:1], missing)))
 
 
-def in_order(start: int, end: int) -> numpy.ndarray:
-    """The indices from ``start`` on, below ``end``."""
-    return numpy.arange(start, end)
+def whole_split(samples: int, size: int, smallest: int, micro_batch_size: int) -> list[Batches]:
+    """All samples in order: global batches as in training, then the rest in micro-batches of one sample.
+
+    Args:
+        samples: of the whole dataset.
+        size: samples in a global batch.
+        smallest: samples in a global batch of as many micro-batches of one sample.
+        micro_batch_size: training's.
+
+    Raises LionError for no sample.
+    """
+    if samples < 1:
+        raise LionError("--norm-ratio-batches all: the training split has no sample of --seq-length tokens; add text")
+    full = samples // size * size
+    parts = [
+        Batches(indices=numpy.arange(full), size=size, micro_batch_size=micro_batch_size),
+        Batches(indices=numpy.arange(full, samples), size=smallest, micro_batch_size=1),
+    ]
+    return [part for part in parts if part.samples]
 
 
 def draw_indices(samples: int, *, seed: int, iteration: int, count: int) -> numpy.ndarray:
