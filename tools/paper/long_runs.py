@@ -1,6 +1,6 @@
 """The paper's language runs at its own settings, as small as they must be: figures 2 and 3 and table A1 in miniature.
 
-    python -m tools.paper.long_runs --output runs/long --records docs/results/long-runs --wikitext wiki.test.tokens
+    python -m tools.paper.long_runs --output runs/long --records docs/results/report/long-runs --wikitext wiki.test.tokens
     python -m tools.paper.long_runs --output runs/long --list
 
 Each run is 50,000 steps of launch/launch.py with the recipes gpt2_small or bert_small and lion_paper, sgd_paper or

@@ -7,7 +7,7 @@ runs/rates-vision (the tools of these names), runs/vision/DATASET (tools/paper/v
 (launch/demo.sh) and every folder in runs with a recipe.json (launch/launch.py). With --long-runs also the committed
 records of tools/paper/long_runs.py; with --exhibits only some figures and tables:
 
-    python -m tools.paper.report --runs runs --long-runs docs/results/long-runs --exhibits "Figure 2" "Figure 3" \\
+    python -m tools.paper.report --runs runs --long-runs docs/results/report/long-runs --exhibits "Figure 2" "Figure 3" \\
         "Table A1" --output docs/results/report/long-runs
 
 What is missing or damaged is said in its place, with the command that makes it. Leaves report.html, which holds all
@@ -100,7 +100,7 @@ def make_row(
 
 def introduction(rows: list[Row], runs: Path, hardware: str) -> list[str]:
     """The title, and what the page is."""
-    there = [row.exhibit.name for row in rows if any(found.tables or found.pictures for found in row.findings)]
+    there = [row.exhibit.name for row in rows if row.was_run]
     return [
         "Convergence Rate Analysis of LION: the paper beside our runs",
         "Dong, Li, Lin (2025), DOI 10.11897/SP.J.1016.2025.02008. The paper's pictures are described, not copied; its "
@@ -150,7 +150,7 @@ def main() -> None:
     options = parser.parse_args()
     hardware = options.hardware or this_machine()
     for row in write_report(options.runs, options.output, hardware, options.long_runs, tuple(options.exhibits)):
-        print(f"{row.exhibit.name:10} {'run here' if row.findings else 'not run here'}")
+        print(f"{row.exhibit.name:10} {'run here' if row.was_run else 'not run here'}")
         for problem in [*row.problems, *(entry for found in row.findings for entry in found.missing)]:
             print(f"           {problem}")
     print(f"report: {options.output / 'report.html'}, {options.output / 'report.md'}")
