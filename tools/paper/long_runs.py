@@ -1,7 +1,7 @@
 """The paper's language runs at its own settings, as small as they must be: figures 2 and 3 and table A1 in miniature.
 
-    python -m tools.paper.long_runs --output runs/long --records docs/results/report/long-runs --wikitext wiki.test.tokens
-    python -m tools.paper.long_runs --output runs/long --list
+    python -m tools.paper.long_runs --output runs/long --records DIR --wikitext wiki.test.tokens
+    python -m tools.paper.long_runs --output runs/long --records DIR --list
 
 Each run is 50,000 steps of launch/launch.py with the recipes gpt2_small or bert_small and lion_paper, sgd_paper or
 sgd_paper_no_momentum. Size, sequence length, batch, text and precision are the only differences from the recipes. The

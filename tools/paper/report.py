@@ -7,8 +7,7 @@ runs/rates-vision (the tools of these names), runs/vision/DATASET (tools/paper/v
 (launch/demo.sh) and every folder in runs with a recipe.json (launch/launch.py). With --long-runs also the committed
 records of tools/paper/long_runs.py; with --exhibits only some figures and tables:
 
-    python -m tools.paper.report --runs runs --long-runs docs/results/report/long-runs --exhibits "Figure 2" "Figure 3" \\
-        "Table A1" --output docs/results/report/long-runs
+    python -m tools.paper.report --long-runs DIR --exhibits "Figure 2" "Figure 3" "Table A1" --output report
 
 What is missing or damaged is said in its place, with the command that makes it. Leaves report.html, which holds all
 that it needs, and report.md with its pictures in figures/.
