@@ -150,6 +150,53 @@ def test_two_processes_do_not_take_one_run(tmp_path: Path) -> None:
 def test_a_piece_that_saves_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LongRun, "command", lambda self, minutes: ["true"])
     with pytest.raises(LionError, match="saved nothing after step 0"):
-        long_runs.train(run_of(tmp_path), minutes=50.0)
+        long_runs.train(run_of(tmp_path), minutes=50)
     (piece,) = (tmp_path / "gpt-lion_paper-1234" / long_runs.PIECES).read_text().splitlines()
     assert json.loads(piece)["to"] == 0
+
+
+TINY = {
+    **{"train-iters": 20, "lr-decay-iters": 20, "lr-warmup-iters": 2, "log-interval": 5, "eval-iters": 1},
+    **{"eval-interval": 10, "norm-ratio-interval": 10, "norm-ratio-batches": 2, "num-layers": 1, "seq-length": 16},
+}
+
+
+@pytest.mark.slow
+def test_a_run_trains_resumes_and_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 steps instead of 50,000, through the launcher and Megatron's loop; a second process finds it finished."""
+    from tools.corpus.documents import STANDARD_LIBRARY, python_documents
+
+    monkeypatch.setattr(long_runs, "STEPS", 20)
+    for module in (long_runs, long_records):
+        monkeypatch.setattr(module, "CHECKPOINTS", (10, 20))
+    monkeypatch.setattr(long_runs, "SAVE_INTERVAL", 10)
+    monkeypatch.setattr(long_runs, "BATCH", long_runs.BATCH | TINY)
+    for module in (long_runs, long_text):
+        monkeypatch.setattr(module, "VOCABULARY", 512)
+    monkeypatch.setattr(long_text, "FIXED_SPLIT_MEGABYTES", 0.01)
+    monkeypatch.setattr(long_text, "HELD_OUT_MEGABYTES", 0.01)
+    source = tmp_path / "documentation.txt"
+    source.write_text("\n\n".join(python_documents(STANDARD_LIBRARY / "asyncio")))
+    monkeypatch.setattr(long_text.package_text, "build", lambda folder: [source])
+    run = LongRun(
+        model="gpt",
+        optimizer="lion_paper",
+        seed=1234,
+        output=tmp_path / "runs",
+        text=long_text.build(tmp_path / "text", "gpt"),
+    )
+    long_runs.train(run, minutes=20)
+    assert run.last_step == 20
+    pieces = (run.folder / long_runs.PIECES).read_text()
+    long_runs.train(run, minutes=20)
+    assert (run.folder / long_runs.PIECES).read_text() == pieces, "nothing is left to train"
+    wikitext = tmp_path / "wiki.test.tokens"
+    wikitext.write_text(" = Title = \n\n The quick brown fox jumps over the lazy dog . \n" * 20)
+    long_runs.measure(run, {"held-out": run.text.held_out, "wikitext": wikitext})
+    one = json.loads(json.dumps(long_records.record(run)))
+    assert list(one["exact"]) == ["0", "10", "20"] and one["rounds"]["iteration"] == [10, 20]
+    tokens = {entry["tokens"] for entry in one["exact"].values()}
+    assert len(tokens) == 1 and tokens.pop() <= one["tokens"]["fixed"]
+    assert one["exact"]["0"]["loss"] != one["exact"]["20"]["loss"]
+    assert set(one["log_perplexity"]) == {"held-out", "wikitext"}
+    assert list(one["validation_loss"]) == ["10", "20"]

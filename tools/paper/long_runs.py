@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     add("--wikitext", type=Path, metavar="FILE", help="WikiText's test tokens, for table A1")
     add("--models", nargs="+", choices=long_text.KINDS, default=["gpt"], help="families (default: gpt)")
     add("--only", nargs="+", metavar="NAME", help="names of runs, as --list shows them (default: all)")
-    add("--minutes", type=float, default=50.0, metavar="N", help="longest piece of a training (default: %(default)s)")
+    add("--minutes", type=int, default=50, metavar="N", help="longest piece of a training (default: %(default)s)")
     add("--list", action="store_true", help="show the runs and how far they are; start nothing")
     options = parser.parse_args()
     options.output = options.output.resolve()

@@ -72,10 +72,10 @@ class LongRun:
         """The resolved recipe, with further ``key=value`` changes."""
         return recipes.resolve(RECIPES[self.model], self.optimizer, "cpu", [*self.overrides(), *changes])
 
-    def command(self, minutes: float) -> list[str]:
+    def command(self, minutes: int) -> list[str]:
         """The command line of one piece of the training."""
         names = [RECIPES[self.model], self.optimizer, "cpu"]
-        extra = ["--save-retain-interval", str(CHECKPOINTS[0]), "--exit-duration-in-mins", f"{minutes:g}"]
+        extra = ["--save-retain-interval", str(CHECKPOINTS[0]), "--exit-duration-in-mins", str(minutes)]
         return [sys.executable, str(LAUNCH), *names, *self.overrides(), "--", *extra]
 
 
@@ -89,7 +89,7 @@ def all_runs(output: Path, texts: dict[str, LongText]) -> list[LongRun]:
     ]
 
 
-def train(run: LongRun, minutes: float) -> None:
+def train(run: LongRun, minutes: int) -> None:
     """Train to the last step, in pieces of at most ``minutes``. Each resumes from the checkpoint of the one before.
 
     Raises LionError where a piece fails or ends without a new checkpoint, and SystemExit after SIGTERM, when the run

@@ -8,7 +8,7 @@ import numpy
 import torch
 
 from megatron_lion.config import LionError
-from megatron_lion.integration import exit_signal
+from megatron_lion.integration import compat, exit_signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,8 @@ def one_epoch(provider: Callable[[tuple[None, None, None]], Sequence[Any]]) -> A
     Megatron builds one epoch where it is not told a number of samples. Raises LionError where the provider cannot.
     """
     try:
-        return provider((None, None, None))[0]
+        with compat.one_epoch_of_sentences():
+            return provider((None, None, None))[0]
     except (AssertionError, TypeError, ValueError) as error:
         raise LionError(
             f"--norm-ratio-batches all needs a dataset of one epoch, and the dataset provider builds none: {error}. "
