@@ -9,8 +9,8 @@ import pytest
 from megatron_lion.config import LionError
 from tools.paper import report
 from tools.paper.long_runs import claimed, state
-from tools.paper.studies import long_records, long_runs, long_text
-from tools.paper.studies.long_runs import CHECKPOINTS, OPTIMIZERS, STEPS, LongRun
+from tools.paper.studies import long_records, long_runs, long_text, plans
+from tools.paper.studies.long_runs import CHECKPOINTS, STEPS, LongRun
 
 EXHIBITS = ("Figure 2", "Figure 3", "Table A1")
 ITERATION = " iteration {0}/ 50000 | elapsed time per iteration (ms): 5.0 | lm loss: {1:.4E} |\n"
@@ -94,6 +94,35 @@ def test_exact_rounds_are_over_the_fixed_split_without_dropout(tmp_path: Path) -
         assert "--hidden-dropout 0.0 --attention-dropout 0.0" in flags
 
 
+def searched(best: dict[str, str]) -> list[dict[str, Any]]:
+    """Records of a search in which ``best`` has the lowest loss of each optimizer."""
+    return [
+        {
+            **{"study": "search", "optimizer": optimizer, "settings": {"lr": float(rate)}},
+            "validation_loss": {"1000": 9.0, str(plans.SHORT): 4.0 + (rate != best[optimizer])},
+        }
+        for optimizer, rates in plans.RATES.items()
+        for rate in rates
+    ]
+
+
+def test_tuned_runs_and_sizes_have_the_best_rates_of_the_search(tmp_path: Path) -> None:
+    texts = {"gpt": long_text.paths(tmp_path, "gpt")}
+    search = plans.search(tmp_path, texts, [])
+    assert len({run.name for run in search}) == 15 and search[0].recipe()["train-iters"] == plans.SHORT
+    found = searched({"lion_paper": "3e-4", "sgd_paper": "1", "adamw": "1e-2"})
+    tuned = plans.tuned(tmp_path, texts, found)
+    rates = {run.optimizer: (run.recipe()["lr"], run.recipe()["min-lr"]) for run in tuned}
+    assert rates == {"lion_paper": (3e-4, 3e-5), "sgd_paper": (1.0, 0.1), "adamw": (1e-2, 1e-3)}
+    assert len({run.name for run in tuned}) == 9 and all(run.recipe()["train-iters"] == STEPS for run in tuned)
+    sizes = plans.sizes(tmp_path, texts, found)
+    assert len({run.name for run in sizes}) == len(sizes) == 17
+    large = [run for run in sizes if plans.WIDTHS[run.recipe()["hidden-size"]] > plans.LARGE]
+    assert {(run.optimizer, run.steps) for run in large} == {("lion_paper", plans.FEW_STEPS)}
+    with pytest.raises(LionError, match="14 of 15 runs of --study search"):
+        plans.best_rates(found[1:])
+
+
 def test_records_are_small_and_hold_what_the_report_needs(records: Path) -> None:
     (path, *_) = records.iterdir()
     assert path.stat().st_size < 8000
@@ -139,7 +168,7 @@ def test_the_same_records_give_the_same_page(records: Path, tmp_path: Path) -> N
 
 
 def test_two_processes_do_not_take_one_run(tmp_path: Path) -> None:
-    run = run_of(tmp_path, OPTIMIZERS[1])
+    run = run_of(tmp_path, "sgd_paper")
     with claimed(run) as first, claimed(run) as second:
         assert (first, second) == (True, False)
     with claimed(run) as again:
@@ -156,8 +185,8 @@ def test_a_piece_that_saves_nothing_is_an_error(tmp_path: Path, monkeypatch: pyt
 
 
 TINY = {
-    **{"train-iters": 20, "lr-decay-iters": 20, "lr-warmup-iters": 2, "log-interval": 5, "eval-iters": 1},
-    **{"eval-interval": 10, "norm-ratio-interval": 10, "norm-ratio-batches": 2, "num-layers": 1, "seq-length": 16},
+    **{"log-interval": 5, "eval-iters": 1, "norm-ratio-interval": 10, "norm-ratio-batches": 2},
+    **{"num-layers": 1, "seq-length": 16},
 }
 
 
@@ -166,9 +195,6 @@ def test_a_run_trains_resumes_and_is_measured(tmp_path: Path, monkeypatch: pytes
     """20 steps instead of 50,000, through the launcher and Megatron's loop; a second process finds it finished."""
     from tools.corpus.documents import STANDARD_LIBRARY, python_documents
 
-    monkeypatch.setattr(long_runs, "STEPS", 20)
-    for module in (long_runs, long_records):
-        monkeypatch.setattr(module, "CHECKPOINTS", (10, 20))
     monkeypatch.setattr(long_runs, "SAVE_INTERVAL", 10)
     monkeypatch.setattr(long_runs, "BATCH", long_runs.BATCH | TINY)
     for module in (long_runs, long_text):
@@ -184,6 +210,8 @@ def test_a_run_trains_resumes_and_is_measured(tmp_path: Path, monkeypatch: pytes
         seed=1234,
         output=tmp_path / "runs",
         text=long_text.build(tmp_path / "text", "gpt"),
+        steps=20,
+        checkpoints=(10, 20),
     )
     long_runs.train(run, minutes=20)
     assert run.last_step == 20
@@ -199,4 +227,4 @@ def test_a_run_trains_resumes_and_is_measured(tmp_path: Path, monkeypatch: pytes
     assert len(tokens) == 1 and tokens.pop() <= one["tokens"]["fixed"]
     assert one["exact"]["0"]["loss"] != one["exact"]["20"]["loss"]
     assert set(one["log_perplexity"]) == {"held-out", "wikitext"}
-    assert list(one["validation_loss"]) == ["10", "20"]
+    assert list(one["validation_loss"]) == ["4", "8", "12", "16", "20"]

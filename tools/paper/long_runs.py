@@ -1,12 +1,15 @@
-"""The paper's language runs at its own settings, as small as they must be: figures 2 and 3 and table A1 in miniature.
+"""Long language runs, as small as they must be: the paper's at its own settings, and what the paper leaves out.
 
     python -m tools.paper.long_runs --output runs/long --records DIR --wikitext wiki.test.tokens
     python -m tools.paper.long_runs --output runs/long --records DIR --list
 
-Each run is 50,000 steps of launch/launch.py with the recipes gpt2_small or bert_small and lion_paper, sgd_paper or
-sgd_paper_no_momentum. Size, sequence length, batch, text and precision are the only differences from the recipes. The
+A run of --study paper is 50,000 steps of launch/launch.py with the recipes gpt2_small or bert_small and lion_paper,
+sgd_paper or sgd_paper_no_momentum. Only size, sequence length, batch, text and precision differ from the recipes. The
 same command resumes what is not finished. Two or more of it may run at a time: each takes another run. SIGTERM ends it
 after the current step is saved. A finished run leaves a record of a few kB in --records.
+
+The other studies: search (the best rate of Lion, SGD and AdamW on 5,000 steps), tuned (50,000 steps at those rates) and
+sizes (r against d at those rates).
 """
 
 import argparse
@@ -20,7 +23,7 @@ from pathlib import Path
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 from tools.corpus.shards import write_json
-from tools.paper.studies import long_records, long_runs, long_text
+from tools.paper.studies import long_records, long_runs, long_text, plans
 from tools.paper.studies.long_runs import LongRun
 
 
@@ -47,7 +50,7 @@ def state(run: LongRun, records: Path) -> str:
     if record_of(run, records).is_file():
         return "finished"
     step = run.last_step
-    return "trained, not measured" if step == long_runs.STEPS else f"step {step:,}" if step else "not started"
+    return "trained, not measured" if step == run.steps else f"step {step:,}" if step else "not started"
 
 
 def parse() -> argparse.Namespace:
@@ -57,6 +60,7 @@ def parse() -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="DIR", help="folder for text, runs and checkpoints")
     add("--records", type=Path, metavar="DIR", help="folder for the finished runs' records (default: OUTPUT/records)")
     add("--wikitext", type=Path, metavar="FILE", help="WikiText's test tokens, for table A1")
+    add("--study", choices=plans.PLANS, default="paper", help="which runs (default: %(default)s)")
     add("--models", nargs="+", choices=long_text.KINDS, default=["gpt"], help="families (default: gpt)")
     add("--only", nargs="+", metavar="NAME", help="names of runs, as --list shows them (default: all)")
     add("--minutes", type=int, default=50, metavar="N", help="longest piece of a training (default: %(default)s)")
@@ -76,8 +80,8 @@ def main() -> None:
     folder = options.output / "text"
     prepare = long_text.paths if options.list else long_text.build
     texts = {name: prepare(folder, name) for name in options.models}
-    runs = [run for run in long_runs.all_runs(options.output, texts) if run.name in (options.only or [run.name])]
-    for run in runs:
+    planned = plans.PLANS[options.study](options.output, texts, long_records.read(options.records))
+    for run in [run for run in planned if run.name in (options.only or [run.name])]:
         if options.list:
             print(f"{run.name:32} {state(run, options.records)}")
             continue

@@ -9,7 +9,8 @@ from tools.paper.reporting import drawings
 from tools.paper.reporting.findings import Finding
 from tools.paper.reporting.paper import Table
 from tools.paper.studies import long_records
-from tools.paper.studies.long_runs import CHECKPOINTS, OPTIMIZERS, SEEDS, STEPS
+from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
+from tools.paper.studies.plans import OPTIMIZERS, SEEDS
 
 Records = list[dict[str, Any]]
 NAMES = {
@@ -31,7 +32,7 @@ def find(exhibit: str, folder: Path, hardware: str) -> Finding | None:
     model = "gpt" if exhibit == "Table A1" else SECTIONS.get(exhibit)
     if model is None:
         return None
-    records = [record for record in long_records.read(folder) if record["model"] == model]
+    records = [one for one in long_records.read(folder) if one["model"] == model and one["study"] == "paper"]
     planned = SEEDS[model] * len(OPTIMIZERS)
     missing = [f"{len(records)} of {planned} runs of 50,000 steps are finished"] if len(records) < planned else []
     if not records:

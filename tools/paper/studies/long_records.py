@@ -9,7 +9,7 @@ from typing import Any
 from megatron_lion.config import LionError
 from megatron_lion.stats.writer import read_records
 from megatron_lion.training_log import TrainingLog, read_training_log
-from tools.paper.studies.long_runs import CHECKPOINTS, PIECES, STEPS, LongRun, read_exact
+from tools.paper.studies.long_runs import PIECES, LongRun, read_exact
 
 ROUND_KEYS = ("iteration", "loss", "l1", "l2", "snr", "converged")
 EXACT_KEYS = ("loss", "l1", "l2", "ratio", "ratio_over_sqrt_d", "tokens", "kkt_residual")
@@ -28,22 +28,23 @@ def record(run: LongRun) -> dict[str, Any]:
     settings = {key: value for key, value in recipe["settings"].items() if not _is_left_out(key)}
     return {
         "name": run.name,
+        "study": run.study,
         "model": run.model,
         "optimizer": run.optimizer,
         "seed": run.seed,
-        "steps": STEPS,
+        "steps": run.steps,
         "d": rounds[-1]["d"],
         "cpu_hours": round(_cpu_seconds(run.folder / PIECES) / SECONDS_AN_HOUR, 2),
         "tokens": run.text.counts(),
         "versions": recipe["versions"],
         "settings": settings,
         "training_loss": _means(log),
-        "validation_loss": {step: log.validation[step] for step in CHECKPOINTS if step in log.validation},
+        "validation_loss": dict(sorted(log.validation.items())),
         "round_batches": rounds[-1]["batches"],
         "rounds": {key: [_rounded(one[key]) for one in rounds] for key in ROUND_KEYS},
         "exact": {step: _exact(one) for step, one in exact.items()},
         "log_perplexity": {
-            path.parent.name.removeprefix("perplexity-"): _log_perplexities(path)
+            path.parent.name.removeprefix("perplexity-"): _log_perplexities(path, run)
             for path in sorted(run.folder.glob("perplexity-*/results.json"))
         },
     }
@@ -55,7 +56,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            content["rounds"]["iteration"], content["exact"]["0"], content["seed"]
+            content["rounds"]["iteration"], content["exact"], content["study"], content["validation_loss"]
         except (ValueError, KeyError, TypeError) as error:
             raise LionError(f"{path} is not a record of tools/paper/long_runs.py ({error!r}): remove it") from error
         found.append(content)
@@ -79,9 +80,9 @@ def _exact(one: dict[str, Any]) -> dict[str, Any]:
     return {key: one[key] for key in EXACT_KEYS} | {"kinds": kinds}
 
 
-def _log_perplexities(path: Path) -> dict[int, float]:
+def _log_perplexities(path: Path, run: LongRun) -> dict[int, float]:
     results = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return {step: round(math.log(results[str(step)]["perplexity"]), 5) for step in CHECKPOINTS}
+    return {step: round(math.log(results[str(step)]["perplexity"]), 5) for step in run.checkpoints}
 
 
 def _cpu_seconds(path: Path) -> float:

@@ -1,8 +1,9 @@
 """The paper's language runs at its own settings: the recipes ``gpt2_small`` and ``bert_small`` with ``lion_paper`` and
 ``sgd_paper``, with fewer and narrower layers, shorter sequences, smaller batches and other text, in fp32 on one core.
 
-A run has three phases: training through ``launch/launch.py``, exact rounds on the fixed split at five of its
-checkpoints and at the start, and perplexities of the same checkpoints. Each phase resumes where it was stopped.
+A run has three phases: training through ``launch/launch.py``, exact rounds on the fixed split at the start and at some
+of its checkpoints, and perplexities of the same checkpoints. Each phase resumes where it was stopped. ``plans`` says
+which runs a study has.
 """
 
 import json
@@ -28,9 +29,6 @@ CHECKPOINTS = tuple(range(10_000, STEPS + 1, 10_000))  # of table A1
 SHAPE = {"num-layers": 4, "hidden-size": 64, "num-attention-heads": 4, "seq-length": 64, "max-position-embeddings": 64}
 BATCH = {"global-batch-size": 4, "micro-batch-size": 4}
 RECIPES = {"gpt": "gpt2_small", "bert": "bert_small"}
-OPTIMIZERS = ("lion_paper", "sgd_paper", "sgd_paper_no_momentum")
-SEEDS = {"gpt": 3, "bert": 1}
-FIRST_SEED = 1234  # the recipes'
 SAVE_INTERVAL = 1000  # a run that is killed repeats at most so many steps
 WINDOW_STEP = 32  # tokens between the windows of a perplexity
 PIECES = "pieces.jsonl"
@@ -38,7 +36,7 @@ PIECES = "pieces.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class LongRun:
-    """One run of 50,000 steps: a family of models, a recipe's optimizer and a seed."""
+    """One run: a family of models, a recipe's optimizer, a seed, and what a study changes."""
 
     model: str
     optimizer: str
@@ -46,10 +44,18 @@ class LongRun:
     output: Path
     """folder of all runs"""
     text: LongText
+    study: str = "paper"
+    label: str = ""
+    """of the study's changes, in the run's name"""
+    changes: tuple[str, ...] = ()
+    """``key=value`` words beyond those of every run"""
+    steps: int = STEPS
+    checkpoints: tuple[int, ...] = CHECKPOINTS
+    """those that are measured and kept; none for a run of which only the losses count"""
 
     @property
     def name(self) -> str:
-        return f"{self.model}-{self.optimizer}-{self.seed}"
+        return "-".join(part for part in (self.model, self.label, self.optimizer, str(self.seed)) if part)
 
     @property
     def folder(self) -> Path:
@@ -66,7 +72,11 @@ class LongRun:
         size = SHAPE | BATCH | {"vocab-size": VOCABULARY, "seed": self.seed}
         files = {"data": self.text.prefix, "run": self.folder, "data-cache-path": "{run}/cache"}
         on_one_core = {"gpus-per-node": 1, "save-interval": SAVE_INTERVAL}
-        return [f"{key}={value}" for key, value in (size | files | on_one_core).items()]
+        words = [f"{key}={value}" for key, value in (size | files | on_one_core).items()]
+        if self.steps != STEPS:
+            words += [f"train-iters={self.steps}", f"lr-decay-iters={self.steps}", f"eval-interval={self.steps // 5}"]
+            words += [f"lr-warmup-iters={self.steps // 100}"]  # 1 %, as the recipe
+        return [*words, *self.changes]
 
     def recipe(self, *changes: str) -> recipes.Recipe:
         """The resolved recipe, with further ``key=value`` changes."""
@@ -75,18 +85,9 @@ class LongRun:
     def command(self, minutes: int) -> list[str]:
         """The command line of one piece of the training."""
         names = [RECIPES[self.model], self.optimizer, "cpu"]
-        extra = ["--save-retain-interval", str(CHECKPOINTS[0]), "--exit-duration-in-mins", str(minutes)]
+        kept = self.checkpoints[0] if self.checkpoints else self.steps
+        extra = ["--save-retain-interval", str(kept), "--exit-duration-in-mins", str(minutes)]
         return [sys.executable, str(LAUNCH), *names, *self.overrides(), "--", *extra]
-
-
-def all_runs(output: Path, texts: dict[str, LongText]) -> list[LongRun]:
-    """The runs of the families in ``texts``, each optimizer's first seed first."""
-    return [
-        LongRun(model=model, optimizer=optimizer, seed=FIRST_SEED + number, output=output, text=text)
-        for model, text in texts.items()
-        for number in range(SEEDS[model])
-        for optimizer in OPTIMIZERS
-    ]
 
 
 def train(run: LongRun, minutes: int) -> None:
@@ -95,7 +96,7 @@ def train(run: LongRun, minutes: int) -> None:
     Raises LionError where a piece fails or ends without a new checkpoint, and SystemExit after SIGTERM, when the run
     has saved.
     """
-    while (before := run.last_step) < STEPS:
+    while (before := run.last_step) < run.steps:
         began, used = time.time(), _seconds_of_children()
         run.folder.mkdir(parents=True, exist_ok=True)
         with child_process.tied(run.command(minutes)) as process:
@@ -108,7 +109,7 @@ def train(run: LongRun, minutes: int) -> None:
             raise LionError(f"{run.name}: training ended with status {process.returncode}; see {run.folder}/log.txt")
         if run.last_step == before:
             raise LionError(f"{run.name} saved nothing after step {before}; see {run.folder}/log.txt")
-        if run.last_step < STEPS and piece["seconds"] < 60 * minutes:  # only a signal ends a piece early
+        if run.last_step < run.steps and piece["seconds"] < 60 * minutes:  # only a signal ends a piece early
             raise SystemExit(f"{run.name}: stopped at step {run.last_step:,}. The same command resumes")
 
 
@@ -118,18 +119,23 @@ def _seconds_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def measured_steps(run: LongRun) -> tuple[int, ...]:
+    """The steps of exact rounds: the start and the kept checkpoints, or none."""
+    return (0, *run.checkpoints) if run.checkpoints else ()
+
+
 def exact_rounds(run: LongRun) -> list[MegatronRun]:
     """A round over the fixed split before the first step, and at each checkpoint, without dropout.
 
     Megatron measures before a step that it makes afterwards and that nothing uses.
     """
     found = []
-    for step in (0, *CHECKPOINTS):
+    for step in measured_steps(run):
         folder = run.folder / f"exact-{step}"
         recipe = run.recipe(
             *("hidden-dropout=0", "attention-dropout=0", f"train-data-path={run.text.fixed_split}"),
             *("norm-ratio-batches=all", "norm-ratio-interval=1000000", "norm-ratio-at-start=true"),
-            *(f"norm-ratio-file={folder}/norm_ratio.jsonl", f"save={folder}/unused", f"train-iters={STEPS + 1}"),
+            *(f"norm-ratio-file={folder}/norm_ratio.jsonl", f"save={folder}/unused", f"train-iters={run.steps + 1}"),
             *("eval-iters=0", f"load={run.folder if step else folder}/checkpoints"),
         )
         extra = ["--exit-interval", "1"] + ["--ckpt-step", str(step), "--no-load-optim", "--no-load-rng"] * bool(step)
@@ -140,7 +146,7 @@ def exact_rounds(run: LongRun) -> list[MegatronRun]:
 
 def perplexities(run: LongRun, texts: dict[str, Path]) -> list[MegatronRun]:
     """Evaluations of the checkpoints on each text, by its name."""
-    steps = ",".join(map(str, CHECKPOINTS))
+    steps = ",".join(map(str, run.checkpoints))
     found = []
     for name, path in texts.items():
         folder = run.folder / f"perplexity-{name}"
@@ -156,10 +162,11 @@ def measure(run: LongRun, texts: dict[str, Path]) -> None:
     run_all(exact_rounds(run), threads=1)
     for folder in run.folder.glob("exact-*/unused"):
         shutil.rmtree(folder)
-    if run.model == "gpt":
+    if run.model == "gpt" and run.checkpoints:
         run_all(perplexities(run, texts), threads=1)
 
 
 def read_exact(run: LongRun) -> dict[int, dict[str, Any]]:
     """The exact rounds by step."""
-    return {step: read_records(run.folder / f"exact-{step}" / "norm_ratio.jsonl")[0] for step in (0, *CHECKPOINTS)}
+    files = {step: run.folder / f"exact-{step}" / "norm_ratio.jsonl" for step in measured_steps(run)}
+    return {step: read_records(path)[0] for step, path in files.items()}
