@@ -9,6 +9,7 @@ import pytest
 from megatron_lion.config import LionError
 from tools.paper import report
 from tools.paper.long_runs import claimed, state
+from tools.paper.reporting import size_findings
 from tools.paper.studies import long_records, long_runs, long_text, plans
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS, LongRun
 
@@ -138,13 +139,33 @@ def test_a_file_that_is_no_record_is_refused_by_name(tmp_path: Path) -> None:
         long_records.read(tmp_path)
 
 
+def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> None:
+    """r = d^0.5 of the other layers; the embedding's share of l1 falls as it grows."""
+    records = []
+    for width in (1, 4, 16, 64):
+        kinds = {"mlp": {"d": 100 * width, "l1": 10.0 * width**0.5, "l2": 1.0}}
+        kinds["embedding"] = {"d": 300 * width, "l1": 3.0, "l2": 1.0}
+        records.append({"optimizer": "lion_paper", "exact": {"0": {"kinds": kinds}, "1000": {"kinds": kinds}}})
+    found = size_findings.points(records)
+    assert set(found) == {
+        (optimizer, step, name)
+        for optimizer, step in (("start", 0), ("lion_paper", 1000))
+        for name in (size_findings.WHOLE, size_findings.WITHOUT, "mlp", "embedding")
+    }
+    assert found["start", 0, size_findings.WHOLE][400] == pytest.approx(13.0 / 2**0.5)
+    rows = {(row[0], row[2]): row for row in size_findings.exponents(records).tables[0][1:]}
+    without = rows["LION", size_findings.WITHOUT]
+    assert without[3:] == ["4", "0.500 [0.500, 0.500]", "yes", "1.000 to 1.000"]
+    assert rows["LION", size_findings.WHOLE][5] == "no" and rows["LION", "embedding"][4].startswith("0.000")
+
+
 def test_the_report_says_what_is_finished_and_what_the_runs_confirm(records: Path, tmp_path: Path) -> None:
     rows = report.write_report(tmp_path / "none", tmp_path / "page", "a test", records, EXHIBITS)
     by_name = {row.exhibit.name: row.findings[0] for row in rows}
     assert [row.exhibit.name for row in rows] == list(EXHIBITS) and not any(row.problems for row in rows)
     bert, gpt, table = (by_name[name] for name in EXHIBITS)
-    assert bert.missing == ["0 of 3 runs of 50,000 steps are finished"] and not bert.tables
-    assert gpt.missing == table.missing == ["4 of 9 runs of 50,000 steps are finished"]
+    assert bert.missing == ["0 of 3 long runs are finished"] and not bert.tables
+    assert gpt.missing == table.missing == ["4 of 9 long runs are finished"]
     assert gpt.verdict.startswith(
         "Confirmed at the paper's rates, for the exact training loss at step 50,000: LION 4.9"
     )

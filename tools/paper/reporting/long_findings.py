@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tools.paper.reporting import drawings
+from tools.paper.reporting import drawings, size_findings
 from tools.paper.reporting.findings import Finding
 from tools.paper.reporting.paper import Table
 from tools.paper.studies import long_records
@@ -20,7 +20,6 @@ NAMES = {
 }
 TEXTS = {"held-out": "held-out text", "wikitext": "WikiText-2's test tokens"}
 WIKITEXT = "WikiText-2's test tokens are WikiText-103's test articles with more words replaced by <unk>."
-SECTIONS = {"Figure 2": "bert", "Figure 3": "gpt"}
 LAST = str(STEPS)
 
 
@@ -29,15 +28,15 @@ def find(exhibit: str, folder: Path, hardware: str) -> Finding | None:
 
     Raises LionError for a damaged record.
     """
-    model = "gpt" if exhibit == "Table A1" else SECTIONS.get(exhibit)
-    if model is None:
+    if exhibit not in MAKERS:
         return None
-    records = [one for one in long_records.read(folder) if one["model"] == model and one["study"] == "paper"]
-    planned = SEEDS[model] * len(OPTIMIZERS)
-    missing = [f"{len(records)} of {planned} runs of 50,000 steps are finished"] if len(records) < planned else []
+    study, model, make = MAKERS[exhibit]
+    records = [one for one in long_records.read(folder) if one["model"] == model and one["study"] == study]
+    planned = size_findings.planned() if study == "sizes" else SEEDS[model] * len(OPTIMIZERS)
+    missing = [f"{len(records)} of {planned} long runs are finished"] if len(records) < planned else []
     if not records:
-        return Finding(verdict="At the paper's settings: no run is finished.", made=hardware, missing=missing)
-    found = _perplexities(records) if exhibit == "Table A1" else _curves(records)
+        return Finding(verdict="Long runs: none is finished.", made=hardware, missing=missing)
+    found = make(records)
     found.made = f"{_made(records)}; {hardware}"
     found.missing = missing
     return found
@@ -55,7 +54,7 @@ def _made(records: Records) -> str:
     size = f"{shape['num-layers']} layers, {shape['hidden-size']} wide, d = {first['d']:,}"
     batch = f"batches of {shape['global-batch-size']} x {shape['seq-length']} tokens"
     rates = ", ".join(
-        f"{NAMES[name]} {of_one[0]['settings']['lr']:g} ({len(of_one)} seeds)"
+        f"{NAMES[name]} {of_one[0]['settings']['lr']:g} ({len({one['seed'] for one in of_one})} seeds)"
         for name, of_one in by_optimizer(records).items()
     )
     text = f"{first['tokens']['train']:,} tokens of English from packages"
@@ -132,3 +131,12 @@ def _spread(values: Iterable[float]) -> str:
     listed = list(values)
     mean = f"{statistics.fmean(listed):.3f}"
     return mean if len(listed) == 1 else f"{mean} ({min(listed):.3f} to {max(listed):.3f})"
+
+
+# By exhibit: the study and the family of models of its runs, and what makes the finding.
+MAKERS: dict[str, tuple[str, str, Callable[[Records], Finding]]] = {
+    "Figure 2": ("paper", "bert", _curves),
+    "Figure 3": ("paper", "gpt", _curves),
+    "Table A1": ("paper", "gpt", _perplexities),
+    "Section 5": ("sizes", "gpt", size_findings.exponents),
+}
