@@ -153,7 +153,7 @@ def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> N
         for name in (size_findings.WHOLE, size_findings.WITHOUT, "mlp", "embedding")
     }
     assert found["start", 0, size_findings.WHOLE][400] == pytest.approx(13.0 / 2**0.5)
-    rows = {(row[0], row[2]): row for row in size_findings.exponents(records).tables[0][1:]}
+    rows = {(row[0], row[2]): row for row in size_findings.exponents(records, "").tables[0][1:]}
     without = rows["LION", size_findings.WITHOUT]
     assert without[3:] == ["4", "0.500 [0.500, 0.500]", "yes", "1.000 to 1.000"]
     assert rows["LION", size_findings.WHOLE][5] == "no" and rows["LION", "embedding"][4].startswith("0.000")
@@ -164,6 +164,7 @@ def test_the_report_says_what_is_finished_and_what_the_runs_confirm(records: Pat
     by_name = {row.exhibit.name: row.findings[0] for row in rows}
     assert [row.exhibit.name for row in rows] == list(EXHIBITS) and not any(row.problems for row in rows)
     bert, gpt, table = (by_name[name] for name in EXHIBITS)
+    assert rows[1].findings[1].verdict == "Long runs at each optimizer's best rate: none is finished."
     assert bert.missing == ["0 of 3 long runs are finished"] and not bert.tables
     assert gpt.missing == table.missing == ["4 of 9 long runs are finished"]
     assert gpt.verdict.startswith(
@@ -176,6 +177,23 @@ def test_the_report_says_what_is_finished_and_what_the_runs_confirm(records: Pat
     page = (tmp_path / "page" / "report.md").read_text()
     assert "<unk>" in page and "ln perplexity on held-out text | 10k | 20k | 30k | 40k | 50k" in page
     assert (tmp_path / "page" / "figures" / "figure-3-0-0.svg").is_file()
+
+
+def test_the_report_says_which_part_of_the_gap_is_the_learning_rates(records: Path, tmp_path: Path) -> None:
+    """2 nats at the paper's rates, 0.5 at the best ones."""
+    for path in list(records.iterdir()):
+        one = json.loads(path.read_text())
+        if one["optimizer"] == "sgd_paper":
+            one["exact"][str(STEPS)]["loss"] -= 1.5
+        (records / f"tuned-{path.name}").write_text(json.dumps(one | {"study": "tuned"}))
+    rows = report.write_report(tmp_path / "none", tmp_path / "page", "a test", records, ("Figure 3", "Figure A3"))
+    at_papers, at_tuned = rows[0].findings
+    expected = "2.000 (+- 0.030) at the paper's rates and 0.500 (+- 0.030) at each one's best rate: 75% of the gap"
+    assert expected in at_tuned.verdict and "of the gap" not in at_papers.verdict
+    constants = rows[1].findings[0]
+    # l1 is 2 at each of 50 rounds and sqrt(d) 20: the running mean times 50,000^(1/4) is largest at the last.
+    assert constants.tables[0][1][1] == f"{2.0 * STEPS**0.25 / 20:.4f}" and constants.tables[0][1][4] == str(STEPS)
+    assert constants.tables[0][2][1] == f"{0.25 * STEPS**0.25:.4f}"
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def make_row(
 
     A damaged record becomes a problem in words, not the report's end.
     """
-    makers: dict[str, Callable[[], findings.Finding | None]] = {}  # by where the records are
+    makers: dict[str, Callable[[], findings.Finding | list[findings.Finding]]] = {}  # by where the records are
     if long_runs is not None:
         makers[str(long_runs)] = partial(long_findings.find, exhibit.name, long_runs, hardware)
     for folder, needed, maker in RECORDS.get(exhibit.name, []):
@@ -90,11 +90,12 @@ def make_row(
     found, problems = [], []
     for where, make in makers.items():
         try:
-            found.append(make())
+            made = make()
+            found += made if isinstance(made, list) else [made]
         except BAD_RECORD as error:
             text = str(error) if isinstance(error, LionError) else f"{where}: {type(error).__name__}: {error}"
             problems.append(f"{text}. To make it again: {exhibit.command}")
-    return Row(exhibit=exhibit, findings=[one for one in found if one is not None], problems=problems)
+    return Row(exhibit=exhibit, findings=found, problems=problems)
 
 
 def introduction(rows: list[Row], runs: Path, hardware: str) -> list[str]:

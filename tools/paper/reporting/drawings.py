@@ -6,7 +6,7 @@ from typing import Any
 from megatron_lion.training_log import TrainingLog
 from tools.paper.studies import figures
 
-LONG_COLORS = {"lion_paper": "#1f5fa8", "sgd_paper": "#c0392b", "sgd_paper_no_momentum": "#d98b1f"}
+LONG_COLORS = {"lion_paper": "#1f5fa8", "sgd_paper": "#c0392b", "sgd_paper_no_momentum": "#d98b1f", "adamw": "#2e8b57"}
 LINES = ("-", "--", ":")  # by model; colors are the optimizers'
 Records = list[dict[str, Any]]
 

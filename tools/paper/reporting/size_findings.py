@@ -35,7 +35,7 @@ def points(records: Records) -> dict[tuple[str, int, str], dict[int, float]]:
     return found
 
 
-def exponents(records: Records) -> Finding:
+def exponents(records: Records, where: str) -> Finding:
     """Section 5: exponents with intervals, and r / sqrt(d) by kind of layer."""
     found = points(records)
     fits = {key: theory.fit_power_law(list(by_d), list(by_d.values())) for key, by_d in found.items() if len(by_d) > 2}
