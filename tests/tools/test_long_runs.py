@@ -115,6 +115,7 @@ def test_tuned_runs_and_sizes_have_the_best_rates_of_the_search(tmp_path: Path) 
     tuned = plans.tuned(tmp_path, texts, found)
     rates = {run.optimizer: (run.recipe()["lr"], run.recipe()["min-lr"]) for run in tuned}
     assert rates == {"lion_paper": (3e-4, 3e-5), "sgd_paper": (1.0, 0.1), "adamw": (1e-2, 1e-3)}
+    assert {run.recipe()["lr-warmup-iters"] for run in tuned} == {500}
     assert len({run.name for run in tuned}) == 9 and all(run.recipe()["train-iters"] == STEPS for run in tuned)
     sizes = plans.sizes(tmp_path, texts, found)
     assert len({run.name for run in sizes}) == len(sizes) == 17

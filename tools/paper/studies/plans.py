@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import LionError
-from tools.paper.studies.long_runs import LongRun
+from tools.paper.studies.long_runs import STEPS, LongRun
 from tools.paper.studies.long_text import LongText
 
 Records = Sequence[dict[str, Any]]
@@ -59,7 +59,8 @@ def tuned(output: Path, texts: dict[str, LongText], records: Records) -> list[Lo
     return [
         LongRun(
             **{"model": "gpt", "optimizer": optimizer, "seed": FIRST_SEED + number},
-            **{"output": output, "text": texts["gpt"], "study": "tuned", "label": "tuned", "changes": _at_rate(rate)},
+            **{"output": output, "text": texts["gpt"], "study": "tuned", "label": "tuned"},
+            changes=(*_at_rate(rate), f"lr-warmup-iters={STEPS // 100}"),  # AdamW's recipe has more
         )
         for number in range(SEEDS["gpt"])
         for optimizer, rate in best_rates(records).items()
