@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 PAPER_BETAS = (0.9, 0.99)
 LANGUAGE_MODEL_BETAS = (0.9, 0.95)
@@ -262,14 +262,17 @@ def _precision(config: Any) -> tuple[str, str]:
     return momentum_dtype, master_weights
 
 
+ALL_BATCHES: Literal["all"] = "all"
+
+
 @dataclass(frozen=True, kw_only=True)
 class NormRatioOptions:
     """When and how the norm ratio is measured during training, checked."""
 
     interval: int = 0
     """a round after every this many iterations; 0 for none"""
-    batches: int = 100
-    """global batches of a round"""
+    batches: int | Literal["all"] = 100
+    """global batches of a round; ``all``: those of the whole training split, each sample once"""
     at_start: bool = False
     """a round before the first iteration too, if the file has none yet"""
     file: str = "norm_ratio.jsonl"
@@ -278,8 +281,11 @@ class NormRatioOptions:
     def __post_init__(self) -> None:
         if self.interval < 0:
             raise LionError(f"--norm-ratio-interval must be >= 0 iterations (0 is off), got {self.interval}")
-        if self.batches < 1:
-            raise LionError(f"--norm-ratio-batches must be >= 1 global batches, got {self.batches}; the paper has 100")
+        if self.batches != ALL_BATCHES and self.batches < 1:
+            raise LionError(
+                f"--norm-ratio-batches must be >= 1 global batches, or {ALL_BATCHES!r}, got {self.batches}; the paper "
+                "has 100"
+            )
 
     @property
     def is_on(self) -> bool:

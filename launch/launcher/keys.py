@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_lion.config import LionError, did_you_mean
+from megatron_lion.config import ALL_BATCHES, LionError, did_you_mean
 
 # Keys that launch.py itself reads. All other keys are Megatron's flags without their dashes.
 LAUNCH_TOPICS: dict[str, dict[str, type]] = {
@@ -160,6 +160,7 @@ PATH_KEYS = (
     "data", "run", "train-data-path", "valid-data-path", "test-data-path", "data-cache-path", "tokenizer-model",
     "vocab-file", "merge-file", "save", "load", "tensorboard-dir", "norm-ratio-file",
 )  # fmt: skip
+WORDS = {"norm-ratio-batches": ALL_BATCHES}  # accepted besides a number
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
@@ -178,7 +179,7 @@ def typed(key: str, value: Any, where: str) -> Any:
         )
     expected = KEYS[key]
     if isinstance(value, str):
-        if expected is str:
+        if expected is str or value == WORDS.get(key):
             return value
         if expected is bool and value.lower() in BOOLEANS:
             return BOOLEANS[value.lower()]

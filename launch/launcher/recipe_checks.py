@@ -15,6 +15,7 @@ from megatron_lion.config import (
 )
 
 from . import estimates, slurm
+from .keys import WORDS
 from .recipe_files import ROOT
 from .recipes import SLURM_PORTS, Recipe
 
@@ -72,7 +73,7 @@ def check(recipe: Recipe) -> None:
 
 def _check_values(recipe: Recipe) -> None:
     for key in POSITIVE:
-        if key in recipe.settings and not recipe[key] > 0:
+        if key in recipe.settings and recipe[key] != WORDS.get(key) and not recipe[key] > 0:
             raise LionError(f"{key} must be greater than 0, got {recipe[key]:g}")
     for key in FRACTIONS:
         if key in recipe.settings and not 0.0 <= recipe[key] < 1.0:

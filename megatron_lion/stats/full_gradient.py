@@ -3,12 +3,13 @@
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
 
 from megatron_lion.config import LionError, check_non_negative
 from megatron_lion.stats.convergence import PREFIXES
@@ -27,6 +28,7 @@ def full_gradient(
     weight_decay: WeightDecay = 0.0,
     prefixes: Iterable[int] = PREFIXES,
     share: BatchShare | None = None,
+    exact: bool = False,
 ) -> GradientRecord:
     """Measure loss, gradient norms, their ratio and noise over ``batches``, with the parameters held fixed.
 
@@ -50,10 +52,14 @@ def full_gradient(
         prefixes: after how many batches the ratio is also recorded.
         share: for data-parallel ranks with equal parameters: ``batches`` are this rank's own, and the record, on every
             rank, is that of all of them. It then issues collectives, and every rank must call it.
+        exact: ``batches`` are a whole split, each sample once, and the loss draws nothing at random (no dropout): the
+            gradient is that of the split. The record then says so. A DataLoader is checked: it must not leave samples
+            out or draw them twice, and if its last batch is smaller, ``loss_fn`` must return weights.
 
     Raises:
         LionError: for no batches, a loss that is no scalar, is not finite or has no gradient, a weight that is not
-            positive, a parameter in no group, two parameters in one memory, or a ``loss_fn`` that changed one.
+            positive, a parameter in no group, two parameters in one memory, or a ``loss_fn`` that changed one. With
+            ``exact``, for a loader that does not give each sample once with equal weight.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -65,11 +71,14 @@ def full_gradient(
     params = list(named.values())
     decays = _decays(named, weight_decay)
     counted = [Counted(name=n, value=p, weight_decay=d) for (n, p), d in zip(named.items(), decays, strict=True)]
-    measured = GradientRound(counted, prefixes=prefixes, share=share)
+    needs_weight = exact and isinstance(batches, DataLoader) and _last_is_smaller(batches)
+    if exact and isinstance(batches, DataLoader):
+        _check_covers_split(batches)
+    measured = GradientRound(counted, prefixes=prefixes, share=share, exact=exact)
     versions = [param._version for param in params]
     with _undisturbed(model, batches), torch.enable_grad():
         for index, batch in enumerate(batches):
-            loss, weight = _checked_loss(loss_fn(model, batch), index)
+            loss, weight = _checked_loss(loss_fn(model, batch), index, needs_weight=needs_weight)
             measured.add(torch.autograd.grad(loss, params, allow_unused=True), loss=loss.detach(), weight=weight)
             del loss  # or two graphs would be alive at a time
     for (name, param), version in zip(named.items(), versions, strict=True):
@@ -95,6 +104,24 @@ def _counted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
+def _check_covers_split(loader: "DataLoader[Any]") -> None:
+    """Raise LionError for a loader that leaves samples out or draws some twice."""
+    samples, sampler = len(loader.dataset), loader.sampler  # type: ignore[arg-type]
+    if loader.drop_last and _last_is_smaller(loader):
+        raise LionError(f"exact=True needs all {samples} samples, but the loader drops its last batch: drop_last=False")
+    if isinstance(sampler, RandomSampler) and sampler.replacement:
+        raise LionError("exact=True needs each sample once, but the loader draws with replacement: replacement=False")
+    if isinstance(sampler, Sized) and len(sampler) != samples:
+        raise LionError(
+            f"exact=True needs all {samples} samples, but the loader's sampler gives {len(sampler)}: use one that "
+            "gives each once, or exact=False"
+        )
+
+
+def _last_is_smaller(loader: "DataLoader[Any]") -> bool:
+    return loader.batch_size is not None and len(loader.dataset) % loader.batch_size > 0  # type: ignore[arg-type]
+
+
 def _decays(named: Mapping[str, nn.Parameter], weight_decay: WeightDecay) -> list[float]:
     """lambda of each parameter, in order."""
     if isinstance(weight_decay, int | float):
@@ -110,8 +137,13 @@ def _decays(named: Mapping[str, nn.Parameter], weight_decay: WeightDecay) -> lis
     return [by_param[param] for param in named.values()]
 
 
-def _checked_loss(returned: Loss, index: int) -> tuple[Tensor, float]:
+def _checked_loss(returned: Loss, index: int, *, needs_weight: bool) -> tuple[Tensor, float]:
     """The loss and the batch's weight, or LionError naming the batch."""
+    if needs_weight and not isinstance(returned, tuple):
+        raise LionError(
+            "the loader's last batch is smaller, so the mean over batches is not the mean over samples: let loss_fn "
+            "return (loss, samples in the batch)"
+        )
     loss, weight = returned if isinstance(returned, tuple) else (returned, 1.0)
     where = f"loss_fn of batch {index} (counted from 0)"
     if not torch.is_tensor(loss) or loss.numel() != 1:

@@ -56,7 +56,9 @@ class GradientRecord:
     snr: float | None
     """of the mean gradient"""
     converged: bool | None
-    """the rule of :func:`stats.has_converged`; None where it cannot be said"""
+    """the rule of :func:`stats.has_converged`; None where it cannot be said. True for an exact gradient"""
+    exact: bool = False
+    """the batches were a whole split, each sample once, and nothing was drawn: the gradient has no sampling noise"""
     parts: dict[str, dict[str, Part]] = field(default_factory=dict)
     """by what the parameters were told apart, such as ``kinds`` and ``layers``, then by name"""
     seconds: float

@@ -59,6 +59,8 @@ class GradientRound:
         prefixes: after how many batches the ratio is recorded too.
         share: the batches that are this rank's. ``add`` then issues its collectives at the prefixes, which are those of
             the batches of all ranks, and ``finish`` some more.
+        exact: the batches are a whole split, each sample once, and the loss draws nothing at random. The record then
+            says so, and that the ratio has converged.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class GradientRound:
         tags: Sequence[tuple[str, str]] = (),
         prefixes: Iterable[int] = PREFIXES,
         share: BatchShare | None = None,
+        exact: bool = False,
     ) -> None:
         self.counted = counted
+        self.exact = exact
         self.share = share
         self.tags = tuple(tags)
         self.mean = MeanGradient([one.value for one in counted])
@@ -171,7 +175,8 @@ class GradientRound:
             sigma2=noise.sigma2 if noise else None,
             noise_scale=noise.noise_scale if noise else None,
             snr=noise.snr if noise else None,
-            converged=has_converged(batches, sums.ratio, ratios, noise.snr if noise else None),
+            converged=self.exact or has_converged(batches, sums.ratio, ratios, noise.snr if noise else None),
+            exact=self.exact,
             parts=parts,
             seconds=time.perf_counter() - self._start,
         )

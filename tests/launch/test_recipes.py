@@ -99,6 +99,8 @@ BROKEN = {
     "tiny_gpt lion cpu data={run}/text run={data}/x": ("names {data}, which names itself",),
     "tiny_gpt lion cpu data=~/text master-port=70000": ("master-port must be in [1, 64536], got 70000",),
     "tiny_gpt lion cpu norm-ratio-interval=-1": ("norm-ratio-interval must be >= 0",),
+    "tiny_gpt lion cpu norm-ratio-batches=0": ("norm-ratio-batches must be greater than 0, got 0",),
+    "tiny_gpt lion cpu norm-ratio-batches=most": ("norm-ratio-batches", "must be a whole number", "'most'"),
 }
 
 
@@ -107,6 +109,11 @@ def test_a_broken_recipe_is_refused_with_the_key_and_the_fix(line: str) -> None:
     with pytest.raises(LionError) as error:
         recipe_checks.check(recipes.resolve(*line.split()[:3], line.split()[3:]))
     assert [word for word in BROKEN[line] if word not in str(error.value)] == [], str(error.value)
+
+
+def test_a_round_may_read_the_whole_split() -> None:
+    flags = commands.training_flags(recipe("tiny_gpt", "lion", "cpu", "norm-ratio-batches=all"), [])
+    assert flags[flags.index("--norm-ratio-batches") + 1] == "all"
 
 
 def test_the_norm_ratios_companions_go_with_it() -> None:

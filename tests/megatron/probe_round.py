@@ -18,13 +18,15 @@ import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
+import numpy
 import torch
 
 import megatron_lion
 from launch import pretrain_gpt
+from megatron_lion.config import ALL_BATCHES
 from megatron_lion.integration import compat
 from megatron_lion.integration.loop_callbacks import Step
 from megatron_lion.integration.reporting import gradient_shards
@@ -113,7 +115,7 @@ def count_with(defect: Callable[..., Any], model: list[Any], optimizer: Any) -> 
         return count(model, optimizer, all_reduce)
 
 
-def reference(step: Step, dataset: Any, batches: int, iteration: int) -> dict[str, float]:
+def reference(step: Step, dataset: Any, batches: int | Literal["all"], iteration: int) -> dict[str, float]:
     """Loss, l1, l2 and KKT residual of the round's samples by float64 autograd, one process, no DDP, no schedule."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import get_args
@@ -122,8 +124,11 @@ def reference(step: Step, dataset: Any, batches: int, iteration: int) -> dict[st
     model = step.model[0].module
     stock = dict(model.named_parameters())
     double = {name: param.detach().double().requires_grad_() for name, param in stock.items()}
-    samples = batches * get_num_microbatches() * args.micro_batch_size
-    indices = round_data.draw_indices(len(dataset), seed=args.seed, iteration=iteration, count=samples)
+    indices = numpy.arange(len(dataset))
+    if batches != ALL_BATCHES:
+        count = batches * get_num_microbatches() * args.micro_batch_size
+        indices = round_data.draw_indices(len(dataset), seed=args.seed, iteration=iteration, count=count)
+    samples = len(indices)
     total = torch.zeros((), dtype=torch.float64)
     for index in indices.tolist():
         sample = {key: torch.as_tensor(value)[None] for key, value in dataset[index].items()}
@@ -140,14 +145,16 @@ def reference(step: Step, dataset: Any, batches: int, iteration: int) -> dict[st
     l1 = sum(float(copied.grad.abs().sum()) for copied in double.values())
     l2 = sum(float(copied.grad.square().sum()) for copied in double.values()) ** 0.5
     inner = sum(decay[stock[name]] * float((copied.grad * copied.detach()).sum()) for name, copied in double.items())
-    return {"loss": float(total), "l1": l1, "l2": l2, "kkt_residual": l1 + inner}
+    return {"samples": samples, "loss": float(total), "l1": l1, "l2": l2, "kkt_residual": l1 + inner}
 
 
-def run_round_and_look(step: Step, datasets: list[Any], batches: int, iteration: int) -> Any:
+def run_round_and_look(step: Step, datasets: list[Any], batches: int | Literal["all"], iteration: int) -> Any:
     """In the place of :func:`rounds.run_round`."""
+    from megatron.training import get_args
+
     record, tokens = run_round(step, datasets, batches, iteration)
     answer = {
-        "record": json.loads(record.to_json()),
+        "record": json.loads(record.to_json()) | {"samples": tokens // get_args().seq_length},
         "counted": count(step.model, step.optimizer, all_reduce),
         "with_defect": {name: count_with(defect, step.model, step.optimizer) for name, defect in DEFECTS.items()},
     }

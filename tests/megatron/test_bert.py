@@ -12,7 +12,18 @@ import torch
 import train_tokenizer
 
 from megatron_lion.config import LionError
-from tests.harness import BATCH, CPU, HORIZON, NO_DROPOUT, ROOT, Run, relative_difference, run_ranks
+from tests.harness import (
+    BATCH,
+    CPU,
+    HORIZON,
+    NO_DROPOUT,
+    ROOT,
+    Run,
+    record_difference,
+    records,
+    relative_difference,
+    run_ranks,
+)
 
 SCRIPT = ROOT / "launch" / "pretrain_bert.py"
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64"
@@ -70,6 +81,21 @@ def one_process(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     """Checkpoints after every second step, and the run that wrote them."""
     folder = tmp_path_factory.mktemp("bert")
     return folder, pretrain(sentences, STEADY, f"--save {folder} --save-interval {START}", rounds(folder / "one.jsonl"))
+
+
+@pytest.mark.slow
+def test_a_round_over_the_whole_split_is_the_same_on_two_ranks(sentences: Path, tmp_path: Path) -> None:
+    """A micro-batch's loss is the mean over its masked tokens, so micro-batches are of the same samples."""
+    split = f"--train-data-path {sentences}/help_valid_text_sentence {NO_DROPOUT}"
+    found = []
+    for ranks in (1, 2):
+        file = tmp_path / f"{ranks}.jsonl"
+        at_start = f"--norm-ratio-at-start --norm-ratio-batches all --norm-ratio-file {file}"
+        pretrain(sentences, "--optimizer lion --train-iters 1", split, at_start, ranks=ranks)
+        found += records(tmp_path, file.name)
+    one, two = found
+    assert one["exact"] and two["exact"] and one["tokens"] == two["tokens"]
+    assert record_difference(one, two) < 5e-6
 
 
 @pytest.mark.supports("BERT", "losses and norms of one process; both losses fall on real text")

@@ -96,6 +96,11 @@ WRONG = {
     "--optimizer adam --lr 1e-4 --lion-init-from adam": ("no effect with --optimizer adam", "add --optimizer lion"),
     f"{LION} --norm-ratio-interval -1": ("--norm-ratio-interval must be >= 0", "-1"),
     f"{LION} --norm-ratio-interval 10 --norm-ratio-batches 0": ("--norm-ratio-batches must be >= 1", "got 0"),
+    f"{LION} --norm-ratio-interval 10 --norm-ratio-batches most": ("whole number or 'all', got 'most'",),
+    f"{LION} {ROUNDS} --norm-ratio-batches all --num-experts 2 --moe-aux-loss-coeff 0.1": (
+        "--norm-ratio-batches all is not supported",
+        "--moe-aux-loss-coeff 0",
+    ),
     f"{LION} --norm-ratio-batches 5": ("--norm-ratio-batches has no effect without --norm-ratio-interval",),
     f"{LION} --norm-ratio-file x.jsonl": ("--norm-ratio-file has no effect without",),
     f"{LION} --norm-ratio-interval ten": ("--norm-ratio-interval", "'ten'", "--help"),

@@ -62,6 +62,75 @@ def test_a_round_equals_float64_autograd_over_the_same_samples(
     assert max(difference.values()) < 1e-5, difference
 
 
+# ---- a round over the whole split ----
+
+WHOLE = "--norm-ratio-batches all"
+SPLIT_LAYOUTS = {
+    "DP 2": (2, DISTRIBUTED),
+    "TP 2": (2, "--tensor-model-parallel-size 2"),
+    "PP 2": (2, "--pipeline-model-parallel-size 2"),
+    "PP 2 interleaved x DP 2": (
+        4,
+        f"{DISTRIBUTED} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+}
+
+
+def small_split(text: Path) -> str:
+    """Train on the validation text: few samples, and no multiple of a batch."""
+    return f"--train-data-path {text}/valid_text_document --make-vocab-size-divisible-by 256"
+
+
+@pytest.mark.parametrize(
+    "flags", ["", pytest.param(f"{DISTRIBUTED} --calculate-per-token-loss", marks=pytest.mark.slow)]
+)
+def test_a_round_over_the_whole_split_equals_float64_autograd(text: Path, flags: str) -> None:
+    (answer,) = look(text, small_split(text), WHOLE, flags, ranks=1, PROBE_REFERENCE="1")
+    record, expected = answer["record"], answer["reference"]
+    assert record["samples"] == expected["samples"] and record["exact"] and record["converged"]
+    assert record["samples"] % 8 and record["samples"] % 2, "the last batch must be filled up"
+    difference = {key: abs(record[key] / expected[key] - 1) for key in ("loss", "l1", "l2", "kkt_residual")}
+    assert max(difference.values()) < 1e-6, difference
+
+
+@pytest.mark.slow
+def test_a_round_over_the_whole_split_is_the_same_in_every_layout(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"--optimizer lion --train-iters 2 --num-layers 4 {HORIZON} {NO_DROPOUT} {small_split(text)}"
+    pretrain(text, flags, f"--save {tmp_path} --save-interval 1 --exit-interval 1")
+    load = f"--load {tmp_path} --no-load-optim --no-load-rng"
+    measured = []
+    for ranks, layout in [(1, ""), *SPLIT_LAYOUTS.values()]:
+        where = tmp_path / f"{len(measured)}.jsonl"
+        rounds = f"--norm-ratio-at-start {WHOLE} --norm-ratio-file {where}"
+        pretrain(text, flags, layout, rounds, load, ranks=ranks)
+        measured += records(tmp_path, where.name)[:1]
+    one, *others = measured
+    assert one["exact"]
+    for name, record in zip(SPLIT_LAYOUTS, others, strict=True):
+        difference = record_difference(one, record)
+        with capsys.disabled():
+            print(f"\n{name}: a round over the split differs from one process's by {difference:.1e}")
+        assert record["tokens"] == one["tokens"] and record["exact"]
+        assert difference < 5e-6, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [DISTRIBUTED, "--pipeline-model-parallel-size 2"])
+def test_training_does_not_notice_rounds_over_the_whole_split(text: Path, tmp_path: Path, flags: str) -> None:
+    flags = f"--optimizer lion {flags} {small_split(text)} {HORIZON} --train-iters 4 --save-interval 4"
+    plain = pretrain(text, flags, f"--save {tmp_path}/without", ranks=2)
+    rounds = f"--norm-ratio-interval 2 --norm-ratio-at-start {WHOLE}"
+    measured = pretrain(text, flags, rounds, f"--save {tmp_path}/with", ranks=2)
+    assert exactly(plain) == exactly(measured)
+    assert_same_checkpoint(read_checkpoint(tmp_path / "without", 4), read_checkpoint(tmp_path / "with", 4))
+    found = records(tmp_path / "with")
+    assert [record["iteration"] for record in found] == [0, 2, 4]
+    assert not any(record["exact"] for record in found), "dropout is on"
+    assert len({record["tokens"] for record in found}) == 1
+
+
 # ---- each parameter once: known integers in the buffers ----
 
 TENSOR_PARALLEL_DEFECTS = ("tensor-parallel copies count", "no tensor-parallel sum")

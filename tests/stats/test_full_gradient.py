@@ -247,3 +247,38 @@ def test_errors_say_what_to_do() -> None:
     twin["b"].weight = nn.Parameter(twin["a"].weight.data)
     with pytest.raises(LionError, match=r"a\.weight and b\.weight are two parameters in one memory"):
         full_gradient(twin, data, loss_fn)
+
+
+# ---- a whole split ----
+
+
+def loader(count: int, **options: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*batches(1, count)[0]), batch_size=8, **options)
+
+
+def weighted(net: nn.Module, batch: Any) -> tuple[Tensor, float]:
+    return loss_fn(net, batch), len(batch[0])
+
+
+def test_an_exact_record_is_that_of_the_split_however_it_is_cut() -> None:
+    net = model().eval()  # BatchNorm's statistics would be those of each batch
+    whole = full_gradient(net, batches(1, 20), loss_fn, exact=True)
+    cut = full_gradient(net, loader(20), weighted, exact=True)
+    assert (whole.exact, whole.converged, cut.exact, cut.converged) == (True, True, True, True)
+    assert [cut.loss, cut.l1, cut.l2] == pytest.approx([whole.loss, whole.l1, whole.l2], rel=1e-6)
+    assert json.loads(cut.to_json())["exact"] is True
+    assert not full_gradient(net, loader(16), loss_fn).exact
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drop_last": True}, "drops its last batch"),
+        ({"sampler": torch.utils.data.RandomSampler(range(20), replacement=True)}, "draws with replacement"),
+        ({"sampler": torch.utils.data.SubsetRandomSampler(range(12))}, "sampler gives 12"),
+        ({}, "last batch is smaller"),
+    ],
+)
+def test_exact_refuses_a_loader_that_does_not_give_each_sample_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LionError, match=message):
+        full_gradient(model(), loader(20, **options), loss_fn, exact=True)

@@ -21,7 +21,7 @@ from megatron_lion.config import LionError
 from megatron_lion.integration import console
 from megatron_lion.integration.loop_callbacks import Step
 from megatron_lion.integration.reporting.norm_ratio.isolation import isolated
-from megatron_lion.integration.reporting.norm_ratio.loop_round import forward_backward, own_iterator, run_round
+from megatron_lion.integration.reporting.norm_ratio.loop_round import drawn, forward_backward, own_iterator, run_round
 from megatron_lion.integration.reporting.norm_ratio.schedule import Rounds
 from megatron_lion.run import readable_errors
 
@@ -31,7 +31,7 @@ PAIRS = int(os.environ.get("BENCHMARK_PAIRS", "12"))
 
 def passes(step: Step, datasets: list[Any], batches: int) -> None:
     """As many forward and backward passes as a round makes, and nothing else."""
-    iterator, _ = own_iterator(step, datasets, batches, iteration=0)
+    iterator = own_iterator(step, datasets, drawn(datasets, batches, iteration=0))
     for _ in range(batches):
         for chunk in step.model:
             chunk.zero_grad_buffer()

@@ -4,7 +4,11 @@
 
 Reads runs/toy (tools/paper/toy_convergence.py), runs/scaling and runs/scaling-bert, runs/rates, runs/rates-10to1 and
 runs/rates-vision (the tools of these names), runs/vision/DATASET (tools/paper/vision_study.py), runs/demo
-(launch/demo.sh) and every folder in runs with a recipe.json (launch/launch.py).
+(launch/demo.sh) and every folder in runs with a recipe.json (launch/launch.py). With --long-runs also the committed
+records of tools/paper/long_runs.py; with --exhibits only some figures and tables:
+
+    python -m tools.paper.report --long-runs DIR --exhibits "Figure 2" "Figure 3" "Table A1" --output report
+
 What is missing or damaged is said in its place, with the command that makes it. Leaves report.html, which holds all
 that it needs, and report.md with its pictures in figures/.
 """
@@ -19,7 +23,7 @@ from pathlib import Path
 
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
-from tools.paper.reporting import findings, rate_findings, vision_findings
+from tools.paper.reporting import findings, long_findings, rate_findings, vision_findings
 from tools.paper.reporting.pages import Row, to_html, to_markdown
 from tools.paper.reporting.paper import EXHIBITS, Exhibit
 
@@ -67,9 +71,16 @@ def language_pairs(runs: Path) -> dict[str, dict[str, Path]]:
     return pairs
 
 
-def make_row(exhibit: Exhibit, runs: Path, hardware: str, pairs: dict[str, dict[str, Path]]) -> Row:
-    """What ``runs`` hold of an exhibit; a damaged record becomes a problem in words, not the report's end."""
-    makers: dict[str, Callable[[], findings.Finding]] = {}  # by where the records are
+def make_row(
+    exhibit: Exhibit, runs: Path, hardware: str, pairs: dict[str, dict[str, Path]], long_runs: Path | None = None
+) -> Row:
+    """What ``runs`` and ``long_runs`` hold of an exhibit.
+
+    A damaged record becomes a problem in words, not the report's end.
+    """
+    makers: dict[str, Callable[[], findings.Finding | list[findings.Finding]]] = {}  # by where the records are
+    if long_runs is not None:
+        makers[str(long_runs)] = partial(long_findings.find, exhibit.name, long_runs, hardware)
     for folder, needed, maker in RECORDS.get(exhibit.name, []):
         if (runs / folder / needed).exists():
             makers[str(runs / folder)] = partial(maker, runs / folder, hardware)
@@ -79,7 +90,8 @@ def make_row(exhibit: Exhibit, runs: Path, hardware: str, pairs: dict[str, dict[
     found, problems = [], []
     for where, make in makers.items():
         try:
-            found.append(make())
+            made = make()
+            found += made if isinstance(made, list) else [made]
         except BAD_RECORD as error:
             text = str(error) if isinstance(error, LionError) else f"{where}: {type(error).__name__}: {error}"
             problems.append(f"{text}. To make it again: {exhibit.command}")
@@ -88,7 +100,7 @@ def make_row(exhibit: Exhibit, runs: Path, hardware: str, pairs: dict[str, dict[
 
 def introduction(rows: list[Row], runs: Path, hardware: str) -> list[str]:
     """The title, and what the page is."""
-    there = [row.exhibit.name for row in rows if row.findings]
+    there = [row.exhibit.name for row in rows if row.was_run]
     return [
         "Convergence Rate Analysis of LION: the paper beside our runs",
         "Dong, Li, Lin (2025), DOI 10.11897/SP.J.1016.2025.02008. The paper's pictures are described, not copied; its "
@@ -104,12 +116,18 @@ def this_machine() -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU"
 
 
-def write_report(runs: Path, output: Path, hardware: str) -> list[Row]:
-    """Gather, write both pages and return what stands in them. Raises LionError where ``runs`` is no folder."""
-    if not runs.is_dir():
+def write_report(
+    runs: Path, output: Path, hardware: str, long_runs: Path | None = None, exhibits: tuple[str, ...] = ()
+) -> list[Row]:
+    """Gather, write both pages and return their rows: those of ``exhibits``, or all.
+
+    Raises LionError where ``runs`` is no folder and ``long_runs`` is not set.
+    """
+    if long_runs is None and not runs.is_dir():
         raise LionError(f"--runs {runs} is not a folder: give the one that holds toy/, rates/, scaling/ and the others")
     pairs = language_pairs(runs)
-    rows = [make_row(exhibit, runs, hardware, pairs) for exhibit in EXHIBITS]
+    chosen = [exhibit for exhibit in EXHIBITS if exhibit.name in (exhibits or [exhibit.name])]
+    rows = [make_row(exhibit, runs, hardware, pairs, long_runs) for exhibit in chosen]
     intro = introduction(rows, runs, hardware)
     output.mkdir(parents=True, exist_ok=True)
     (output / "report.html").write_text(to_html(rows, intro), encoding="utf-8")
@@ -125,10 +143,14 @@ def main() -> None:
     add(
         "--output", type=Path, default=Path("report"), metavar="DIR", help="folder for the pages (default: %(default)s)"
     )
+    add("--long-runs", type=Path, metavar="DIR", help="records of tools/paper/long_runs.py")
+    names = [exhibit.name for exhibit in EXHIBITS]
+    add("--exhibits", nargs="+", choices=names, default=[], metavar="NAME", help=f"only these of {', '.join(names)}")
     add("--hardware", metavar="TEXT", help="what the runs were made on (default: this machine)")
     options = parser.parse_args()
-    for row in write_report(options.runs, options.output, options.hardware or this_machine()):
-        print(f"{row.exhibit.name:10} {'run here' if row.findings else 'not run here'}")
+    hardware = options.hardware or this_machine()
+    for row in write_report(options.runs, options.output, hardware, options.long_runs, tuple(options.exhibits)):
+        print(f"{row.exhibit.name:10} {'run here' if row.was_run else 'not run here'}")
         for problem in [*row.problems, *(entry for found in row.findings for entry in found.missing)]:
             print(f"           {problem}")
     print(f"report: {options.output / 'report.html'}, {options.output / 'report.md'}")

@@ -44,6 +44,22 @@ def without_step() -> contextlib.AbstractContextManager[None]:
     return temporarily(distrib_optimizer, HAVE_APEX_OR_TE=True)
 
 
+def one_epoch_of_sentences() -> contextlib.AbstractContextManager[None]:
+    """Let Megatron build one epoch of a dataset of sentences (BERT).
+
+    Without a number of samples it passes None to a C++ function that takes a number (0.19.2: masked_dataset 214).
+    """
+    from megatron.core.datasets import helpers
+
+    stock_build_mapping = helpers.build_mapping
+
+    def build_mapping(documents: Any, sizes: Any, epochs: int, max_samples: int | None, *rest: Any) -> Any:
+        limit = 2**63 - 1 if max_samples is None else max_samples
+        return stock_build_mapping(documents, sizes, epochs, limit, *rest)
+
+    return temporarily(helpers, build_mapping=build_mapping)
+
+
 @contextlib.contextmanager
 def folding_the_clip_factor(fold: Callable[[list[Any], Any], bool]) -> Iterator[None]:
     """Offer each clip factor that Megatron is about to multiply into gradients to ``fold``, which may apply it instead.

@@ -2,9 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megatron_lion.config import LionError, NormRatioOptions
+from megatron_lion.config import ALL_BATCHES, LionError, NormRatioOptions
 
 FLAGS = ("norm_ratio_interval", "norm_ratio_batches", "norm_ratio_file", "norm_ratio_at_start")
 OPTIMIZERS = ("lion", "sgd", "adam")
@@ -42,10 +42,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--norm-ratio-batches",
-        type=int,
+        type=_batches,
         default=None,
         metavar="B",
-        help=f"Global batches of a round (default: {NormRatioOptions.batches}).",
+        help=f"Global batches of a round (default: {NormRatioOptions.batches}), or {ALL_BATCHES!r}: the whole training "
+        "split, each sample once, so that loss and gradient are exact.",
     )
     group.add_argument(
         "--norm-ratio-file",
@@ -59,6 +60,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Measure before the first iteration too, unless the file already has a round: a resumed run does not.",
     )
+
+
+def _batches(text: str) -> int | Literal["all"]:
+    """The value of ``--norm-ratio-batches``; argparse reports the error."""
+    try:
+        return ALL_BATCHES if text == ALL_BATCHES else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number or {ALL_BATCHES!r}, got {text!r}") from None
 
 
 def options_from(args: Any) -> NormRatioOptions:
@@ -94,8 +103,23 @@ def check(args: Any) -> None:
         refused["--dataloader-type external"] = (
             "a round draws its batches from an indexed dataset. Use single or cyclic"
         )
+    if options_from(args).batches == ALL_BATCHES:
+        refused |= _refused_with_all(args)
     for dest, flag in WEIGHT_SHARDS.items():
         if getattr(args, dest, 1) > 1:
             refused[flag] = "its shards of weights are not counted. Remove the flag"
     for flag, why in refused.items():
         raise LionError(f"{flag} is not supported with the norm ratio: {why}, or remove --norm-ratio-interval")
+
+
+def _refused_with_all(args: Any) -> dict[str, str]:
+    """Settings with which the training loss of a whole split is not a mean over samples, and why."""
+    refused = {}
+    coefficients = getattr(args, "moe_aux_loss_coeff", 0.0) or 0.0
+    weight = sum(coefficients) if isinstance(coefficients, list) else coefficients
+    if getattr(args, "num_experts", None) and (weight or getattr(args, "moe_z_loss_coeff", None)):
+        refused["--norm-ratio-batches all"] = (
+            "routers' auxiliary losses are of a micro-batch, not of a sample. Set a number of batches, or "
+            "--moe-aux-loss-coeff 0 and no --moe-z-loss-coeff"
+        )
+    return refused

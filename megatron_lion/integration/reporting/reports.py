@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lion.config import LionError, LionOptions, NormRatioOptions
+from megatron_lion.config import ALL_BATCHES, LionError, LionOptions, NormRatioOptions
 from megatron_lion.integration.reporting import metrics
 from megatron_lion.integration.reporting.norm_ratio.isolation import isolated
 from megatron_lion.integration.reporting.norm_ratio.measure import measure_round
@@ -73,7 +73,7 @@ class Reports:
                 )
             self._telemetry = StepTelemetry(optimizer, telemetry_interval, write)
         if norm_ratio is not None and norm_ratio.is_on:
-            self._require_rounds()
+            self._require_rounds(norm_ratio.batches)
             self._schedule = RoundSchedule(norm_ratio, self._measure)
             self._schedule.start(iteration)
 
@@ -87,9 +87,14 @@ class Reports:
         if self._schedule is not None:
             self._schedule.after_step(iteration)
 
-    def _require_rounds(self) -> None:
+    def _require_rounds(self, batches: int | str) -> None:
         if self._run_batch is None:
             raise LionError("norm-ratio rounds need run_batch, which runs one global batch forward and backward")
+        if batches == ALL_BATCHES:
+            raise LionError(
+                f"batches={ALL_BATCHES!r} needs Megatron's own loop, which knows the training split: set the number of "
+                "batches that your split has, and let run_batch read it in order"
+            )
         if not all(hasattr(chunk, "zero_grad_buffer") for chunk in self._model):
             names = ", ".join(dict.fromkeys(type(chunk).__name__ for chunk in self._model))
             raise LionError(
@@ -100,6 +105,7 @@ class Reports:
     def _measure(self, options: NormRatioOptions, iteration: int, *, stepped: bool) -> None:
         from megatron.core.utils import get_model_config
 
+        assert options.batches != ALL_BATCHES
         config = get_model_config(self._model[0])
         done = 0
 

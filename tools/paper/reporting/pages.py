@@ -52,6 +52,11 @@ class Row:
     problems: list[str]
 
     @property
+    def was_run(self) -> bool:
+        """Whether a run has finished that says something of it."""
+        return any(found.tables or found.pictures for found in self.findings)
+
+    @property
     def anchor(self) -> str:
         return self.exhibit.name.lower().replace(" ", "-")
 

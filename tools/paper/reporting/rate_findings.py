@@ -19,17 +19,24 @@ def constants(folder: Path, hardware: str) -> Finding:
     found = result["rates"]
     if len(found) < 2:
         raise LionError(f"{folder / RECORD} has {', '.join(found)} alone: both optimizers are needed")
+    model = result.get("model", "tiny GPT")
+    rates = " and ".join(f"{found[name]['lr']:g}" for name in PAPERS if found[name].get("lr"))
+    caption = f"(a) and (b): {model}" + f", learning rates {rates}" * bool(rates)
+    lion = found["lion"]
+    made = f"{model}, d = {lion['d']:,}, {lion['steps'][-1]} steps, {lion['repeats']} seeds; {hardware}"
+    return compared(found, made, {caption: read_svg(folder / "A3.svg")})
+
+
+def compared(found: dict[str, Any], made: str, pictures: dict[str, str]) -> Finding:
+    """c_LION and c_SGD as :func:`tools.paper.studies.rates.constants` gives them, beside the paper's."""
     lion, sgd = found["lion"], found["sgd"]
     verb = "Held" if lion["constant"] < sgd["constant"] else "Not held"
     norms = "c_LION is of the l1 norm over sqrt(d), which is never above the l2 norm; in l2, as c_SGD is, Lion's is"
-    model = result.get("model", "tiny GPT")
-    rates = " and ".join(f"{entry['lr']:g}" for entry in (lion, sgd) if entry.get("lr"))
-    caption = f"(a) and (b): {model}" + f", learning rates {rates}" * bool(rates)
     return Finding(
         verdict=f"{verb}: c_LION = {lion['constant']:.3f}, c_SGD = {sgd['constant']:.3f}. {norms} "
         f"{lion['l2_constant']:.3f}. {_reservations(lion, sgd)}",
-        made=f"{model}, d = {lion['d']:,}, {lion['steps'][-1]} steps, {lion['repeats']} seeds; {hardware}",
-        pictures={caption: read_svg(folder / "A3.svg")},
+        made=made,
+        pictures=pictures,
         tables=[_constants_table(found)],
     )
 

@@ -155,7 +155,7 @@ class VisionRun:
             self.images.train_plain, batches[self.ranks.rank :: self.ranks.world], workers=self.workers
         )
         share, decays = self.ranks.share(len(batches)), self.optimizer.param_groups
-        return full_gradient(self.model, own, self._loss, weight_decay=decays, share=share)
+        return full_gradient(self.model, own, self._loss, weight_decay=decays, share=share, exact=True)
 
     @torch.no_grad()
     def _test(self) -> float:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ class BatchLoss:
         self._parts = get_num_microbatches() * mpu.get_data_parallel_world_size(with_context_parallel=True)
         self._sum: float | Tensor = 0.0
         self._tokens = 0.0
+        self._factors: list[float] = []
+
+    def scale_next(self, factors: Sequence[float]) -> None:
+        """Multiply the losses of the next micro-batches, in order, by ``factors``; 0 leaves a micro-batch out."""
+        self._factors = list(factors)
 
     def recording(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
         """``forward_step`` with its loss recorded."""
@@ -48,6 +53,8 @@ class BatchLoss:
     def _recorded(self, loss_func: Callable[..., Any]) -> Callable[..., Any]:
         def recorded_loss(*args: Any, **kwargs: Any) -> Any:
             outputs = loss_func(*args, **kwargs)
+            if self._factors:
+                outputs = self._scaled(outputs, self._factors.pop(0))
             if self._counts:
                 # A copy: the schedule divides the loss in place.
                 loss = outputs[0].detach().to(torch.float64, copy=True).reshape(())
@@ -59,6 +66,13 @@ class BatchLoss:
             return outputs
 
         return recorded_loss
+
+    def _scaled(self, outputs: tuple[Any, ...], factor: float) -> tuple[Any, ...]:
+        loss, *rest = outputs
+        if self._per_token:  # the tokens are the weight: a sample counts as it is, or not at all
+            rest[0] = rest[0] * (factor > 0.0)
+            factor = float(factor > 0.0)
+        return (loss * factor, *rest)
 
     @contextlib.contextmanager
     def tokens_counted(self) -> Iterator[None]:

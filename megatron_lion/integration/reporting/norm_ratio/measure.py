@@ -28,6 +28,7 @@ def measure_round(
     batches: int,
     vocabulary: tuple[int, int],
     iteration: int,
+    exact: bool = False,
 ) -> GradientRecord:
     """Measure the mean gradient of ``batches`` global batches.
 
@@ -42,6 +43,7 @@ def measure_round(
         batches: how many.
         vocabulary: the tokenizer's number of words, and the padded number.
         iteration: for the line that reports progress.
+        exact: the batches are the whole split, and nothing is drawn at random (:class:`stats.GradientRound`).
 
     Raises:
         LionError: where not every parameter was counted exactly once, or a batch counted no token.
@@ -51,6 +53,7 @@ def measure_round(
         [shard.as_counted() for shard in shards],
         tags=gradient_shards.tags(config.num_layers),
         prefixes=round_prefixes(batches),
+        exact=exact,
     )
     scale = 1.0 / float(optimizer.get_loss_scale())
     with _progress(iteration, batches) as show:

@@ -1,13 +1,72 @@
 """The batches of a round, drawn from the training split by a separate iterator."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 
 from megatron_lion.config import LionError
-from megatron_lion.integration import exit_signal
+from megatron_lion.integration import compat, exit_signal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Global batches of one size, one after the other; the last may have fewer samples than the others."""
+
+    indices: numpy.ndarray
+    """of the samples in the dataset"""
+    size: int
+    """samples in a global batch"""
+    micro_batch_size: int
+
+    @property
+    def samples(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of the batches."""
+        return iter(range(-(-self.samples // self.size)))
+
+    def samples_in(self, number: int) -> int:
+        """Samples of a batch, without those that fill it up."""
+        return min(self.size, self.samples - number * self.size)
+
+    def factors(self, number: int, rank: int, world: int) -> list[float]:
+        """What the loss of each of a data-parallel rank's micro-batches in a batch is multiplied by.
+
+        Micro-batches are of one sample. A sample that fills the batch up gets 0. The others get what makes the
+        schedule's mean over all of them the mean over the real ones.
+        """
+        real = self.samples_in(number)
+        return [self.size / real if place < real else 0.0 for place in range(rank, self.size, world)]
+
+    def filled_up(self) -> numpy.ndarray:
+        """The indices, with the first repeated until the last batch is full."""
+        missing = -self.samples % self.size
+        return numpy.concatenate((self.indices, numpy.repeat(self.indices[:1], missing)))
+
+
+def whole_split(samples: int, size: int, smallest: int, micro_batch_size: int) -> list[Batches]:
+    """All samples in order: global batches as in training, then the rest in micro-batches of one sample.
+
+    Args:
+        samples: of the whole dataset.
+        size: samples in a global batch.
+        smallest: samples in a global batch of as many micro-batches of one sample.
+        micro_batch_size: training's.
+
+    Raises LionError for no sample.
+    """
+    if samples < 1:
+        raise LionError("--norm-ratio-batches all: the training split has no sample of --seq-length tokens; add text")
+    full = samples // size * size
+    parts = [
+        Batches(indices=numpy.arange(full), size=size, micro_batch_size=micro_batch_size),
+        Batches(indices=numpy.arange(full, samples), size=smallest, micro_batch_size=1),
+    ]
+    return [part for part in parts if part.samples]
 
 
 def draw_indices(samples: int, *, seed: int, iteration: int, count: int) -> numpy.ndarray:
@@ -17,6 +76,21 @@ def draw_indices(samples: int, *, seed: int, iteration: int, count: int) -> nump
     noise estimate's formulas need them.
     """
     return numpy.random.default_rng([seed, iteration]).integers(samples, size=count)
+
+
+def one_epoch(provider: Callable[[tuple[None, None, None]], Sequence[Any]]) -> Any:
+    """The training split's samples, each once, from the loop's dataset provider. Issues its collectives.
+
+    Megatron builds one epoch where it is not told a number of samples. Raises LionError where the provider cannot.
+    """
+    try:
+        with compat.one_epoch_of_sentences():
+            return provider((None, None, None))[0]
+    except (AssertionError, TypeError, ValueError) as error:
+        raise LionError(
+            f"--norm-ratio-batches all needs a dataset of one epoch, and the dataset provider builds none: {error}. "
+            "Use data paths without weights, or set a number of batches"
+        ) from error
 
 
 def micro_batches(

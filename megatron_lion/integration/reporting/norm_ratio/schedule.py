@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_lion.config import NormRatioOptions
+from megatron_lion.config import ALL_BATCHES, NormRatioOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.flags import norm_ratio_arguments
 from megatron_lion.integration.loop_callbacks import Step
@@ -67,7 +67,8 @@ class Rounds:
     """The rounds in Megatron's loop: the data and the step that they need."""
 
     datasets: list[Any] = field(default_factory=list)
-    """this rank's training dataset for each model chunk; empty where another rank reads for it"""
+    """this rank's training dataset for each model chunk, of one epoch for rounds over the whole split; empty where
+    another rank reads for it"""
     step: Step | None = None
     """the latest step, without its data; None before the first"""
     schedule: RoundSchedule | None = None
@@ -110,8 +111,14 @@ _rounds = Rounds()
 
 def build_train_valid_test_datasets(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Keep the training dataset of each model chunk, for the rounds to draw from."""
+    from megatron.training import get_args
+
     datasets = stock(*args, **kwargs)
-    _rounds.datasets.append(datasets[0])
+    if norm_ratio_arguments.options_from(get_args()).batches == ALL_BATCHES:
+        provider = args[0] if args else kwargs["build_train_valid_test_datasets_provider"]
+        _rounds.datasets.append(round_data.one_epoch(provider))
+    else:
+        _rounds.datasets.append(datasets[0])
     return datasets
 
 
@@ -158,6 +165,8 @@ def report(
 def line(record: GradientRecord, iteration: int) -> str:
     """A round in one line of the log."""
     verdict = {True: "converged", False: "NOT converged", None: "convergence unknown"}[record.converged]
+    if record.exact:
+        verdict = "exact"
     if record.nonfinite:
         verdict = f"{record.nonfinite} elements are NaN or infinite"
     snr = "-" if record.snr is None else f"{record.snr:.3g}"

@@ -1,0 +1,270 @@
+"""The long runs at the paper's settings: their command lines, records, and what the report says of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lion.config import LionError
+from tools.paper import report
+from tools.paper.long_runs import claimed, state
+from tools.paper.reporting import size_findings
+from tools.paper.studies import long_records, long_runs, long_text, plans
+from tools.paper.studies.long_runs import CHECKPOINTS, STEPS, LongRun
+
+EXHIBITS = ("Figure 2", "Figure 3", "Table A1")
+ITERATION = " iteration {0}/ 50000 | elapsed time per iteration (ms): 5.0 | lm loss: {1:.4E} |\n"
+VALIDATION = " validation loss at iteration {0} | lm loss value: {1:.4E} | lm loss PPL: 1 |\n"
+D = 400
+
+
+def run_of(folder: Path, optimizer: str = "lion_paper", seed: int = 1234) -> LongRun:
+    text = long_text.paths(folder / "text", "gpt")
+    return LongRun(model="gpt", optimizer=optimizer, seed=seed, output=folder, text=text)
+
+
+def round_at(step: int, loss: float, ratio: float) -> dict[str, Any]:
+    parts = {"kinds": {"embedding": {"d": 100, "l1": 1.0, "l2": 0.5}}}
+    numbers = {"loss": loss, "l1": 0.25 * ratio, "l2": 0.25, "ratio": ratio, "ratio_over_sqrt_d": ratio / D**0.5}
+    known = {"iteration": step, "d": D, "batches": 100, "snr": 12.0, "converged": True, "tokens": 64, "parts": parts}
+    return known | numbers | {"kkt_residual": 1.0}
+
+
+def finish(run: LongRun, loss: float) -> None:
+    """Leave in the run's folder what its three phases would."""
+    run.folder.mkdir(parents=True)
+    steps = range(100, STEPS + 1, 100)
+    log = "".join(ITERATION.format(step, loss) for step in steps)
+    log += "".join(VALIDATION.format(step, loss + 0.1) for step in CHECKPOINTS)
+    (run.folder / "log.txt").write_text(log)
+    rounds = [round_at(step, loss, 8.0) for step in range(1000, STEPS + 1, 1000)]
+    (run.folder / "norm_ratio.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rounds))
+    for step in (0, *CHECKPOINTS):
+        folder = run.folder / f"exact-{step}"
+        folder.mkdir()
+        (folder / "norm_ratio.jsonl").write_text(json.dumps(round_at(step, loss - 0.1, 7.0)) + "\n")
+    settings = run.recipe().settings
+    (run.folder / "recipe.json").write_text(json.dumps({"settings": settings, "versions": {"torch": "2"}}))
+    (run.folder / long_runs.PIECES).write_text('{"cpu_seconds": 1800}\n{"cpu_seconds": 900}\n')
+    for name in ("held-out", "wikitext"):
+        folder = run.folder / f"perplexity-{name}"
+        folder.mkdir()
+        results = {str(step): {"perplexity": 2.718281828**loss} for step in CHECKPOINTS}
+        (folder / "results.json").write_text(json.dumps({"results": results}))
+    run.text.folder.mkdir(parents=True, exist_ok=True)
+    for name in ("text", "fixed"):
+        counts = {part: {"tokens": 1000} for part in ("train", "valid", "test", "all")}
+        (run.text.folder / f"{name}_manifest.json").write_text(json.dumps({"counts": counts}))
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """Records of two seeds of Lion and of SGD with momentum."""
+    folder = tmp_path / "records"
+    folder.mkdir()
+    for optimizer, loss in (("lion_paper", 5.0), ("sgd_paper", 7.0)):
+        for seed in (1234, 1235):
+            run = run_of(tmp_path / "runs", optimizer, seed)
+            finish(run, loss + 0.01 * (seed - 1234))
+            (folder / f"{run.name}.json").write_text(json.dumps(long_records.record(run)))
+    return folder
+
+
+def test_a_run_is_the_papers_recipe_but_for_size_batch_text_and_device(tmp_path: Path) -> None:
+    from launch.launcher import recipes
+
+    own = run_of(tmp_path).recipe().settings
+    papers = recipes.resolve("gpt2_small", "lion_paper", "cpu", []).settings
+    changed = {key for key in own.keys() | papers.keys() if own.get(key) != papers.get(key)}
+    size = {*long_runs.SHAPE, *long_runs.BATCH, "vocab-size"}
+    files = {"data", "run", "data-cache-path", "vocab-file", "merge-file"}
+    files |= {f"{split}-data-path" for split in ("train", "valid", "test")}
+    # The first seed is the recipe's.
+    assert changed == size | files | {"save-interval", "gpus-per-node"}
+    assert (own["lr"], own["lion-beta1"], own["lion-beta2"], own["train-iters"]) == (1e-5, 0.9, 0.95, 50_000)
+    assert (own["norm-ratio-batches"], own["norm-ratio-interval"], own["eval-interval"]) == (100, 1000, 10_000)
+
+
+def test_exact_rounds_are_over_the_fixed_split_without_dropout(tmp_path: Path) -> None:
+    first, *others = (one.flags for one in long_runs.exact_rounds(run_of(tmp_path)))
+    assert len(others) == len(CHECKPOINTS)
+    assert "--ckpt-step" not in first and all("--ckpt-step" in flags for flags in others)
+    for flags in (first, *others):
+        assert "--norm-ratio-batches all" in flags and "fixed_text_document" in flags
+        assert "--hidden-dropout 0.0 --attention-dropout 0.0" in flags
+
+
+def searched(best: dict[str, str]) -> list[dict[str, Any]]:
+    """Records of a search in which ``best`` has the lowest loss of each optimizer."""
+    return [
+        {
+            **{"study": "search", "optimizer": optimizer, "settings": {"lr": float(rate)}},
+            "validation_loss": {"1000": 9.0, str(plans.SHORT): 4.0 + (rate != best[optimizer])},
+        }
+        for optimizer, rates in plans.RATES.items()
+        for rate in rates
+    ]
+
+
+def test_tuned_runs_and_sizes_have_the_best_rates_of_the_search(tmp_path: Path) -> None:
+    texts = {"gpt": long_text.paths(tmp_path, "gpt")}
+    search = plans.search(tmp_path, texts, [])
+    assert len({run.name for run in search}) == 15 and search[0].recipe()["train-iters"] == plans.SHORT
+    found = searched({"lion_paper": "3e-4", "sgd_paper": "1", "adamw": "1e-2"})
+    tuned = plans.tuned(tmp_path, texts, found)
+    rates = {run.optimizer: (run.recipe()["lr"], run.recipe()["min-lr"]) for run in tuned}
+    assert rates == {"lion_paper": (3e-4, 3e-5), "sgd_paper": (1.0, 0.1), "adamw": (1e-2, 1e-3)}
+    assert {run.recipe()["lr-warmup-iters"] for run in tuned} == {500}
+    assert len({run.name for run in tuned}) == 9 and all(run.recipe()["train-iters"] == STEPS for run in tuned)
+    sizes = plans.sizes(tmp_path, texts, found)
+    assert len({run.name for run in sizes}) == len(sizes) == 17
+    large = [run for run in sizes if plans.WIDTHS[run.recipe()["hidden-size"]] > plans.LARGE]
+    assert {(run.optimizer, run.steps) for run in large} == {("lion_paper", plans.FEW_STEPS)}
+    with pytest.raises(LionError, match="14 of 15 runs of --study search"):
+        plans.best_rates(found[1:])
+
+
+def test_records_are_small_and_hold_what_the_report_needs(records: Path) -> None:
+    (path, *_) = records.iterdir()
+    assert path.stat().st_size < 8000
+    one = long_records.read(records)[0]
+    assert (one["name"], one["cpu_hours"], one["training_loss"]["1000"]) == ("gpt-lion_paper-1234", 0.75, 5.0)
+    assert one["log_perplexity"]["wikitext"]["10000"] == pytest.approx(5.0, abs=1e-4)
+    assert not any(str(value).startswith(str(records.parent)) for value in one["settings"].values())
+
+
+def test_a_file_that_is_no_record_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(LionError, match=r"x\.json is not a record"):
+        long_records.read(tmp_path)
+
+
+def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> None:
+    """r = d^0.5 of the other layers; the embedding's share of l1 falls as it grows."""
+    records = []
+    for width in (1, 4, 16, 64):
+        kinds = {"mlp": {"d": 100 * width, "l1": 10.0 * width**0.5, "l2": 1.0}}
+        kinds["embedding"] = {"d": 300 * width, "l1": 3.0, "l2": 1.0}
+        records.append({"optimizer": "lion_paper", "exact": {"0": {"kinds": kinds}, "1000": {"kinds": kinds}}})
+    found = size_findings.points(records)
+    assert set(found) == {
+        (optimizer, step, name)
+        for optimizer, step in (("start", 0), ("lion_paper", 1000))
+        for name in (size_findings.WHOLE, size_findings.WITHOUT, "mlp", "embedding")
+    }
+    assert found["start", 0, size_findings.WHOLE][400] == pytest.approx(13.0 / 2**0.5)
+    rows = {(row[0], row[2]): row for row in size_findings.exponents(records, "").tables[0][1:]}
+    without = rows["LION", size_findings.WITHOUT]
+    assert without[3:] == ["4", "0.500 [0.500, 0.500]", "yes", "1.000 to 1.000"]
+    assert rows["LION", size_findings.WHOLE][5] == "no" and rows["LION", "embedding"][4].startswith("0.000")
+
+
+def test_the_report_says_what_is_finished_and_what_the_runs_confirm(records: Path, tmp_path: Path) -> None:
+    rows = report.write_report(tmp_path / "none", tmp_path / "page", "a test", records, EXHIBITS)
+    by_name = {row.exhibit.name: row.findings[0] for row in rows}
+    assert [row.exhibit.name for row in rows] == list(EXHIBITS) and not any(row.problems for row in rows)
+    bert, gpt, table = (by_name[name] for name in EXHIBITS)
+    assert rows[1].findings[1].verdict == "Long runs at each optimizer's best rate: none is finished."
+    assert bert.missing == ["0 of 3 long runs are finished"] and not bert.tables
+    assert gpt.missing == table.missing == ["4 of 9 long runs are finished"]
+    assert gpt.verdict.startswith(
+        "Confirmed at the paper's rates, for the exact training loss at step 50,000: LION 4.9"
+    )
+    losses = ["5.005 (5.000 to 5.010)", "5.105 (5.100 to 5.110)", "4.905 (4.900 to 4.910)"]
+    assert gpt.tables[0][1] == ["LION", "2", *losses, "0.350 (0.350 to 0.350)", "0.350 to 0.350"]
+    assert table.verdict.startswith("Confirmed against SGD, momentum 0.9 at the paper's rates: Lion's first checkpoint")
+    assert "LION 1e-05 (2 seeds), SGD, momentum 0.9 0.0001 (2 seeds); 3.0 hours of one core" in gpt.made
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert "<unk>" in page and "ln perplexity on held-out text | 10k | 20k | 30k | 40k | 50k" in page
+    assert (tmp_path / "page" / "figures" / "figure-3-0-0.svg").is_file()
+
+
+def test_the_report_says_which_part_of_the_gap_is_the_learning_rates(records: Path, tmp_path: Path) -> None:
+    """2 nats at the paper's rates, 0.5 at the best ones."""
+    for path in list(records.iterdir()):
+        one = json.loads(path.read_text())
+        if one["optimizer"] == "sgd_paper":
+            one["exact"][str(STEPS)]["loss"] -= 1.5
+        (records / f"tuned-{path.name}").write_text(json.dumps(one | {"study": "tuned"}))
+    rows = report.write_report(tmp_path / "none", tmp_path / "page", "a test", records, ("Figure 3", "Figure A3"))
+    at_papers, at_tuned = rows[0].findings
+    expected = "2.000 (+- 0.030) at the paper's rates and 0.500 (+- 0.030) at each one's best rate: 75% of the gap"
+    assert expected in at_tuned.verdict and "of the gap" not in at_papers.verdict
+    constants = rows[1].findings[0]
+    # l1 is 2 at each of 50 rounds and sqrt(d) 20: the running mean times 50,000^(1/4) is largest at the last.
+    assert constants.tables[0][1][1] == f"{2.0 * STEPS**0.25 / 20:.4f}" and constants.tables[0][1][4] == str(STEPS)
+    assert constants.tables[0][2][1] == f"{0.25 * STEPS**0.25:.4f}"
+
+
+@pytest.mark.slow
+def test_the_same_records_give_the_same_page(records: Path, tmp_path: Path) -> None:
+    pages = []
+    for name in ("a", "b"):
+        report.write_report(tmp_path / "none", tmp_path / name, "a test", records, EXHIBITS)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        pages.append([path.read_bytes() for path in files])
+    assert pages[0] == pages[1]
+
+
+def test_two_processes_do_not_take_one_run(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "sgd_paper")
+    with claimed(run) as first, claimed(run) as second:
+        assert (first, second) == (True, False)
+    with claimed(run) as again:
+        assert again
+    assert state(run, tmp_path) == "not started"
+
+
+def test_a_piece_that_saves_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LongRun, "command", lambda self, minutes: ["true"])
+    with pytest.raises(LionError, match="saved nothing after step 0"):
+        long_runs.train(run_of(tmp_path), minutes=50)
+    (piece,) = (tmp_path / "gpt-lion_paper-1234" / long_runs.PIECES).read_text().splitlines()
+    assert json.loads(piece)["to"] == 0
+
+
+TINY = {
+    **{"log-interval": 5, "eval-iters": 1, "norm-ratio-interval": 10, "norm-ratio-batches": 2},
+    **{"num-layers": 1, "seq-length": 16},
+}
+
+
+@pytest.mark.slow
+def test_a_run_trains_resumes_and_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 steps instead of 50,000, through the launcher and Megatron's loop; a second process finds it finished."""
+    from tools.corpus.documents import STANDARD_LIBRARY, python_documents
+
+    monkeypatch.setattr(long_runs, "SAVE_INTERVAL", 10)
+    monkeypatch.setattr(long_runs, "BATCH", long_runs.BATCH | TINY)
+    for module in (long_runs, long_text):
+        monkeypatch.setattr(module, "VOCABULARY", 512)
+    monkeypatch.setattr(long_text, "FIXED_SPLIT_MEGABYTES", 0.01)
+    monkeypatch.setattr(long_text, "HELD_OUT_MEGABYTES", 0.01)
+    source = tmp_path / "documentation.txt"
+    source.write_text("\n\n".join(python_documents(STANDARD_LIBRARY / "asyncio")))
+    monkeypatch.setattr(long_text.package_text, "build", lambda folder: [source])
+    run = LongRun(
+        model="gpt",
+        optimizer="lion_paper",
+        seed=1234,
+        output=tmp_path / "runs",
+        text=long_text.build(tmp_path / "text", "gpt"),
+        steps=20,
+        checkpoints=(10, 20),
+    )
+    long_runs.train(run, minutes=20)
+    assert run.last_step == 20
+    pieces = (run.folder / long_runs.PIECES).read_text()
+    long_runs.train(run, minutes=20)
+    assert (run.folder / long_runs.PIECES).read_text() == pieces, "nothing is left to train"
+    wikitext = tmp_path / "wiki.test.tokens"
+    wikitext.write_text(" = Title = \n\n The quick brown fox jumps over the lazy dog . \n" * 20)
+    long_runs.measure(run, {"held-out": run.text.held_out, "wikitext": wikitext})
+    one = json.loads(json.dumps(long_records.record(run)))
+    assert list(one["exact"]) == ["0", "10", "20"] and one["rounds"]["iteration"] == [10, 20]
+    tokens = {entry["tokens"] for entry in one["exact"].values()}
+    assert len(tokens) == 1 and tokens.pop() <= one["tokens"]["fixed"]
+    assert one["exact"]["0"]["loss"] != one["exact"]["20"]["loss"]
+    assert set(one["log_perplexity"]) == {"held-out", "wikitext"}
+    assert list(one["validation_loss"]) == ["4", "8", "12", "16", "20"]
