@@ -11,7 +11,7 @@ from tests.harness import Run, records
 from tests.megatron.test_frameworks import snippet
 
 pytestmark = pytest.mark.slow
-COMPACT = "lion_momentum_dtype=bf16 lion_master_weights=remainder lion_beta2=0.98"
+COMPACT = f"--config-file {environment.HERE}/compact.yaml optimizer.lion_beta2=0.98"
 LOSS = re.compile(r"iteration +(\d+)/.*lm loss: ([\d.E+-]+)")
 
 
@@ -53,6 +53,9 @@ def test_the_options_reach_lion(whole: Run, folder: Path) -> None:
     assert "16 bits for each bf16 parameter" in first
     saved = (folder / "checkpoints" / "iter_0000004" / "run_config.yaml").read_text()
     assert "lion_momentum_dtype: bf16" in saved
+    assert "lion_beta2: 0.98" in saved
+    assert "misspelled: Failed to parse Hydra overrides" in whole.output
+    assert "lion_momentum_dtyp" in whole.output
 
 
 @pytest.mark.supports("Megatron-Bridge / telemetry", "2 gloo ranks, with stand-ins")
@@ -91,7 +94,7 @@ def test_another_optimizers_checkpoint_is_refused_in_one_line(folder: Path) -> N
 
 @pytest.mark.refuses("Megatron-Bridge / refusals")
 def test_what_lion_does_not_support_is_refused() -> None:
-    run = environment.run("pretrain.py", "optimizer_cuda_graph=True")
+    run = environment.run("pretrain.py", "optimizer.optimizer_cuda_graph=true")
     assert refusal(run).startswith("--optimizer-cuda-graph is not supported with --optimizer lion")
 
 

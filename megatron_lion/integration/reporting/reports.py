@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lion.config import LionError, LionOptions, NormRatioOptions
+from megatron_lion.config import LionError, LionOptions, NormRatioOptions, check_count
 from megatron_lion.integration.reporting import metrics
 from megatron_lion.integration.reporting.norm_ratio.isolation import isolated
 from megatron_lion.integration.reporting.norm_ratio.measure import measure_round
@@ -65,6 +65,7 @@ class Reports:
         self._optimizer, self._vocabulary, self._write = optimizer, vocabulary, write
         self._run_batch = run_batch
         self._telemetry = self._schedule = None
+        check_count("telemetry_interval", telemetry_interval, 0, "steps (0 is never)")
         if telemetry_interval:
             if not isinstance(getattr(optimizer, "options", None), LionOptions):
                 raise LionError(
