@@ -8,10 +8,12 @@ import dataclasses
 from typing import Any
 
 from megatron.bridge.training.config import OptimizerConfig
+from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 
 from megatron_lion.integration import compat
 from megatron_lion.integration.optimizer import config_fields, factory
 
+register_allowed_target_prefix(__name__)  # Bridge's YAML names the class below, and Bridge makes only what is allowed
 _FIELDS = [(name, kind, dataclasses.field(default=default)) for name, (kind, default) in config_fields.FIELDS.items()]
 _WithFields: Any = dataclasses.make_dataclass("_WithFields", _FIELDS, bases=(OptimizerConfig,), module=__name__)
 

@@ -12,6 +12,14 @@ from tests.megatron.test_frameworks import snippet
 
 pytestmark = pytest.mark.slow
 COMPACT = f"--config-file {environment.HERE}/compact.yaml optimizer.lion_beta2=0.98"
+# Bridge makes the optimizer's configuration of a checkpoint again.
+FROM_THE_CHECKPOINT = """
+import yaml
+from megatron.bridge.utils.instantiate_utils import instantiate
+
+with open("checkpoints/iter_0000004/run_config.yaml") as file:
+    config.optimizer = instantiate(yaml.safe_load(file)["optimizer"])
+"""
 LOSS = re.compile(r"iteration +(\d+)/.*lm loss: ([\d.E+-]+)")
 
 
@@ -112,6 +120,7 @@ def test_the_script_of_the_page_needs_no_registration(tmp_path: Path, monkeypatc
     assert "bf16 momentum" in first
     assert sum("step" in line and "gradient l1" in line for line in run.ours()) == 4
     longer = text.replace("train_iters=4", "train_iters=6").replace('save="checkpoints"', 'load="checkpoints"')
-    (tmp_path / "longer.py").write_text(longer)
+    (tmp_path / "longer.py").write_text(longer.replace("\nif __name__", f"{FROM_THE_CHECKPOINT}\nif __name__"))
     resumed = passed(environment.run("run_snippet.py", "longer.py"))
     assert sorted(losses(resumed)) == [5, 6]
+    assert resumed.ours()[0] == first

@@ -18,9 +18,11 @@ import torch
 from megatron_lion.integration.cpu import megatron_patches, torch_cuda
 from tests.megatron import first_save
 
+PARTS_OF_BRIDGE = ("training", "training.config", "utils", "utils.instantiate_utils")
+
 
 def stand_in_for_bridge() -> None:
-    """``megatron.bridge.training.config`` with an OptimizerConfig as Bridge 0.6.2 has it."""
+    """What Bridge 0.6.2 has in two modules: an OptimizerConfig, and a list of classes that its YAML may name."""
     from megatron.core.optimizer import OptimizerConfig as CoreConfig
 
     @dataclasses.dataclass
@@ -31,9 +33,11 @@ def stand_in_for_bridge() -> None:
         def finalize(self) -> None:
             super().__post_init__()
 
-    for name in ("megatron.bridge", "megatron.bridge.training", "megatron.bridge.training.config"):
+    for name in ("megatron.bridge", *(f"megatron.bridge.{part}" for part in PARTS_OF_BRIDGE)):
         sys.modules[name] = types.ModuleType(name)
     sys.modules["megatron.bridge.training.config"].OptimizerConfig = OptimizerConfig  # type: ignore[attr-defined]
+    allowed = sys.modules["megatron.bridge.utils.instantiate_utils"]
+    allowed.register_allowed_target_prefix = lambda prefix: None  # type: ignore[attr-defined]
 
 
 def provided(stock: Any, config: Any, model_chunks: list[Any]) -> Any:

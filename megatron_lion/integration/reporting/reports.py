@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_lion.config import LionError, LionOptions, NormRatioOptions, check_count
+from megatron_lion.integration import compat
 from megatron_lion.integration.reporting import metrics
 from megatron_lion.integration.reporting.norm_ratio.isolation import isolated
 from megatron_lion.integration.reporting.norm_ratio.measure import measure_round
@@ -46,7 +47,8 @@ class Reports:
     Issues the collectives of a round at the start if ``norm_ratio.at_start`` is set.
 
     Raises:
-        LionError: rounds without ``run_batch``, telemetry without Lion, or a model without gradient buffers.
+        LionError: rounds without ``run_batch``, telemetry without Lion or with its steps on the CPU, a model without
+            gradient buffers, or an argument of another kind.
     """
 
     def __init__(
@@ -72,7 +74,13 @@ class Reports:
                     f"telemetry_interval needs Megatron's optimizer around Lion, got {type(optimizer).__name__}: build "
                     "it with OptimizerConfig(optimizer='lion'), or remove telemetry_interval"
                 )
+            if any(part.config.optimizer_cpu_offload for part in compat.sub_optimizers_of(optimizer)):
+                raise LionError(
+                    "telemetry_interval does not see the steps of optimizer_cpu_offload: remove one of them"
+                )
             self._telemetry = StepTelemetry(optimizer, telemetry_interval, write)
+        if not isinstance(norm_ratio, NormRatioOptions | None):
+            raise LionError(f"norm_ratio must be megatron_lion.NormRatioOptions or None, got {norm_ratio!r}")
         if norm_ratio is not None and norm_ratio.is_on:
             self._require_rounds()
             self._schedule = RoundSchedule(norm_ratio, self._measure)
@@ -89,8 +97,11 @@ class Reports:
             self._schedule.after_step(iteration)
 
     def _require_rounds(self) -> None:
-        if self._run_batch is None:
-            raise LionError("norm-ratio rounds need run_batch, which runs one global batch forward and backward")
+        if not callable(self._run_batch):
+            raise LionError(
+                "norm-ratio rounds need run_batch, a function that runs one global batch forward and backward, got "
+                f"{self._run_batch!r}"
+            )
         if not all(hasattr(chunk, "zero_grad_buffer") for chunk in self._model):
             names = ", ".join(dict.fromkeys(type(chunk).__name__ for chunk in self._model))
             raise LionError(
