@@ -51,6 +51,14 @@ def provided(stock: Any, config: Any, model_chunks: list[Any]) -> Any:
         )
 
 
+def refusal(config: Any) -> str:
+    try:
+        config.finalize()
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
 def main() -> None:
     torch_cuda.replace_cuda()
     for patch in megatron_patches.CORE:
@@ -82,7 +90,8 @@ def main() -> None:
     if torch.distributed.get_rank() == 0:
         print("CASE loaded:", "same weights" if same else "other weights")
         print("CASE a plain configuration has Lion's options:", hasattr(stock[1](), "lion_kernel"))
-        print("CASE get_megatron_optimizer is wrapped:", hasattr(stock[0], "wrapper"), flush=True)
+        print("CASE get_megatron_optimizer is wrapped:", hasattr(stock[0], "wrapper"))
+        print("CASE another optimizer:", refusal(LionOptimizerConfig(optimizer="adam")), flush=True)
     torch.distributed.destroy_process_group()
 
 
