@@ -21,7 +21,7 @@ CASES = [
 
 
 def run(script: str, *flags: str, ranks: int) -> Run:
-    path = os.pathsep.join([str(ROOT), str(wheels.folder_of(HERE / "requirements.txt"))])
+    path = os.pathsep.join([str(ROOT), str(wheels.of_requirements(HERE / "requirements.txt"))])
     environment = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     finished = torchrun(*flags, ranks=ranks, script=HERE / script, environment=environment)
     assert finished.returncode == 0, finished.output[-6000:]
