@@ -60,7 +60,7 @@ def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     (tmp_path / "script.py").write_text(snippet("torch FSDP2 and Megatron-FSDP"))
     finished = run("on_cpu.py", "script.py", ranks=2)
-    losses = [float(loss) for loss in re.findall(r"^step \d: loss ([\d.]+)$", finished.output, re.MULTILINE)]
+    losses = [float(loss) for loss in re.findall(r"step \d: loss (\d\.\d{4})", finished.output)]  # lines may be mixed
     assert len(losses) == 8  # of two ranks
     assert min(losses[-2:]) < min(losses[:2])
     assert (tmp_path / "checkpoint" / ".metadata").exists()
