@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -35,27 +36,53 @@ def did_you_mean(value: str, valid: Iterable[str]) -> str:
     return f"{hint}Valid: {', '.join(names)}"
 
 
+def _number(value: Any) -> float:
+    """``value`` as a float, or NaN. Text is no number: Megatron would compute with it as it is, and fail later."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 def check_betas(betas: tuple[float, float], names: tuple[str, str] = ("beta1", "beta2")) -> tuple[float, float]:
     """Return ``betas`` as two floats in [0, 1), or raise :class:`LionError` calling them by ``names``."""
     try:
-        beta1, beta2 = (float(beta) for beta in betas)
+        beta1, beta2 = betas
     except (TypeError, ValueError):
         raise LionError(f"betas must be two numbers such as {PAPER_BETAS}, got {betas!r}") from None
-    for name, beta, usual in ((names[0], beta1, "0.9"), (names[1], beta2, "0.95 to 0.99")):
-        if not 0.0 <= beta < 1.0:
-            raise LionError(f"{name} must be in [0, 1), got {beta:g}; the usual value is {usual}")
-    return beta1, beta2
+    return _check_beta(names[0], beta1, "0.9"), _check_beta(names[1], beta2, "0.95 to 0.99")
+
+
+def _check_beta(name: str, value: float, usual: str) -> float:
+    beta = _number(value)
+    if not 0.0 <= beta < 1.0:
+        shown = repr(value) if math.isnan(beta) else f"{beta:g}"
+        raise LionError(f"{name} must be in [0, 1), got {shown}; the usual value is {usual}")
+    return beta
 
 
 def check_non_negative(name: str, value: float) -> float:
     """Return ``value`` as a finite float >= 0, or raise :class:`LionError` naming ``name``."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = _number(value)
     if not (math.isfinite(number) and number >= 0.0):
-        raise LionError(f"{name} must be a finite number >= 0, got {value}")
+        raise LionError(f"{name} must be a finite number >= 0, got {value!r}")
     return number
+
+
+def check_count(name: str, value: int, least: int, unit: str) -> None:
+    """Raise :class:`LionError` naming ``name`` unless ``value`` is a whole number >= ``least``."""
+    try:
+        enough = operator.index(value) >= least
+    except TypeError:
+        enough = False
+    if not enough:
+        raise LionError(f"{name} must be >= {least} {unit}, got {value!r}")
+
+
+def check_switch(name: str, value: bool) -> None:
+    """Raise :class:`LionError` naming ``name`` unless ``value`` is True or False: the text "false" would be true."""
+    if not isinstance(value, bool):
+        raise LionError(f"{name} must be True or False, got {value!r}")
 
 
 def check_choice(name: str, value: str, valid: Iterable[str]) -> str:
@@ -72,7 +99,7 @@ def check_rates(lr: float | None, weight_decay: float, min_lr: float | None = No
         raise LionError("--optimizer lion needs --lr, 3 to 10 times lower than AdamW's (docs/coming-from-adamw.md)")
     check_non_negative("--lr", lr)
     check_non_negative("--weight-decay", weight_decay)
-    if min_lr is not None and min_lr > lr:
+    if min_lr is not None and check_non_negative("--min-lr", min_lr) > lr:
         raise LionError(f"--min-lr {min_lr:g} is greater than --lr {lr:g}; lower it with Lion's --lr")
 
 
@@ -133,8 +160,7 @@ class LionOptions:
         check_choice("--lion-momentum-dtype", self.momentum_dtype, MOMENTUM_DTYPES)
         check_choice("--lion-master-weights", self.master_weights, MASTER_WEIGHTS)
         check_choice("--lion-gather", self.gather, GATHERS)
-        if self.gather_refresh < 0:
-            raise LionError(f"--lion-gather-refresh must be >= 0 steps (0 is never), got {self.gather_refresh}")
+        check_count("--lion-gather-refresh", self.gather_refresh, 0, "steps (0 is never)")
         if self.gather_refresh and self.gather != "signs":
             raise LionError("--lion-gather-refresh has no effect without --lion-gather signs: add it, or remove this")
         check_choice("--lion-reduce", self.reduce, REDUCES)
@@ -146,6 +172,8 @@ class LionOptions:
             )
         if self.init_from is not None:
             check_choice("--lion-init-from", self.init_from, INITS_FROM)
+        for name in ("fast_norm", "rates_from_run", "saves_stacks"):
+            check_switch(f"--lion-{name.replace('_', '-')}", getattr(self, name))
 
     @classmethod
     def from_config(cls, config: Any) -> "LionOptions":
@@ -279,13 +307,11 @@ class NormRatioOptions:
     """where the rounds are written"""
 
     def __post_init__(self) -> None:
-        if self.interval < 0:
-            raise LionError(f"--norm-ratio-interval must be >= 0 iterations (0 is off), got {self.interval}")
-        if self.batches != ALL_BATCHES and self.batches < 1:
-            raise LionError(
-                f"--norm-ratio-batches must be >= 1 global batches, or {ALL_BATCHES!r}, got {self.batches}; the paper "
-                "has 100"
-            )
+        check_count("--norm-ratio-interval", self.interval, 0, "iterations (0 is off)")
+        if self.batches != ALL_BATCHES:
+            unit = f"global batches, or {ALL_BATCHES!r} (the paper has 100)"
+            check_count("--norm-ratio-batches", self.batches, 1, unit)
+        check_switch("--norm-ratio-at-start", self.at_start)
 
     @property
     def is_on(self) -> bool:

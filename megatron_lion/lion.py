@@ -114,7 +114,7 @@ class Lion(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. Missing settings get the defaults. Nothing is added if a check fails."""
-        group = {**self.defaults, **param_group}
+        group = {**param_group, **self.defaults, **param_group}  # megatron-fsdp needs "params" first, as torch has it
         group["betas"] = check_betas(group["betas"])
         for key in ("lr", "weight_decay"):
             if not torch.is_tensor(group[key]):  # a tensor is read at each step

@@ -49,7 +49,7 @@ class Storage:
         if self.momentum_dtype == "int8" and hasattr(param, "placements"):
             raise LionError(
                 f"momentum_dtype 'int8' does not support DTensor parameters, got one of shape {tuple(param.shape)}: a "
-                "local shard may cut a block of 32 elements, which has one scale. Use momentum_dtype='bf16'"
+                "local shard may cut a block of 32 elements, which has one scale. Use momentum_dtype='bf16' or 'fp32'"
             )
 
     def create(self, param: Tensor, layout: BlockLayout) -> State:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import pytest_addoption, pytest_configure  # noqa: F401
+from tests.support import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401
 
 # The processes that tests start use this checkout, whichever is installed.
 ROOT = Path(__file__).resolve().parent.parent

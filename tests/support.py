@@ -7,7 +7,8 @@
 writes, or adds to, a JSON object: for every row of the table, how it is tested and the outcome of each of its tests,
 ``passed``, ``refused``, ``skipped`` or ``failed``. ``tests/support_table.py`` makes the table of
 docs/results/support.md from it, and that of docs/results/versions.md from one for each Megatron. A run of some tests
-updates the outcomes of only those.
+updates the outcomes of only those. ``--entries`` runs only the tests of the table in docs/frameworks.md, whose rows are
+``entry / feature``.
 """
 
 import json
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 
 OPTION = "--support-file"
+ENTRIES = "--entries"
+SEPARATOR = " / "
 MARKS = (
     "supports(row, how): a row of the table of what is supported, which this test proves, and how it does",
     "refuses(row): a row of that table, of which this test proves that it is refused with a message",
@@ -25,6 +28,14 @@ MARKS = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(OPTION, type=Path, help="JSON file that receives the outcomes of tests marked with `supports`")
+    parser.addoption(ENTRIES, action="store_true", help="run only tests with a row `entry / feature`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption(ENTRIES):
+        rest = [item for item in items if not any(SEPARATOR in row for row, _, _ in rows_of(item, ""))]
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [item for item in items if item not in rest]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python -m pytest --support-file=support.json    # every test, the slow ones too
     python tests/support_table.py support.json docs/results/support.md    # between the marker lines; --check: only look
     python tests/support_table.py 0.18.2.json 0.19.2=support.json docs/results/versions.md    # one column per Megatron
-    python tests/support_table.py --entries support.json docs/frameworks.md    # only rows "entry / feature"
+    python -m pytest --entries --support-file=entries.json    # only the tests of rows "entry / feature"
+    python tests/support_table.py --entries entries.json docs/frameworks.md    # their table; also from several files
 
 A row is there if all of its tests that ran have passed: with their number, or as refused where that is what they prove.
 One with a failure ends this with an error, one whose tests were all skipped is left out and named. Rows come in the
@@ -21,7 +22,7 @@ from typing import Any
 BEGIN = "<!-- support table: made by tests/support_table.py, do not edit -->"
 END = "<!-- end of the support table -->"
 SEPARATOR = " / "
-
+FEATURES = ("options", "refusals", "start-up line", "telemetry", "rounds", "resume", "reshard")
 
 Rows = dict[str, dict[str, Any]]
 
@@ -44,11 +45,7 @@ def by_version(versions: dict[str, Rows]) -> str:
     refuse_failed({f"{row} ({version})": entry for version, rows in versions.items() for row, entry in rows.items()})
     versions = dict(sorted(versions.items(), key=lambda item: [int(part) for part in re.findall(r"\d+", item[0])]))
     lines = [f"| | {' | '.join(versions)} |", f"|---|{'---|' * len(versions)}"]
-    everything: Rows = {}
-    for rows in versions.values():
-        for row, entry in rows.items():
-            everything.setdefault(row, {"tests": {}})["tests"].update(entry["tests"])
-    for row, _ in ordered(everything):
+    for row, _ in ordered(merged(list(versions.values()))):
         cells = [cell(rows.get(row, {"tests": {}})) for rows in versions.values()]
         if any(cells):
             lines.append(f"| {row} | {' | '.join(found or '-' for found in cells)} |")
@@ -62,12 +59,23 @@ def by_entry(rows: Rows) -> str:
     """
     cells = {tuple(row.split(SEPARATOR)): entry for row, entry in rows.items() if SEPARATOR in row}
     refuse_failed({SEPARATOR.join(names): entry for names, entry in cells.items()})
-    entries, features = (list(dict.fromkeys(names[part] for names in sorted(cells))) for part in (0, 1))
+    entries = sorted({name for name, _ in cells})
+    order = {feature: number for number, feature in enumerate(FEATURES)}
+    features = sorted({feature for _, feature in cells}, key=lambda name: (order.get(name, len(order)), name))
     lines = [f"| | {' | '.join(features)} |", f"|---|{'---|' * len(features)}"]
     for name in entries:
         found = [cell(cells.get((name, feature), {"tests": {}})) for feature in features]
         lines.append(f"| {name} | {' | '.join(one or '-' for one in found)} |")
     return "\n".join(lines)
+
+
+def merged(runs: list[Rows]) -> Rows:
+    """The outcomes of several runs; of a test that ran in two, the later run's."""
+    everything: Rows = {}
+    for rows in runs:
+        for row, entry in rows.items():
+            everything.setdefault(row, {**entry, "tests": {}})["tests"].update(entry["tests"])
+    return everything
 
 
 def ordered(rows: Rows) -> list[tuple[str, dict[str, Any]]]:
@@ -107,16 +115,17 @@ def rows_in(page: str) -> list[str]:
 
 
 def read(outcomes: list[str], *, entries: bool = False) -> str:
-    """The table of one file of outcomes, that of its entries, or a column for each of several."""
+    """The table of one file of outcomes, or a column for each of several; with ``entries``, the one of all their
+    entries."""
     loaded = {}
     for item in outcomes:
         version, _, file = item.rpartition("=")
         loaded[version or Path(file).stem] = json.loads(Path(file).read_text(encoding="utf-8"))
+    if entries:
+        return by_entry(merged(list(loaded.values())))
     if len(loaded) > 1:
         return by_version(loaded)
     (rows,) = loaded.values()
-    if entries:
-        return by_entry(rows)
     for row, entry in rows.items():
         if not cell(entry):
             print(f"left out, its tests were skipped: {row}", file=sys.stderr)

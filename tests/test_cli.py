@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,16 @@ def test_doctor_finds_a_resiliency_extension_that_breaks_megatrons_import(tmp_pa
 def test_a_resiliency_extension_with_a_version_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nvidia_resiliency_ext.py").write_text('__version__ = "0.5.0"\n')
     monkeypatch.syspath_prepend(tmp_path)
+    assert resiliency_problem() is None
+
+
+def test_a_resiliency_extension_is_no_problem_once_megatron_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", types.ModuleType("nvidia_resiliency_ext"))
+    sys.modules["nvidia_resiliency_ext"].__path__ = []  # type: ignore[attr-defined]
+    name = "megatron.core.dist_checkpointing.strategies.torch"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    assert "cannot be imported" in str(resiliency_problem())
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     assert resiliency_problem() is None
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_lion.config import LionError, LionOptions, check_rates, warning_about
+from megatron_lion.config import LionError, LionOptions, NormRatioOptions, check_rates, warning_about
 
 
 @pytest.mark.parametrize("kernel", ["auto", "reference", "foreach", "fused"])
@@ -19,12 +19,16 @@ def test_every_kernel_is_accepted(kernel: str) -> None:
         ({"momentum_dtype": "fp23"}, "--lion-momentum-dtype 'fp23' is unknown: did you mean 'fp32'"),
         ({"betas": (1.5, 0.9)}, r"--lion-beta1 must be in \[0, 1\), got 1.5; the usual value is 0.9"),
         ({"betas": (0.9, -0.1)}, r"--lion-beta2 must be in \[0, 1\), got -0.1"),
+        ({"betas": (0.9, "0.98")}, r"--lion-beta2 must be in \[0, 1\), got '0.98'"),
+        ({"betas": 0.9}, "betas must be two numbers such as .*, got 0.9"),
         ({"gather": "sings"}, "--lion-gather 'sings' is unknown: did you mean 'signs'"),
         ({"gather": "signs", "gather_refresh": -1}, "--lion-gather-refresh must be >= 0 steps"),
         ({"gather_refresh": 5}, "no effect without --lion-gather signs"),
         ({"reduce": "int5"}, "--lion-reduce 'int5' is unknown: did you mean 'int8'"),
         ({"reduce": "int4", "error_feedback": "fp8"}, "--lion-error-feedback 'fp8' is unknown"),
         ({"error_feedback": "none"}, "--lion-error-feedback none has no effect without --lion-reduce int8"),
+        ({"gather": "signs", "gather_refresh": "5"}, "--lion-gather-refresh must be >= 0 steps .*, got '5'"),
+        ({"fast_norm": "false"}, "--lion-fast-norm must be True or False, got 'false'"),
         ({"init_from": "adma"}, "--lion-init-from 'adma' is unknown: did you mean 'adam'"),
         ({"master_weights": "remains"}, "--lion-master-weights 'remains' is unknown: did you mean 'remainder'"),
     ],
@@ -40,12 +44,28 @@ def test_unknown_options_are_refused(asked: dict[str, Any], said: str) -> None:
         ((None, 0.1), "--optimizer lion needs --lr"),
         ((float("nan"), 0.1), "--lr must be a finite number >= 0, got nan"),
         ((1e-4, -1.0), "--weight-decay must be a finite number >= 0, got -1"),
+        (("1e-4", 0.1), "--lr must be a finite number >= 0, got '1e-4'"),
+        ((1e-4, 0.1, "1e-5"), "--min-lr must be a finite number >= 0, got '1e-5'"),
         ((1e-5, 0.1, 1e-4), "--min-lr 0.0001 is greater than --lr 1e-05"),
     ],
 )
 def test_rates_that_lion_cannot_train_with_are_refused(rates: tuple[Any, ...], said: str) -> None:
     with pytest.raises(LionError, match=said):
         check_rates(*rates)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"interval": -1}, r"--norm-ratio-interval must be >= 0 iterations \(0 is off\), got -1"),
+        ({"interval": "10"}, "--norm-ratio-interval .*, got '10'"),
+        ({"interval": 1, "batches": 0}, "--norm-ratio-batches must be >= 1 global batches .*, got 0"),
+        ({"at_start": "false"}, "--norm-ratio-at-start must be True or False, got 'false'"),
+    ],
+)
+def test_rounds_that_are_not_possible_are_refused(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(LionError, match=said):
+        NormRatioOptions(**asked)
 
 
 # Lion's rates of docs/coming-from-adamw.md, section 4, and AdamW's there and in common use.

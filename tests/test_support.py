@@ -52,10 +52,13 @@ def test_more(): {more}
 
 @pytest.mark.refuses("nonsense")
 def test_nonsense(): pass
+
+@pytest.mark.supports("one entry / options", "counted")
+def test_entry(): pass
 """
 
 
-def outcomes(folder: Path, more: str) -> Path:
+def outcomes(folder: Path, more: str, *options: str) -> Path:
     """What a run of ``MARKED`` writes."""
     folder.mkdir(exist_ok=True)
     (folder / "test_marked.py").write_text(MARKED.format(more=more))
@@ -69,6 +72,7 @@ def outcomes(folder: Path, more: str) -> Path:
         "--support-file",
         "support.json",
         "test_marked.py",
+        *options,
     ]
     subprocess.run([*line, "-p", "no:cacheprovider"], cwd=folder, capture_output=True, check=False)
     return folder / "support.json"
@@ -100,8 +104,14 @@ def test_entries_and_features_make_a_table_of_their_own() -> None:
         "| core | - | 2 |",
     ]
     assert [row for row, _ in support_table.ordered(rows)] == ["BERT"]
+    failed_once = {"core / resume": {"how": "run", "tests": {"a": "failed"}}}
+    assert support_table.by_entry(support_table.merged([failed_once, rows])) == support_table.by_entry(rows)
     with pytest.raises(ValueError, match="speak against: core / resume"):
         support_table.by_entry(rows | {"core / resume": {"how": "run", "tests": {"a": "failed"}}})
+
+
+def test_only_the_tests_of_entries_run_if_asked_for(tmp_path: Path) -> None:
+    assert list(json.loads(outcomes(tmp_path, "pass", "--entries").read_text())) == ["one entry / options"]
 
 
 def test_a_failed_row_stops_the_table_and_a_skipped_one_is_left_out(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ import types
 from pathlib import Path
 from typing import Any
 
-from tests import versions
+from tests import wheels
 
 VERSION = "2.20.2"
 
 
 def folder() -> Path:
-    """The folder with the wheel, fetched if it is not there; skips the test where it cannot be."""
-    return versions.fetched(f"transformer-engine=={VERSION}", versions.WHEELS / f"transformer-engine-{VERSION}")
+    """The folder with the wheel. Skips the test if it cannot be fetched."""
+    return wheels.fetched(f"transformer-engine-{VERSION}", f"transformer-engine=={VERSION}")
 
 
 class DType(enum.IntEnum):

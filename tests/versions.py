@@ -1,14 +1,12 @@
 """Runs with any released Megatron: its wheel in a folder of its own, its ranks forked from a process of its own.
 
-The wheels are fetched from the package index, with nothing that they depend on, into a folder that later runs of the
-tests find again: MEGATRON_LION_TESTS_WHEELS, by default beside the environment's packages.
+The wheels are fetched from the package index, with nothing that they depend on (``wheels.py``).
 """
 
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,10 @@ import pytest
 
 from megatron_lion.integration.compat.versions import megatron_version, minor_version
 from megatron_lion.training_log import TrainingLog
-from tests import harness
+from tests import harness, wheels
 
 # The wheel of the first has only megatron.core; the others have Megatron's own loop too.
 RELEASES = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
-WHEELS = Path(os.environ.get("MEGATRON_LION_TESTS_WHEELS", Path(sys.prefix) / "megatron-wheels"))
 
 
 def since(minor: str) -> pytest.MarkDecorator:
@@ -40,23 +37,8 @@ def others_with_a_loop() -> list[str]:
 
 
 def wheel(version: str) -> Path:
-    """The folder that holds megatron-core ``version`` alone; see :func:`fetched`."""
-    return fetched(f"megatron-core=={version}", WHEELS / version)
-
-
-def fetched(requirement: str, folder: Path) -> Path:
-    """``folder`` with the wheel of ``requirement`` alone, fetched if it is not there; skips the test where it cannot
-    be."""
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:  # moved when it is complete
-        line = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{fresh}/wheel"]
-        done = subprocess.run([*line, requirement], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"{requirement} cannot be fetched: {done.stderr.strip().splitlines()[-1]}")
-        os.rename(f"{fresh}/wheel", folder)
-    return folder
+    """The folder with only megatron-core ``version``. Skips the test if it cannot be fetched."""
+    return wheels.fetched(version, f"megatron-core=={version}")
 
 
 class Megatron:

@@ -8,10 +8,13 @@ import dataclasses
 from typing import Any
 
 from megatron.bridge.training.config import OptimizerConfig
+from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 
+from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 from megatron_lion.integration.optimizer import config_fields, factory
 
+register_allowed_target_prefix(__name__)  # Bridge's YAML names the class below, and Bridge makes only what is allowed
 _FIELDS = [(name, kind, dataclasses.field(default=default)) for name, (kind, default) in config_fields.FIELDS.items()]
 _WithFields: Any = dataclasses.make_dataclass("_WithFields", _FIELDS, bases=(OptimizerConfig,), module=__name__)
 
@@ -20,13 +23,19 @@ _WithFields: Any = dataclasses.make_dataclass("_WithFields", _FIELDS, bases=(Opt
 class LionOptimizerConfig(_WithFields):
     """Bridge's ``OptimizerConfig`` with Lion's options as fields, and Lion as the optimizer.
 
-    Raises LionError, where the optimizer is built, for options or a model that Lion does not support.
+    Raises LionError in ``finalize`` for another optimizer, and where Lion is built for options or a model that it does
+    not support.
     """
 
     optimizer: str = "lion"
 
     def finalize(self) -> None:
         """Fill in Lion's default betas, and let Megatron check the rest."""
+        if self.optimizer != "lion":
+            raise LionError(
+                f"LionOptimizerConfig builds only lion, got optimizer={self.optimizer!r}: use Bridge's OptimizerConfig "
+                "for another optimizer, or remove the override"
+            )
         config_fields.fill_betas(self)
         with compat.without_precision_aware_settings(self):
             super().finalize()

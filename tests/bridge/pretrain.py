@@ -1,9 +1,9 @@
 """A tiny GPT through Megatron-Bridge's ``pretrain`` on a CPU, with Lion as its command line has it.
 
-    torchrun --nproc-per-node 2 tests/bridge/pretrain.py --iterations 8 --save FOLDER lion_momentum_dtype=bf16
+    torchrun --nproc-per-node 2 tests/bridge/pretrain.py --iterations 8 --save FOLDER optimizer.lion_beta2=0.98
 
-``NAME=VALUE`` are fields of Bridge's OptimizerConfig. Reports telemetry of each step and, with --rounds FILE, two
-norm-ratio rounds.
+Bridge itself reads the YAML file of --config-file and the overrides. Reports telemetry of each step and, with
+--rounds FILE, norm-ratio rounds. Prints what Bridge says of an override with a misspelled name.
 """
 
 import argparse
@@ -33,6 +33,10 @@ from megatron.bridge.training.config import (  # noqa: E402
     ValidationConfig,
 )
 from megatron.bridge.training.gpt_step import forward_step  # noqa: E402
+from megatron.bridge.training.utils.omegaconf_utils import (  # noqa: E402
+    OverridesError,
+    process_config_with_overrides,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 
@@ -80,7 +84,8 @@ class Report(Callback):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("options", nargs="*", metavar="NAME=VALUE")
+    parser.add_argument("overrides", nargs="*", metavar="optimizer.NAME=VALUE")
+    parser.add_argument("--config-file")
     parser.add_argument("--optimizer", default="lion")
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--save")
@@ -88,8 +93,6 @@ def main() -> None:
     parser.add_argument("--step", type=int)
     parser.add_argument("--rounds")
     args = parser.parse_args()
-    options = dict(option.split("=") for option in args.options)
-    options = {name: value == "True" if value in ("True", "False") else value for name, value in options.items()}
     print("built by", optim.get_megatron_optimizer.wrapper.__module__, flush=True)
     config = ConfigContainer(
         model=GPTModelProvider(
@@ -111,7 +114,6 @@ def main() -> None:
             weight_decay=0.1,
             bf16=True,
             use_distributed_optimizer=True,
-            **options,
         ),
         scheduler=SchedulerConfig(
             lr_decay_style="cosine",
@@ -136,6 +138,11 @@ def main() -> None:
         logger=LoggerConfig(log_interval=1),
         checkpoint=CheckpointConfig(save=args.save, load=args.load, save_interval=4, ckpt_step=args.step),
     )
+    try:
+        process_config_with_overrides(config, cli_overrides=["optimizer.lion_momentum_dtyp=bf16"])
+    except OverridesError as error:
+        print("misspelled:", str(error).splitlines()[0], flush=True)
+    config = process_config_with_overrides(config, args.config_file, args.overrides)
     bridge.pretrain(config, forward_step, callbacks=[Report(args.rounds)] if args.optimizer == "lion" else None)
 
 

@@ -11,7 +11,15 @@ from tests.harness import Run, records
 from tests.megatron.test_frameworks import snippet
 
 pytestmark = pytest.mark.slow
-COMPACT = "lion_momentum_dtype=bf16 lion_master_weights=remainder lion_beta2=0.98"
+COMPACT = f"--config-file {environment.HERE}/compact.yaml optimizer.lion_beta2=0.98"
+# Bridge makes the optimizer's configuration of a checkpoint again, but for its timers, which it cannot make.
+FROM_THE_CHECKPOINT = """
+import yaml
+from megatron.bridge.utils.instantiate_utils import instantiate
+
+with open("checkpoints/iter_0000004/run_config.yaml") as file:
+    config.optimizer = instantiate(yaml.safe_load(file)["optimizer"] | {"timers": None})
+"""
 LOSS = re.compile(r"iteration +(\d+)/.*lm loss: ([\d.E+-]+)")
 
 
@@ -53,6 +61,9 @@ def test_the_options_reach_lion(whole: Run, folder: Path) -> None:
     assert "16 bits for each bf16 parameter" in first
     saved = (folder / "checkpoints" / "iter_0000004" / "run_config.yaml").read_text()
     assert "lion_momentum_dtype: bf16" in saved
+    assert "lion_beta2: 0.98" in saved
+    assert "misspelled: Failed to parse Hydra overrides" in whole.output
+    assert "lion_momentum_dtyp" in whole.output
 
 
 @pytest.mark.supports("Megatron-Bridge / telemetry", "2 gloo ranks, with stand-ins")
@@ -91,7 +102,7 @@ def test_another_optimizers_checkpoint_is_refused_in_one_line(folder: Path) -> N
 
 @pytest.mark.refuses("Megatron-Bridge / refusals")
 def test_what_lion_does_not_support_is_refused() -> None:
-    run = environment.run("pretrain.py", "optimizer_cuda_graph=True")
+    run = environment.run("pretrain.py", "optimizer.optimizer_cuda_graph=true")
     assert refusal(run).startswith("--optimizer-cuda-graph is not supported with --optimizer lion")
 
 
@@ -109,6 +120,7 @@ def test_the_script_of_the_page_needs_no_registration(tmp_path: Path, monkeypatc
     assert "bf16 momentum" in first
     assert sum("step" in line and "gradient l1" in line for line in run.ours()) == 4
     longer = text.replace("train_iters=4", "train_iters=6").replace('save="checkpoints"', 'load="checkpoints"')
-    (tmp_path / "longer.py").write_text(longer)
+    (tmp_path / "longer.py").write_text(longer.replace("\nif __name__", f"{FROM_THE_CHECKPOINT}\nif __name__"))
     resumed = passed(environment.run("run_snippet.py", "longer.py"))
     assert sorted(losses(resumed)) == [5, 6]
+    assert resumed.ours()[0] == first

@@ -18,9 +18,11 @@ import torch
 from megatron_lion.integration.cpu import megatron_patches, torch_cuda
 from tests.megatron import first_save
 
+PARTS_OF_BRIDGE = ("training", "training.config", "utils", "utils.instantiate_utils")
+
 
 def stand_in_for_bridge() -> None:
-    """``megatron.bridge.training.config`` with an OptimizerConfig as Bridge 0.6.2 has it."""
+    """What Bridge 0.6.2 has in two modules: an OptimizerConfig, and a list of classes that its YAML may name."""
     from megatron.core.optimizer import OptimizerConfig as CoreConfig
 
     @dataclasses.dataclass
@@ -31,9 +33,11 @@ def stand_in_for_bridge() -> None:
         def finalize(self) -> None:
             super().__post_init__()
 
-    for name in ("megatron.bridge", "megatron.bridge.training", "megatron.bridge.training.config"):
+    for name in ("megatron.bridge", *(f"megatron.bridge.{part}" for part in PARTS_OF_BRIDGE)):
         sys.modules[name] = types.ModuleType(name)
     sys.modules["megatron.bridge.training.config"].OptimizerConfig = OptimizerConfig  # type: ignore[attr-defined]
+    allowed = sys.modules["megatron.bridge.utils.instantiate_utils"]
+    allowed.register_allowed_target_prefix = lambda prefix: None  # type: ignore[attr-defined]
 
 
 def provided(stock: Any, config: Any, model_chunks: list[Any]) -> Any:
@@ -45,6 +49,14 @@ def provided(stock: Any, config: Any, model_chunks: list[Any]) -> Any:
         return config.provide(
             model_chunks=model_chunks, config_overrides=None, use_gloo_process_groups=False, pg_collection=None
         )
+
+
+def refusal(config: Any) -> str:
+    try:
+        config.finalize()
+    except ValueError as error:
+        return str(error)
+    return "none"
 
 
 def main() -> None:
@@ -78,7 +90,8 @@ def main() -> None:
     if torch.distributed.get_rank() == 0:
         print("CASE loaded:", "same weights" if same else "other weights")
         print("CASE a plain configuration has Lion's options:", hasattr(stock[1](), "lion_kernel"))
-        print("CASE get_megatron_optimizer is wrapped:", hasattr(stock[0], "wrapper"), flush=True)
+        print("CASE get_megatron_optimizer is wrapped:", hasattr(stock[0], "wrapper"))
+        print("CASE another optimizer:", refusal(LionOptimizerConfig(optimizer="adam")), flush=True)
     torch.distributed.destroy_process_group()
 
 

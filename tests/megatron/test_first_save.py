@@ -27,3 +27,4 @@ def test_a_configuration_builds_lion_without_registration() -> None:
     assert "CASE loaded: same weights" in run.output
     assert "CASE a plain configuration has Lion's options: False" in run.output
     assert "CASE get_megatron_optimizer is wrapped: False" in run.output
+    assert "CASE another optimizer: LionOptimizerConfig builds only lion, got optimizer='adam'" in run.output

@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_lion import LionError, NormRatioOptions, Reports
+from megatron_lion.config import LionOptions
 from tests.harness import ROOT, Run, records, run_ranks
 
 PAGE = ROOT / "docs" / "frameworks.md"
@@ -74,8 +76,15 @@ def test_reports_change_nothing_in_training(
 def test_reports_say_what_they_need() -> None:
     with pytest.raises(LionError, match="telemetry_interval needs Megatron's optimizer around Lion, got object"):
         Reports(object(), object(), telemetry_interval=1)
+    with pytest.raises(LionError, match=r"telemetry_interval must be >= 0 steps .*, got '10'"):
+        Reports(object(), object(), telemetry_interval="10")  # type: ignore[arg-type]
+    part = SimpleNamespace(options=LionOptions(), config=SimpleNamespace(optimizer_cpu_offload=True))
+    with pytest.raises(LionError, match="telemetry_interval does not see the steps of optimizer_cpu_offload"):
+        Reports(object(), part, telemetry_interval=1)
+    with pytest.raises(LionError, match=r"norm_ratio must be megatron_lion.NormRatioOptions or None, got 100"):
+        Reports(object(), object(), norm_ratio=100)  # type: ignore[arg-type]
     rounds = NormRatioOptions(interval=1)
-    with pytest.raises(LionError, match="rounds need run_batch"):
+    with pytest.raises(LionError, match=r"rounds need run_batch, a function .*, got None"):
         Reports(object(), object(), norm_ratio=rounds)
     with pytest.raises(LionError, match="which object does not have: pass the model as DistributedDataParallel"):
         Reports(object(), object(), norm_ratio=rounds, run_batch=lambda iteration, index: None)

@@ -166,8 +166,11 @@ def has_training() -> bool:
 def resiliency_problem() -> str | None:
     """Why the installed Megatron cannot be imported next to the installed nvidia-resiliency-ext, or None.
 
-    megatron-core 0.18 and 0.19 read ``__version__`` of it at import, which releases up to 0.4.1 lack.
+    megatron-core 0.18 and 0.19 read ``__version__`` of it at import, which releases up to 0.4.1 lack. Where that
+    import has succeeded, there is no problem.
     """
+    if "megatron.core.dist_checkpointing.strategies.torch" in sys.modules:
+        return None
     folder = megatron_path()
     reader = folder / "dist_checkpointing" / "strategies" / "nvrx.py" if folder else None
     if reader is None or not reader.is_file() or "nvrx.__version__" not in reader.read_text(encoding="utf-8"):

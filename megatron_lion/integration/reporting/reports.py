@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lion.config import ALL_BATCHES, LionError, LionOptions, NormRatioOptions
+from megatron_lion.config import ALL_BATCHES, LionError, LionOptions, NormRatioOptions, check_count
+from megatron_lion.integration import compat
 from megatron_lion.integration.reporting import metrics
 from megatron_lion.integration.reporting.norm_ratio.isolation import isolated
 from megatron_lion.integration.reporting.norm_ratio.measure import measure_round
@@ -46,7 +47,8 @@ class Reports:
     Issues the collectives of a round at the start if ``norm_ratio.at_start`` is set.
 
     Raises:
-        LionError: rounds without ``run_batch``, telemetry without Lion, or a model without gradient buffers.
+        LionError: rounds without ``run_batch``, telemetry without Lion or with its steps on the CPU, a model without
+            gradient buffers, or an argument of another kind.
     """
 
     def __init__(
@@ -65,13 +67,20 @@ class Reports:
         self._optimizer, self._vocabulary, self._write = optimizer, vocabulary, write
         self._run_batch = run_batch
         self._telemetry = self._schedule = None
+        check_count("telemetry_interval", telemetry_interval, 0, "steps (0 is never)")
         if telemetry_interval:
             if not isinstance(getattr(optimizer, "options", None), LionOptions):
                 raise LionError(
                     f"telemetry_interval needs Megatron's optimizer around Lion, got {type(optimizer).__name__}: build "
                     "it with OptimizerConfig(optimizer='lion'), or remove telemetry_interval"
                 )
+            if any(part.config.optimizer_cpu_offload for part in compat.sub_optimizers_of(optimizer)):
+                raise LionError(
+                    "telemetry_interval does not see the steps of optimizer_cpu_offload: remove one of them"
+                )
             self._telemetry = StepTelemetry(optimizer, telemetry_interval, write)
+        if not isinstance(norm_ratio, NormRatioOptions | None):
+            raise LionError(f"norm_ratio must be megatron_lion.NormRatioOptions or None, got {norm_ratio!r}")
         if norm_ratio is not None and norm_ratio.is_on:
             self._require_rounds(norm_ratio.batches)
             self._schedule = RoundSchedule(norm_ratio, self._measure)
@@ -88,8 +97,11 @@ class Reports:
             self._schedule.after_step(iteration)
 
     def _require_rounds(self, batches: int | str) -> None:
-        if self._run_batch is None:
-            raise LionError("norm-ratio rounds need run_batch, which runs one global batch forward and backward")
+        if not callable(self._run_batch):
+            raise LionError(
+                "norm-ratio rounds need run_batch, a function that runs one global batch forward and backward, got "
+                f"{self._run_batch!r}"
+            )
         if batches == ALL_BATCHES:
             raise LionError(
                 f"batches={ALL_BATCHES!r} needs Megatron's own loop, which knows the training split: set the number of "
