@@ -23,9 +23,9 @@ LAYERS, WIDTH, SEQUENCE, VOCABULARY, MICRO_BATCH, GLOBAL_BATCH = 2, 64, 32, 512,
 LATEST = "latest_checkpointed_iteration.txt"
 
 
-def arguments() -> argparse.Namespace:
+def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data")
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--overlap", action="store_true")
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save", type=Path)
     parser.add_argument("--save-interval", type=int, default=1000)
     parser.add_argument("--load", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(line)
 
 
 def build(args: argparse.Namespace, *, sharded: bool = True, **options: Any) -> tuple[Any, Any]:

@@ -34,9 +34,7 @@ CASES: dict[str, tuple[str, bool, bool, dict[str, Any]]] = {
 
 def build(sharding: str, bf16: bool, sharded: bool, options: dict[str, Any]) -> tuple[Namespace, Any, Any]:
     torch.manual_seed(1)
-    args = Namespace(
-        bf16=bf16, bf16_gradients=False, fp8_weights=False, overlap=False, gather="params", sharding=sharding
-    )
+    args = core_loop.arguments(["--sharding", sharding, *(["--bf16"] if bf16 else [])])
     return args, *core_loop.build(args, sharded=sharded, **options)
 
 
