@@ -141,7 +141,7 @@ OURS = "megatron-lion: lion on 28 of 28 parameters"
 
 
 def wheel(folder: Path) -> Clean:
-    """The wheel, its dependencies being there."""
+    """The wheel, in an environment that has its dependencies."""
     clean = Clean(folder)
     clean.run(
         "pip install -q setuptools wheel && pip wheel -q --no-deps --no-build-isolation -w wheels ./megatron-lion"
@@ -156,7 +156,7 @@ def wheel(folder: Path) -> Clean:
 
 
 def checkout_beside_wheel(folder: Path) -> Clean:
-    """A checkout of one release, the wheel of another in site-packages."""
+    """A checkout of one release, with the wheel of another in site-packages."""
     clean = Clean(folder)
     script = clean.checkout(folder / "Megatron-LM", versions.wheel(OTHER_RELEASE))
     clean.run("pip install -q setuptools && pip install -q --no-build-isolation ./megatron-lion")
@@ -257,7 +257,7 @@ def container(folder: Path) -> Clean:
 
 
 def broken_resiliency_extension(folder: Path) -> Clean:
-    """nvidia-resiliency-ext 0.4.1 beside megatron-core 0.19.2."""
+    """nvidia-resiliency-ext 0.4.1 next to megatron-core 0.19.2."""
     clean = Clean(folder)
     clean.run("pip install -q setuptools && pip install -q --no-build-isolation ./megatron-lion")
     clean.run("pip install -q --no-deps nvidia-resiliency-ext==0.4.1")
@@ -272,7 +272,7 @@ def broken_resiliency_extension(folder: Path) -> Clean:
 
 ROWS: dict[str, Callable[[Path], Clean]] = {
     "wheel; enable, disable, uninstall": wheel,
-    "a checkout beside another release's wheel": checkout_beside_wheel,
+    "a checkout next to another release's wheel": checkout_beside_wheel,
     "setuptools 70 under PIP_CONSTRAINT": old_setuptools,
     "read-only site-packages": read_only,
     "pip install --user": user_site,
@@ -310,7 +310,7 @@ def section(name: str, clean: Clean) -> str:
 
 def shorter(text: str, clean: Clean) -> str:
     """``text`` without this machine's folders and the training flags."""
-    text = text.replace(f" {TRAIN}", " ...").replace(f"{clean.folder}/", "")
+    text = text.replace(f" {TRAIN}", " ...").replace(f"{clean.folder}/", "").replace(sys.base_prefix, "PYTHON")
     return re.sub(r"/\S*/site-packages", ".../site-packages", text)
 
 
