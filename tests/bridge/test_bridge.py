@@ -106,21 +106,37 @@ def test_what_lion_does_not_support_is_refused() -> None:
     assert refusal(run).startswith("--optimizer-cuda-graph is not supported with --optimizer lion")
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    """The page's script, which needs no registration, and the folder that it ran in."""
+    folder = tmp_path_factory.mktemp("page")
+    return run_text(snippet("Megatron-Bridge"), folder), folder
+
+
+def run_text(text: str, folder: Path) -> Run:
+    (folder / "script.py").write_text(text)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        return passed(environment.run("run_snippet.py", "script.py"))
+
+
 @pytest.mark.supports("Megatron-Bridge, `LionOptimizerConfig` / options", "the page's script, 2 gloo ranks, stand-ins")
 @pytest.mark.supports("Megatron-Bridge, `LionOptimizerConfig` / start-up line", "the page's script, 2 gloo ranks")
 @pytest.mark.supports("Megatron-Bridge, `LionOptimizerConfig` / telemetry", "the page's script, 2 gloo ranks")
+def test_the_script_of_the_page_needs_no_registration(page: tuple[Run, Path]) -> None:
+    lines = page[0].ours()
+    assert lines[0].startswith("megatron-lion: lion on 28 of 28 parameters")
+    assert "bf16 momentum" in lines[0]
+    assert sum("step" in line and "gradient l1" in line for line in lines) == 4
+
+
 @pytest.mark.supports("Megatron-Bridge, `LionOptimizerConfig` / resume", "the page's script, 2 gloo ranks, stand-ins")
-def test_the_script_of_the_page_needs_no_registration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = snippet("Megatron-Bridge")
-    (tmp_path / "script.py").write_text(text)
-    run = passed(environment.run("run_snippet.py", "script.py"))
-    first = run.ours()[0]
-    assert first.startswith("megatron-lion: lion on 28 of 28 parameters")
-    assert "bf16 momentum" in first
-    assert sum("step" in line and "gradient l1" in line for line in run.ours()) == 4
-    longer = text.replace("train_iters=4", "train_iters=6").replace('save="checkpoints"', 'load="checkpoints"')
-    (tmp_path / "longer.py").write_text(longer.replace("\nif __name__", f"{FROM_THE_CHECKPOINT}\nif __name__"))
-    resumed = passed(environment.run("run_snippet.py", "longer.py"))
+def test_the_script_of_the_page_resumes_with_the_options_of_its_checkpoint(page: tuple[Run, Path]) -> None:
+    first, folder = page
+    text = snippet("Megatron-Bridge").replace("train_iters=4", "train_iters=6")
+    text = text.replace('save="checkpoints"', 'load="checkpoints"')
+    # Bridge's schedule of the weight decay is as long as the run.
+    text = text.replace("end_weight_decay=1.0)", "end_weight_decay=1.0, override_opt_param_scheduler=True)")
+    resumed = run_text(text.replace("\nif __name__", f"{FROM_THE_CHECKPOINT}\nif __name__"), folder)
     assert sorted(losses(resumed)) == [5, 6]
-    assert resumed.ours()[0] == first
+    assert resumed.ours()[0] == first.ours()[0]
