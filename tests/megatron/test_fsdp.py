@@ -58,7 +58,7 @@ def same_start(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pyt
     reference = pretrain(
         text, run, DISTRIBUTED, saving(folder / "distributed", SAVED_AT), f"--train-iters {LAST}", ranks=2
     )
-    once = f"{saving(folder / 'fsdp', SAVED_AT)} --train-iters {SAVED_AT}"
+    once = f"{saving(folder / 'fsdp', SAVED_AT)} --train-iters {LAST} --exit-interval {SAVED_AT}"
     pretrain(text, run, f"{FSDP} optim_grads_params", once, ranks=2)
     put_state_of(folder / "distributed", folder / "fsdp", SAVED_AT, folder / "start")
     return run, reference, folder / "start", tolerance
