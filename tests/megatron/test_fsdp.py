@@ -84,15 +84,15 @@ def test_losses_are_those_of_the_distributed_optimizer(text: Path, same_start: t
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.supports(
     "Megatron-FSDP with TP, EP and HSDP",
-    "losses of the distributed optimizer to 5e-5, resumed bit for bit",
+    "fp32: losses of the distributed optimizer to 5e-6, resumed bit for bit",
 )
 def test_layouts_train_as_the_distributed_optimizer_and_resume(text: Path, tmp_path: Path, layout: str) -> None:
     ranks, flags = LAYOUTS[layout]
-    run = f"{RUN} {flags} --train-iters 4 --bf16"
+    run = f"{RUN} {flags} --train-iters 4"  # fp32: in bf16 a router may choose another expert
     reference = pretrain(text, run, "--use-distributed-optimizer", ranks=ranks)
-    sharded = f"{run} {FSDP} optim_grads_params {FP32_GRADIENTS}"
+    sharded = f"{run} {FSDP} optim_grads_params"
     whole = pretrain(text, sharded, saving(tmp_path / "whole", 2), ranks=ranks)
-    assert relative_difference(whole.log, reference.log) <= 5e-5
+    assert relative_difference(whole.log, reference.log) <= 5e-6
     [started] = [line for line in whole.ours() if "lion on" in line]
     assert started.split(", betas")[0] in reference.output  # as many parameters and elements
     resumed = f"--load {tmp_path / 'whole'} --ckpt-step 2 {saving(tmp_path / 'resumed', 2)}"
