@@ -31,7 +31,7 @@ PRECISIONS = {
     "bf16": ("--bf16", 5e-5),
 }
 SAVED_AT, LAST = 2, 8
-HSDP = "--num-distributed-optimizer-instances 2"
+HSDP = "--num-distributed-optimizer-instances 2 --overlap-grad-reduce"
 TP_2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 MOE = (
     "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 "

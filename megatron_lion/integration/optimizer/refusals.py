@@ -39,6 +39,20 @@ def refuse_flags(args: Any) -> None:
             raise _unsupported(dest)
     if getattr(args, "use_megatron_fsdp", False):
         refuse_fsdp_settings(args, args, LionOptions.from_config(args), args.pipeline_model_parallel_size, args.swiglu)
+        _require_reduction_between_instances(args)
+
+
+def _require_reduction_between_instances(args: Any) -> None:
+    """Raise LionError where Megatron would let the instances of Megatron-FSDP drift apart, with any optimizer.
+
+    FSDP reduces gradients between instances in the last micro-batch, which only ``no_sync`` tells it (0.19.2:
+    megatron_fsdp 1161). Megatron's loop calls that only with the flag (training 3532).
+    """
+    if args.num_distributed_optimizer_instances > 1 and not args.overlap_grad_reduce:
+        raise LionError(
+            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} with --use-megatron-fsdp "
+            "needs --overlap-grad-reduce: without it Megatron does not reduce gradients between the instances. Add it"
+        )
 
 
 def refuse_fsdp_settings(
