@@ -48,10 +48,11 @@ def _require_reduction_between_instances(args: Any) -> None:
     FSDP reduces gradients between instances in the last micro-batch, which only ``no_sync`` tells it (0.19.2:
     megatron_fsdp 1161). Megatron's loop calls that only with the flag (training 3532).
     """
-    if args.num_distributed_optimizer_instances > 1 and not args.overlap_grad_reduce:
+    instances = args.num_distributed_optimizer_instances
+    if instances > 1 and not args.overlap_grad_reduce:
         raise LionError(
-            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} with --use-megatron-fsdp "
-            "needs --overlap-grad-reduce: without it Megatron does not reduce gradients between the instances. Add it"
+            f"--num-distributed-optimizer-instances {instances} with --use-megatron-fsdp needs --overlap-grad-reduce: "
+            "without it Megatron does not reduce gradients between the instances. Add it"
         )
 
 
