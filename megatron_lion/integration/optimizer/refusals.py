@@ -91,6 +91,10 @@ def refuse_fsdp_settings(
             is_gated and strategy == "no_shard",
             "Megatron cannot save gated layers that are not sharded. Use another strategy",
         ),
+        "--swiglu in fp32": (
+            is_gated and not settings.bf16,
+            "Megatron finds gated layers to save only in a 16-bit model. Add --bf16",
+        ),
         f"--pipeline-model-parallel-size {pipeline_stages}": (
             pipeline_stages > 1,
             "in its checkpoints the layers of two stages have the same names. Use tensor parallelism",
