@@ -40,7 +40,6 @@ MOE = (
 # Ranks, and flags of a layout.
 LAYOUTS = {
     "TP 2 x DP 2, swiglu": (4, f"{TP_2} --swiglu --bf16"),
-    "EP 2": (2, MOE),
     "EP 2 x DP 2": (4, MOE),
     "two instances (HSDP)": (4, HSDP),
 }
@@ -125,6 +124,13 @@ def test_telemetry_counts_each_element_once(text: Path, strategy: str) -> None:
 
 
 # ---- refusals ----
+
+
+@pytest.mark.slow
+@pytest.mark.refuses("Megatron-FSDP: experts with one data-parallel replica")
+def test_experts_need_two_replicas(text: Path) -> None:
+    output = pretrain_or_fail(text, f"{RUN} {MOE} --train-iters 1 {FSDP} optim_grads_params", ranks=2)
+    assert "experts with one data-parallel replica are not supported" in output
 
 
 @pytest.mark.slow

@@ -127,6 +127,12 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
         stages = getattr(model, "pipeline_model_parallel_size", 1)
         is_gated = getattr(model, "gated_linear_unit", False)
         refuse_fsdp_settings(config, model_chunks[0].ddp_config, options, stages, is_gated)
+        if getattr(model, "num_moe_experts", None) and _experts_have_one_replica():
+            raise LionError(
+                "experts with one data-parallel replica are not supported with --optimizer lion and "
+                "--use-megatron-fsdp: gradients had another norm there than with the distributed optimizer. Use more "
+                "ranks, or a smaller --expert-model-parallel-size"
+            )
         return
     for chunk in model_chunks:
         if any(_is_dtensor(param) for param in chunk.parameters()):
@@ -138,6 +144,14 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
 
 def _unsupported(dest: str) -> LionError:
     return LionError(f"--{dest.replace('_', '-')} is not supported with --optimizer lion: {UNSUPPORTED[dest]}")
+
+
+def _experts_have_one_replica() -> bool:
+    """Whether each expert is on one data-parallel rank, and other parameters are on several."""
+    from megatron.core import parallel_state as mpu
+
+    dense = mpu.get_data_parallel_group(with_context_parallel=True)
+    return mpu.get_expert_data_parallel_group().size() == 1 < dense.size()
 
 
 def _is_mimo(chunk: Any) -> bool:
