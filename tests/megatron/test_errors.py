@@ -116,6 +116,10 @@ FOREIGN = {
     f"{LION} --ckpt-format fsdp_dtensor": ("--ckpt-format fsdp_dtensor", "Megatron-FSDP", "use torch_dist"),
     f"{LION} --ckpt-format torch_dcp": ("--ckpt-format torch_dcp", "torch FSDP2", "use torch_dist"),
     f"{LION} --use-megatron-fsdp": ("--use-megatron-fsdp cannot save", "torch_dist", "add --ckpt-format fsdp_dtensor"),
+    f"{LION} --use-megatron-fsdp --num-distributed-optimizer-instances 2": (
+        "instances 2",
+        "needs --overlap-grad-reduce",
+    ),
     f"{LION} --use-torch-fsdp2": ("--use-torch-fsdp2 is not supported", "cannot resume", "Use --use-megatron-fsdp"),
     f"{LION} --optimizer-cuda-graph": ("--optimizer-cuda-graph is not supported", "lion", "Remove the flag"),
 }

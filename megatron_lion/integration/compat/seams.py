@@ -201,6 +201,7 @@ CORE: tuple[Seam, ...] = (
     # Megatron-FSDP: torch, which the CPU replaces there, marks on the parameters, and the fp32 main weights.
     Seam("megatron.core.distributed.fsdp.mcore_fsdp_adapter", "torch"),
     Seam(f"{_FSDP}.megatron_fsdp", "torch"),
+    Seam(f"{_FSDP}.param_and_grad_buffer", "_coalescing_manager"),
     Seam(_OPTIMIZER, "get_megatron_optimizer", uses=("use_megatron_fsdp", "ChainedOptimizer"), since="0.17"),
     Seam(_SHARDED, "DistributedOptimizer._param_name", ("self", "param"), since="0.17"),
     Seam(

@@ -48,15 +48,22 @@ CORE = (
 
 
 def run_on_cpu() -> None:
-    """Replace torch's device in Megatron-FSDP, and the device of meshes, for this process and for good.
+    """Replace torch's device and asynchronous gathers in Megatron-FSDP, and the device of meshes, for good.
 
     Call it once, when Megatron can be imported.
     """
     from megatron.core.distributed.fsdp import mcore_fsdp_adapter
-    from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp, param_and_grad_buffer
 
     for module in (mcore_fsdp_adapter, megatron_fsdp):
         module.torch = _Torch("torch")
+    coalescing = param_and_grad_buffer._coalescing_manager
+
+    def wait_for_all(group: Any, *args: Any, **kwargs: Any) -> Any:
+        return coalescing(group)
+
+    # A CUDA stream keeps an asynchronous gather (4561) before the reuse of its buffers, and gloo's threads do not.
+    param_and_grad_buffer._coalescing_manager = wait_for_all
     from_group = DeviceMesh.from_group
 
     @functools.wraps(from_group)

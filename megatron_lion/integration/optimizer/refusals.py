@@ -39,6 +39,21 @@ def refuse_flags(args: Any) -> None:
             raise _unsupported(dest)
     if getattr(args, "use_megatron_fsdp", False):
         refuse_fsdp_settings(args, args, LionOptions.from_config(args), args.pipeline_model_parallel_size, args.swiglu)
+        _require_reduction_between_instances(args)
+
+
+def _require_reduction_between_instances(args: Any) -> None:
+    """Raise LionError where Megatron would let the instances of Megatron-FSDP drift apart, with any optimizer.
+
+    FSDP reduces gradients between instances in the last micro-batch, which only ``no_sync`` tells it (0.19.2:
+    megatron_fsdp 1161). Megatron's loop calls that only with the flag (training 3532).
+    """
+    instances = args.num_distributed_optimizer_instances
+    if instances > 1 and not args.overlap_grad_reduce:
+        raise LionError(
+            f"--num-distributed-optimizer-instances {instances} with --use-megatron-fsdp needs --overlap-grad-reduce: "
+            "without it Megatron does not reduce gradients between the instances. Add it"
+        )
 
 
 def refuse_fsdp_settings(
@@ -76,6 +91,10 @@ def refuse_fsdp_settings(
             is_gated and strategy == "no_shard",
             "Megatron cannot save gated layers that are not sharded. Use another strategy",
         ),
+        "--swiglu in fp32": (
+            is_gated and not settings.bf16,
+            "Megatron finds gated layers to save only in a 16-bit model. Add --bf16",
+        ),
         f"--pipeline-model-parallel-size {pipeline_stages}": (
             pipeline_stages > 1,
             "in its checkpoints the layers of two stages have the same names. Use tensor parallelism",
@@ -108,6 +127,12 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
         stages = getattr(model, "pipeline_model_parallel_size", 1)
         is_gated = getattr(model, "gated_linear_unit", False)
         refuse_fsdp_settings(config, model_chunks[0].ddp_config, options, stages, is_gated)
+        if getattr(model, "num_moe_experts", None) and _experts_have_one_replica():
+            raise LionError(
+                "experts with one data-parallel replica are not supported with --optimizer lion and "
+                "--use-megatron-fsdp: gradients had another norm there than with the distributed optimizer. Use more "
+                "ranks, or a smaller --expert-model-parallel-size"
+            )
         return
     for chunk in model_chunks:
         if any(_is_dtensor(param) for param in chunk.parameters()):
@@ -118,6 +143,14 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
 
 def _unsupported(dest: str) -> LionError:
     return LionError(f"--{dest.replace('_', '-')} is not supported with --optimizer lion: {UNSUPPORTED[dest]}")
+
+
+def _experts_have_one_replica() -> bool:
+    """Whether each expert is on one data-parallel rank, and other parameters are on several."""
+    from megatron.core import parallel_state as mpu
+
+    dense = mpu.get_data_parallel_group(with_context_parallel=True)
+    return mpu.get_expert_data_parallel_group().size() == 1 < dense.size()
 
 
 def _is_mimo(chunk: Any) -> bool:
