@@ -59,7 +59,6 @@ def check_reductions() -> None:
     pack, receive = BucketReduction.pack, BucketReduction.receive
 
     def checked_pack(self: Any, exact: Any = None) -> torch.Tensor:
-        check_node(self)
         whole = {rank: self.shard(rank).double() for rank in range(self.ranks)}
         kept = {rank: kept_values(self, rank) for rank in self.others}
         sent = pack(self, exact)
@@ -94,17 +93,21 @@ def rounding(bucket: BucketReduction, expected: torch.Tensor) -> torch.Tensor:
     return expected.abs() * stored + expected.abs().max() * FP32 + 1e-38
 
 
-def check_node(bucket: BucketReduction) -> None:
-    """On two levels, what is packed is the sum of this node's gradients."""
-    inner = bucket.levels.inner
-    if inner is None:
-        return
-    FOUND["nodes"] += 1
-    whole = bucket.bucket.grad_data.double()
-    torch.distributed.all_reduce(whole, group=inner)
-    expected = whole.view(-1, bucket.numel)[bucket.levels.shards].view(-1)
-    found = torch.cat([bucket.shard(rank) for rank in range(bucket.ranks)]).double()
-    note("received", (found - expected).abs(), rounding(bucket, expected))
+def check_nodes() -> None:
+    """On two levels, what is packed is the sum of this node's gradients, or their mean."""
+    sum_in_node = BucketReduction._sum_in_node
+
+    def checked_sum(self: Any, op: Any) -> torch.Tensor:
+        found = sum_in_node(self, op)
+        FOUND["nodes"] += 1
+        whole = self.bucket.grad_data.double()
+        torch.distributed.all_reduce(whole, group=self.levels.inner)
+        expected = whole.view(-1, self.numel)[self.levels.shards].view(-1)
+        scale = 1.0 / self.levels.inner.size() if op == torch.distributed.ReduceOp.AVG else 1.0
+        note("received", (found.double() - expected * scale).abs(), rounding(self, expected))
+        return found
+
+    BucketReduction._sum_in_node = checked_sum
 
 
 def check_flushes() -> None:
@@ -160,6 +163,7 @@ def report() -> None:
 def main() -> None:
     if "REDUCE_UNCHECKED" not in os.environ:
         check_reductions()
+        check_nodes()
         check_flushes()
     if "REDUCE_NODE" in os.environ:
         os.environ["LOCAL_WORLD_SIZE"] = os.environ["REDUCE_NODE"]

@@ -60,6 +60,10 @@ class BlockReduce:
         """Bytes of this rank's residuals."""
         return sum(residual.nbytes for bucket in self.buckets for residual in bucket.residuals.values())
 
+    def note_loss_scale(self) -> None:
+        """Before the gradients are unscaled, which may change the loss scale, as a load does."""
+        self._loss_scale = self._current_loss_scale()
+
     def begin_step(self) -> None:
         """Before Lion's step, with its clip factor known."""
         self._clip = float(self._optimizer.optimizer.grad_scale)
@@ -70,7 +74,6 @@ class BlockReduce:
         """After a step, or a skipped one: whose residuals become zero, as they may have a NaN."""
         if not made:
             self.clear()
-            self._loss_scale = self._current_loss_scale()
             return
         self.has_residuals = self.residual_bytes > 0
         if (scale := self._current_loss_scale()) != self._loss_scale:
@@ -197,6 +200,12 @@ def reduces_of(optimizer: Any) -> list[BlockReduce]:
     """The compressed reductions of the optimizers in the chain ``optimizer``."""
     found = (getattr(sub_optimizer, "block_reduce", None) for sub_optimizer in compat.sub_optimizers_of(optimizer))
     return [reduce for reduce in found if reduce is not None]
+
+
+def before_step(optimizer: Any) -> None:
+    """Before a step of the chain ``optimizer``."""
+    for reduce in reduces_of(optimizer):
+        reduce.note_loss_scale()
 
 
 def after_step(optimizer: Any, *, made: bool) -> None:

@@ -50,6 +50,7 @@ class LionChainedOptimizer(ChainedOptimizer):
     @compat.overrides
     @torch.no_grad()
     def step(self) -> Any:
+        block_reduce.before_step(self)
         with compat.folding_the_clip_factor(self._fold):
             result = super().step()
         block_reduce.after_step(self, made=result[0])

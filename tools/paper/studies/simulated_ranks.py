@@ -151,19 +151,22 @@ FLAGS = {"vote": "--lion-beta1 0 --clip-grad 0"}  # of Megatron, after the run's
 def simulate(reduce: Reduce) -> None:
     """Keep the gradient of each micro-batch by itself, and let ``reduce`` sum them where Megatron would send them."""
     kept: dict[int, list[Tensor]] = {}
-    groups: list[Any] = []
-    init, backward, start = _ParamAndGradBucketGroup.__init__, schedules.backward_step, None
+    buckets: dict[int, Any] = {}
+    stack: list[None] = []
+    init, backward = _ParamAndGradBucketGroup.__init__, schedules.backward_step
     start = _ParamAndGradBucketGroup.start_grad_sync
 
     def noted(self: Any, *arguments: Any, **options: Any) -> None:
         init(self, *arguments, **options)
-        groups.append(self)
+        buckets.update((id(bucket), bucket) for bucket in self.buckets)
 
     def keep_apart(*arguments: Any, **options: Any) -> Any:
+        stack.append(None)
         result = backward(*arguments, **options)
-        for group in groups:
-            for bucket in group.buckets:
-                kept.setdefault(id(bucket), []).append(bucket.grad_data.clone())
+        stack.pop()
+        if not stack:  # once for each micro-batch
+            for key, bucket in buckets.items():
+                kept.setdefault(key, []).append(bucket.grad_data.clone())
                 bucket.grad_data.zero_()
         return result
 
