@@ -224,7 +224,7 @@ def test_the_loss_is_the_masked_tokens_mean_plus_the_orders() -> None:
 def test_a_berts_checkpoint_is_not_evaluated_or_exported_as_a_gpts(one_process: tuple[Path, Run]) -> None:
     from evaluation import checkpoints
 
-    with pytest.raises(LionError, match="holds BERT, not a GPT"):
+    with pytest.raises(LionError, match="has BERT, not a GPT"):
         checkpoints.require_gpt(checkpoints.iteration_folder(one_process[0], START))
 
 

@@ -169,8 +169,8 @@ NOT_SUPPORTED = "is not supported with --optimizer lion: "
 # What is refused where the optimizer is built, with the beginning of the message.
 REFUSED = {
     "build(lion(optimizer_cuda_graph=True))": f"--optimizer-cuda-graph {NOT_SUPPORTED}a captured step would reuse",
-    "build(lion(), chunk(use_megatron_fsdp=True, megatron_fsdp_version=2))": "--megatron-fsdp-version 2 is not "
-    "supported with --optimizer lion and --use-megatron-fsdp: it cannot save optimizer state. Use 1",
+    "build(lion(lion_master_weights='remainder', **BF16), chunk(use_megatron_fsdp=True))": "--lion-master-weights "
+    "remainder is not supported with --optimizer lion and --use-megatron-fsdp: Megatron-FSDP stores fp32 master",
     "build(lion(), chunk(dtensor()))": f"--use-torch-fsdp2 {NOT_SUPPORTED}Megatron cannot resume its checkpoints",
     "build(lion(), mimo())": f"MimoModel {NOT_SUPPORTED}Megatron builds an optimizer for each of its modules",
     "build(lion(lion_momentum_dtype='bf16', **BF16), chunk(fp8_param_gather=True))": "fp8_param_gather=True is not "
