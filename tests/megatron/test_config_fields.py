@@ -169,8 +169,6 @@ NOT_SUPPORTED = "is not supported with --optimizer lion: "
 # What is refused where the optimizer is built, with the beginning of the message.
 REFUSED = {
     "build(lion(optimizer_cuda_graph=True))": f"--optimizer-cuda-graph {NOT_SUPPORTED}a captured step would reuse",
-    "build(lion(lion_master_weights='remainder', **BF16), chunk(use_megatron_fsdp=True))": "--lion-master-weights "
-    "remainder is not supported with --optimizer lion and --use-megatron-fsdp: Megatron-FSDP stores fp32 master",
     "build(lion(), chunk(dtensor()))": f"--use-torch-fsdp2 {NOT_SUPPORTED}Megatron cannot resume its checkpoints",
     "build(lion(), mimo())": f"MimoModel {NOT_SUPPORTED}Megatron builds an optimizer for each of its modules",
     "build(lion(lion_momentum_dtype='bf16', **BF16), chunk(fp8_param_gather=True))": "fp8_param_gather=True is not "
@@ -182,6 +180,10 @@ REFUSED = {
     "build(lion(lion_kernel='fusd'))": "--lion-kernel 'fusd' is unknown: did you mean 'fused'",
     "build(older())": "this OptimizerConfig was made before megatron_lion.register()",
 }
+if minor_version() >= "0.19":
+    REFUSED["build(lion(fp16=True), chunk(use_megatron_fsdp=True))"] = (
+        "--fp16 is not supported with --optimizer lion and --use-megatron-fsdp: its gradients have no loss scale"
+    )
 if minor_version() >= "0.17":  # before, Megatron has no optimizer for it
     REFUSED["mimo_directly(lion())"] = f"MimoModel {NOT_SUPPORTED}Megatron builds an optimizer for each of its modules"
 

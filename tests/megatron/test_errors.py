@@ -163,13 +163,19 @@ RIGHT = {
 
 
 # 0.17's own parser and validation refuse these.
+FSDP = "--use-megatron-fsdp"
 NEWER = (f"{LION} {ROUNDS} --cuda-graph-impl full_iteration", f"--optimizer muon --lr 1e-4 {DISTRIBUTED}")
 
 
 def cases(lines: dict[str, tuple[Any, ...]], *marks: pytest.MarkDecorator) -> list[Any]:
     """Parameters ``line`` and what is expected of it."""
     return [
-        pytest.param(*item, id=item[0], marks=[*marks, *[since("0.18")] * (item[0] in NEWER)]) for item in lines.items()
+        pytest.param(
+            *item,
+            id=item[0],
+            marks=[*marks, *[since("0.18")] * (item[0] in NEWER), *[since("0.19")] * (FSDP in item[0])],
+        )
+        for item in lines.items()
     ]
 
 

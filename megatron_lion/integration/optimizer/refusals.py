@@ -75,7 +75,7 @@ def refuse_fsdp_settings(
     found |= {
         release: (
             not compat.installed_traits().runs_lion_with_fsdp,
-            "it is supported from 0.17 on. Use --use-distributed-optimizer",
+            "it was run with 0.19. Use --use-distributed-optimizer",
         ),
         f"--megatron-fsdp-version {version}": (version != 1, "it cannot save optimizer state. Use 1"),
         f"--megatron-fsdp-main-params-dtype {masters}": (not has_fp32_masters, "Lion steps fp32 masters. Use fp32"),
