@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lion.config import LionError
 from tests.harness import BATCH, CPU, HORIZON, MODEL, NO_DROPOUT, RATE, ROOT, read_checkpoint, run_ranks, text_flags
 from tools.paper import reduce_study
 
@@ -41,13 +40,8 @@ def test_the_table_has_the_interval_of_the_paired_differences() -> None:
     losses = {"fp32": [2.0, 4.0, 5.0], "int4": [2.002, 4.0, 5.0], "1bit": [2.2, 4.0, 5.0]}
     mean, half = reduce_study.difference(losses["int4"], losses["fp32"])
     assert mean == pytest.approx(0.001 / 3)
-    assert half == pytest.approx(4.303 * 0.001 / math.sqrt(3) / math.sqrt(3))
+    assert half == pytest.approx(4.30265 * 0.001 / math.sqrt(3) / math.sqrt(3))
     rows = reduce_study.table(losses, margin=0.005).splitlines()
     assert rows[3] == "| int4 | 3 | 3.6673 | +0.03% | -0.11% .. +0.18% | yes |"
     assert rows[4].endswith("| no |")
     assert reduce_study.table({"fp32": [2.0], "int4": [2.1]}, 0.005).endswith("| +5.00% | unknown | unknown |")
-
-
-def test_more_seeds_than_the_table_of_t_has_are_refused() -> None:
-    with pytest.raises(LionError, match="11 seeds are more than the table of Student's t has: use up to 10"):
-        reduce_study.difference([1.0] * 11, [1.0] * 11)

@@ -16,8 +16,9 @@ import statistics
 import sys
 from pathlib import Path
 
+from scipy.special import stdtrit
+
 from launch.launcher import commands, recipe_checks, recipes
-from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 from megatron_lion.training_log import read_training_log
 from tools.paper.studies.megatron_runs import CPU, MegatronRun, run_all
@@ -26,8 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "paper" / "studies" / "simulated_ranks.py"
 REFERENCE = "fp32"
 ARMS = ("fp32", "bf16", "int8", "int4", "int4-none", "ternary", "ternary-none", "1bit", "vote")
-# Student's t at 97.5 % for 1, 2, ... degrees of freedom.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def run_of(arm: str, seed: int, options: argparse.Namespace) -> MegatronRun:
@@ -57,9 +56,8 @@ def difference(losses: list[float], reference: list[float]) -> tuple[float, floa
     relative = [loss / exact - 1 for loss, exact in zip(losses, reference, strict=True)]
     if len(relative) == 1:
         return relative[0], math.inf
-    if len(relative) - 1 > len(T):
-        raise LionError(f"{len(relative)} seeds are more than the table of Student's t has: use up to {len(T) + 1}")
-    return statistics.mean(relative), T[len(relative) - 2] * statistics.stdev(relative) / math.sqrt(len(relative))
+    quantile = float(stdtrit(len(relative) - 1, 0.975))
+    return statistics.mean(relative), quantile * statistics.stdev(relative) / math.sqrt(len(relative))
 
 
 def table(losses: dict[str, list[float]], margin: float) -> str:
@@ -83,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder made by tools/demo_text.py")
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what to train (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each arm (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=300, help="steps of each run (default: %(default)s)")
     parser.add_argument("--margin", type=float, default=0.005, help="of equivalence, relative (default: %(default)s)")

@@ -7,6 +7,7 @@ The gradient of each micro-batch is packed, sent to the owners of its shards and
 the same bits where no clip factor depends on the order of a sum. ARM is one of ``ARMS``.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -181,9 +182,13 @@ def simulate(reduce: Reduce) -> None:
 
 
 def main() -> None:
-    arm = sys.argv.pop(1)
-    sys.argv.extend(FLAGS.get(arm, "").split())
-    simulate(ARMS[arm]())
+    """Train one arm. What follows its name is for Megatron."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arm", choices=ARMS, help="how gradients are reduced")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="Megatron's flags")
+    options = parser.parse_args()
+    sys.argv[1:] = [*options.flags, *FLAGS.get(options.arm, "").split()]
+    simulate(ARMS[options.arm]())
     pretrain_gpt.main()
 
 
