@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_lion.exchange.digits import FORMATS
 from megatron_lion.exchange.message import Run, WireFormat, check_runs
 from megatron_lion.kernels import compiler
+from megatron_lion.kernels.cpu_library import call, check_on_cpu
 
 SOURCE = compiler.SOURCE.with_name("exchange_cpu.cpp")
 _ADDRESS, _SIZE, _INT, _RATE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
@@ -35,13 +36,13 @@ def sign_digits_cpu(
 ) -> Tensor:
     """:func:`megatron_lion.exchange.digits.sign_digits` for CPU tensors."""
     old, new, sign = old.contiguous(), new.contiguous(), sign.to(torch.int8).contiguous()
-    _check_on_cpu(old, new, sign)
+    check_on_cpu(old, new, sign)
     if not old.dtype == new.dtype or not old.shape == new.shape == sign.shape:
         raise ValueError(f"old and new are {old.dtype} {list(old.shape)} and {new.dtype} {list(new.shape)}")
     digits = torch.empty(old.shape, dtype=torch.uint8)
     addresses = [tensor.data_ptr() for tensor in (old, new, sign, digits)]
     number = FORMATS.index((old.dtype, half_away))
-    _call("exchange_digits", number, *addresses, old.numel(), lr, weight_decay)
+    call(SOURCE, ARGUMENTS, "exchange_digits", number, *addresses, old.numel(), lr, weight_decay)
     return digits
 
 
@@ -49,11 +50,11 @@ def sign_digits_cpu(
 def write_message_cpu_(message: Tensor, digits: Tensor, params: Tensor, form: WireFormat) -> None:
     """:func:`megatron_lion.exchange.message.write_message_` with ``torch.get_num_threads()`` threads, on the CPU."""
     form.check(params, message[None], digits)
-    _check_on_cpu(message, digits, params)
+    check_on_cpu(message, digits, params)
     message[sum(form.section_bytes()[:3]) :].zero_()  # the table
     sections = _sections(message[None], form)
     addresses = (_address(sections), digits.data_ptr(), params.data_ptr())
-    _call("exchange_write", form.kind, *addresses, form.numel, form.capacity, torch.get_num_threads())
+    call(SOURCE, ARGUMENTS, "exchange_write", form.kind, *addresses, form.numel, form.capacity, torch.get_num_threads())
 
 
 @torch.no_grad()
@@ -63,12 +64,14 @@ def replay_cpu_(
     """:func:`megatron_lion.exchange.message.replay_` with ``torch.get_num_threads()`` threads, on the CPU."""
     form.check(params, messages)
     check_runs(runs, params.numel())
-    _check_on_cpu(params, messages)
+    check_on_cpu(params, messages)
     sections = _sections(messages, form)
     mismatches = torch.zeros(len(messages), dtype=torch.int64)
     bounds = array("q", chain.from_iterable(run[:2] for run in runs))
     rates = array("d", chain.from_iterable(run[2:] for run in runs))
-    _call(
+    call(
+        SOURCE,
+        ARGUMENTS,
         "exchange_replay",
         *(form.kind, params.data_ptr(), _address(sections), len(messages), -1 if own is None else own),
         *(form.numel, form.capacity, _address(bounds), _address(rates), len(runs)),
@@ -76,19 +79,6 @@ def replay_cpu_(
     )
     torch.autograd.graph.increment_version([params])  # the kernel wrote without autograd's knowledge
     return mismatches
-
-
-def _call(name: str, *arguments: float) -> None:
-    function = getattr(compiler.load(SOURCE), name)
-    function.restype, function.argtypes = None, ARGUMENTS[name]
-    function(*arguments)
-
-
-def _check_on_cpu(*tensors: Tensor) -> None:
-    """Raise ValueError for tensors on a device, whose addresses would crash the process."""
-    devices = sorted({tensor.device.type for tensor in tensors})
-    if devices != ["cpu"]:
-        raise ValueError(f"the CPU kernel works on CPU tensors, not on {', '.join(devices)}: use the reference")
 
 
 def _sections(messages: Tensor, form: WireFormat) -> array:

@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron_lion.exchange.blocks import CODES, Residual
 from megatron_lion.exchange.pieces import PieceFormat
 from megatron_lion.kernels import compiler
+from megatron_lion.kernels.cpu_library import call, check_on_cpu
 
 SOURCE = compiler.SOURCE.with_name("reduce_cpu.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,14 +28,16 @@ def reduce_cpu_problem() -> str | None:
 def write_blocks_cpu_(message: Tensor, gradient: Tensor, residual: Residual | None, form: PieceFormat) -> None:
     """:func:`megatron_lion.exchange.pieces.write_blocks_` with ``torch.get_num_threads()`` threads, on the CPU."""
     form.check(gradient, message[None])
-    _check_on_cpu(message, gradient)
+    check_on_cpu(message, gradient)
     parts = form.sections(message)
     # 0 for no residual, 1 for int8 and 2 for bf16.
     feedback, codes, scales = 0, None, None
     if residual is not None:
         codes = residual.codes.data_ptr()
         feedback, scales = (2, None) if residual.scales is None else (1, residual.scales.data_ptr())
-    _call(
+    call(
+        SOURCE,
+        ARGUMENTS,
         "reduce_write",
         *_kind(form),
         *(gradient.data_ptr(), parts.scales.data_ptr(), parts.codes.data_ptr()),
@@ -46,10 +49,12 @@ def write_blocks_cpu_(message: Tensor, gradient: Tensor, residual: Residual | No
 def sum_blocks_cpu(own: Tensor, messages: Tensor, rank: int, form: PieceFormat) -> Tensor:
     """:func:`megatron_lion.exchange.pieces.sum_blocks` with ``torch.get_num_threads()`` threads, on the CPU."""
     form.check(own, messages)
-    _check_on_cpu(own, messages)
+    check_on_cpu(own, messages)
     total = torch.empty(form.numel, dtype=torch.float32)
     exact, scales, _ = form.section_bytes()
-    _call(
+    call(
+        SOURCE,
+        ARGUMENTS,
         "reduce_sum",
         *_kind(form),
         *(own.data_ptr(), messages.data_ptr(), len(messages), form.nbytes, exact, exact + scales, rank),
@@ -60,16 +65,3 @@ def sum_blocks_cpu(own: Tensor, messages: Tensor, rank: int, form: PieceFormat) 
 
 def _kind(form: PieceFormat) -> tuple[int, int]:
     return DTYPES.index(form.dtype), CODES.index(form.code)
-
-
-def _call(name: str, *arguments: float | None) -> None:
-    function = getattr(compiler.load(SOURCE), name)
-    function.restype, function.argtypes = None, ARGUMENTS[name]
-    function(*arguments)
-
-
-def _check_on_cpu(*tensors: Tensor) -> None:
-    """Raise ValueError for tensors on a device, whose addresses would crash the process."""
-    devices = sorted({tensor.device.type for tensor in tensors})
-    if devices != ["cpu"]:
-        raise ValueError(f"the CPU kernel works on CPU tensors, not on {', '.join(devices)}: use the reference")
