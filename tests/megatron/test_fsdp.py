@@ -133,16 +133,6 @@ def test_experts_need_two_replicas(text: Path) -> None:
     assert "experts with one data-parallel replica are not supported" in output
 
 
-@pytest.mark.slow
-@pytest.mark.refuses("Megatron-FSDP: int8 momentum where a shard boundary cuts a block of 32 elements")
-def test_int8_momentum_needs_shards_of_whole_blocks(text: Path) -> None:
-    # Shards begin at multiples of a row, here 72 elements.
-    flags = f"{RUN} --bf16 --lion-momentum-dtype int8 --train-iters 1 --global-batch-size 6 --hidden-size 72"
-    output = pretrain_or_fail(text, flags, f"{FSDP} optim_grads_params", ranks=3)
-    assert "--lion-momentum-dtype int8: with Megatron-FSDP on 3 ranks a shard boundary cuts a block" in output
-    assert "Use --lion-momentum-dtype bf16" in output
-
-
 SETTINGS = {
     "fp16": (True, "--fp16 is not supported", "Use --bf16"),
     "optimizer_cpu_offload": (True, "--optimizer-cpu-offload is not supported", "Remove one of them"),
