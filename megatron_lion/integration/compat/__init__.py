@@ -12,6 +12,7 @@
 from megatron_lion.integration.compat.internals import (
     WHEEL_WITHOUT_MAKEFILE,
     as_sgd,
+    finish_reduction_with,
     folding_the_clip_factor,
     forked_random_states,
     gather_is_dispatched,
@@ -58,6 +59,7 @@ __all__ = [
     "Patch",
     "Seam",
     "as_sgd",
+    "finish_reduction_with",
     "folding_the_clip_factor",
     "forked_random_states",
     "gather_is_dispatched",

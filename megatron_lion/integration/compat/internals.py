@@ -266,6 +266,11 @@ def reducing_with(reduce_scatter: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
+def finish_reduction_with(group: Any, handle: Any) -> None:
+    """Let the ``finish_grad_sync`` of a bucket group wait for ``handle``, in the place of Megatron's own."""
+    group.grad_reduce_handle = handle
+
+
 def is_reduced_again(param: Any) -> bool:
     """Whether Megatron adds the gradient of ``param`` up over other ranks after the data-parallel reduction.
 

@@ -39,7 +39,7 @@ class ReducingBucketGroup(_ParamAndGradBucketGroup):
         reductions = zip(self.reductions, ops, strict=True)
         handle = ReduceHandle([reduction.start(op, async_op=overlaps) for reduction, op in reductions])
         if overlaps:
-            self.grad_reduce_handle = handle
+            compat.finish_reduction_with(self, handle)
         else:
             handle.wait()
 
