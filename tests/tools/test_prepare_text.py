@@ -217,7 +217,7 @@ def test_bad_lines_are_counted_reported_and_skipped_or_stop_with_strict(
     assert counted["counts"]["all"]["documents"] == len(good)
     said = capsys.readouterr().out
     assert f"{path}, line 2: not JSON" in said and "1 not UTF-8" in said
-    with pytest.raises(LionError, match=rf"{path}, line 2: not JSON\. Mend it"):
+    with pytest.raises(LionError, match=rf"{path}, line 2: not JSON\. Fix it"):
         run(path, tmp_path / "y", "--strict", *gpt2)
     with pytest.raises(LionError, match="line 2: not JSON"):
         run(path, tmp_path / "z", "--strict", "--workers", "2", *gpt2)
