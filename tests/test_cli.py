@@ -223,7 +223,7 @@ def test_doctor_says_what_a_script_and_its_optimizer_run(tmp_path: Path) -> None
     script.write_text("import megatron_lion\nmegatron_lion.register()\n")
     _, report = doctor(script, "--lr", "1e-4", tmp_path=tmp_path, hidden="megatron", **CPU)
     assert f"  torchrun {script} megatron-lion, every parameter, if the script registers it" in report
-    assert "This command's optimizer is adam: add --optimizer lion." in report
+    assert "This command's optimizer is adam, so it does not use Lion: add --optimizer lion." in report
     script.write_text("from megatron.training import pretrain\n")
     _, report = doctor(script, "--optimizer", "lion", tmp_path=tmp_path, hidden="megatron", **CPU)
     assert f"  torchrun -m megatron_lion.run {script} megatron-lion, every parameter" in report

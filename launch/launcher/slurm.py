@@ -77,6 +77,7 @@ def _check_container(recipe: Recipe) -> None:
             "an image of a registry (nvcr.io#nvidia/pytorch:TAG for pyxis, docker://nvcr.io/nvidia/pytorch:TAG for "
             "apptainer)"
         )
+    _check_image(recipe["container"], recipe["container-image"])
     for mount in _given_mounts(recipe):
         if not re.fullmatch(MOUNT, mount):
             raise LionError(
@@ -85,6 +86,15 @@ def _check_container(recipe: Recipe) -> None:
             )
     if not recipe.get("container-workdir", "/").startswith("/"):
         raise LionError(f"container-workdir {recipe['container-workdir']!r} is not absolute: start it with /")
+
+
+def _check_image(container: str, image: str) -> None:
+    """Raise LionError for an image of a registry in the form of another tool. Paths have any form."""
+    registry, _, name = image.partition("/")
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)+(:\d+)?", registry) or not name:
+        return
+    right = f"{registry}#{name}" if container == "pyxis" else f"docker://{image}"
+    raise LionError(f"container-image {image!r} is not in the form that {container} takes: use {right}, or a file")
 
 
 def _words(recipe: Recipe, key: str, taken: dict[str, str]) -> list[str]:

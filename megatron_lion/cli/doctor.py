@@ -35,7 +35,10 @@ def main(script: Path | None = None, flags: list[str] | None = None, *, verbose:
     if problem:
         print(f"\nNOT READY: {problem}")
         return 1
-    print("\nREADY: --optimizer lion would train every parameter with megatron-lion as said above")
+    print(
+        "\nREADY: --optimizer lion would train every parameter with megatron-lion, by the commands above that say so. "
+        "Other flags are checked when a run starts"
+    )
     return 0
 
 
@@ -173,7 +176,7 @@ def _print_which_lion(script: Path | None, flags: list[str]) -> None:
     if script is None:
         print("A Megatron in the script's folder comes first: `megatron-lion doctor SCRIPT` looks there.")
     elif (optimizer := _optimizer_in(flags)) != "lion":
-        print(f"This command's optimizer is {optimizer}: add --optimizer lion.")
+        print(f"This command's optimizer is {optimizer}, so it does not use Lion: add --optimizer lion.")
     print("A run with megatron-lion has this line in its log: `megatron-lion: lion on N of N parameters`.")
 
 

@@ -129,6 +129,8 @@ REFUSED = {
     "container=docker": "container 'docker' is unknown: Valid: apptainer, pyxis",
     "container=pyxis": "container pyxis needs container-image: a file (.sqsh for pyxis, .sif for apptainer)",
     "container-image=a": "container-image has no effect without container: set container to pyxis or apptainer",
+    "container=pyxis container-image=nvcr.io/nvidia/pytorch:25": "use nvcr.io#nvidia/pytorch:25, or a file",
+    "container=apptainer container-image=reg.lab:5000/lion:1": "use docker://reg.lab:5000/lion:1, or a file",
     "container=pyxis container-image=a container-mounts=data:/data": "'data:/data' is not a mount. Use SOURCE:TARGET",
     "container=pyxis container-image=a container-mounts=/a:/b:ro:x": "'/a:/b:ro:x' is not a mount",
     "container=pyxis container-image=a container-mounts=/a:b": "'/a:b' is not a mount",
