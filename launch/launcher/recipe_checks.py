@@ -86,8 +86,19 @@ def _check_values(recipe: Recipe) -> None:
         raise LionError(f"master-port must be in [1, {last_port}], got {recipe['master-port']}")
     for key in ("lr", "min-lr", "weight-decay", "clip-grad"):
         check_non_negative(key, recipe.get(key, 0.0))
+    _check_lion(recipe)
+
+
+def _check_lion(recipe: Recipe) -> None:
+    """The checks of the run itself, so that they fail before a job waits in a queue."""
+    names = ("gather", "gather_refresh", "reduce", "error_feedback", "momentum_dtype", "master_weights")
+    asked = {name: recipe[key] for name in names if (key := f"lion-{name.replace('_', '-')}") in recipe.settings}
     if recipe["optimizer"] == "lion":
-        LionOptions(betas=betas_or_default(recipe.get("lion-beta1"), recipe.get("lion-beta2")))
+        LionOptions(betas=betas_or_default(recipe.get("lion-beta1"), recipe.get("lion-beta2")), **asked)
+        return
+    for name in ("gather", "reduce"):
+        if asked.get(name, getattr(LionOptions, name)) != getattr(LionOptions, name):
+            raise LionError(f"lion-{name} {asked[name]} has no effect with optimizer {recipe['optimizer']}: remove it")
 
 
 def _check_model(recipe: Recipe) -> None:

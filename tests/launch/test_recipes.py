@@ -100,6 +100,10 @@ BROKEN = {
     "tiny_gpt lion cpu data=~/text master-port=70000": ("master-port must be in [1, 64536], got 70000",),
     "tiny_gpt lion cpu norm-ratio-interval=-1": ("norm-ratio-interval must be >= 0",),
     "tiny_gpt lion cpu norm-ratio-batches=0": ("norm-ratio-batches must be greater than 0, got 0",),
+    "llama_7b adamw h100x32 lion-gather=signs": ("lion-gather signs has no effect with optimizer adam", "remove it"),
+    "llama_7b sgd_paper h100x32 lion-reduce=int4": ("lion-reduce int4 has no effect with optimizer sgd",),
+    "llama_7b lion h100x32 lion-error-feedback=none": ("no effect without --lion-reduce",),
+    "llama_7b lion h100x32 lion-gather-refresh=9": ("no effect without --lion-gather signs",),
     "tiny_gpt lion cpu norm-ratio-batches=most": ("norm-ratio-batches", "must be a whole number", "'most'"),
 }
 
