@@ -100,7 +100,7 @@ def _doctor(parser: _Parser, options: argparse.Namespace, flags: list[str]) -> i
     if options.script is None and flags:
         parser.error(f"unknown option {flags[0]}. Flags of a training script come after it: doctor SCRIPT FLAGS")
     if options.script is not None and not options.script.is_file():
-        parser.error(f"{options.script} is not a file: pass the path of your training script, such as pretrain_gpt.py")
+        parser.error(f"{options.script} is not a file: pass the path of your training script, without -m")
     if not (options.timeout > 0 and options.megabytes > 0):
         parser.error(f"--timeout {options.timeout:g} and --megabytes {options.megabytes} must be above 0")
     if not options.cluster:
