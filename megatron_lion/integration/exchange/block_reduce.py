@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_lion.config import LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.exchange.bucket_reduction import BucketReduction
-from megatron_lion.integration.exchange.groups import bucket_groups_of, param_starts
+from megatron_lion.integration.exchange.groups import bucket_groups_of, buffer_of, param_starts
 from megatron_lion.integration.exchange.levels import Levels, levels_of
 from megatron_lion.integration.exchange.reducing_groups import ReducingBucketGroup, convert, convert_buffer
 from megatron_lion.kernels.reduce import choose_reduce
@@ -100,15 +100,9 @@ class BlockReduce:
         """
         if not self.has_residuals:
             return False
-        sums = {id(bucket.bucket): bucket.sum_residuals() * self._units(bucket) for bucket in self.buckets}
-        exact = {param for bucket in self.buckets for param in bucket.exact_params}
-        for param, shard, group in compat.updated_params(self._optimizer):
-            bucket, start, stop = compat.range_in_bucket(self._optimizer, param)
-            if param in exact or id(bucket) not in sums:
-                continue
-            total, lion = sums[id(bucket)], self._optimizer.optimizer
-            first = start - start % total.numel()
-            missing = total[start - first : stop - first].view(shard.shape) * ((1.0 - group["betas"][1]) * self._clip)
+        lion = self._optimizer.optimizer
+        for shard, group, left in self._compressed_shards({b: b.sum_residuals() for b in self.buckets}):
+            missing = left.view(shard.shape) * ((1.0 - group["betas"][1]) * self._clip)
             lion.set_scaled_state(shard, "exp_avg", lion.get_unscaled_state(shard, "exp_avg") + missing)
         self.clear()
         return True
@@ -134,31 +128,38 @@ class BlockReduce:
     def _count_unlike_signs(self) -> tuple[float, float]:
         """Elements whose sign(c) the uncompressed gradient would change, and all that were compressed."""
         lion = self._optimizer.optimizer
-        exact = {
-            id(bucket.bucket): (bucket.sample.exact * self._units(bucket), bucket.exact_params)
+        uncompressed = {
+            bucket: bucket.sample.exact
             for bucket in self.buckets
             if bucket.sample is not None and bucket.sample.exact is not None
         }
         counts = []
-        for param, shard, group in compat.updated_params(self._optimizer):
-            bucket, start, stop = compat.range_in_bucket(self._optimizer, param)
-            if id(bucket) not in exact or param in exact[id(bucket)][1] or not lion.state[shard]:
+        for shard, group, exact in self._compressed_shards(uncompressed):
+            if not lion.state[shard]:
                 continue
-            total = exact[id(bucket)][0]
-            first = start - start % total.numel()
             momentum = lion.get_unscaled_state(shard, "exp_avg").view(-1)
             received = compat.gradient_of(self._optimizer, shard).view(-1).float()
-            signs = (
-                lion_sign(gradient * self._clip, momentum, group["betas"][0])
-                for gradient in (received, total[start - first : stop - first])
-            )
+            signs = (lion_sign(gradient * self._clip, momentum, group["betas"][0]) for gradient in (received, exact))
             counts.append((torch.ne(*signs).sum(), shard.numel()))
         return float(sum(int(unlike) for unlike, _ in counts)), float(sum(numel for _, numel in counts))
 
+    def _compressed_shards(
+        self, sums: dict[BucketReduction, Tensor]
+    ) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
+        """Each shard of a compressed parameter in the buckets of ``sums``, its parameter group, and its part of the
+        bucket's sum in the units of the step before clipping. ``sums`` has this rank's shard of each bucket, fp32."""
+        scaled = {id(bucket.bucket): (bucket, total * self._units(bucket)) for bucket, total in sums.items()}
+        for param, shard, group in compat.updated_params(self._optimizer):
+            of_param, start, stop = compat.range_in_bucket(self._optimizer, param)
+            bucket, total = scaled.get(id(of_param), (None, None))
+            if bucket is None or total is None or param in bucket.exact_params:
+                continue
+            first = start - start % total.numel()
+            yield shard, group, total[start - first : stop - first]
+
     def _units(self, bucket: BucketReduction) -> float | Tensor:
         """The factor from the gradient buffer's units, as they were reduced, to those of the step before clipping."""
-        (buffer,) = (buffer for buffer in self.buffers if any(one is bucket.bucket for one in buffer.buckets))
-        scaled_by: float | Tensor = buffer.scaled_by
+        scaled_by: float | Tensor = buffer_of(self._optimizer, bucket.bucket).scaled_by
         return scaled_by / self._loss_scale
 
     def _current_loss_scale(self) -> float:

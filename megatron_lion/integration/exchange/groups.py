@@ -16,7 +16,13 @@ def bucket_groups_of(sub_optimizer: Any) -> list[Any]:
     ]
 
 
+def buffer_of(sub_optimizer: Any, bucket: Any) -> Any:
+    """The gradient buffer of ``sub_optimizer`` that ``bucket`` is a part of."""
+    (buffer,) = (buffer for buffer in sub_optimizer.buffers if any(one is bucket for one in buffer.buckets))
+    return buffer
+
+
 def param_starts(sub_optimizer: Any, bucket: Any) -> dict[torch.nn.Parameter, int]:
     """The first element of each parameter of ``bucket``, counted from the start of the bucket."""
-    (buffer,) = (buffer for buffer in sub_optimizer.buffers if any(one is bucket for one in buffer.buckets))
+    buffer = buffer_of(sub_optimizer, bucket)
     return {param: buffer.param_index_map[param][0] - bucket.offset for param in bucket.params}
