@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -12,7 +11,6 @@ from megatron_lion.integration.exchange.metrics import METRICS
 from tests.harness import (
     BATCH,
     CPU,
-    HORIZON,
     MODEL,
     RATE,
     Run,
@@ -21,37 +19,17 @@ from tests.harness import (
     run_ranks,
     text_flags,
 )
+from tests.megatron.exchange_runs import BUCKETS, COMPACT, MOE, OVERFLOWS, OVERLAP, RUN, STEPS, Row, finished
 from tests.versions import RELEASES, Megatron, since, started, until
 
 SCRIPT = Path(__file__).with_name("gather.py")
-STEPS = 6
-# Parameter by parameter, instead of in buckets whose padding is never initialized.
-RUN = f"--optimizer lion --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable {HORIZON}"
 SIGNS = "--lion-gather signs"
-OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
-BUCKETS = f"{OVERLAP} --ddp-bucket-size 20000"
 TENSOR_PARALLEL = "--tensor-model-parallel-size 2 --sequence-parallel"
 INTERLEAVED = "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
 UNTIED = "--untie-embeddings-and-output-weights"
 DECOUPLED = "--decoupled-lr 3e-4 --decoupled-min-lr 3e-5"
-COMPACT = "--bf16 --lion-momentum-dtype int8 --lion-master-weights remainder --ddp-pad-buckets-for-high-nccl-busbw"
-MOE = (
-    "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 "
-    "--moe-token-dispatcher-type allgather --disable-bias-linear --expert-model-parallel-size 2"
-)
-# Overflows in the first steps and, once the scale has grown again, in the middle of the run.
-OVERFLOWS = "--fp16 --initial-loss-scale 4194304 --loss-scale-window 2 --hysteresis 1"
 EVALUATED = "--eval-iters 1 --eval-interval 2"
 ROUNDS = "--lion-telemetry --norm-ratio-interval 3 --norm-ratio-batches 2"
-
-
-class Row(NamedTuple):
-    """Ranks, flags, and the kind of ``kinds.py`` if it is one."""
-
-    ranks: int
-    flags: str
-    kind: str = ""
-
 
 CASES = {
     "bf16, overlap, several buckets, evaluated": Row(2, f"--bf16 {BUCKETS} {EVALUATED} {DECOUPLED} --clip-grad 0.3"),
@@ -107,11 +85,6 @@ def run(
         script=SCRIPT,
         **kwargs,
     )
-
-
-def finished(run: Run) -> Run:
-    assert run.returncode == 0, run.output[-6000:]
-    return run
 
 
 def exchanged(run: Run) -> list[dict[str, int]]:

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -13,7 +13,6 @@ from megatron_lion.integration.exchange import levels, refusals
 from tests.harness import (
     BATCH,
     CPU,
-    HORIZON,
     MODEL,
     RATE,
     Run,
@@ -22,31 +21,13 @@ from tests.harness import (
     run_ranks,
     text_flags,
 )
+from tests.megatron.exchange_runs import BUCKETS, COMPACT, MOE, OVERFLOWS, OVERLAP, RUN, STEPS, Row, finished
 
 SCRIPT = Path(__file__).with_name("reduce.py")
-STEPS = 6
-RUN = f"--optimizer lion --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable {HORIZON}"
 INT4 = "--lion-reduce int4"
 TERNARY = "--lion-reduce ternary"
-OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
-BUCKETS = f"{OVERLAP} --ddp-bucket-size 20000"
-COMPACT = "--bf16 --lion-momentum-dtype int8 --lion-master-weights remainder --ddp-pad-buckets-for-high-nccl-busbw"
-MOE = (
-    "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 "
-    "--moe-token-dispatcher-type allgather --disable-bias-linear --expert-model-parallel-size 2"
-)
-OVERFLOWS = "--fp16 --initial-loss-scale 4194304 --loss-scale-window 2 --hysteresis 1"
 HOW = "sent plus kept is the gradient in fp64, on each rank and in each step; a resume is exact"
 SUPPORTED = pytest.mark.supports("`--lion-reduce` (experimental)", HOW)
-
-
-class Row(NamedTuple):
-    """Ranks and flags, and the kind of ``kinds.py`` if it is one."""
-
-    ranks: int
-    flags: str
-    kind: str = ""
-
 
 ROWS = {
     "int4, bf16, signs, overlap, several buckets": Row(
@@ -97,11 +78,6 @@ def run(
         environment={"REDUCE_KIND": row.kind, **(environment or {})},
         **kwargs,
     )
-
-
-def finished(run: Run) -> Run:
-    assert run.returncode == 0, run.output[-6000:]
-    return run
 
 
 def reduced(run: Run) -> list[dict[str, float]]:
