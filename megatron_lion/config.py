@@ -37,7 +37,7 @@ def did_you_mean(value: str, valid: Iterable[str]) -> str:
 
 
 def _number(value: Any) -> float:
-    """``value`` as a float, or NaN. Text is no number: Megatron would compute with it as it is, and fail later."""
+    """``value`` as a float, or NaN. Text is not a number: Megatron would use it unchanged and fail later."""
     try:
         return math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
@@ -144,7 +144,7 @@ class LionOptions:
     """how data-parallel ranks send each other gradients, one of ``REDUCES``. All but "stock" are lossy, and
     experimental"""
     error_feedback: str = "int8"
-    """with another ``reduce``: how a rank keeps what it has not sent, one of ``ERROR_FEEDBACKS``"""
+    """with another ``reduce``: how a rank stores its residual, one of ``ERROR_FEEDBACKS``"""
     fast_norm: bool = False
     """compute Megatron's gradient norm in one pass of this package's CPU kernel; its last bits may differ"""
     init_from: str | None = None

@@ -1,6 +1,6 @@
-"""Packages beside the environment's, fetched from the package index into folders that later runs find again.
+"""Packages outside the environment, fetched from the package index into folders that later runs find again.
 
-They are in MEGATRON_LION_TESTS_WHEELS, by default ``megatron-wheels`` beside the environment's packages.
+They are in MEGATRON_LION_TESTS_WHEELS, by default ``megatron-wheels`` in the environment's folder.
 """
 
 import hashlib

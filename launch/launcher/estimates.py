@@ -15,7 +15,7 @@ GIB = 1 << 30
 MOMENTS = {"lion": 4.0, "adam": 8.0, "sgd": 4.0}
 LION_MOMENTUM = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 32}
 MASTER_WEIGHTS = {"fp32": 4.0, "remainder": 2.0}
-# Bytes of what --lion-reduce has not sent, and bits of a gradient that it sends.
+# Bytes of a residual of --lion-reduce, and bits of a gradient that it sends.
 ERROR_FEEDBACK = {"int8": 1 + 2 / 64, "bf16": 2.0, "none": 0.0}
 REDUCED_BITS = {"int8": 8.25, "int4": 4.25, "ternary": 1.85}
 
@@ -28,14 +28,14 @@ class Memory:
     gradients: int
     state: int
     residual: int
-    """what --lion-reduce has not sent"""
+    """the residuals of --lion-reduce"""
     round_copy: int
     """the norm ratio's fp32 mean gradient"""
     activations: int
 
     @property
     def static(self) -> int:
-        """Bytes that do not depend on the batch: weights, gradients, optimizer state, and what was not sent."""
+        """Bytes that do not depend on the batch: weights, gradients, optimizer state, residuals."""
         return self.weights + self.gradients + self.state + self.residual
 
     @property

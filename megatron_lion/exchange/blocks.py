@@ -90,7 +90,7 @@ def unpack(packed: Tensor, code: str, numel: int) -> Tensor:
 
 
 class Residual(NamedTuple):
-    """What was not sent of ``numel`` values: bf16 [numel], or int8 [blocks, 64] with bf16 scales [blocks]."""
+    """The rounding error of ``numel`` values: bf16 [numel], or int8 [blocks, 64] with bf16 scales [blocks]."""
 
     codes: Tensor
     scales: Tensor | None

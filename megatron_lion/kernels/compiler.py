@@ -52,7 +52,7 @@ def load(source: Path = SOURCE, *macros: str) -> ctypes.CDLL:
 
 
 def problem(source: Path = SOURCE) -> str | None:
-    """Why there is no library of ``source`` on this machine, or None. Compiles it if that has not been done yet."""
+    """Why ``source`` has no library on this machine, or None. Compiles it if needed."""
     try:
         load(source)
     except CompilerUnavailable as error:

@@ -57,7 +57,7 @@ def full_gradient(
             out or draw them twice, and if its last batch is smaller, ``loss_fn`` must return weights.
 
     Raises:
-        LionError: for no batches, a loss that is no scalar, is not finite or has no gradient, a weight that is not
+        LionError: for no batches, a loss that is not a scalar, is not finite or has no gradient, a weight that is not
             positive, a parameter in no group, two parameters in one memory, or a ``loss_fn`` that changed one. With
             ``exact``, for a loader that does not give each sample once with equal weight.
 

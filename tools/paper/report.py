@@ -121,7 +121,7 @@ def write_report(
 ) -> list[Row]:
     """Gather, write both pages and return their rows: those of ``exhibits``, or all.
 
-    Raises LionError where ``runs`` is no folder and ``long_runs`` is not set.
+    Raises LionError if ``runs`` is not a folder and ``long_runs`` is not set.
     """
     if long_runs is None and not runs.is_dir():
         raise LionError(f"--runs {runs} is not a folder: give the one that holds toy/, rates/, scaling/ and the others")

@@ -25,7 +25,7 @@ class Sampled:
     gradient: float = 0.0
     """squares of the gradient that was compressed"""
     residual: float = 0.0
-    """squares of what was not sent of it"""
+    """squares of its residual"""
     unlike: float = 0.0
     """elements with another sign(c) than with the uncompressed gradient"""
     elements: float = 0.0
@@ -71,7 +71,7 @@ class BlockReduce:
             self._unlike = self._count_unlike_signs()
 
     def end_step(self, *, made: bool) -> None:
-        """After a step, or a skipped one: whose residuals become zero, as they may have a NaN."""
+        """After a step. If it was skipped, the residuals become zero, because they may have a NaN."""
         if not made:
             self.clear()
             return

@@ -24,10 +24,10 @@ class Sample(NamedTuple):
 
 
 class BucketReduction:
-    """Reduces one bucket's gradient in packed blocks, and keeps what was not sent.
+    """Reduces one bucket's gradient in packed blocks, and keeps the residuals.
 
-    1-D parameters, and parameters whose gradient is reduced once more, are sent as they are. So is this rank's own
-    shard, which is not sent at all.
+    1-D parameters, and parameters whose gradient is reduced once more, are sent as they are. This rank's own
+    shard is not sent.
 
     Args:
         bucket: Megatron's. Each data-parallel rank owns an equal piece of its ``grad_data``, the shard.
@@ -62,7 +62,7 @@ class BucketReduction:
         keeps = self.is_compressed and feedback != "none"
         device = bucket.grad_data.device
         self.residuals = {rank: Residual.zeros(feedback, self.numel, device) for rank in self.others if keeps}
-        """for each other rank: what was not sent to it, in the units of the gradient buffer"""
+        """for each other rank: its residual, in the units of the gradient buffer"""
         self.sampling: str | None = None
         """what the next reduction measures: None, "norm" or "exact" """
         self.sample: Sample | None = None
@@ -90,7 +90,7 @@ class BucketReduction:
 
     @torch.no_grad()
     def start(self, op: Any, *, async_op: bool) -> "Pending":
-        """Send the gradient of the other shards to their owners, and keep what was not sent.
+        """Send the gradient of the other shards to their owners, and keep the residuals.
 
         Issues one all-to-all of packed bytes, after a reduce-scatter inside the node on two levels, or Megatron's
         reduce-scatter if every parameter is exact. Modifies the exact elements of other shards in ``grad_data``, which
@@ -115,7 +115,7 @@ class BucketReduction:
 
     @torch.no_grad()
     def pack(self, exact: Tensor | None = None) -> Tensor:
-        """Return the messages to all ranks, uint8 [sum of sent_sizes], and keep what is not sent.
+        """Return the messages to all ranks, uint8 [sum of sent_sizes], and keep the residuals.
 
         Moves the exact elements of other shards out of ``grad_data``. If a sample is due, it has ``exact``.
         """
@@ -141,7 +141,7 @@ class BucketReduction:
         self.owned.copy_(total / self.ranks if op == ReduceOp.AVG else total)
 
     def sum_residuals(self) -> Tensor:
-        """What all ranks have not sent of this rank's shard, fp32 [numel]. Issues one reduce-scatter."""
+        """The sum over all ranks of the residuals of this rank's shard, fp32 [numel]. Issues one reduce-scatter."""
         whole = torch.zeros(self.ranks, self.numel, device=self.bucket.grad_data.device)
         for rank, residual in self.residuals.items():
             whole[rank] = residual.values(self.numel)
@@ -150,7 +150,7 @@ class BucketReduction:
         return total
 
     def clear(self) -> None:
-        """Forget what was not sent."""
+        """Set the residuals to zero."""
         for residual in self.residuals.values():
             residual.zero_()
 

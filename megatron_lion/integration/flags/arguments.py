@@ -178,7 +178,7 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
         "--lion-error-feedback",
         default=LionOptions.error_feedback,
         metavar=f"{{{','.join(ERROR_FEEDBACKS)}}}",
-        help="With --lion-reduce: how a rank keeps what it has not sent, to add it to its next gradient. int8 and bf16 "
+        help="With --lion-reduce: how a rank stores its residual, which it adds to its next gradient. int8 and bf16 "
         "need 1 or 2 bytes for each parameter on every rank; none drops it (default: %(default)s).",
     )
 
