@@ -1,11 +1,13 @@
 """User-facing options: every default and every check. Does not import torch, so that an error message comes at once."""
 
-import difflib
 import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
+
+from megatron_lion.nearest import did_you_mean
 
 PAPER_BETAS = (0.9, 0.99)
 LANGUAGE_MODEL_BETAS = (0.9, 0.95)
@@ -19,21 +21,13 @@ ERROR_FEEDBACKS = ("int8", "bf16", "none")
 INITS_FROM = ("adam", "fresh")
 
 # Lion's published rates for language models (docs/coming-from-adamw.md, section 4): up to 2e-3 with weight decays from
-# 0.6, and up to 3e-4 with AdamW's usual weight decays. Others give a warning, not an error.
-HIGHEST_LR = 2e-3
+# 0.6, and up to 3e-4 with AdamW's usual weight decays. Others give a warning, not an error. AdamW's go up to 8e-3.
+LOWEST_LR, HIGHEST_LR, HIGHEST_ADAMW_LR = 1e-5, 2e-3, 8e-3
 ADAMW_LIKE_LR, ADAMW_LIKE_WEIGHT_DECAY = 3e-4, 0.2
 
 
 class LionError(ValueError):
     """An unsupported request. The message has the value, the valid values, and what to do."""
-
-
-def did_you_mean(value: str, valid: Iterable[str]) -> str:
-    """A sentence naming the nearest valid name, then all of them: ``did you mean 'lion'? Valid: adam, lion, sgd``."""
-    names = sorted(valid)
-    nearest = difflib.get_close_matches(value, names, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"{hint}Valid: {', '.join(names)}"
 
 
 def _number(value: Any) -> float:
@@ -93,6 +87,14 @@ def check_choice(name: str, value: str, valid: Iterable[str]) -> str:
     return value
 
 
+def check_data_prefix(name: str, prefix: str) -> None:
+    """Raise :class:`LionError` naming ``name`` if ``prefix`` is a file of a Megatron data set, not what both share."""
+    if prefix.endswith((".bin", ".idx")) and not Path(f"{prefix}.bin").exists():
+        raise LionError(
+            f"{name} {prefix} names one of the two files of a data set: use {prefix[:-4]}. Megatron adds .bin and .idx"
+        )
+
+
 def check_rates(lr: float | None, weight_decay: float, min_lr: float | None = None) -> None:
     """Raise :class:`LionError` for learning rates or a weight decay that Lion cannot train with."""
     if lr is None:
@@ -104,9 +106,14 @@ def check_rates(lr: float | None, weight_decay: float, min_lr: float | None = No
 
 
 def warning_about(lr: float, weight_decay: float) -> str | None:
-    """A sentence if the rates look like AdamW's and are outside the published ranges of Lion's, else None."""
+    """A sentence if the rates are AdamW's or higher, and outside the published ranges of Lion's, else None."""
     if lr <= ADAMW_LIKE_LR or (lr <= HIGHEST_LR and weight_decay > ADAMW_LIKE_WEIGHT_DECAY):
         return None
+    if lr > HIGHEST_ADAMW_LR:
+        return (
+            f"--lr {lr:g} is far above Lion's published rates for language models, {LOWEST_LR:g} to {HIGHEST_LR:g}. "
+            "Lion moves every element by the whole learning rate; see docs/coming-from-adamw.md"
+        )
     return (
         f"--lr {lr:g} with --weight-decay {weight_decay:g} looks like AdamW's. Lion moves every element by the whole "
         f"learning rate, so it usually needs a 3 to 10 times lower one ({lr / 10:g} to {lr / 3:g}) with a 3 to 10 "

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_lion.config import LionError, LionOptions, NormRatioOptions, check_rates, warning_about
+from megatron_lion.nearest import nearest_names
 
 
 @pytest.mark.parametrize("kernel", ["auto", "reference", "foreach", "fused"])
@@ -78,6 +79,28 @@ ADAMW = [(8e-3, 0.1), (4e-3, 0.2), (2e-3, 0.2), (6e-4, 0.1), (4e-3, 0.7), (1e-3,
 @pytest.mark.parametrize("rates", PUBLISHED, ids=str)
 def test_no_published_rate_of_lions_gives_a_warning(rates: tuple[float, float]) -> None:
     assert warning_about(*rates) is None
+
+
+def test_a_rate_above_adamws_gives_a_warning_of_its_size() -> None:
+    assert str(warning_about(1.0, 0.1)).startswith("--lr 1 is far above Lion's published rates for language models")
+
+
+@pytest.mark.parametrize(
+    ("value", "nearest"),
+    [
+        ("batch-size", ["global-batch-size", "micro-batch-size"]),  # all names with these words
+        ("bacth-size", ["micro-batch-size", "global-batch-size"]),  # equally near, the nearer one first
+        ("weight_decay", ["weight-decay"]),  # not no-weight-decay
+        ("size", []),  # in too many names
+        ("seq-lenght", ["seq-length"]),
+        ("", []),
+        ("-", []),
+    ],
+)
+def test_all_names_that_are_near_are_suggested(value: str, nearest: list[str]) -> None:
+    names = ["global-batch-size", "micro-batch-size", "hidden-size", "vocab-size", "weight-decay", "seq-length"]
+    names += ["no-weight-decay", "ring-size", "slice-size"]
+    assert nearest_names(value, names) == nearest
 
 
 @pytest.mark.parametrize("rates", ADAMW, ids=str)

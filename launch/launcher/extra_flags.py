@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_lion.config import LionError
+from megatron_lion.nearest import hint
 
-from .keys import MEGATRON_KEYS, nearest
+from .keys import MEGATRON_KEYS
 from .recipe_files import ROOT
 
 OURS = ROOT / "megatron_lion" / "integration"
@@ -50,9 +51,10 @@ def _grouped(words: list[str]) -> Iterator[tuple[str, list[str]]]:
 def _check_name(name: str) -> None:
     known = known_flags()
     if known and name not in known:
+        question = hint(name, known)
         raise LionError(
-            f"unknown flag --{name} after --: {nearest(name, known)}launch/pretrain_gpt.py --help lists Megatron's "
-            "flags"
+            f"unknown flag --{name} after --: {question and f'{question} '}launch/pretrain_gpt.py --help lists "
+            "Megatron's flags"
         )
 
 

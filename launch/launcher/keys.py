@@ -2,10 +2,10 @@
 
 import contextlib
 import re
-from collections.abc import Iterable
 from typing import Any
 
-from megatron_lion.config import ALL_BATCHES, LionError, did_you_mean
+from megatron_lion.config import ALL_BATCHES, LionError
+from megatron_lion.nearest import hint
 
 # Keys that launch.py itself reads. All other keys are Megatron's flags without their dashes.
 LAUNCH_TOPICS: dict[str, dict[str, type]] = {
@@ -160,22 +160,24 @@ PATH_KEYS = (
     "data", "run", "train-data-path", "valid-data-path", "test-data-path", "data-cache-path", "tokenizer-model",
     "vocab-file", "merge-file", "save", "load", "tensorboard-dir", "norm-ratio-file",
 )  # fmt: skip
+# Usual names elsewhere that are spelled too differently to be found by their letters.
+OTHER_NAMES = {
+    "learning-rate": "lr", "wd": "weight-decay", "steps": "train-iters", "max-steps": "train-iters",
+    "tp": "tensor-model-parallel-size", "pp": "pipeline-model-parallel-size", "cp": "context-parallel-size",
+}  # fmt: skip
 WORDS = {"norm-ratio-batches": ALL_BATCHES}  # accepted besides a number
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """``did you mean 'lr'? `` if one of ``valid`` is similar, else nothing; for lists that are too long to print."""
-    return did_you_mean(name, valid).partition("Valid:")[0]
-
-
 def typed(key: str, value: Any, where: str) -> Any:
     """The text ``value`` as the key's type. Raises LionError for an unknown key or a value of another type."""
     if key not in KEYS:
+        other = OTHER_NAMES.get(key.replace("_", "-").lower())
+        question = hint(other or key, KEYS)
         raise LionError(
-            f"unknown key {key!r} {where}: {nearest(key, KEYS)}launch.py --help lists the keys. Other flags of "
-            "Megatron's go after --"
+            f"unknown key {key!r} {where}: {question and f'{question} '}launch.py --help lists the keys. Other flags "
+            "of Megatron's go after --"
         )
     expected = KEYS[key]
     if isinstance(value, str):

@@ -21,7 +21,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from megatron_lion.config import LionError, did_you_mean
+from megatron_lion.config import LionError
+from megatron_lion.nearest import did_you_mean
 from megatron_lion.version import __version__
 
 from . import (
@@ -194,8 +195,13 @@ def main(arguments: list[str]) -> int:
         print(f"note: {note}", file=sys.stderr)
     if options.rehearse:
         return rehearsal.run(recipe, extra)
+    if not options.print:
+        recipe_checks.check_files(recipe)
+        if not options.slurm:
+            return run_here(recipe, extra)
+    for warning in recipe_checks.warnings(recipe):  # a run here prints it itself
+        print(f"warning: {warning}", file=sys.stderr)
     if options.print:
         print(slurm.script(recipe, extra, sys.executable) if options.slurm else commands.printed(recipe, extra))
         return 0
-    recipe_checks.check_files(recipe)
-    return submit(recipe, extra, sys.executable) if options.slurm else run_here(recipe, extra)
+    return submit(recipe, extra, sys.executable)

@@ -1,7 +1,6 @@
 """Checks of a recipe before anything starts. Each error names the key, its value and the fix."""
 
 import math
-from pathlib import Path
 
 from megatron_lion.config import (
     ERROR_FEEDBACKS,
@@ -11,7 +10,9 @@ from megatron_lion.config import (
     LionOptions,
     betas_or_default,
     check_choice,
+    check_data_prefix,
     check_non_negative,
+    warning_about,
 )
 
 from . import estimates, slurm
@@ -86,6 +87,8 @@ def _check_values(recipe: Recipe) -> None:
         raise LionError(f"master-port must be in [1, {last_port}], got {recipe['master-port']}")
     for key in ("lr", "min-lr", "weight-decay", "clip-grad"):
         check_non_negative(key, recipe.get(key, 0.0))
+    for key in DATA_KEYS:
+        check_data_prefix(key, recipe.get(key, ""))
     _check_lion(recipe)
 
 
@@ -209,21 +212,29 @@ def _check_memory(recipe: Recipe) -> None:
     )
 
 
+def warnings(recipe: Recipe) -> list[str]:
+    """What the run itself will warn about at its start."""
+    warning = warning_about(recipe["lr"], recipe["weight-decay"]) if recipe["optimizer"] == "lion" else None
+    return [warning] if warning else []
+
+
 def missing_files(recipe: Recipe) -> list[str]:
     """Files that the recipe reads and that are missing or empty here: ``key: path``, one for each key."""
     found = []
     for key in DATA_KEYS:
         for prefix in [recipe[key]] if key in recipe.settings else []:
-            absent = [suffix for suffix in (".bin", ".idx") if not _has_content(Path(prefix + suffix))]
+            absent = [suffix for suffix in (".bin", ".idx") if not _has_content(recipe, prefix + suffix)]
             if absent:
                 found.append(f"{key}: {prefix}{' and '.join(absent)}")
     return found + [
-        f"{key}: {recipe[key]}" for key in FILE_KEYS if key in recipe.settings and not Path(recipe[key]).exists()
+        f"{key}: {recipe[key]}"
+        for key in FILE_KEYS
+        if key in recipe.settings and not any(path.exists() for path in slurm.places(recipe, recipe[key]))
     ]
 
 
-def _has_content(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
+def _has_content(recipe: Recipe, file: str) -> bool:
+    return any(path.is_file() and path.stat().st_size > 0 for path in slurm.places(recipe, file))
 
 
 def check_files(recipe: Recipe) -> None:

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 import yaml
 
-from megatron_lion.config import LionError, did_you_mean
+from megatron_lion.config import LionError
+from megatron_lion.nearest import did_you_mean
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

@@ -16,6 +16,7 @@ def report(recipe: Recipe, extra: list[str]) -> str:
     parts = [f"recipe {' '.join(recipe.names)}"]
     if recipe.notes:
         parts.append("\n".join(f"note: {note}" for note in recipe.notes))
+    parts += [f"warning: {warning}" for warning in recipe_checks.warnings(recipe)]
     parts.append("sources in brackets: the first lines of the recipe's files in configs/ name them")
     parts += [_settings(recipe), _needs(recipe)]
     if extra:

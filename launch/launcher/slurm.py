@@ -18,6 +18,7 @@ MEETING = """hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 host="${{hosts%%$'\\n'*}}"
 port=$(({port} + SLURM_JOB_ID % {ports}))"""
 CONTAINERS = ("pyxis", "apptainer")
+IMAGE_FILES = (".sqsh", ".sif")
 PLAIN = r"[A-Za-z0-9_.:,-]+"
 CONSTRAINT = r"[A-Za-z0-9_.:,&|()\[\]*@-]+"
 MOUNT = r"/[^:,]*(:/[^:,]*(:[^:,]+)?)?"
@@ -84,17 +85,25 @@ def _check_container(recipe: Recipe) -> None:
                 f"container-mounts {recipe['container-mounts']!r}: {mount!r} is not a mount. Use SOURCE:TARGET or "
                 "SOURCE:TARGET:OPTIONS with absolute paths, separated by commas"
             )
+    targets = [target for _, target in _mounted(recipe)]
+    if twice := [target for target in targets if targets.count(target) > 1]:
+        raise LionError(f"container-mounts {recipe['container-mounts']!r} has two mounts on {twice[0]}: remove one")
     if not recipe.get("container-workdir", "/").startswith("/"):
         raise LionError(f"container-workdir {recipe['container-workdir']!r} is not absolute: start it with /")
 
 
 def _check_image(container: str, image: str) -> None:
-    """Raise LionError for an image of a registry in the form of another tool. Paths have any form."""
+    """Raise LionError for an image of a registry in the form of another tool."""
     registry, _, name = image.partition("/")
-    if not re.fullmatch(r"[\w-]+(\.[\w-]+)+(:\d+)?", registry) or not name:
+    if _is_file(image) or not re.fullmatch(r"[\w-]+(\.[\w-]+)+(:\d+)?", registry) or not name:
         return
     right = f"{registry}#{name}" if container == "pyxis" else f"docker://{image}"
     raise LionError(f"container-image {image!r} is not in the form that {container} takes: use {right}, or a file")
+
+
+def _is_file(image: str) -> bool:
+    """Whether ``image`` is a file, or an Apptainer folder, not an image of a registry."""
+    return image.endswith(IMAGE_FILES) or Path(image).expanduser().exists()
 
 
 def _words(recipe: Recipe, key: str, taken: dict[str, str]) -> list[str]:
@@ -186,6 +195,8 @@ def _container(recipe: Recipe) -> tuple[list[str], list[str]]:
         return [], []
     environment = ["env", *(f"{name}={value}" for name, value in recipe.environment.items())]
     image, mounts = recipe["container-image"], ",".join(_mounts(recipe))
+    if _is_file(image):  # pyxis takes a path for an image of a registry unless it starts with / or ./
+        image = str(Path.cwd() / Path(image).expanduser())
     workdir, more = recipe.get("container-workdir", str(Path.cwd())), _words(recipe, "container-args", {})
     if recipe["container"] == "pyxis":
         options = [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={workdir}"]
@@ -199,17 +210,38 @@ def _given_mounts(recipe: Recipe) -> list[str]:
 
 
 def _mounts(recipe: Recipe) -> list[str]:
-    """The recipe's mounts, then those that its paths need: each has the same path inside and outside."""
+    """The recipe's mounts, then those that its paths need: each has the same path inside and outside.
+
+    A folder of data in the target of a mount is already in the container. The others are folders of this machine,
+    which need a mount also inside such a target, but no second one on it.
+    """
+    given = _mounted(recipe)
     mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in _given_mounts(recipe)]
-    same = [Path(source) for source, target, *_ in (mount.split(":") for mount in mounts) if source == target]
-    files = [Path(recipe[key]).parent for key in FILE_KEYS if recipe.get(key)]
-    for path in sorted({ROOT, Path.cwd(), Path(recipe["run"]), *files}):
+    same = [source for source, target in given if source == target]
+    files = {Path(recipe[key]).parent for key in FILE_KEYS if recipe.get(key)}
+    files = {path for path in files if not any(path.is_relative_to(target) for _, target in given)}
+    own = {ROOT, Path.cwd(), Path(recipe["run"])} - {target for _, target in given}
+    for path in sorted(files | own):
         if not any(path.is_relative_to(mounted) for mounted in same):
             if re.search("[:,]", str(path)):
                 raise LionError(f"{path} cannot be mounted in a container: rename it without commas and colons")
             same.append(path)
             mounts.append(f"{path}:{path}")
     return mounts
+
+
+def _mounted(recipe: Recipe) -> list[tuple[Path, Path]]:
+    """Source and target of each of the recipe's mounts; none without a container."""
+    if "container" not in recipe.settings:
+        return []
+    pairs = [(mount.split(":") * 2)[:2] for mount in _given_mounts(recipe)]
+    return [(Path(source), Path(target)) for source, target in pairs]
+
+
+def places(recipe: Recipe, path: str) -> list[Path]:
+    """Where this machine may have the recipe's file ``path``: there, and in the sources of the container's mounts."""
+    mounted = [pair for pair in _mounted(recipe) if Path(path).is_relative_to(pair[1])]
+    return [Path(path), *(source / Path(path).relative_to(target) for source, target in mounted)]
 
 
 def _for_sbatch(what: str, value: str) -> str:

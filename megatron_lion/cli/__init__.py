@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_lion import hook
-from megatron_lion.config import did_you_mean
+from megatron_lion.nearest import did_you_mean
 from megatron_lion.version import __version__
 
 COMMANDS = {

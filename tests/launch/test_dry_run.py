@@ -172,6 +172,25 @@ def test_without_megatron_the_names_are_not_checked_and_the_dry_run_says_so(
     assert "further flags (names not checked: Megatron is not installed here)\n  --log-param-norm\n" in shown
 
 
+@pytest.mark.parametrize(
+    ("line", "warning"),
+    [
+        ("llama_130m lion h100x8 lr=1", "warning: --lr 1 is far above Lion's published rates"),
+        ("llama_130m lion h100x8 -- --lr 8e-3 --weight-decay 0.1", "warning: --lr 0.008 with --weight-decay 0.1 looks"),
+        ("llama_130m lion h100x8", ""),
+        ("llama_130m adamw h100x8", ""),
+    ],
+)
+def test_a_rate_that_the_run_warns_about_is_in_the_dry_run_and_before_a_job_is_submitted(
+    folder: Path, line: str, warning: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = dry_run(line, capsys)
+    assert ("warning" in shown, warning in shown) == (bool(warning), True)
+    names, _, flags = line.partition(" -- ")
+    main.main([*names.split(), "--slurm", "--print", *(["--", *flags.split()] if flags else [])])
+    assert ("warning" in (said := capsys.readouterr().err), warning in said) == (bool(warning), True)
+
+
 # ---- the command line ----
 
 

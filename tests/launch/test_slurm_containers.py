@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.launcher import main
+from launch.launcher import main, recipe_checks
 from megatron_lion.config import LionError
 from tests.launch.recipe_cases import ROOT, recipe
 from tests.launch.slurm_stubs import install, run, script, srun_words
 
+SPLITS = ("train", "valid", "test")
 IMAGE = "nvcr.io#nvidia/pytorch:25.06-py3"
 PYXIS = {"container": "pyxis", "container-image": IMAGE}
 APPTAINER = {"container": "apptainer", "container-image": "/images/lion 1.sif"}
@@ -96,6 +97,53 @@ def test_paths_that_no_mount_covers_are_mounted(cluster: Path, mounts: str, miss
     assert all(mount.count(":") >= 1 for mount in given)
 
 
+@pytest.mark.parametrize(
+    ("mounts", "data", "added"),
+    [
+        ("/lustre/me:/data", "/data", False),  # a path inside: it was mounted a second time on /data
+        ("/lustre/me:/data", "/data/text", False),
+        ("/lustre/me:/data:ro", "/lustre/me/text", True),  # a path outside, which the container has elsewhere
+    ],
+)
+def test_data_in_the_target_of_a_mount_is_not_mounted_again(cluster: Path, mounts: str, data: str, added: bool) -> None:
+    words = words_of(cluster, **PYXIS, **{"container-mounts": mounts, "data": data})
+    given = next(word for word in words if word.startswith("--container-mounts=")).partition("=")[2].split(",")
+    assert (f"{data}:{data}" in given) == added
+    assert f"{ROOT}:{ROOT}" in given
+    targets = [mount.split(":")[1] for mount in given]
+    assert len(set(targets)) == len(targets)
+
+
+def test_a_folder_of_this_machine_is_mounted_also_inside_the_target_of_a_mount(cluster: Path) -> None:
+    run_folder = cluster / "run"
+    for mounts, added in ((f"/scratch:{cluster}", True), (f"/scratch:{run_folder}", False)):
+        words = words_of(cluster, **PYXIS, **{"container-mounts": mounts})
+        given = next(word for word in words if word.startswith("--container-mounts=")).partition("=")[2].split(",")
+        assert (f"{run_folder}:{run_folder}" in given) == added
+
+
+def test_files_are_looked_for_where_a_mount_has_them(tmp_path: Path) -> None:
+    for name in ("tokenizer.model", *(f"{split}_text_document.{end}" for split in SPLITS for end in ("bin", "idx"))):
+        (tmp_path / name).write_text("x")
+    mounts = {"container-mounts": f"{tmp_path}:/text", "data": "/text"}
+    settings = [f"{key}={value}" for key, value in (PYXIS | mounts).items()]
+    assert recipe_checks.missing_files(recipe("tiny_gpt", "lion", "cpu", *settings)) == []
+    (tmp_path / "valid_text_document.bin").unlink()
+    assert recipe_checks.missing_files(recipe("tiny_gpt", "lion", "cpu", *settings)) == [
+        "valid-data-path: /text/valid_text_document.bin"
+    ]
+
+
+@pytest.mark.parametrize("container", ["pyxis", "apptainer"])
+@pytest.mark.parametrize("image", ["lab.images/lion.sqsh", "lab.images/lion.sif", "lab.images/sandbox", "~/lion.sif"])
+def test_an_image_file_is_passed_with_its_whole_path(cluster: Path, container: str, image: str) -> None:
+    """pyxis takes ``images/lion.sqsh`` for an image of a registry."""
+    (cluster / "here" / "lab.images" / "sandbox").mkdir(parents=True)
+    words = words_of(cluster, **{"container": container, "container-image": image})
+    whole = str(cluster / "here" / Path(image).expanduser())
+    assert f"--container-image={whole}" in words or whole in words
+
+
 def test_workdir_python_and_options_of_srun_are_the_users(cluster: Path) -> None:
     words = words_of(
         cluster,
@@ -133,6 +181,8 @@ REFUSED = {
     "container=apptainer container-image=reg.lab:5000/lion:1": "use docker://reg.lab:5000/lion:1, or a file",
     "container=pyxis container-image=a container-mounts=data:/data": "'data:/data' is not a mount. Use SOURCE:TARGET",
     "container=pyxis container-image=a container-mounts=/a:/b:ro:x": "'/a:/b:ro:x' is not a mount",
+    "container=pyxis container-image=a container-mounts=/a:/d,/b:/d:ro": "has two mounts on /d: remove one",
+    "container=pyxis container-image=lab.images/lion": "use lab.images#lion, or a file",
     "container=pyxis container-image=a container-mounts=/a:b": "'/a:b' is not a mount",
     "container=pyxis container-image=a container-workdir=x": "container-workdir 'x' is not absolute: start it with /",
     "container=pyxis container-image=a container-args=x": "container-args 'x' does not start with an option",
@@ -165,6 +215,7 @@ def test_print_shows_the_script_and_writes_nothing(cluster: Path, capsys: pytest
         "tiny_gpt",
         "lion",
         "cpu",
+        "weight-decay=0.7",
         f"run={cluster}/run",
         "--slurm",
         "--print",

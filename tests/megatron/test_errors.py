@@ -83,6 +83,13 @@ WRONG = {
     f"{LION} --lion-beta2 nan": ("--lion-beta2 must be in [0, 1)", "nan"),
     f"{LION} --weight-decay -1": ("--weight-decay must be a finite number >= 0", "-1"),
     f"{LION} --lion-beta3 0.9": ("--lion-beta3", "--help"),
+    f"{LION} --hiden-layers=3 -train-iters 5": ("--hiden-layers=3", "-train-iters: did you mean '--train-iters'? All"),
+    f"{LION} --lion-momentum int8": (
+        "arguments: --lion-momentum int8. --lion-momentum: did you mean '--lion-momentum-",
+    ),
+    f"{LION} --batch-size 4": ("did you mean '--global-batch-size' or '--micro-batch-size'?",),
+    f"{LION} --data-path 1 text/a 2 text/b.idx": ("--data-path text/b.idx names one of the two files", "use text/b."),
+    "--optimizer adam --lr 1e-4 --train-data-path a.bin": ("--train-data-path a.bin names one", "use a. Megatron adds"),
     f"{LION} --pipeline-model-parallel-size 3": ("PP 3", "multiple of 3 ranks", "1 were started", "--nproc-per-node 3"),
     f"{LION} --context-parallel-size 2": ("CP 2", "multiple of 2 ranks", "--context-parallel-size"),
     f"{LION} {DISTRIBUTED} --lion-init-from adma": ("--lion-init-from 'adma'", "did you mean 'adam'?", "fresh"),

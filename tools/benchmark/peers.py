@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_lion.config import LionError, did_you_mean
+from megatron_lion.config import LionError
+from megatron_lion.nearest import did_you_mean
 from tools.benchmark.measure import Candidate, first_line
 from tools.benchmark.shapes import bf16_twins, gradient
 from tools.benchmark.traffic import counted, streams_of

@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_lion.config import LionError, did_you_mean
+from megatron_lion.config import LionError
+from megatron_lion.nearest import did_you_mean
 from megatron_lion.run import readable_errors
 from tools.compare_runs import named_run
 from tools.corpus.shards import write_json

@@ -14,8 +14,8 @@ from megatron_lion.config import (
     REDUCES,
     LionError,
     LionOptions,
+    check_data_prefix,
     check_rates,
-    did_you_mean,
 )
 from megatron_lion.integration import compat, console, exit_signal
 from megatron_lion.integration.checkpoint import formats, init_from_adam, ownership
@@ -26,6 +26,10 @@ from megatron_lion.integration.flags import state_precision
 from megatron_lion.integration.optimizer import config_fields, fast_norm, refusals
 from megatron_lion.integration.rehearsal import fake_ranks
 from megatron_lion.integration.reporting import step_telemetry
+from megatron_lion.nearest import did_you_mean, hint
+
+# Flags with prefixes of data sets, with or without weights.
+DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
 def add_megatron_arguments(stock: Callable[..., Any], parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -41,6 +45,9 @@ def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]
     if torch_cuda.wanted() and not fake_ranks.is_active() and (flags := run_flags.apply(args)):
         console.say(f"{torch_cuda.DEVICE_VARIABLE}=cpu sets {' '.join(flags)}")
     _require_ranks(args)
+    for dest in DATA:
+        for word in getattr(args, dest, None) or ():
+            check_data_prefix(f"--{dest.replace('_', '-')}", word)
     norm_ratio.check(args)
     step_telemetry.check(args)
     validated = (_validate_lion if args.optimizer == "lion" else _validate_another)(stock, args, defaults or {})
@@ -195,13 +202,21 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(lion_rates_from_run=LionOptions.rates_from_run, lion_saves_stacks=LionOptions.saves_stacks)
 
     def error(message: str) -> None:
-        raise LionError(f"{message}. All flags: --help")
+        raise LionError(f"{message}. {_nearest_flags(message, parser)}All flags: --help")
 
     for action in parser._actions:  # --help fails at a single %, which some of Megatron's help texts have
         action.help = action.help and re.sub(r"%%|%(?!\()", "%%", action.help)
 
     # argparse would print the message, and all of Megatron's usage, once for every rank.
     parser.error = error  # type: ignore[method-assign, assignment]
+
+
+def _nearest_flags(message: str, parser: argparse.ArgumentParser) -> str:
+    """For argparse's message about unknown flags: ``--hiden-size: did you mean '--hidden-size'? ``, else nothing."""
+    _, is_unknown, words = message.partition("unrecognized arguments: ")
+    flags = [word.partition("=")[0] for word in words.split() if word.startswith("-")] if is_unknown else []
+    questions = {flag: hint(flag, parser._option_string_actions) for flag in flags}
+    return "".join(f"{flag}: {question} " for flag, question in questions.items() if question)
 
 
 def _require_ranks(args: Any) -> None:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_lion.config import LionError, check_choice
+from megatron_lion.config import LionError, check_choice, check_data_prefix
 
 # Settings of the hub's "gpt2", "bert-large-uncased" and "bert-large-cased" next to their vocabularies, and the file
 # names of each tokenizer class.
@@ -74,9 +74,13 @@ def check_data_manifests(args: Any) -> None:
     """Raise LionError where a manifest of tools/prepare_text.py says that the data is not what it should be.
 
     Compares the tokenizer and the sizes of the files for every prefix that Megatron will read, links followed. Data
-    without a manifest pass. A tokenizer that is not a local file is not compared.
+    without a manifest pass. A tokenizer that is not a local file is not compared. A file in a prefix's place is an
+    error, too.
     """
-    prefixes = [Path(f"{prefix}.bin").resolve().with_suffix("") for prefix in _data_prefixes(args)]
+    named = _data_prefixes(args)
+    for prefix in named:
+        check_data_prefix("data prefix", prefix)
+    prefixes = [Path(f"{prefix}.bin").resolve().with_suffix("") for prefix in named]
     for folder in dict.fromkeys(prefix.parent for prefix in prefixes):
         names = {f"{prefix.name}.bin" for prefix in prefixes if prefix.parent == folder}
         for path in sorted(folder.glob("*_manifest.json")):
