@@ -16,7 +16,7 @@ find_python() {
     for version in $SUPPORTED_PYTHONS; do
         for candidate in \
             "$(command -v "python$version" || true)" "$(command -v python3 || true)" "$(command -v python || true)" \
-            "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version"*/bin/python \
+            "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/"$version"*/bin/python \
             "$(command -v uv >/dev/null && uv python find "$version" 2>/dev/null || true)"; do
             if is_supported_python "$candidate"; then
                 echo "$candidate"

@@ -22,7 +22,7 @@ from tests.harness import BATCH, MODEL, PRETRAIN_GPT, RATE, ROOT
 
 OTHER_RELEASE = "0.18.2"
 IMAGE_TORCH = "2.6.0a0+ecf3bae40a.nv25.1"  # as a container image calls its own build
-COPIED = ("megatron_lion", "launch", "containers", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+COPIED = ("megatron_lion", "launch", "configs", "containers", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 HIDDEN = re.compile(r"megatron|__editable__|setuptools|pkg_resources|_distutils_hack|wheel|pip\b|pip-|.*\.pth$")
 MEGATRON = re.compile(r"megatron$|megatron_core-")
 TRAIN = f"{MODEL} {BATCH} {RATE} --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --train-iters 2"
@@ -34,7 +34,7 @@ out.
 """
 # What the page shows of an output.
 SHOWN = re.compile(
-    r"^(torch  |megatron-core  |  not used|READY|NOT READY|megatron-lion: (?!MEGATRON_LION_DEVICE)|"
+    r"^(usage: |recipe |torch  |megatron-core  |  not used|READY|NOT READY|megatron-lion: (?!MEGATRON_LION_DEVICE)|"
     r"megatron-lion \w+abled|Successfully (un)?installed)"
 )
 
@@ -201,15 +201,39 @@ def read_only(folder: Path) -> Clean:
 
 
 def no_home(folder: Path) -> Clean:
+    """No HOME, and a HOME that cannot be made."""
+    clean = Clean(folder)
+    clean.variables |= {"HOME": "", "XDG_CACHE_HOME": ""}
+    all_commands(clean)
+    clean.variables["HOME"] = "/proc/nobody"  # where nobody may make a folder
+    assert "kernel fused (compiled for this run only: [Errno 2]" in all_commands(clean)
+    return clean
+
+
+def no_user(folder: Path) -> Clean:
     """No HOME and no entry in passwd, as in a container that runs under a foreign user."""
     clean = Clean(folder)
-    clean.run("pip install -q setuptools && pip install -q --no-build-isolation ./megatron-lion")
+    # torch's inductor asks for the user's name, to make its cache's.
     clean.variables |= {"HOME": "", "XDG_CACHE_HOME": "", "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
     # Without nsswitch.conf, systemd does not answer for root instead of passwd.
     clean.prefix = mounted("mount --bind /dev/null /etc/passwd && mount --bind /dev/null /etc/nsswitch.conf")
-    assert "READY" in clean.doctor()
-    assert "kernel fused (compiled for this run only: this user has no home folder" in clean.train()
+    assert "kernel fused (compiled for this run only: this user has no home folder" in all_commands(clean)
     return clean
+
+
+def all_commands(clean: Clean) -> str:
+    """Every command that a first user types, from the installation to the removal. Returns the log of the training."""
+    clean.run("pip install -q setuptools && pip install --no-build-isolation ./megatron-lion")
+    assert "READY" in clean.doctor()
+    assert "usage: megatron-lion rehearse" in clean.run("megatron-lion rehearse --help")
+    assert "--lion-gather" in clean.run("python megatron-lion/launch/pretrain_gpt.py --help")
+    clean.run("python megatron-lion/launch/launch.py llama_7b lion h100x32 --dry-run")
+    log = clean.train()
+    assert OURS in log
+    clean.run("megatron-lion enable")
+    assert OURS in clean.train(start="")
+    clean.run("megatron-lion disable && pip uninstall -y megatron-lion")
+    return log
 
 
 def no_compiler(folder: Path) -> Clean:
@@ -277,6 +301,7 @@ ROWS: dict[str, Callable[[Path], Clean]] = {
     "read-only site-packages": read_only,
     "pip install --user": user_site,
     "no HOME": no_home,
+    "no HOME, no user": no_user,
     "no compiler": no_compiler,
     "containers/install.sh": container,
     "nvidia-resiliency-ext 0.4.1": broken_resiliency_extension,

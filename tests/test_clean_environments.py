@@ -11,12 +11,13 @@ from tests import clean_environments
 from tests.harness import ROOT
 
 CONTAINERS = ROOT / "containers"
+NEED_MOUNTS = ("read-only site-packages", "pip install --user", "no HOME, no user")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", clean_environments.ROWS)
 def test_a_clean_environment_runs_the_lion_that_it_says(name: str, tmp_path: Path) -> None:
-    if name in ("read-only site-packages", "pip install --user", "no HOME") and not clean_environments.can_mount():
+    if name in NEED_MOUNTS and not clean_environments.can_mount():
         pytest.skip("needs a mount namespace")
     made = clean_environments.ROWS[name](tmp_path / "user")
     assert str(tmp_path) not in clean_environments.section(name, made)

@@ -322,6 +322,20 @@ def test_a_failed_check_means_foreach_and_one_warning_per_node(on_gpu, monkeypat
     assert all(FAILED.text in str(warning.message) for warning in caught)
 
 
+@pytest.mark.parametrize("home", ["none", "read-only"])
+def test_without_a_cache_for_triton_the_warning_says_what_to_set(on_gpu, monkeypatch, tmp_path, home):
+    on_gpu(Result(False, "could not be checked on X: it ended with status 1: OSError"))
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    if home == "read-only":
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setattr(self_check.tempfile, "TemporaryFile", refuse)
+    with pytest.warns(RuntimeWarning, match=r"Triton's cache cannot be written .*: set TRITON_CACHE_DIR"):
+        choose("auto", ON_GPU)
+
+
 @pytest.mark.parametrize("kernel", ["foreach", "reference", "fused"])
 def test_other_kernels_are_not_checked(monkeypatch, cache, kernel):
     monkeypatch.setattr(self_check, "result_for", lambda kind: pytest.fail("a check"))

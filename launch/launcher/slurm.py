@@ -1,6 +1,7 @@
 """The Slurm script of a recipe: options of sbatch, srun and a container, and the checks of their values."""
 
 import math
+import os
 import re
 import shlex
 import string
@@ -103,7 +104,7 @@ def _check_image(container: str, image: str) -> None:
 
 def _is_file(image: str) -> bool:
     """Whether ``image`` is a file, or an Apptainer folder, not an image of a registry."""
-    return image.endswith(IMAGE_FILES) or Path(image).expanduser().exists()
+    return image.endswith(IMAGE_FILES) or os.path.exists(os.path.expanduser(image))
 
 
 def _words(recipe: Recipe, key: str, taken: dict[str, str]) -> list[str]:
@@ -196,7 +197,7 @@ def _container(recipe: Recipe) -> tuple[list[str], list[str]]:
     environment = ["env", *(f"{name}={value}" for name, value in recipe.environment.items())]
     image, mounts = recipe["container-image"], ",".join(_mounts(recipe))
     if _is_file(image):  # pyxis takes a path for an image of a registry unless it starts with / or ./
-        image = str(Path.cwd() / Path(image).expanduser())
+        image = str(Path.cwd() / os.path.expanduser(image))
     workdir, more = recipe.get("container-workdir", str(Path.cwd())), _words(recipe, "container-args", {})
     if recipe["container"] == "pyxis":
         options = [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={workdir}"]

@@ -32,6 +32,7 @@ NUMEL = 2_097_151
 SECONDS = 180.0
 PACKAGE = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-P", "-m", __name__)
+REPORT = "Please report this message with the versions of torch, Triton and the driver"
 # A difference stays until something changes. A crash or a timeout may have had a passing cause.
 YEAR, TEN_MINUTES = 365 * 86400.0, 600.0
 
@@ -93,11 +94,23 @@ def _decide(kind: StepKind) -> Result:
     if not result.passed and os.environ.get("LOCAL_RANK", "0") == "0":
         warnings.warn(
             f"Lion's Triton kernel {result.text}. The foreach kernel is used, which is slower but has the bits of the "
-            "reference. Please report this message with the versions of torch, Triton and the driver",
+            f"reference. {_cache_problem() or REPORT}",
             RuntimeWarning,
             stacklevel=2,
         )
     return result
+
+
+def _cache_problem() -> str | None:
+    """Why Triton cannot store what it compiles, as without a home folder, and what to do; else None."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return f"Triton's cache cannot be written ({error}): set TRITON_CACHE_DIR to a folder that can"
+    return None
 
 
 def run(check: Check) -> Result:
