@@ -91,7 +91,8 @@ def test_a_rate_above_adamws_gives_a_warning_of_its_size() -> None:
         ("batch-size", ["global-batch-size", "micro-batch-size"]),  # all names with these words
         ("bacth-size", ["micro-batch-size", "global-batch-size"]),  # equally near, the nearer one first
         ("weight_decay", ["weight-decay"]),  # not no-weight-decay
-        ("size", []),  # in too many names
+        ("size", ["hidden-size", "vocab-size"]),  # the shortest
+        ("rate", []),
         ("seq-lenght", ["seq-length"]),
         ("", []),
         ("-", []),
@@ -99,7 +100,7 @@ def test_a_rate_above_adamws_gives_a_warning_of_its_size() -> None:
 )
 def test_all_names_that_are_near_are_suggested(value: str, nearest: list[str]) -> None:
     names = ["global-batch-size", "micro-batch-size", "hidden-size", "vocab-size", "weight-decay", "seq-length"]
-    names += ["no-weight-decay", "ring-size", "slice-size"]
+    names += ["no-weight-decay"]
     assert nearest_names(value, names) == nearest
 
 

@@ -1,5 +1,6 @@
 """launch/environment.sh makes the environment again when what is installed changes, and only then."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -52,3 +53,13 @@ def test_the_environment_is_made_again_when_what_is_installed_changes(
     assert changed != (tmp_path / file).read_text()
     (tmp_path / file).write_text(changed)
     assert ("environment: making" in make_environment(tmp_path)) == again
+
+
+def test_a_python_is_looked_for_where_no_variable_names_a_home_folder() -> None:
+    script = f'source "{ROOT}/launch/environment.sh"; find_python'
+    variables = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, env=variables, check=False
+    )
+    assert "unbound" not in done.stderr
+    assert done.stdout.startswith("/") or "No Python 3.12 or 3.13 with venv was found" in done.stderr

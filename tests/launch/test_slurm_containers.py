@@ -1,5 +1,6 @@
 """Slurm jobs in containers, and further options of sbatch and srun: what srun gets, and what is refused."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -97,29 +98,37 @@ def test_paths_that_no_mount_covers_are_mounted(cluster: Path, mounts: str, miss
     assert all(mount.count(":") >= 1 for mount in given)
 
 
+def srun_line(**settings: object) -> list[str]:
+    """The words of the script's srun, without running it."""
+    lines = script("tiny_gpt", "lion", "cpu", **settings).splitlines()
+    return shlex.split(next(line for line in lines if line.startswith("srun ")))
+
+
+def mounts_of(**settings: object) -> list[str]:
+    (found,) = [word for word in srun_line(**PYXIS, **settings) if word.startswith("--container-mounts=")]
+    return found.partition("=")[2].split(",")
+
+
 @pytest.mark.parametrize(
-    ("mounts", "data", "added"),
+    ("mount", "data", "added"),
     [
         ("/lustre/me:/data", "/data", False),  # a path inside: it was mounted a second time on /data
         ("/lustre/me:/data", "/data/text", False),
         ("/lustre/me:/data:ro", "/lustre/me/text", True),  # a path outside, which the container has elsewhere
     ],
 )
-def test_data_in_the_target_of_a_mount_is_not_mounted_again(cluster: Path, mounts: str, data: str, added: bool) -> None:
-    words = words_of(cluster, **PYXIS, **{"container-mounts": mounts, "data": data})
-    given = next(word for word in words if word.startswith("--container-mounts=")).partition("=")[2].split(",")
+def test_data_in_the_target_of_a_mount_is_not_mounted_again(mount: str, data: str, added: bool) -> None:
+    given = mounts_of(**{"container-mounts": mount, "data": data})
     assert (f"{data}:{data}" in given) == added
     assert f"{ROOT}:{ROOT}" in given
     targets = [mount.split(":")[1] for mount in given]
     assert len(set(targets)) == len(targets)
 
 
-def test_a_folder_of_this_machine_is_mounted_also_inside_the_target_of_a_mount(cluster: Path) -> None:
-    run_folder = cluster / "run"
-    for mounts, added in ((f"/scratch:{cluster}", True), (f"/scratch:{run_folder}", False)):
-        words = words_of(cluster, **PYXIS, **{"container-mounts": mounts})
-        given = next(word for word in words if word.startswith("--container-mounts=")).partition("=")[2].split(",")
-        assert (f"{run_folder}:{run_folder}" in given) == added
+def test_a_folder_of_this_machine_is_mounted_also_inside_the_target_of_a_mount() -> None:
+    for target, added in (("/work/runs", True), ("/work/runs/1", False)):
+        given = mounts_of(run="/work/runs/1", **{"container-mounts": f"/scratch:{target}"})
+        assert ("/work/runs/1:/work/runs/1" in given) == added
 
 
 def test_files_are_looked_for_where_a_mount_has_them(tmp_path: Path) -> None:
@@ -135,13 +144,13 @@ def test_files_are_looked_for_where_a_mount_has_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", ["pyxis", "apptainer"])
-@pytest.mark.parametrize("image", ["lab.images/lion.sqsh", "lab.images/lion.sif", "lab.images/sandbox", "~/lion.sif"])
-def test_an_image_file_is_passed_with_its_whole_path(cluster: Path, container: str, image: str) -> None:
+def test_an_image_file_is_passed_with_its_whole_path(cluster: Path, container: str) -> None:
     """pyxis takes ``images/lion.sqsh`` for an image of a registry."""
     (cluster / "here" / "lab.images" / "sandbox").mkdir(parents=True)
-    words = words_of(cluster, **{"container": container, "container-image": image})
-    whole = str(cluster / "here" / Path(image).expanduser())
-    assert f"--container-image={whole}" in words or whole in words
+    for image in ("lab.images/lion.sqsh", "lab.images/lion.sif", "lab.images/sandbox", "~/lion.sif"):
+        words = srun_line(**{"container": container, "container-image": image})
+        whole = str(cluster / "here" / Path(image).expanduser())
+        assert f"--container-image={whole}" in words or whole in words
 
 
 def test_workdir_python_and_options_of_srun_are_the_users(cluster: Path) -> None:
