@@ -1,6 +1,5 @@
 """launch/environment.sh makes the environment again when what is installed changes, and only then."""
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
