@@ -87,7 +87,6 @@ WRONG = {
     f"{LION} --lion-momentum int8": (
         "arguments: --lion-momentum int8. --lion-momentum: did you mean '--lion-momentum-",
     ),
-    f"{LION} --batch-size 4": ("did you mean '--global-batch-size' or '--micro-batch-size'?",),
     f"{LION} --data-path 1 text/a 2 text/b.idx": ("--data-path text/b.idx names one of the two files", "use text/b."),
     "--optimizer adam --lr 1e-4 --train-data-path a.bin": ("--train-data-path a.bin names one", "use a. Megatron adds"),
     f"{LION} --pipeline-model-parallel-size 3": ("PP 3", "multiple of 3 ranks", "1 were started", "--nproc-per-node 3"),
