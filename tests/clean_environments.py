@@ -213,8 +213,7 @@ def no_home(folder: Path) -> Clean:
 def no_user(folder: Path) -> Clean:
     """No HOME and no entry in passwd, as in a container that runs under a foreign user."""
     clean = Clean(folder)
-    # torch's inductor asks for the user's name, to make its cache's.
-    clean.variables |= {"HOME": "", "XDG_CACHE_HOME": "", "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    clean.variables |= {"HOME": "", "XDG_CACHE_HOME": ""}
     # Without nsswitch.conf, systemd does not answer for root instead of passwd.
     clean.prefix = mounted("mount --bind /dev/null /etc/passwd && mount --bind /dev/null /etc/nsswitch.conf")
     assert "kernel fused (compiled for this run only: this user has no home folder" in all_commands(clean)
