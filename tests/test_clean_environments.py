@@ -11,7 +11,7 @@ from tests import clean_environments
 from tests.harness import ROOT
 
 CONTAINERS = ROOT / "containers"
-NEED_MOUNTS = ("read-only site-packages", "pip install --user", "no HOME, no user")
+NEED_MOUNTS = ("read-only site-packages", "pip install --user", "no HOME", "no HOME, no user")
 
 
 @pytest.mark.slow
