@@ -34,8 +34,8 @@ out.
 """
 # What the page shows of an output.
 SHOWN = re.compile(
-    r"^(usage: |  WARNING: Building wheel|recipe |torch  |megatron-core  |  not used|READY|NOT READY|megatron-lion: (?!MEGATRON_LION_DEVICE)|"
-    r"megatron-lion \w+abled|Successfully (un)?installed)"
+    r"^(usage: |  WARNING: Building wheel|recipe |torch  |megatron-core  |  not used|READY|NOT READY|"
+    r"megatron-lion: (?!MEGATRON_LION_DEVICE)|megatron-lion \w+abled|Successfully (un)?installed)"
 )
 
 
