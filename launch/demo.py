@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for text, logs, checkpoints and figures")
     parser.add_argument("--iterations", type=int, default=90, help="steps of each run (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=80, help="batches of a norm-ratio round (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=90, help="batches of a norm-ratio round (default: %(default)s)")
     options = parser.parse_args()
     say("text: the documentation that ships with Python")
     tool("demo_text.py", "--output", options.output / "text", *TEXT.split())
