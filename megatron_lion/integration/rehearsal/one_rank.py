@@ -27,7 +27,11 @@ _CHECKPOINTS = "megatron.training.checkpointing"
 # What a rehearsal replaces or calls in Megatron, in addition to what registration has checked.
 SEAMS = (
     compat.Seam("megatron.training.arguments", "validate_args", ("args",), uses=("is_te_min_version",)),
-    compat.Seam(_LOOP, "pretrain", uses=("setup_model_and_optimizer", "build_train_valid_test_data_iterators")),
+    compat.Seam(
+        _LOOP,
+        "pretrain",
+        uses=("set_jit_fusion_options", "setup_model_and_optimizer", "build_train_valid_test_data_iterators"),
+    ),
     compat.Seam(_LOOP, "setup_model_and_optimizer", uses=("get_megatron_optimizer", "load_checkpoint")),
     compat.Seam(_CHECKPOINTS, "_build_sharded_state_dict_metadata", ("args",)),
     compat.Seam(_CHECKPOINTS, "generate_state_dict", ("args", "model", "optimizer", "optim_sd_kwargs")),
@@ -87,7 +91,7 @@ def preload() -> None:
             f"{INSTALL_HINT}"
         )
     compat.require(SEAMS)
-    for module in ("megatron.training.training", "megatron.training.checkpointing", "megatron.core.models.gpt"):
+    for module in (_LOOP, _CHECKPOINTS, "megatron.core.models.gpt", "megatron.core.tokenizers.text"):
         importlib.import_module(module)
 
 
@@ -181,6 +185,8 @@ def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[Non
     with contextlib.ExitStack() as stack:
         stack.enter_context(compat.temporarily(training, setup_model_and_optimizer=setup))
         stack.enter_context(compat.temporarily(dataset_utils, compile_helpers=lambda: None))  # no data is read
+        # It computes with activations in real memory, to compile kernels.
+        stack.enter_context(compat.temporarily(training, set_jit_fusion_options=lambda *_, **__: None))
         if steps:
             stack.enter_context(made_up_steps.taking_over(steps, finish))
         yield
