@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,7 +88,7 @@ def refused_row(name: str, layout: Layout) -> dict[str, Any]:
     sys.exit(f"{name} is not refused")
 
 
-def _built(sizes: dict[str, int], expected: dict[str, float]) -> dict[str, Any]:
+def _built(sizes: dict[str, int], expected: Mapping[str, float]) -> dict[str, Any]:
     built = {kind: sizes[kind] for kind in ("weights", "gradients")}
     built["state"] = sizes["momentum"] + sizes["masters"]
     return {"parameters": sizes["parameters"], "total": sizes["on_device"], "built": built, "expected": expected}

@@ -112,6 +112,11 @@ def refuse(args: Any) -> None:
             f"--optimizer {args.optimizer} cannot be rehearsed: its state is not known here. Rehearse with "
             f"{', '.join(OPTIMIZERS)}"
         )
+    if args.optimizer == "adam" and getattr(args, "use_precision_aware_optimizer", False):
+        raise LionError(
+            "--use-precision-aware-optimizer cannot be rehearsed with --optimizer adam: its state is that of "
+            "Transformer Engine's FusedAdam, which needs a GPU. Rehearse without the flag"
+        )
     for dest, reason in IRREPLACEABLE.items():
         if getattr(args, dest, None):
             raise LionError(f"--{dest.replace('_', '-')} cannot be rehearsed: {reason}")

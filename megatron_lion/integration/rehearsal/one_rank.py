@@ -30,8 +30,14 @@ SEAMS = (
     compat.Seam(
         _LOOP,
         "pretrain",
-        uses=("set_jit_fusion_options", "setup_model_and_optimizer", "build_train_valid_test_data_iterators"),
+        uses=(
+            "set_jit_fusion_options",
+            "setup_model_and_optimizer",
+            "build_train_valid_test_data_iterators",
+            "train",
+        ),
     ),
+    compat.Seam(_LOOP, "train", ("forward_step_func", "model")),
     compat.Seam(_LOOP, "setup_model_and_optimizer", uses=("get_megatron_optimizer", "load_checkpoint")),
     compat.Seam(_CHECKPOINTS, "_build_sharded_state_dict_metadata", ("args",)),
     compat.Seam(_CHECKPOINTS, "generate_state_dict", ("args", "model", "optimizer", "optim_sd_kwargs")),
@@ -175,7 +181,7 @@ def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[Non
         _describe(report, args, model, optimizer)
         if not steps:
             raise _Built
-        made_up_steps.prepare(args, model, steps)
+        made_up_steps.prepare(args, steps)
         return model, optimizer, scheduler
 
     def finish(result: dict[str, Any]) -> None:
