@@ -40,7 +40,7 @@ def rehearse(script: Path, flags: list[str], ranks: int, chosen: list[int] | Non
     from megatron_lion.cli.rehearse import ranks as processes
 
     began, cpu = time.monotonic(), _cpu_seconds()
-    options = SimpleNamespace(script=str(script), flags=flags, world_size=ranks, rank=chosen, steps=0)
+    options = SimpleNamespace(script=str(script), flags=flags, world_size=ranks, rank=chosen, ranks=None, steps=0)
     reports = processes.rehearse(options)
     host = max(report.host_bytes for report in reports)
     return reports, {"seconds": time.monotonic() - began, "cpu": _cpu_seconds() - cpu, "host": host}

@@ -1,5 +1,6 @@
 """Which ranks are rehearsed, what the report says, and the exit status."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from megatron_lion.cli.rehearse import ranks, report
 from megatron_lion.integration.rehearsal.one_rank import RankReport
 
 GIB = 1 << 30
+SENT = {"group": "tensor", "collective": "send", "ranks": 2, "messages": 3, "bytes": 4}
+STEPS = {"steps": 1, "seconds": 0.1, "activations": GIB, "messages": [SENT]}
 
 
 def rank_report(rank: int = 0, **changed: Any) -> RankReport:
@@ -35,6 +38,13 @@ def test_distinct_ranks_are_the_first_and_the_last_shard_of_each_kind_of_stage()
     assert ranks.distinct(rank_report(stages=[0], replicas=[0])) == [0]
 
 
+def test_chosen_ranks_are_rehearsed_once_and_all_ranks_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks.one_rank, "preload", lambda: None)
+    monkeypatch.setattr(ranks, "_rehearse_one", lambda rank, options: rank)
+    assert ranks.rehearse(SimpleNamespace(rank=[3, 1, 3], ranks=None, world_size=4)) == [3, 1]
+    assert ranks.rehearse(SimpleNamespace(rank=None, ranks="all", world_size=4)) == [0, 1, 2, 3]
+
+
 def test_a_rank_that_does_not_fit_is_named_and_the_status_is_1() -> None:
     larger = rank_report(48, sizes={**rank_report().sizes, "on_device": 6 * GIB})
     built = [rank_report(), larger]
@@ -46,9 +56,10 @@ def test_a_rank_that_does_not_fit_is_named_and_the_status_is_1() -> None:
 
 
 def test_activations_that_steps_measured_are_part_of_what_a_rank_needs() -> None:
-    measured = rank_report(steps={"steps": 1, "seconds": 0.1, "activations": GIB})
+    measured = rank_report(steps=STEPS)
     assert report.is_too_large([measured], 5.5)
     assert "no training" in report.text([measured], {}, 5.5)
+    assert "  tensor, 2 ranks: 3 x send, 4 B" in report.text([measured], {}, 5.5)
     assert report.NO_ACTIVATIONS in report.text([rank_report()], {}, 5.5)
 
 

@@ -28,9 +28,9 @@ def parser(base: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> arg
     add("--rank", type=int, action="append", metavar="R", help="rank to rehearse; may be repeated")
     add(
         "--ranks",
-        choices=("distinct",),
-        help="one rank of each kind: first, middle and last pipeline stage (every stage if layers differ), each with "
-        "its first and last data-parallel shard. The default without --rank",
+        choices=("distinct", "all"),
+        help="distinct, the default: one rank of each kind: first, middle and last pipeline stage (every stage if "
+        "layers differ), each with its first and last data-parallel shard",
     )
     add("--gpu-memory", type=float, metavar="GiB", help="memory of a GPU; exit with 1 if a rank needs more")
     add("--steps", type=int, default=0, metavar="K", help="also run K steps on random tokens, in real memory")
