@@ -75,6 +75,11 @@ def test_padding_is_counted_and_a_checkpoint_adds_up_the_stages() -> None:
     assert "checkpoint: 6.00 GiB, up to 128 files of tensors" in text  # 2 whole tensors, 4 stages
 
 
+def test_a_checkpoint_that_is_not_there_is_reported() -> None:
+    loaded = {"folder": "/none", "iteration": 0, "tensors": 0, "converted": []}
+    assert "--load /none: no checkpoint found here" in report.text([rank_report(loaded=loaded)], {}, None)
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

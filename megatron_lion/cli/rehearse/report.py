@@ -132,6 +132,9 @@ def _checkpoint(reports: list[RankReport]) -> str | None:
 def _loaded(report: RankReport) -> str | None:
     if report.loaded is None:
         return None
+    if not report.loaded["tensors"] and not report.loaded["converted"]:
+        folder = report.loaded["folder"]
+        return f"--load {folder}: no checkpoint found here, so the run would start from random weights"
     converted = ", ".join(report.loaded["converted"]) or "nothing"
     return (
         f"--load {report.loaded['folder']}: iteration {report.loaded['iteration']}, {report.loaded['tensors']} tensors "

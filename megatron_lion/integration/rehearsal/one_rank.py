@@ -238,7 +238,7 @@ def _describe(report: RankReport, args: Any, model: list[Any], optimizer: Any) -
     report.optimizer = args.optimizer
     report.sizes = asdict(measured.sizes(model, optimizer)) | {"on_device": measured.sizes(model, optimizer).on_device}
     report.buckets = [asdict(bucket) for bucket in measured.buckets(model)]
-    report.traffic = [asdict(traffic) for traffic in measured.traffic(model)]
+    report.traffic = [asdict(traffic) for traffic in measured.traffic(model, optimizer)]
     if not report.real_memory:
         plan = checkpoint_plan.plan(args, model, optimizer)
         report.checkpoint = asdict(plan) if plan else None
