@@ -1,6 +1,6 @@
 """Transformer Engine on a machine without a GPU: the Python of its wheel over a stand-in for its compiled extension.
 
-Its layers can be built, also on the meta device. Nothing of them can be computed.
+Its layers can be built, also on the meta device. Only its functions for lists of tensors can compute, in torch.
 """
 
 import enum
@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tests import wheels
+from tests.stand_ins import multi_tensor
 
 VERSION = "2.20.2"
+VARIABLE = "MEGATRON_LION_TESTS_TRANSFORMER_ENGINE"
+"""set to the wheel's folder, it makes ``preloaded`` install it"""
 
 
 def folder() -> Path:
@@ -59,6 +62,9 @@ class Extension(types.ModuleType):
 
     DType = DType
     NVTE_Fused_Attn_Backend = FusedAttention
+    multi_tensor_l2norm = staticmethod(multi_tensor.l2norm)
+    multi_tensor_scale = multi_tensor_scale_tensor = staticmethod(multi_tensor.scale)
+    multi_tensor_adam = staticmethod(multi_tensor.adam)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
