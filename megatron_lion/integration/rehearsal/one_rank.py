@@ -116,8 +116,6 @@ def rehearse(script: str, flags: list[str], *, rank: int, world_size: int, steps
     register()
     report = RankReport(rank=rank, world_size=world_size)
     report.seconds["imports and registration"] = time.monotonic() - started
-    if not Path(script).is_file():
-        raise LionError(f"{script} is not a file: pass the path of your Megatron script, such as pretrain_gpt.py")
     sys.path.insert(0, str(Path(script).resolve().parent))
     sys.argv = [script, *flags]
     with _taking_over(report, steps, started):
