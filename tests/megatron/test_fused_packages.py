@@ -13,7 +13,16 @@ import pytest
 
 from megatron_lion.integration.compat.versions import megatron_version
 from tests import transformer_engine, versions
-from tests.harness import CPU_ENVIRONMENT, HORIZON, ROOT, assert_same_checkpoint, pretrain_flags, read_checkpoint
+from tests.harness import (
+    CPU_ENVIRONMENT,
+    HORIZON,
+    ROOT,
+    assert_same_checkpoint,
+    pretrain,
+    pretrain_flags,
+    read_checkpoint,
+    relative_difference,
+)
 
 pytestmark = pytest.mark.slow
 STAND_INS = ROOT / "tests" / "stand_ins"
@@ -63,6 +72,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     resumed = megatron.pretrain(text, flags, saving, f"--load {halves}", ranks=2)
     assert min(resumed.log.loss) == 3
     assert_same_checkpoint(read_checkpoint(whole, 4), read_checkpoint(halves, 4))
+
+
+def test_a_checkpoint_is_loaded_without_the_package_too(
+    megatron: versions.Megatron, text: Path, tmp_path: Path
+) -> None:
+    saving = f"--clip-grad 0.3 --train-iters 4 --save {tmp_path}"
+    first = megatron.pretrain(text, LION, saving, "--save-interval 2", ranks=2)
+    without = pretrain(text, LION, saving, f"--save-interval 9 --load {tmp_path} --ckpt-step 2", ranks=2)
+    assert relative_difference(without.log, first.log) < 1e-5  # the norms are rounded differently
 
 
 def test_lion_continues_from_their_adam(megatron: versions.Megatron, text: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     te_ranks.py (te WHEEL | local) < lines of "RANK WORLD_SIZE <Megatron's flags>"
 
 Prints a line of JSON for each line: the parameters as (shape, dtype), sorted; what this package reads of them (kind,
-layer, expert, tensor-parallel, counted on this rank); the sizes, the padding and the messages; the classes of modules
+layer, expert, counted on this rank); the sizes, the padding and the messages; the classes of modules
 that have parameters. Each rank is forked from this process, which has Megatron imported.
 """
 
@@ -74,7 +74,7 @@ def describe(line: str) -> dict[str, Any]:
         found["read"] = sorted(
             [
                 list(param.shape), gradient_shards.kind_of(name), layer or 0, gradient_shards.is_expert(param),
-                bool(getattr(param, "tensor_model_parallel", False)), gradient_shards.is_counted(param),
+                gradient_shards.is_counted(param),
             ]
             for chunk in model
             for name, param, layer in gradient_shards.named_parameters(chunk)

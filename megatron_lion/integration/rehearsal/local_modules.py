@@ -178,8 +178,9 @@ def _keep_down_projections_whole(rank: int) -> None:
         if kwargs.get("tp_comm_buffer_name") not in DOWN_PROJECTIONS:
             return stock(spec, *args, **kwargs)
         module = stock(spec, *args, **{**kwargs, "tp_group": alone})
-        for param in module.parameters():  # as Transformer Engine's: the ranks add up their gradients
+        for param in module.parameters():  # as Transformer Engine's: the ranks add up the gradients of one weight
             param.sequence_parallel = kwargs["config"].sequence_parallel
+            param.tensor_model_parallel = False
         return module
 
     multi_latent_attention.build_module = build_module
