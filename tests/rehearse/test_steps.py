@@ -57,6 +57,15 @@ def test_recomputed_activations_are_not_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_steps_run_if_no_token_goes_to_the_experts_of_this_rank(tmp_path: Path) -> None:
+    """The second chunk of the first stage gets only zeros, so all its tokens go to one expert."""
+    interleaved = (
+        "--num-layers 8 --num-layers-per-virtual-pipeline-stage 1 --overlap-param-gather --overlap-grad-reduce"
+    )
+    assert_steps(tmp_path, 0, PARALLEL, EXPERTS, interleaved)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3, 7])
 @pytest.mark.parametrize("flags", ["", PARALLEL, EXPERTS, f"{PARALLEL} {EXPERTS}"])
 def test_steps_run_in_every_layout(tmp_path: Path, rank: int, flags: str) -> None:
