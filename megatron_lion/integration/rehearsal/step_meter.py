@@ -29,11 +29,11 @@ COLLECTIVES: dict[str, tuple[str, int, Callable[[int], float]]] = {
 }
 
 
-class Messages(TorchDispatchMode):
+class Messages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is sent to other ranks while it is active."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._messages: Counter[tuple[str, str, int]] = Counter()
         self._bytes: Counter[tuple[str, str, int]] = Counter()
 
