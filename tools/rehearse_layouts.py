@@ -117,19 +117,20 @@ def main() -> None:
     """Rehearse with each release in a process, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--megatron", nargs="*", default=[], metavar="FOLDER", help="folders of other releases")
+    parser.add_argument("--megatron", nargs="*", metavar="FOLDER", help="folders of other releases")
     names = (*RECIPES, *LAYOUTS)
-    parser.add_argument("--only", nargs="*", choices=names, default=names, help="some of them; default: all")
+    parser.add_argument("--only", nargs="*", choices=names, help="some of them; default: all")
     parser.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)  # a process for one release
     options = parser.parse_args()
     if options.rows:
         write_rows(options.output, options.only)
         return
+    wanted = options.only or names
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
-        for release in (*options.megatron, ""):
+        for release in (*(options.megatron or ()), ""):
             path = os.pathsep.join(filter(None, (release, os.environ.get("PYTHONPATH"))))
-            line = [sys.executable, __file__, "--rows", "--output", str(rows), "--only", *options.only]
+            line = [sys.executable, __file__, "--rows", "--output", str(rows), "--only", *wanted]
             subprocess.run(line, check=True, env={**os.environ, "PYTHONPATH": path})
         found = [json.loads(row) for row in rows.read_text(encoding="utf-8").splitlines()]
     options.output.write_text(page.text(found, datetime.date.today()), encoding="utf-8")
