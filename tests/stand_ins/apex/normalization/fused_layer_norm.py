@@ -9,5 +9,11 @@ class FusedLayerNormAffineFunction:
     """torch's layer norm under the name of Apex's function."""
 
     @staticmethod
-    def apply(input: torch.Tensor, weight: Any, bias: Any, shape: Any, eps: float, *_: Any) -> torch.Tensor:
-        return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
+    def forward(
+        ctx: Any, input: torch.Tensor, weight: Any, bias: Any, normalized_shape: Any, eps: float
+    ) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
+
+    @classmethod
+    def apply(cls, *args: Any) -> torch.Tensor:
+        return cls.forward(None, *args)
