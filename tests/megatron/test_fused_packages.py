@@ -55,7 +55,7 @@ def test_norm_and_clip_are_those_of_the_package(megatron: versions.Megatron, tex
         run = megatron.run(what, *pretrain_flags(text), LION, flags, ranks=2, script=UNFOLDED)
         assert run.returncode == 0, run.output[-6000:]
         assert f"taken over: {taken}" in run.output
-        assert "norm by tests.stand_ins.multi_tensor" in run.output
+        assert "norm by tests.stand_ins.extensions" in run.output
         assert "params norm" in run.output
     assert_same_checkpoint(read_checkpoint(tmp_path / "folded", 4), read_checkpoint(tmp_path / "unfolded", 4))
 
@@ -77,7 +77,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 def test_a_checkpoint_is_loaded_without_the_package_too(
     megatron: versions.Megatron, text: Path, tmp_path: Path
 ) -> None:
-    saving = f"--clip-grad 0.3 --train-iters 4 --save {tmp_path}"
+    saving = f"--clip-grad 0.3 --train-iters 6 --save {tmp_path}"
     first = megatron.pretrain(text, LION, saving, "--save-interval 2", ranks=2)
     without = pretrain(text, LION, saving, f"--save-interval 9 --load {tmp_path} --ckpt-step 2", ranks=2)
     assert relative_difference(without.log, first.log) < 1e-5  # the norms are rounded differently
@@ -88,9 +88,9 @@ def test_lion_continues_from_their_adam(megatron: versions.Megatron, text: Path,
     saving = f"--train-iters 4 --save {tmp_path} --save-interval 2"
     first = megatron.pretrain(text, adam, saving, ranks=2)
     continuing = f"--load {tmp_path} --ckpt-step 2 --lion-init-from adam --override-opt_param-scheduler --train-iters 4"
-    lion = megatron.pretrain(text, LION, continuing, ranks=1)
+    lion = megatron.pretrain(text, LION, continuing, ranks=2)
     assert "continuing an Adam run" in lion.output
-    assert lion.log.loss[3] == pytest.approx(first.log.loss[3], rel=1e-5)  # before Lion's first update
+    assert lion.log.loss[3] == first.log.loss[3]  # before Lion's first update
 
 
 def test_doctor_names_the_package(megatron: versions.Megatron) -> None:

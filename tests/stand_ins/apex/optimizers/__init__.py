@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tests.stand_ins import multi_tensor
+from tests.stand_ins import extensions
 
 FusedSGD = torch.optim.SGD
 
@@ -29,4 +29,4 @@ class FusedAdam(torch.optim.Optimizer):
                     state.setdefault(name, torch.zeros_like(param))
                 lists = [[param.grad], [param], [state["exp_avg"]], [state["exp_avg_sq"]]]
                 settings = (group["lr"], *group["betas"], group["eps"], group["step"], 1, 1, group["weight_decay"])
-                multi_tensor.adam(0, None, lists, *settings)
+                extensions.adam(0, None, lists, *settings)

@@ -1,4 +1,7 @@
-"""The multi-tensor functions of Transformer Engine's and Apex's extensions, in torch. Arguments are theirs."""
+"""Functions of Transformer Engine's and Apex's extensions, in torch. Arguments are theirs.
+
+Those for lists of tensors, and Transformer Engine's layer norm, which Megatron uses behind its local layers too.
+"""
 
 from typing import Any
 
@@ -30,3 +33,17 @@ def adam(
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         update = (exp_avg / first) / ((exp_avg_sq / second).sqrt() + eps)
         param.sub_(lr * (update + weight_decay * param))
+
+
+def layernorm_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, *_: Any) -> Any:
+    """The output, the means and the reciprocal deviations."""
+    return torch.native_layer_norm(x, list(weight.shape), weight, bias, eps)
+
+
+def layernorm_bwd(
+    dy: torch.Tensor, x: torch.Tensor, means: torch.Tensor, deviations: torch.Tensor, weight: torch.Tensor, *_: Any
+) -> Any:
+    """The gradients of input, weight and bias."""
+    bias, wanted = torch.zeros_like(weight), [True, True, True]
+    shape = list(weight.shape)
+    return torch.ops.aten.native_layer_norm_backward(dy, x, shape, means, deviations, weight, bias, wanted)
