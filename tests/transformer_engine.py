@@ -1,6 +1,6 @@
 """Transformer Engine on a machine without a GPU: the Python of its wheel over a stand-in for its compiled extension.
 
-Its layers can be built, also on the meta device. Only its layer norm and its functions for lists of tensors can compute.
+Its layers can be built, also on the meta device. Only its layer norm and its functions for lists of tensors compute.
 """
 
 import enum
