@@ -9,10 +9,13 @@ import importlib
 import inspect
 import multiprocessing
 import os
+from pathlib import Path
 
 from megatron_lion.integration import compat
 from megatron_lion.integration.cpu import torch_cuda
 
+if wheel := os.environ.get("MEGATRON_LION_TESTS_TRANSFORMER_ENGINE"):
+    importlib.import_module("tests.transformer_engine").install(Path(wheel))
 if os.environ.get(torch_cuda.DEVICE_VARIABLE) == "cpu":
     torch_cuda.replace_cuda()
 

@@ -1,6 +1,6 @@
 """Transformer Engine on a machine without a GPU: the Python of its wheel over a stand-in for its compiled extension.
 
-Its layers can be built, also on the meta device. Nothing of them can be computed.
+Its layers can be built, also on the meta device. Only its layer norm and its functions for lists of tensors compute.
 """
 
 import enum
@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tests import wheels
+from tests.stand_ins import extensions
 
 VERSION = "2.20.2"
+VARIABLE = "MEGATRON_LION_TESTS_TRANSFORMER_ENGINE"
+"""set to the wheel's folder, it makes ``preloaded`` install it"""
 
 
 def folder() -> Path:
@@ -59,6 +62,11 @@ class Extension(types.ModuleType):
 
     DType = DType
     NVTE_Fused_Attn_Backend = FusedAttention
+    multi_tensor_l2norm = staticmethod(extensions.l2norm)
+    multi_tensor_scale = multi_tensor_scale_tensor = staticmethod(extensions.scale)
+    multi_tensor_adam = staticmethod(extensions.adam)
+    layernorm_fwd = staticmethod(extensions.layernorm_fwd)
+    layernorm_bwd = staticmethod(extensions.layernorm_bwd)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,14 @@ def wheel(version: str) -> Path:
 class Megatron:
     """One released Megatron, and the process from which its ranks are forked."""
 
-    def __init__(self, version: str) -> None:
+    def __init__(
+        self, version: str, folders: Iterable[Path] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        """``folders`` are further ones to import from, ``environment`` has further variables."""
         self.version = version
         own = version == megatron_version()  # the environment's
-        path = [os.environ["PYTHONPATH"], *([] if own else [str(wheel(version))])]
-        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+        path = [os.environ["PYTHONPATH"], *map(str, folders), *([] if own else [str(wheel(version))])]
+        self.environment = {**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(path)}
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.versions"],
             stdin=subprocess.PIPE,

@@ -32,10 +32,18 @@ def flags(recipe: Recipe, extra: list[str]) -> list[str]:
         return commands.training_flags(recipe, extra)
     words = recipe["vocab-size"]
     print(f"{', '.join(absent)} are not on this machine: rehearsing with NullTokenizer, {words:,} words, no data")
+    words = null_tokenizer_size(words)
     settings: dict[str, Any] = {key: value for key, value in recipe.settings.items() if key not in TOKENIZER_KEYS}
     settings |= {"tokenizer-type": "NullTokenizer"}
     numbered = Recipe(names=recipe.names, settings=settings, environment=recipe.environment)
     return commands.training_flags(numbered, [*extra, "--vocab-size", str(words)])
+
+
+def null_tokenizer_size(words: int) -> int:
+    """``--vocab-size`` for a NullTokenizer of ``words`` words. That of megatron-core 0.17 adds one."""
+    from megatron_lion.integration.compat.versions import minor_version
+
+    return words - (minor_version() < "0.18")
 
 
 def _estimate(recipe: Recipe) -> dict[str, int]:

@@ -356,6 +356,17 @@ def test_a_package_that_several_modules_need_is_named_once() -> None:
     assert "absent.two" not in str(raised.value)
 
 
+def test_a_package_that_fails_when_it_is_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Transformer Engine without its libraries does. Another Megatron would not help."""
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no libraries')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        LionError, match=r"broken\.py raises RuntimeError: no libraries\. Repair or uninstall"
+    ) as raised:
+        compat.require([compat.Seam("broken", "function")])
+    assert "pip install" not in str(raised.value)
+
+
 def test_a_device_that_does_not_exist_gets_the_two_that_do(tmp_path: Path) -> None:
     message = the_message(start(tmp_path, MEGATRON_LION_DEVICE="gpu"))
     assert "MEGATRON_LION_DEVICE 'gpu' is unknown" in message

@@ -1,5 +1,6 @@
 """Run under torchrun in the place of ``pretrain_gpt.py``: WHAT is ``folded``, as it is, or ``unfolded``, where Megatron
-scales the gradients and copies the parameters itself. Says on each rank how often Lion took that over.
+scales the gradients and copies the parameters itself. Says on each rank how often Lion took that over, and which module
+computes Megatron's gradient norm.
 """
 
 import sys
@@ -7,6 +8,8 @@ import sys
 import megatron_lion
 
 megatron_lion.register()
+
+from megatron.core.optimizer import clip_grads  # noqa: E402
 
 from launch import pretrain_gpt  # noqa: E402
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer  # noqa: E402
@@ -20,7 +23,7 @@ def main() -> None:
 
     def counted_fold(self, parameters, factor):
         done = folded and fold(self, parameters, factor)
-        taken["clip"] += done and factor < 1.0
+        taken["clip"] += done and bool(factor < 1.0)
         return done
 
     def counted_copy(self):
@@ -31,6 +34,7 @@ def main() -> None:
     LionChainedOptimizer._fold, LionDistributedOptimizer._let_lion_copy = counted_fold, counted_copy
     pretrain_gpt.main()
     print(f"taken over: clip {taken['clip']}, copy {taken['copy']}", flush=True)
+    print(f"norm by {clip_grads.l2_norm_impl.__module__}", flush=True)
 
 
 if __name__ == "__main__":

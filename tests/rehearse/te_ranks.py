@@ -2,8 +2,9 @@
 
     te_ranks.py (te WHEEL | local) < lines of "RANK WORLD_SIZE <Megatron's flags>"
 
-Prints a line of JSON for each line: the parameters as (shape, dtype), sorted; the sizes, the padding and the messages;
-the classes of modules that have parameters. Each rank is forked from this process, which has Megatron imported.
+Prints a line of JSON for each line: the parameters as (shape, dtype), sorted; what this package reads of them (kind,
+layer, expert, counted on this rank); the sizes, the padding and the messages; the classes of modules
+that have parameters. Each rank is forked from this process, which has Megatron imported.
 """
 
 import functools
@@ -58,6 +59,7 @@ def marked(self: Any, init: Any, *args: Any, **kwargs: Any) -> None:
 def describe(line: str) -> dict[str, Any]:
     """What the rank of ``line`` is made of."""
     from megatron_lion.integration.rehearsal import one_rank
+    from megatron_lion.integration.reporting import gradient_shards
     from tests.harness import PRETRAIN_GPT
 
     found: dict[str, Any] = {}
@@ -69,6 +71,14 @@ def describe(line: str) -> dict[str, Any]:
         owners = {type(module) for module in modules if next(module.parameters(recurse=False), None) is not None}
         params = [param for chunk in model for param in chunk.parameters()]
         found["parameters"] = sorted([list(param.shape), str(param.dtype)] for param in params)
+        found["read"] = sorted(
+            [
+                list(param.shape), gradient_shards.kind_of(name), layer or 0, gradient_shards.is_expert(param),
+                gradient_shards.is_counted(param),
+            ]
+            for chunk in model
+            for name, param, layer in gradient_shards.named_parameters(chunk)
+        )  # fmt: skip
         found["modules"] = sorted(f"{owner.__module__.split('.')[0]}.{owner.__name__}" for owner in owners)
 
     one_rank._describe = note

@@ -68,9 +68,10 @@ def test_a_step_that_fails_is_found_with_steps(tmp_path: Path) -> None:
         ("--fp8-format hybrid --fp8-param-gather", "--fp8-param-gather"),
         ("--moe-single-grouped-weight", "--moe-single-grouped-weight"),
         ("--optimizer muon", "--optimizer muon"),
+        ("--optimizer adam --use-precision-aware-optimizer", "--use-precision-aware-optimizer"),
     ],
 )
 def test_what_has_no_replacement_without_a_gpu_is_refused(tmp_path: Path, flags: str, flag: str) -> None:
     run = rehearse(tmp_path, FLAGS, LION, "--global-batch-size 16", flags, rank=0, ranks=8)
-    assert f"megatron-lion: error: {flag} cannot be rehearsed: " in run.output
+    assert f"megatron-lion: error: {flag} cannot be rehearsed" in run.output
     assert run.returncode == 2

@@ -1,5 +1,6 @@
 """Which ranks are rehearsed, what the report says, and the exit status."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from megatron_lion.cli.rehearse import ranks, report
 from megatron_lion.integration.rehearsal.one_rank import RankReport
 
 GIB = 1 << 30
+SENT = {"group": "tensor", "collective": "send", "ranks": 2, "messages": 3, "bytes": 4}
+STEPS = {"steps": 1, "seconds": 0.1, "activations": GIB, "messages": [SENT]}
 
 
 def rank_report(rank: int = 0, **changed: Any) -> RankReport:
@@ -35,6 +38,13 @@ def test_distinct_ranks_are_the_first_and_the_last_shard_of_each_kind_of_stage()
     assert ranks.distinct(rank_report(stages=[0], replicas=[0])) == [0]
 
 
+def test_chosen_ranks_are_rehearsed_once_and_all_ranks_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks.one_rank, "preload", lambda: None)
+    monkeypatch.setattr(ranks, "_rehearse_one", lambda rank, options: rank)
+    assert ranks.rehearse(SimpleNamespace(rank=[3, 1, 3], ranks=None, world_size=4)) == [3, 1]
+    assert ranks.rehearse(SimpleNamespace(rank=None, ranks="all", world_size=4)) == [0, 1, 2, 3]
+
+
 def test_a_rank_that_does_not_fit_is_named_and_the_status_is_1() -> None:
     larger = rank_report(48, sizes={**rank_report().sizes, "on_device": 6 * GIB})
     built = [rank_report(), larger]
@@ -46,9 +56,10 @@ def test_a_rank_that_does_not_fit_is_named_and_the_status_is_1() -> None:
 
 
 def test_activations_that_steps_measured_are_part_of_what_a_rank_needs() -> None:
-    measured = rank_report(steps={"steps": 1, "seconds": 0.1, "activations": GIB})
+    measured = rank_report(steps=STEPS)
     assert report.is_too_large([measured], 5.5)
     assert "no training" in report.text([measured], {}, 5.5)
+    assert "  tensor, 2 ranks: 3 x send, 4 B" in report.text([measured], {}, 5.5)
     assert report.NO_ACTIVATIONS in report.text([rank_report()], {}, 5.5)
 
 
@@ -64,6 +75,11 @@ def test_padding_is_counted_and_a_checkpoint_adds_up_the_stages() -> None:
     assert "checkpoint: 6.00 GiB, up to 128 files of tensors" in text  # 2 whole tensors, 4 stages
 
 
+def test_a_checkpoint_that_is_not_there_is_reported() -> None:
+    loaded = {"folder": "/none", "iteration": 0, "tensors": 0, "converted": []}
+    assert "--load /none: no checkpoint found here" in report.text([rank_report(loaded=loaded)], {}, None)
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
@@ -72,6 +88,10 @@ def test_padding_is_counted_and_a_checkpoint_adds_up_the_stages() -> None:
         ("--world-size 4 --rank 0 --ranks distinct a.py", "--rank and --ranks are both set"),
         ("--world-size 4 --gpu-memory 0 a.py", "--gpu-memory 0 must be above 0"),
         ("--world-size 4 --steps -1 a.py", "--steps -1 must be at least 0"),
+        ("--world-size 4 --json none/x.json a.py", "--json none/x.json: there is no folder none"),
+        ("a.py --world-size 4", "--world-size is missing: set it before SCRIPT"),
+        ("--world-size 4 none.py", "none.py is not a Python file"),
+        ("--world-size 4 torchrun a.py", "torchrun is not a Python file"),
     ],
 )
 def test_wrong_options_are_refused(capsys: pytest.CaptureFixture[str], words: str, problem: str) -> None:

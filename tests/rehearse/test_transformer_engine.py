@@ -64,13 +64,14 @@ def built(*arm: str) -> dict[str, dict[str, Any]]:
 
 
 def test_what_replaces_transformer_engine_has_the_same_parameters_and_bytes() -> None:
-    """Also the padding of the buckets and the messages of a step."""
+    """Also the padding of the buckets and the messages of a step, and what this package reads of parameters: their
+    kind, their layer, and on which ranks they count."""
     theirs, ours = built("te", str(transformer_engine.folder())), built("local")
     replaced: set[str] = set()
     for case in CASES:
         one, other = theirs[case], ours[case]
         assert len(one["parameters"]) > 5, case
-        for what in ("parameters", "sizes", "padding", "traffic"):
+        for what in ("parameters", "read", "sizes", "padding", "traffic"):
             assert one[what] == other[what], (case, what)
         replaced |= set(one["modules"]) - set(other["modules"])
         assert not any("TE" in name or "transformer_engine" in name for name in other["modules"]), case

@@ -24,13 +24,13 @@ def parser(base: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> arg
         description=DESCRIPTION,
     )
     add = made.add_argument
-    add("--world-size", type=int, required=True, metavar="N", help="ranks of the run")
+    add("--world-size", type=int, metavar="N", help="ranks of the run; required")
     add("--rank", type=int, action="append", metavar="R", help="rank to rehearse; may be repeated")
     add(
         "--ranks",
-        choices=("distinct",),
-        help="the only value, and the default without --rank: one rank of each kind, which are the first, middle and "
-        "last pipeline stage (every stage if layers differ), each with its first and last data-parallel shard",
+        choices=("distinct", "all"),
+        help="distinct, the default: one rank of each kind: first, middle and last pipeline stage (every stage if "
+        "layers differ), each with its first and last data-parallel shard",
     )
     add("--gpu-memory", type=float, metavar="GiB", help="memory of a GPU; exit with 1 if a rank needs more")
     add("--steps", type=int, default=0, metavar="K", help="also run K steps on random tokens, in real memory")
@@ -66,6 +66,8 @@ def main(arguments: list[str], base: type[argparse.ArgumentParser] = argparse.Ar
 
 def _problem(options: Any) -> str | None:
     """The first problem with the options, or None."""
+    if options.world_size is None:
+        return "--world-size is missing: set it before SCRIPT, what follows SCRIPT are its flags"
     if options.world_size < 1:
         return f"--world-size {options.world_size} must be at least 1"
     for rank in options.rank or ():
@@ -77,4 +79,10 @@ def _problem(options: Any) -> str | None:
         return f"--steps {options.steps} must be at least 0"
     if options.gpu_memory is not None and not options.gpu_memory > 0:
         return f"--gpu-memory {options.gpu_memory:g} must be above 0"
+    if options.json and not options.json.parent.is_dir():
+        return f"--json {options.json}: there is no folder {options.json.parent}"
+    if not Path(options.script).is_file() or options.script.endswith(".sh"):
+        return (
+            f"{options.script} is not a Python file: pass your Megatron script, such as pretrain_gpt.py, then its flags"
+        )
     return None

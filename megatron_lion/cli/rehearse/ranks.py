@@ -24,8 +24,9 @@ class WouldNotStart(Exception):
 def rehearse(options: Any) -> list[RankReport]:
     """Rehearse the ranks that ``options`` ask for. Raises WouldNotStart for the first one that would not start."""
     one_rank.preload()
-    if options.rank:
-        return [_rehearse_one(rank, options) for rank in dict.fromkeys(options.rank)]
+    chosen = range(options.world_size) if options.ranks == "all" else options.rank
+    if chosen:
+        return [_rehearse_one(rank, options) for rank in dict.fromkeys(chosen)]
     first = _rehearse_one(0, options)
     return [first, *(_rehearse_one(rank, options) for rank in distinct(first) if rank != 0)]
 

@@ -1,6 +1,7 @@
 """The report of the rehearsed ranks, as text."""
 
 import math
+from typing import Any
 
 from megatron_lion.integration.rehearsal.one_rank import RankReport
 
@@ -32,9 +33,12 @@ def text(reports: list[RankReport], estimate: dict[str, int], gpu_memory: float 
         "",
     ]
     for report in _by_stage(reports):
-        lines += [_buckets(report), *_traffic(report)]
+        lines += [_buckets(report), *_lines(report.traffic)]
+        if report.steps:
+            sent = _lines(report.steps["messages"])
+            lines += [f"rank {report.rank:,}: everything sent in step {report.steps['steps']}, counted:", *sent]
     lines += [
-        "  not counted: activations that tensor, pipeline, context and expert parallel groups send in a micro-batch",
+        *([] if first.steps else ["  activations that other groups send are not included: --steps 1 counts them"]),
         *filter(None, (_checkpoint(reports), _loaded(first))),
         *(f"replaced: {replaced}" for replaced in first.replaced),
     ]
@@ -103,11 +107,11 @@ def _buckets(report: RankReport) -> str:
     )
 
 
-def _traffic(report: RankReport) -> list[str]:
+def _lines(messages: list[dict[str, Any]]) -> list[str]:
     return [
         f"  {each['group']}, {each['ranks']:,} ranks: {each['messages']} x {each['collective']}, {size(each['bytes'])}"
-        for each in report.traffic
-    ] or ["  nothing over data-parallel groups"]
+        for each in messages
+    ] or ["  nothing"]
 
 
 def _checkpoint(reports: list[RankReport]) -> str | None:
@@ -128,6 +132,9 @@ def _checkpoint(reports: list[RankReport]) -> str | None:
 def _loaded(report: RankReport) -> str | None:
     if report.loaded is None:
         return None
+    if not report.loaded["tensors"] and not report.loaded["converted"]:
+        folder = report.loaded["folder"]
+        return f"--load {folder}: no checkpoint found here, so the run would start from random weights"
     converted = ", ".join(report.loaded["converted"]) or "nothing"
     return (
         f"--load {report.loaded['folder']}: iteration {report.loaded['iteration']}, {report.loaded['tensors']} tensors "
@@ -144,9 +151,8 @@ def _memory(reports: list[RankReport], gpu_memory: float | None) -> str:
     activations = NO_ACTIVATIONS
     if fullest.steps:
         activations = (
-            f"with {size(_activations(fullest))} that autograd kept in one micro-batch, with local attention that "
-            f"stores its scores; stage {fullest.stage + 1} of {fullest.layout['PP']} holds up to "
-            f"{fullest.layout['PP'] - fullest.stage} micro-batches"
+            f"with the {size(_activations(fullest))} that autograd kept at most at a time, with local attention that "
+            "stores its scores"
         )
     of = "" if gpu_memory is None else f" of {gpu_memory:g} GiB"
     ending = " TOO LARGE" if is_too_large(reports, gpu_memory) else ""

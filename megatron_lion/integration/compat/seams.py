@@ -6,6 +6,7 @@ and methods that our classes override (``overriding.overrides``).
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import CodeType
@@ -49,13 +50,20 @@ class Seam:
         return holder, name
 
     def problem(self) -> str | None:
-        """What is wrong with this seam in the Megatron that is installed, or None."""
+        """What is wrong with this seam in the Megatron that is installed, or None.
+
+        Raises LionError for a package that fails when Megatron imports it: another Megatron would not help.
+        """
         try:
             importlib.import_module(self.module)
         except ImportError as error:
             return f"{self.module} cannot be imported ({error}; pip install 'megatron-lion[train]' has what it needs)"
         except Exception as error:  # whatever a package that Megatron imports may raise
-            return f"{self.module} cannot be imported ({type(error).__name__}: {error})"
+            *_, last = traceback.extract_tb(error.__traceback__)
+            raise LionError(
+                f"{self.module} cannot be imported: {last.filename} raises {type(error).__name__}: {error}. Repair or "
+                "uninstall the package that this file belongs to"
+            ) from error
         try:
             holder, name = self.holder()
             target: Any = getattr(holder, name)

@@ -6,4 +6,5 @@
 - ``sizes``: bytes of weights, gradients and state, and messages of a step, from the objects built.
 - ``checkpoint_plan``: what a save writes, and whether ``--load`` fits, from the checkpoint's metadata.
 - ``made_up_steps``: steps on random tokens.
+- ``step_meter``: memory that a step keeps for its backward pass, and its messages.
 """

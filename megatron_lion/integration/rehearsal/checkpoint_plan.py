@@ -88,7 +88,7 @@ def plan(args: Any, model_chunks: list[Any], optimizer: Any) -> Plan | None:
 def load_metadata(args: Any, stock: Callable[..., Any], *positional: Any, **named: Any) -> tuple[Any, Loaded | None]:
     """Call Megatron's ``load_checkpoint`` up to where it reads tensors. Returns its result and what was checked.
 
-    Raises LionError for a checkpoint that does not fit. Without one nothing is checked: the second value is None.
+    Raises LionError for a checkpoint that does not fit. Without ``--load`` the second value is None.
     """
     from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
     from megatron.training import checkpointing
@@ -107,9 +107,10 @@ def load_metadata(args: Any, stock: Callable[..., Any], *positional: Any, **name
 
     try:
         with compat.temporarily(checkpointing.dist_checkpointing, load=load):
-            return stock(*positional, **named), None
+            result = stock(*positional, **named)
     except _Checked:
         return (found[0].iteration, 0), found[0]
+    return result, Loaded(folder=str(args.load), iteration=0, tensors=0) if args.load else None
 
 
 def _check(args: Any, sharded_state_dict: Any, folder: str) -> Loaded:

@@ -65,9 +65,15 @@ def _receive_zeros(rank: int) -> None:
         tensor.detach().zero_()
         return stock(tensor, *args, **kwargs)
 
-    def all_to_all_single(stock: Any, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def all_to_all_single(
+        stock: Any, output: torch.Tensor, input: torch.Tensor, *splits: Any, group: Any = None, **kwargs: Any
+    ) -> Any:
         output.detach().zero_()
-        return stock(output, *map(_as_list, args), **{name: _as_list(value) for name, value in kwargs.items()})
+        if not input.numel():  # nothing to send, which the fake group refuses where something comes back
+            one_each = output.new_zeros(dist.get_world_size(group))
+            return stock(one_each, one_each.clone(), group=group, async_op=kwargs.get("async_op", False))
+        kwargs = {name: _as_list(value) for name, value in kwargs.items()}
+        return stock(output, input, *map(_as_list, splits), group=group, **kwargs)
 
     for name, wrapper in (("broadcast", broadcast), ("recv", receive), ("irecv", receive)):
         _wrap(name, wrapper)

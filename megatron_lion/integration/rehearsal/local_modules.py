@@ -112,6 +112,11 @@ def refuse(args: Any) -> None:
             f"--optimizer {args.optimizer} cannot be rehearsed: its state is not known here. Rehearse with "
             f"{', '.join(OPTIMIZERS)}"
         )
+    if args.optimizer == "adam" and getattr(args, "use_precision_aware_optimizer", False):
+        raise LionError(
+            "--use-precision-aware-optimizer cannot be rehearsed with --optimizer adam: its state is that of "
+            "Transformer Engine's FusedAdam, which needs a GPU. Rehearse without the flag"
+        )
     for dest, reason in IRREPLACEABLE.items():
         if getattr(args, dest, None):
             raise LionError(f"--{dest.replace('_', '-')} cannot be rehearsed: {reason}")
@@ -173,8 +178,9 @@ def _keep_down_projections_whole(rank: int) -> None:
         if kwargs.get("tp_comm_buffer_name") not in DOWN_PROJECTIONS:
             return stock(spec, *args, **kwargs)
         module = stock(spec, *args, **{**kwargs, "tp_group": alone})
-        for param in module.parameters():  # as Transformer Engine's: the ranks add up their gradients
+        for param in module.parameters():  # as Transformer Engine's: the ranks add up the gradients of one weight
             param.sequence_parallel = kwargs["config"].sequence_parallel
+            param.tensor_model_parallel = False
         return module
 
     multi_latent_attention.build_module = build_module

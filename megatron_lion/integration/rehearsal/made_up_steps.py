@@ -9,9 +9,7 @@ import torch
 
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, loop_callbacks
-from megatron_lion.integration.rehearsal import local_modules
-
-_saved: dict[str, int] = {}
+from megatron_lion.integration.rehearsal import local_modules, step_meter
 
 
 def check(args: Any) -> None:
@@ -28,34 +26,51 @@ def check(args: Any) -> None:
     args.check_for_nan_in_loss_and_grad = False  # the losses of made-up data mean nothing
 
 
-def prepare(args: Any, model_chunks: list[Any], steps: int) -> None:
-    """Let the loop end after ``steps`` steps, and count what a first forward pass keeps for its backward pass."""
+def prepare(args: Any, steps: int) -> None:
+    """Let the loop end after ``steps`` steps."""
     args.train_iters = args.iteration + steps
-    _saved.clear()
-    for chunk in model_chunks:
-        _count_saved_tensors(chunk)
 
 
 @contextlib.contextmanager
 def taking_over(steps: int, finish: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Replace the data by random tokens, and call ``finish`` after ``steps`` steps."""
+    """Replace the data by random tokens, and call ``finish`` after ``steps`` steps with what they took and sent.
+
+    Messages are those of the last step: a first step does not gather weights that an earlier one has updated.
+    """
     import megatron.training.training as training
 
-    began, done = [time.monotonic()], [0]
+    began, done, messages = [0.0], [0], step_meter.Messages()
+    activations: list[step_meter.Activations] = []
+    stock_train = training.train
 
     def iterators(provider: Any) -> tuple[Any, None, None]:
         args = training.get_args()
         args.do_train, args.do_valid, args.do_test = True, False, False
-        began[0] = time.monotonic()
         return _random_batches(args), None, None
+
+    def train(forward_step: Any, model_chunks: Any, *rest: Any, **named: Any) -> Any:
+        began[0] = time.monotonic()
+        activations.append(step_meter.Activations(param for chunk in model_chunks for param in chunk.parameters()))
+        activations[0].start()
+        with messages:
+            return stock_train(forward_step, model_chunks, *rest, **named)
 
     def after_step(optimizer: Any, iteration: int) -> None:
         done[0] += 1
-        if done[0] >= steps:
-            finish({"steps": done[0], "seconds": time.monotonic() - began[0], "activations": sum(_saved.values())})
+        if done[0] < steps:
+            messages.clear()
+            return
+        finish(
+            {
+                "steps": steps,
+                "seconds": time.monotonic() - began[0],
+                "activations": activations[0].peak,
+                "messages": messages.counted(),
+            }
+        )
 
     loop_callbacks.after_step.append(after_step)
-    with compat.temporarily(training, build_train_valid_test_data_iterators=iterators):
+    with compat.temporarily(training, build_train_valid_test_data_iterators=iterators, train=train):
         yield
 
 
@@ -78,26 +93,3 @@ def _random_batches(args: Any) -> Iterator[dict[str, torch.Tensor]]:
             "padding_mask": torch.ones(shape, dtype=torch.int64),
             "truncated": torch.zeros(args.micro_batch_size, dtype=torch.int64),
         }
-
-
-def _count_saved_tensors(chunk: torch.nn.Module) -> None:
-    """Add up the memory that autograd keeps from the first forward pass of ``chunk``, without its parameters."""
-    known = {param.untyped_storage().data_ptr() for param in chunk.parameters()}
-    hooks: list[Any] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            _saved[f"{id(chunk)} {storage.data_ptr()}"] = storage.nbytes()
-        return tensor
-
-    def begin(*_: Any) -> None:
-        hooks.append(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
-        hooks[-1].__enter__()
-
-    def end(*_: Any) -> None:
-        hooks.pop().__exit__(None, None, None)
-        for handle in handles:
-            handle.remove()
-
-    handles = [chunk.register_forward_pre_hook(begin), chunk.register_forward_hook(end)]

@@ -27,7 +27,17 @@ _CHECKPOINTS = "megatron.training.checkpointing"
 # What a rehearsal replaces or calls in Megatron, in addition to what registration has checked.
 SEAMS = (
     compat.Seam("megatron.training.arguments", "validate_args", ("args",), uses=("is_te_min_version",)),
-    compat.Seam(_LOOP, "pretrain", uses=("setup_model_and_optimizer", "build_train_valid_test_data_iterators")),
+    compat.Seam(
+        _LOOP,
+        "pretrain",
+        uses=(
+            "set_jit_fusion_options",
+            "setup_model_and_optimizer",
+            "build_train_valid_test_data_iterators",
+            "train",
+        ),
+    ),
+    compat.Seam(_LOOP, "train", ("forward_step_func", "model")),
     compat.Seam(_LOOP, "setup_model_and_optimizer", uses=("get_megatron_optimizer", "load_checkpoint")),
     compat.Seam(_CHECKPOINTS, "_build_sharded_state_dict_metadata", ("args",)),
     compat.Seam(_CHECKPOINTS, "generate_state_dict", ("args", "model", "optimizer", "optim_sd_kwargs")),
@@ -87,7 +97,7 @@ def preload() -> None:
             f"{INSTALL_HINT}"
         )
     compat.require(SEAMS)
-    for module in ("megatron.training.training", "megatron.training.checkpointing", "megatron.core.models.gpt"):
+    for module in (_LOOP, _CHECKPOINTS, "megatron.core.models.gpt", "megatron.core.tokenizers.text"):
         importlib.import_module(module)
 
 
@@ -106,8 +116,6 @@ def rehearse(script: str, flags: list[str], *, rank: int, world_size: int, steps
     register()
     report = RankReport(rank=rank, world_size=world_size)
     report.seconds["imports and registration"] = time.monotonic() - started
-    if not Path(script).is_file():
-        raise LionError(f"{script} is not a file: pass the path of your Megatron script, such as pretrain_gpt.py")
     sys.path.insert(0, str(Path(script).resolve().parent))
     sys.argv = [script, *flags]
     with _taking_over(report, steps, started):
@@ -171,7 +179,7 @@ def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[Non
         _describe(report, args, model, optimizer)
         if not steps:
             raise _Built
-        made_up_steps.prepare(args, model, steps)
+        made_up_steps.prepare(args, steps)
         return model, optimizer, scheduler
 
     def finish(result: dict[str, Any]) -> None:
@@ -181,6 +189,8 @@ def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[Non
     with contextlib.ExitStack() as stack:
         stack.enter_context(compat.temporarily(training, setup_model_and_optimizer=setup))
         stack.enter_context(compat.temporarily(dataset_utils, compile_helpers=lambda: None))  # no data is read
+        # It computes with activations in real memory, to compile kernels.
+        stack.enter_context(compat.temporarily(training, set_jit_fusion_options=lambda *_, **__: None))
         if steps:
             stack.enter_context(made_up_steps.taking_over(steps, finish))
         yield
@@ -226,7 +236,7 @@ def _describe(report: RankReport, args: Any, model: list[Any], optimizer: Any) -
     report.optimizer = args.optimizer
     report.sizes = asdict(measured.sizes(model, optimizer)) | {"on_device": measured.sizes(model, optimizer).on_device}
     report.buckets = [asdict(bucket) for bucket in measured.buckets(model)]
-    report.traffic = [asdict(traffic) for traffic in measured.traffic(model)]
+    report.traffic = [asdict(traffic) for traffic in measured.traffic(model, optimizer)]
     if not report.real_memory:
         plan = checkpoint_plan.plan(args, model, optimizer)
         report.checkpoint = asdict(plan) if plan else None
