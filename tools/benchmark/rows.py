@@ -90,15 +90,20 @@ def measured(storage: tuple[str, str, str, bool], args: argparse.Namespace) -> R
     limits = measure.limits([aligned])
     times = measure.measure([*candidates, *limits], args.rounds, pick=STATISTICS[args.statistic])
     limit, milliseconds = min(times[one.name] for one in limits), times[ALIGNED]
-    master, momentum, grad, copies = storage
     return Row(
-        f"{master} master, {momentum} momentum, {grad} gradient{', bf16 copy' if copies else ''}",
+        name_of(storage),
         (aligned.bytes or 0) / args.numel,
         milliseconds,
         limit,
         limit / milliseconds,
         {one.name: times[one.name] / milliseconds for one in candidates[1:]},
     )
+
+
+def name_of(storage: tuple[str, str, str, bool]) -> str:
+    """As in the tables."""
+    master, momentum, grad, copies = storage
+    return f"{master} master, {momentum} momentum, {grad} gradient{', bf16 copy' if copies else ''}"
 
 
 def build(storage: tuple[str, str, str, bool], numel: int) -> dict[str, Tensor]:
@@ -119,16 +124,20 @@ def build(storage: tuple[str, str, str, bool], numel: int) -> dict[str, Tensor]:
 
 def candidate(name: str, tensors: dict[str, Tensor], layout: BlockLayout) -> measure.Candidate:
     """A step of ``tensors`` as a piece of a parameter in ``layout``; a shard leaves out their first elements."""
+    pieces = pieces_of(tensors, layout)
+    step_tensors = StepTensors(**pieces, blocks=[layout] if "scales" in pieces else None)
+    modes = {"grads": READ, "model_copies": WRITE}
+    streams = [Stream(entries, modes.get(role, UPDATE)) for role, entries in pieces.items()]
+    return measure.Candidate(name, "-", functools.partial(lion_update_fused_, step_tensors, SCALARS), passes=[streams])
+
+
+def pieces_of(tensors: dict[str, Tensor], layout: BlockLayout) -> dict[str, list[Tensor]]:
+    """``tensors`` from the layout's first element on, by role of :class:`StepTensors`, with scales if they are packed."""
     pieces = {role: [tensor[layout.start :]] for role, tensor in tensors.items()}
     (master,) = pieces["masters"]
     if pieces["exp_avgs"][0].dtype == torch.int8:
         pieces["scales"] = [torch.full((layout.count(master.numel()),), 1e-3, dtype=torch.bfloat16)]
-        step_tensors = StepTensors(**pieces, blocks=[layout])
-    else:
-        step_tensors = StepTensors(**pieces)
-    modes = {"grads": READ, "model_copies": WRITE}
-    streams = [Stream(entries, modes.get(role, UPDATE)) for role, entries in pieces.items()]
-    return measure.Candidate(name, "-", functools.partial(lion_update_fused_, step_tensors, SCALARS), passes=[streams])
+    return pieces
 
 
 def markdown(table: list[Row]) -> list[str]:
