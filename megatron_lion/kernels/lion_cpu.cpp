@@ -110,7 +110,7 @@ struct Chunk {
         return with_grad<STORED>(param, Bf16<P::ORDER>{at<uint16_t>(GRAD)}, copy);
     }
     template <Kind STORED, class P, class G> Sums with_grad(P param, G grad, bool copy) const {
-        if (copy) return update<STORED, P, G, Bf16<P::ORDER>>({param, grad, {at<uint16_t>(COPY)}, digits()});
+        if (copy) return update<STORED, P, G, ModelCopy<P::ORDER>>({param, grad, {{at<uint16_t>(COPY)}}, digits()});
         return update<STORED, P, G, NoCopy>({param, grad, {}, digits()});
     }
     template <Kind STORED, class P, class G, class C> Sums update(Streams<P, G, C> streams) const {

@@ -120,8 +120,8 @@ template <Order O> struct Bf16 {
         return {from_bits(first), from_bits(second)};
     }
     [[gnu::always_inline]] void store_pair(int64_t i, Pair pair) const {
-        Words first, second;
-        nearest_even(pair, first, second);
+        Words first = nearest_even_of_number(to_bits(pair.first)), second = nearest_even_of_number(to_bits(pair.second));
+        if (may_have_nan(pair)) first = nearest_even(pair.first), second = nearest_even(pair.second);
         write(values + i, upper_halves<ORDER>(first, second));
     }
 };
@@ -148,6 +148,18 @@ template <Order O> struct Remainder {
             first = unless_nan(pair.first, first, 0x7fc00000u), second = unless_nan(pair.second, second, 0x7fc00000u);
         write(high + i, upper_halves<ORDER>(first + 0x8000u, second + 0x8000u));
         write(low + i, lower_halves<ORDER>(first, second));
+    }
+};
+
+// bf16 of an fp32 master. Ties are rare there (but not in bf16 momentum that decays), so a branch on them saves work:
+// only they differ from rounding half away from zero.
+template <Order O> struct ModelCopy : Bf16<O> {
+    ModelCopy from(int64_t i) const { return {Bf16<O>::from(i)}; }
+    ModelCopy staged(Staging &staging) const { return {Bf16<O>::staged(staging)}; }
+    [[gnu::always_inline]] void store_pair(int64_t i, Pair pair) const {
+        Words first = to_bits(pair.first) + 0x8000u, second = to_bits(pair.second) + 0x8000u;
+        if (may_have_nan_or_tie(pair)) first = nearest_even(pair.first), second = nearest_even(pair.second);
+        write(this->values + i, upper_halves<O>(first, second));
     }
 };
 

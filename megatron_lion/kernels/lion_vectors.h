@@ -104,24 +104,25 @@ inline bool may_have_nan(Pair pair) {
 #endif
 }
 
-// The bf16 of a value, rounded to nearest even, in the upper half of 32 bits; ignore the lower half.
+// The bf16 of a number, rounded to nearest even, in the upper half of 32 bits; ignore the lower half.
+template <class Bits> inline Bits nearest_even_of_number(Bits bits) { return bits + 0x7fffu + ((bits >> 16) & 1u); }
 template <class Float> inline auto nearest_even(Float value) {
-    const auto bits = to_bits(value);
-    return unless_nan(value, bits + 0x7fffu + ((bits >> 16) & 1u), 0x7fc00000u);
+    return unless_nan(value, nearest_even_of_number(to_bits(value)), 0x7fc00000u);
 }
 
-// The same of a pair. Half away from zero is less work, and differs only in ties, which are as rare as NaN.
-[[gnu::always_inline]] inline void nearest_even(Pair pair, Words &first, Words &second) {
-    first = to_bits(pair.first) + 0x8000u, second = to_bits(pair.second) + 0x8000u;
-#ifdef __AVX2__ // a tie has a lower half of 0 now
+// Whether a pair may have a NaN, or a number halfway between two bf16.
+inline bool may_have_nan_or_tie(Pair pair) {
+#ifdef __AVX2__
+    const Words first = to_bits(pair.first) + 0x8000u, second = to_bits(pair.second) + 0x8000u; // ties end in 16 zeros now
     const __m256i least = _mm256_min_epu16(reinterpret_cast<__m256i>(first), reinterpret_cast<__m256i>(second));
     const __m256i is_zero = _mm256_cmpeq_epi16(least, _mm256_setzero_si256());
     const __m256i has_nan = _mm256_castps_si256(_mm256_cmp_ps(pair.first, pair.second, _CMP_UNORD_Q));
     constexpr uint32_t LOWER_HALVES = 0x33333333u;
     const uint32_t bytes = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_or_si256(is_zero, has_nan)));
-    if (__builtin_expect((bytes & LOWER_HALVES) == 0, true)) return;
+    return __builtin_expect((bytes & LOWER_HALVES) != 0, false);
+#else
+    return true;
 #endif
-    first = nearest_even(pair.first), second = nearest_even(pair.second);
 }
 
 // 16 elements of 16 bits: even ones from lower halves, odd ones from upper halves.
