@@ -1,8 +1,8 @@
 """The CPU kernel's computation: nanoseconds per element while all data stay in the cache, on one thread.
 
-Memory limits a step on large tensors. This shows how far below that limit the computation is, and repeats well on a
-machine that does other work, because the least of many calls is taken. ``--other`` compares with the kernel's sources in
-another folder, such as those of an earlier commit; calls of both alternate.
+Memory limits a step on large tensors. This shows how far below that limit the computation is. It repeats well on a
+machine that does other work, because the least of many calls is taken. ``--other`` compares with the kernel's sources
+in another folder, such as those of an earlier commit; calls of both alternate.
 
     python -m tools.benchmark.in_cache
     python -m tools.benchmark.in_cache --march haswell                      # as on a CPU without AVX-512

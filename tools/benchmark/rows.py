@@ -132,7 +132,7 @@ def candidate(name: str, tensors: dict[str, Tensor], layout: BlockLayout) -> mea
 
 
 def pieces_of(tensors: dict[str, Tensor], layout: BlockLayout) -> dict[str, list[Tensor]]:
-    """``tensors`` from the layout's first element on, by role of :class:`StepTensors`, with scales if they are packed."""
+    """``tensors`` from the layout's first element on, by role of :class:`StepTensors`; packed ones with scales."""
     pieces = {role: [tensor[layout.start :]] for role, tensor in tensors.items()}
     (master,) = pieces["masters"]
     if pieces["exp_avgs"][0].dtype == torch.int8:
