@@ -49,31 +49,41 @@ class Staging {
     template <class Value> Value *copy(Value *home) {
         typedef std::remove_const_t<Value> Repeated __attribute__((vector_size(sizeof(Words))));
         Stream &stream = streams[count++];
-        stream.home = const_cast<std::remove_const_t<Value> *>(home), stream.width = sizeof(Value);
-        if (has_room)
-            std::memcpy(stream.copy, home, BLOCK * sizeof(Value));
-        else
-            std::memcpy(stream.copy, home, size * sizeof(Value));
+        stream.home = reinterpret_cast<uint8_t *>(const_cast<std::remove_const_t<Value> *>(home));
+        stream.width = sizeof(Value);
+        const uint8_t *from = stream.home;
+        if (!has_room) from = static_cast<uint8_t *>(std::memcpy(stream.copy, home, size * sizeof(Value)));
         const Words first = reinterpret_cast<Words>(Repeated{} + *home);
-        const uint8_t *const masks = MASKS.bytes + LONGEST - size * sizeof(Value);
         for (int64_t i = 0; i < BLOCK * int64_t{sizeof(Value)}; i += sizeof(Words)) {
-            const Words mask = read<Words>(masks + i);
-            write(stream.copy + i, (read<Words>(stream.copy + i) & mask) | (first & ~mask));
+            const Words mask = read<Words>(masks(sizeof(Value)) + i);
+            write(stream.copy + i, (read<Words>(from + i) & mask) | (first & ~mask));
         }
         return reinterpret_cast<Value *>(stream.copy);
     }
-    // Writes all copies to their homes.
+    // Writes all copies to their homes. What follows them there is read and written, but not changed, if there is room.
     void put_back() const {
-        for (int64_t i = 0; i < count; ++i) std::memcpy(streams[i].home, streams[i].copy, size * streams[i].width);
+        for (int64_t stream = 0; stream < count; ++stream) {
+            const Stream &from = streams[stream];
+            if (!has_room) {
+                std::memcpy(from.home, from.copy, size * from.width);
+                continue;
+            }
+            for (int64_t i = 0; i < BLOCK * from.width; i += sizeof(Words)) {
+                const Words mask = read<Words>(masks(from.width) + i);
+                write(from.home + i, (read<Words>(from.copy + i) & mask) | (read<Words>(from.home + i) & ~mask));
+            }
+        }
     }
 
   private:
     static constexpr int64_t STREAMS = 3;
     struct Stream {
         alignas(32) uint8_t copy[LONGEST];
-        void *home;
+        uint8_t *home;
         int64_t width;
     };
+    // Ones for the first `size` elements, of `width` bytes each.
+    const uint8_t *masks(int64_t width) const { return MASKS.bytes + LONGEST - size * width; }
 
     int64_t size, count;
     bool has_room;
