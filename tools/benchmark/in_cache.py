@@ -11,7 +11,6 @@ in another folder, such as those of an earlier commit; calls of both alternate.
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron_lion.integration.compat import temporarily
 from megatron_lion.kernels import compiler, fused
 from megatron_lion.precision import BlockLayout
 from megatron_lion.step import StepTensors
-from tools.benchmark.rows import SCALARS, STORAGES, build, name_of, pieces_of
+from tools.benchmark.rows import SCALARS, STORAGES, build, kernel_of, name_of, pieces_of
 from tools.benchmark.shapes import machine
 
 NUMEL = 16_384  # 20 bytes each: the second level of any server's cache has room for them
@@ -73,12 +72,6 @@ def least(tensors: StepTensors, sources: list[Path], samples: int) -> list[float
             with temporarily(fused, _kernel=lambda *_, repeat=repeat: repeat):
                 fused.lion_update_fused_(tensors, SCALARS)
     return [min(found) / (NUMEL * COPIES) for found in times]
-
-
-def kernel_of(source: Path) -> Callable[..., None]:
-    """The kernel compiled from ``source``."""
-    with temporarily(compiler, SOURCE=source):
-        return fused._kernel()
 
 
 def arguments() -> argparse.ArgumentParser:

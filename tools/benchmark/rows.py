@@ -8,18 +8,21 @@ memory; the limit is the streaming pass of tools/benchmark/step.py over these te
     python -m tools.benchmark.rows --threads 2
     python -m tools.benchmark.rows --threads 2 --march haswell   # as on a CPU with AVX2 and without AVX-512
     python -m tools.benchmark.rows --statistic minimum           # on a machine that does other work too
+    python -m tools.benchmark.rows --other /tmp/before/megatron_lion/kernels   # next to an earlier kernel
 """
 
 import argparse
 import functools
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_lion.kernels import compiler
+from megatron_lion.integration.compat import temporarily
+from megatron_lion.kernels import compiler, fused
 from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.precision import BlockLayout, quantize, split_master
 from megatron_lion.step import StepScalars, StepTensors
@@ -43,11 +46,12 @@ STORAGES = (
 STATISTICS = {"median": statistics.median, "minimum": min}
 SCALARS = StepScalars(lr=1e-6, beta1=0.9, beta2=0.95, weight_decay=0.1)
 ALIGNED, SHARD, SHARD_START = "rows of 1,024", "shard from element 7 of rows of 1,000", 7
+OTHER = "other sources"
 
 
 @dataclass
 class Row:
-    """Times of one storage. ``ratios`` are times of other layouts over that of aligned rows."""
+    """Times of one storage. ``ratios`` are times of other layouts, and of other sources, over that of aligned rows."""
 
     storage: str
     bytes_per_parameter: float
@@ -87,6 +91,9 @@ def measured(storage: tuple[str, str, str, bool], args: argparse.Namespace) -> R
     tensors = build(storage, args.numel)
     candidates = [candidate(name, tensors, layout) for name, layout in layouts(storage[1], args.numel).items()]
     aligned = candidates[0]
+    if args.other:
+        step = functools.partial(_with_kernel, kernel_of(args.other / compiler.SOURCE.name), aligned.step)
+        candidates.append(measure.Candidate(OTHER, "-", step))
     limits = measure.limits([aligned])
     times = measure.measure([*candidates, *limits], args.rounds, pick=STATISTICS[args.statistic])
     limit, milliseconds = min(times[one.name] for one in limits), times[ALIGNED]
@@ -98,6 +105,17 @@ def measured(storage: tuple[str, str, str, bool], args: argparse.Namespace) -> R
         limit / milliseconds,
         {one.name: times[one.name] / milliseconds for one in candidates[1:]},
     )
+
+
+def kernel_of(source: Path) -> Callable[..., None]:
+    """The CPU kernel compiled from ``source``."""
+    with temporarily(compiler, SOURCE=source):
+        return fused._kernel()  # type: ignore[no-any-return]
+
+
+def _with_kernel(kernel: Callable[..., None], step: Callable[[], object]) -> None:
+    with temporarily(fused, _kernel=lambda *_: kernel):
+        step()
 
 
 def name_of(storage: tuple[str, str, str, bool]) -> str:
@@ -142,7 +160,7 @@ def pieces_of(tensors: dict[str, Tensor], layout: BlockLayout) -> dict[str, list
 
 def markdown(table: list[Row]) -> list[str]:
     """Lines of the table."""
-    ratios = ["of 1,000", "of 1,001", "1-D", SHARD]
+    ratios = ["of 1,000", "of 1,001", "1-D", SHARD, *([OTHER] if OTHER in table[0].ratios else [])]
     head = ["storage", "bytes per parameter", f"ms, {ALIGNED}", "limit, ms", "share of it", *ratios]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in table:
@@ -163,6 +181,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=9, help="steps of each that are counted (default: %(default)s)")
     parser.add_argument("--march", help="compile the kernel for this instruction set instead of the machine's own")
+    parser.add_argument("--other", type=Path, help="a folder with lion_cpu.cpp and its headers, to compare with")
     parser.add_argument(
         "--statistic", choices=tuple(STATISTICS), default="median", help="of the rounds (default: %(default)s)"
     )
