@@ -137,14 +137,12 @@ struct Blocks {
         size = std::min({BLOCK - position % BLOCK, left, last - i});
     }
     Part part() const { return {i, size, i + BLOCK <= last}; }
-    // Whether the next `count` blocks, and one element after them, are in one row and complete.
-    bool are_complete(int64_t count) const { return size == BLOCK && std::min(left, last - i) > count * BLOCK; }
-    void skip_complete(int64_t count) {
-        i += count * BLOCK, left -= count * BLOCK, index += count;
-        size = std::min({BLOCK, left, last - i});
-    }
-    void next() {
-        i += size, left -= size, ++index;
+    // Number of complete blocks from i on in its row.
+    int64_t complete() const { return size == BLOCK ? std::min(left, last - i) / BLOCK : 0; }
+    // Moves over `count` blocks of one row: complete ones, or the one at i.
+    void skip(int64_t count) {
+        const int64_t elements = count * size;
+        i += elements, left -= elements, index += count;
         if (left == 0) left = row_length;
         size = std::min({BLOCK, left, last - i});
     }
@@ -171,15 +169,14 @@ template <class Streams> struct Group {
     void place(Blocks &blocks, const Streams &tensor, const Codes &momentum) {
         scales = momentum.scales + blocks.index;
         count = incomplete = 0;
-        if (blocks.are_complete(LANES)) { // the usual case, without the work of the other
-            for (; count < LANES; ++count) set_place(blocks.i + count * BLOCK, BLOCK, tensor, momentum);
-            blocks.skip_complete(LANES);
+        while (count < LANES && blocks.size > 0) {
+            const int64_t complete = std::min(blocks.complete(), LANES - count), next = std::max<int64_t>(complete, 1);
+            for (int64_t block = 0; block < next; ++block, ++count)
+                set_place(blocks.i + block * BLOCK, blocks.size, tensor, momentum);
+            if (complete == 0) copy(blocks.part());
+            blocks.skip(next);
         }
-        for (; count < LANES && blocks.size > 0; ++count, blocks.next()) {
-            set_place(blocks.i, blocks.size, tensor, momentum);
-            if (blocks.size < BLOCK) copy(blocks.part());
-        }
-        std::fill(codes + count, codes + LANES, static_cast<int8_t *>(nowhere));
+        if (count < LANES) std::fill(codes + count, codes + LANES, static_cast<int8_t *>(nowhere));
         HalfShorts eight{};
         if (count == LANES)
             eight = read<HalfShorts>(scales);
@@ -226,9 +223,11 @@ template <class Streams> struct Group {
         codes[count] = momentum.codes + i;
         sizes[count] = size;
     }
+    // Replaces the streams of the last block by copies.
     void copy(Part part) {
-        streams[count] = streams[count].staged(only_read[incomplete].of(part), written[incomplete].of(part));
-        codes[count] = written_codes[incomplete].of(part).copy(codes[count]);
+        Streams &last = streams[count - 1];
+        last = last.staged(only_read[incomplete].of(part), written[incomplete].of(part));
+        codes[count - 1] = written_codes[incomplete].of(part).copy(codes[count - 1]);
         ++incomplete;
     }
 
