@@ -81,8 +81,8 @@ inline Shorts with_signs(Shorts magnitudes, Shorts signs) {
 #endif
 }
 
-// 16 numbers of 16 bits: those of two vectors, or numbers with the same signs where they are too large. With AVX2 their
-// quarters are in turn, which write_codes() undoes.
+// 16 numbers of 16 bits: those of two vectors, where they are too large the nearest that fits. With AVX2 quarters of the
+// two vectors are in turn, which write_codes() undoes.
 inline Shorts narrowed(Ints first, Ints second) {
 #ifdef __AVX2__
     return reinterpret_cast<Shorts>(

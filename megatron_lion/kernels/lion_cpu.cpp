@@ -1,6 +1,6 @@
 // One pass of Lion over memory on a CPU: reads gradient, parameter and momentum, writes parameter, momentum and, if
-// requested, a 16-bit copy of the parameter and the digits of the step. Compiled at first use by megatron_lion/kernels/compiler.py and called through
-// ctypes by megatron_lion/kernels/fused.py.
+// requested, a 16-bit copy of the parameter and the digits of the step. Compiled at first use by
+// megatron_lion/kernels/compiler.py and called through ctypes by megatron_lion/kernels/fused.py.
 //
 // Bit-identical to megatron_lion/update.py and precision.py: every product and every sum is rounded separately
 // (-ffp-contract=off), sign(0) and sign(NaN) are 0, arithmetic is fp32 for every storage format, rounded to storage once.

@@ -136,7 +136,7 @@ template <Order O> struct Bf16 {
     }
 };
 
-// fp32 as a bf16, rounded half away from zero, and a 16-bit remainder
+// fp32 as a bf16, rounded half away from zero, and a 16-bit remainder.
 template <Order O> struct Remainder {
     static constexpr Order ORDER = O;
     uint16_t *high;
