@@ -10,7 +10,9 @@ in another folder, such as those of an earlier commit; calls of both alternate.
 """
 
 import argparse
+import itertools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +36,24 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.march:
         compiler.FLAGS = (*compiler.FLAGS, f"-march={args.march}")
-    sources = [*([args.other / compiler.SOURCE.name] if args.other else []), compiler.SOURCE]
+    folders = [args.other, compiler.SOURCE.parent] if args.other else [compiler.SOURCE.parent]
+    kernels = [kernel_of(folder / compiler.SOURCE.name) for folder in folders]
+    problems = {}
+    for storage in STORAGES:
+        for row_length in args.rows if storage[1] == "int8" else args.rows[:1]:
+            rows = f", rows of {row_length:,}" if len(args.rows) > 1 and storage[1] == "int8" else ""
+            problems[name_of(storage) + rows] = repeated(storage, row_length)
+    least = dict.fromkeys(itertools.product(problems, range(len(kernels))), float("inf"))
+    for _ in range(args.samples // SAMPLES_A_TURN):  # in turn, so that a slow moment does not fall on one row
+        for (name, index), before in least.items():
+            least[name, index] = min(before, nanoseconds(problems[name], kernels[index]))
     print(f"{machine()}; -march={args.march or 'native'}; least of {args.samples} calls\n")
     columns = ["other, ns", "ns", "ratio"] if args.other else ["ns"]
     print(f"| storage | {' | '.join(columns)} |\n|---" + "|---" * len(columns) + "|")
-    for storage in STORAGES:
-        for row_length in args.rows if storage[1] == "int8" else args.rows[:1]:
-            tensors = repeated(storage, row_length)
-            found = least(tensors, sources, args.samples)
-            cells = [f"{nanoseconds:.3f}" for nanoseconds in found]
-            cells += [f"{found[1] / found[0]:.2f}"] if args.other else []
-            rows = f", rows of {row_length:,}" if len(args.rows) > 1 and storage[1] == "int8" else ""
-            print(f"| {name_of(storage)}{rows} | {' | '.join(cells)} |", flush=True)
+    for name in problems:
+        found = [least[name, index] for index in range(len(kernels))]
+        cells = [f"{each:.3f}" for each in found] + ([f"{found[1] / found[0]:.2f}"] if args.other else [])
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def repeated(storage: tuple[str, str, str, bool], row_length: int) -> StepTensors:
@@ -56,22 +64,19 @@ def repeated(storage: tuple[str, str, str, bool], row_length: int) -> StepTensor
     return StepTensors(**{role: tensors * COPIES for role, tensors in pieces.items()}, blocks=blocks)
 
 
-def least(tensors: StepTensors, sources: list[Path], samples: int) -> list[float]:
-    """Nanoseconds per element with the kernel of each source."""
-    kernels = [kernel_of(source) for source in sources]
-    times: list[list[float]] = [[] for _ in sources]
-    for turn in range(samples // SAMPLES_A_TURN):
-        for index in (range(len(sources)), reversed(range(len(sources))))[turn % 2]:
+def nanoseconds(tensors: StepTensors, kernel: Callable[..., None]) -> float:
+    """Per element, of the fastest of some calls."""
+    times = []
 
-            def repeat(*call: Any, kernel: Any = kernels[index], found: list[float] = times[index]) -> None:
-                for _ in range(SAMPLES_A_TURN):
-                    start = time.perf_counter_ns()
-                    kernel(*call)
-                    found.append(time.perf_counter_ns() - start)
+    def repeat(*call: Any) -> None:
+        for _ in range(SAMPLES_A_TURN):
+            start = time.perf_counter_ns()
+            kernel(*call)
+            times.append(time.perf_counter_ns() - start)
 
-            with temporarily(fused, _kernel=lambda *_, repeat=repeat: repeat):
-                fused.lion_update_fused_(tensors, SCALARS)
-    return [min(found) / (NUMEL * COPIES) for found in times]
+    with temporarily(fused, _kernel=lambda *_: repeat):
+        fused.lion_update_fused_(tensors, SCALARS)
+    return min(times) / (NUMEL * COPIES)
 
 
 def arguments() -> argparse.ArgumentParser:
