@@ -62,14 +62,14 @@ inline Floats from_bits(Words bits) { return reinterpret_cast<Floats>(bits); }
 inline Floats absolute(Floats values) { return from_bits(to_bits(values) & MAGNITUDE); }
 inline Doubles absolute(Doubles values) { return values < 0.0 ? -values : values; }
 
-// 0 for zero and for NaN.
+// 0 for zero and for NaN. A true comparison is -1.
 inline Floats sign_of(Floats value) {
-#ifdef __AVX__
+#ifdef __AVX512VL__ // with comparisons that give a mask
     const Words is_signed = reinterpret_cast<Words>(_mm256_cmp_ps(value, Floats{}, _CMP_NEQ_OQ));
-#else
-    const Words is_signed = reinterpret_cast<Words>((value < 0.0f) | (value > 0.0f));
-#endif
     return from_bits(((to_bits(value) & SIGN) | to_bits(1.0f)) & is_signed);
+#else
+    return __builtin_convertvector((value < 0.0f) - (value > 0.0f), Floats);
+#endif
 }
 
 // Magnitudes as integers, where a NaN is the largest.
