@@ -7,14 +7,16 @@ memory; the limit is the streaming pass of tools/benchmark/step.py over these te
 
     python -m tools.benchmark.rows --threads 2
     python -m tools.benchmark.rows --threads 2 --march haswell   # as on a CPU with AVX2 and without AVX-512
-    python -m tools.benchmark.rows --statistic minimum           # on a machine that does other work too
+    python -m tools.benchmark.rows --threads 1 --numel 1000000 --sets 48 --rounds 150 --statistic minimum
+                                                                 # on a machine that does other work too
     python -m tools.benchmark.rows --other /tmp/before/megatron_lion/kernels   # next to an earlier kernel
 """
 
 import argparse
 import functools
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -88,23 +90,38 @@ def layouts(momentum: str, numel: int) -> dict[str, BlockLayout]:
 
 def measured(storage: tuple[str, str, str, bool], args: argparse.Namespace) -> Row:
     """Build the tensors of ``storage``, step them in each layout and stream over them, in turn."""
-    tensors = build(storage, args.numel)
-    candidates = [candidate(name, tensors, layout) for name, layout in layouts(storage[1], args.numel).items()]
-    aligned = candidates[0]
-    if args.other:
-        step = functools.partial(_with_kernel, kernel_of(args.other / compiler.SOURCE.name), aligned.step)
-        candidates.append(measure.Candidate(OTHER, "-", step))
-    limits = measure.limits([aligned])
-    times = measure.measure([*candidates, *limits], args.rounds, pick=STATISTICS[args.statistic])
-    limit, milliseconds = min(times[one.name] for one in limits), times[ALIGNED]
+    sets = [candidates_of(build(storage, args.numel), storage, args) for _ in range(args.sets)]
+    turns = [in_turn(same, index / len(sets[0])) for index, same in enumerate(zip(*sets, strict=True))]
+    times = measure.measure(turns, args.rounds, evict=args.sets == 1, pick=STATISTICS[args.statistic])
+    aligned, milliseconds = sets[0][0], times[ALIGNED]
+    limit = min(times[kind + ALIGNED] for kind in measure.PASSES)
     return Row(
         name_of(storage),
         (aligned.bytes or 0) / args.numel,
         milliseconds,
         limit,
         limit / milliseconds,
-        {one.name: times[one.name] / milliseconds for one in candidates[1:]},
+        {one.name: times[one.name] / milliseconds for one in sets[0][1:] if not one.name.endswith(ALIGNED)},
     )
+
+
+def candidates_of(
+    tensors: dict[str, Tensor], storage: tuple[str, str, str, bool], args: argparse.Namespace
+) -> list[measure.Candidate]:
+    """Steps of ``tensors`` in each layout, the aligned one first, with other sources, and the limits."""
+    made = [candidate(name, tensors, layout) for name, layout in layouts(storage[1], args.numel).items()]
+    limits = measure.limits(made[:1])
+    if args.other:
+        step = functools.partial(_with_kernel, kernel_of(args.other / compiler.SOURCE.name), made[0].step)
+        made.append(measure.Candidate(OTHER, "-", step))
+    return [*made, *limits]
+
+
+def in_turn(same: Sequence[measure.Candidate], start: float) -> measure.Candidate:
+    """A candidate that takes a step of the next one of ``same`` each time, from the share ``start`` of them on."""
+    first = int(start * len(same))
+    steps = itertools.cycle([one.step for one in (*same[first:], *same[:first])])
+    return measure.Candidate(same[0].name, "-", lambda: next(steps)())
 
 
 def kernel_of(source: Path) -> Callable[..., None]:
@@ -180,6 +197,13 @@ def arguments() -> argparse.ArgumentParser:
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=9, help="steps of each that are counted (default: %(default)s)")
+    parser.add_argument(
+        "--sets",
+        type=int,
+        default=1,
+        help="so many sets of tensors in turn, which together are larger than the caches, instead of emptying the "
+        "caches between steps (default: %(default)s)",
+    )
     parser.add_argument("--march", help="compile the kernel for this instruction set instead of the machine's own")
     parser.add_argument("--other", type=Path, help="a folder with lion_cpu.cpp and its headers, to compare with")
     parser.add_argument(
