@@ -127,7 +127,7 @@ def in_turn(same: Sequence[measure.Candidate], start: float) -> measure.Candidat
 def kernel_of(source: Path) -> Callable[..., None]:
     """The CPU kernel compiled from ``source``."""
     with temporarily(compiler, SOURCE=source):
-        return fused._kernel()  # type: ignore[no-any-return]
+        return fused._kernel()
 
 
 def _with_kernel(kernel: Callable[..., None], step: Callable[[], object]) -> None:
