@@ -31,10 +31,14 @@ def test_each_mix_of_stored_dtypes_has_the_bits_of_the_reference(dtypes):
     compare(lion_update_fused_, lists, **LANGUAGE)
 
 
-def test_every_bf16_rounding_case_has_the_bits_of_torchs_cast():
-    """All exponents and signs with the halves around each tie, kept by a step of learning rate 0."""
+@pytest.mark.parametrize("ties_are_apart", [False, True])
+def test_every_bf16_rounding_case_has_the_bits_of_torchs_cast(ties_are_apart):
+    """All exponents and signs with the halves around each tie, kept by a step of learning rate 0. Vectors without a tie
+    and NaN are rounded in another way.
+    """
     halves = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-    patterns = (torch.arange(1 << 16)[:, None] * (1 << 16) + halves).flatten()
+    patterns = torch.arange(1 << 16)[:, None] * (1 << 16) + halves
+    patterns = (patterns.T if ties_are_apart else patterns).flatten()
     params = [patterns.to(torch.int32).view(FP32).clone()]
     copies = [torch.zeros(len(patterns), dtype=BF16)]
     lists = params, [torch.zeros_like(params[0])], [torch.zeros_like(params[0])]

@@ -1,11 +1,12 @@
 """The kernels that take packed state have the reference's bits: remainders of master weights, momentum in 8 bits."""
 
 import itertools
+import platform
 
 import pytest
 import torch
 
-from megatron_lion.kernels import foreach
+from megatron_lion.kernels import compiler, foreach
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.precision import BLOCK, BlockLayout, quantize, split_master
@@ -63,6 +64,22 @@ MIXES = [
 def test_each_mix_of_storage_has_the_bits_of_the_reference(kernel, mix, copies):
     lists = with_special_values(problem([1, 0, 5003, 31, 32, 33, 4099], FP32))
     compare_packed(kernel, packed(lists, *mix, copies=copies), grad_scale=0.37)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its instruction sets are those of x86")
+@pytest.mark.parametrize("march", ["haswell", "sandybridge", "x86-64"])  # with AVX2, AVX, neither
+def test_code_for_a_cpu_with_shorter_vectors_has_the_bits_of_the_reference(march, monkeypatch):
+    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, f"-march={march}"))
+    compiler._load_once.cache_clear()
+    try:
+        lists = with_special_values(problem([1, 0, 5003, 31, 32, 33, 4099], FP32))
+        for *mix, copies in itertools.product(
+            ["remainder", FP32, BF16], [FP32, BF16], [FP32, BF16, INT8], [False, True]
+        ):
+            compare_packed(lion_update_fused_, packed(lists, *mix, copies=copies), grad_scale=0.37)
+    finally:
+        compiler._load_once.cache_clear()
 
 
 ROWS = [1, 5, 31, 32, 33, 50, 63, 64, 65, 100, 1000, 1024]

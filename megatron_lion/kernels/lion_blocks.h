@@ -7,14 +7,11 @@
 
 #include "lion_step.h"
 
-#include <limits>
-
 namespace {
 
 constexpr float LEVELS = 127 * 127; // codes hold the square root of a magnitude
 constexpr float SMALLEST_SCALE = 0x1p-100f;
-// Near this number the last place has value 1: adding it rounds to nearest even, and the low bits of the sum are the code.
-constexpr float ROUNDS = 0x1.8p23f;
+constexpr int32_t INFINITE = 0x7f800000; // bits of infinity, below those of NaN
 
 struct BlockLayout { // position of a tensor in its parameter: first element, and length of the parameter's rows
     int64_t start, row_length;
@@ -38,8 +35,21 @@ struct Codes { // int8 codes and one bf16 scale per block
 
 typedef int8_t Bytes __attribute__((vector_size(2 * LANES)));
 
-// 16 codes of one block. All pairs are EVEN_ODD.
-[[gnu::always_inline]] inline Pair dequantize(const int8_t *codes, float unit) {
+inline Floats widened(const int8_t *codes) { // eight of them
+#ifdef __AVX2__
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(codes))));
+#else
+    typedef int8_t HalfBytes __attribute__((vector_size(LANES)));
+    return __builtin_convertvector(__builtin_convertvector(read<HalfBytes>(codes), Ints), Floats);
+#endif
+}
+
+// 16 codes of one block.
+template <Order ORDER> [[gnu::always_inline]] inline Pair dequantize(const int8_t *codes, float unit) {
+    if constexpr (ORDER == IN_MEMORY) {
+        const Floats first = widened(codes), second = widened(codes + LANES);
+        return {first * absolute(first) * unit, second * absolute(second) * unit};
+    }
 #ifdef __AVX2__
     const Shorts code = reinterpret_cast<Shorts>(_mm256_cvtepi8_epi16(read<__m128i>(codes)));
 #else
@@ -61,7 +71,7 @@ inline Ints largest_lanes(const Ints *v) {
     return larger(SHUFFLE(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11), SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15));
 }
 
-// 16 magnitudes with signs: those of numbers with the upper halves `signs`, which are 0 only where the magnitude is.
+// 16 magnitudes with the signs of `signs`, which are 0 only where the magnitude is.
 inline Shorts with_signs(Shorts magnitudes, Shorts signs) {
 #ifdef __AVX2__
     return reinterpret_cast<Shorts>(
@@ -71,18 +81,46 @@ inline Shorts with_signs(Shorts magnitudes, Shorts signs) {
 #endif
 }
 
-// Writes 32 codes.
-inline void write_codes(int8_t *codes, Shorts first, Shorts second) {
-#ifdef __AVX2__ // interleaves quarters of the two
-    const __m256i packed = _mm256_packs_epi16(reinterpret_cast<__m256i>(first), reinterpret_cast<__m256i>(second));
-    write(codes, _mm256_permute4x64_epi64(packed, 0b11011000));
+// 16 numbers of 16 bits: those of two vectors, where they are too large the nearest that fits. With AVX2 quarters of the
+// two vectors are in turn, which write_codes() undoes.
+inline Shorts narrowed(Ints first, Ints second) {
+#ifdef __AVX2__
+    return reinterpret_cast<Shorts>(
+        _mm256_packs_epi32(reinterpret_cast<__m256i>(first), reinterpret_cast<__m256i>(second)));
 #else
+    const Ints least = Ints{} - 32768, most = Ints{} + 32767;
+    return reinterpret_cast<Shorts>(packed(reinterpret_cast<Words>(larger(least, smaller(first, most))) & 0xffffu,
+                                           reinterpret_cast<Words>(larger(least, smaller(second, most))) & 0xffffu));
+#endif
+}
+
+// Rounded to nearest even.
+inline Ints rounded(Floats values) {
+#ifdef __AVX__
+    return reinterpret_cast<Ints>(_mm256_cvtps_epi32(values));
+#else // near this number the last place has value 1
+    constexpr float ROUNDS = 0x1.8p23f;
+    return reinterpret_cast<Ints>(values + ROUNDS) - reinterpret_cast<Ints>(Floats{} + ROUNDS);
+#endif
+}
+
+// Writes 32 codes, from two of narrowed().
+template <Order ORDER> inline void write_codes(int8_t *codes, Shorts first, Shorts second) {
+#ifdef __AVX2__
+    const __m256i packed = _mm256_packs_epi16(reinterpret_cast<__m256i>(first), reinterpret_cast<__m256i>(second));
+    if constexpr (ORDER == EVEN_ODD) {
+        const __m128i each = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+        const __m256i in_turn = _mm256_shuffle_epi8(packed, _mm256_broadcastsi128_si256(each));
+        write(codes, _mm256_permute4x64_epi64(in_turn, 0b11011000));
+    } else
+        write(codes, _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+#else
+    if constexpr (ORDER == EVEN_ODD) first = interleaved(first), second = interleaved(second);
     write(codes, __builtin_convertvector(first, Bytes));
     write(codes + PAIR, __builtin_convertvector(second, Bytes));
 #endif
 }
 
-inline float widen(uint16_t scale) { return from_bits(static_cast<uint32_t>(scale) << 16); }
 inline Floats widen(HalfShorts scales) { return from_bits(__builtin_convertvector(scales, Words) << 16); }
 
 // The blocks of elements `i` to `last`, one after the other.
@@ -99,14 +137,12 @@ struct Blocks {
         size = std::min({BLOCK - position % BLOCK, left, last - i});
     }
     Part part() const { return {i, size, i + BLOCK <= last}; }
-    // Whether the next `count` blocks, and one element after them, are in one row and complete.
-    bool are_complete(int64_t count) const { return size == BLOCK && std::min(left, last - i) > count * BLOCK; }
-    void skip_complete(int64_t count) {
-        i += count * BLOCK, left -= count * BLOCK, index += count;
-        size = std::min({BLOCK, left, last - i});
-    }
-    void next() {
-        i += size, left -= size, ++index;
+    // Number of complete blocks from i on in its row.
+    int64_t complete() const { return size == BLOCK ? std::min(left, last - i) / BLOCK : 0; }
+    // Moves over `count` blocks of one row: complete ones, or the one at i.
+    void skip(int64_t count) {
+        const int64_t elements = count * size;
+        i += elements, left -= elements, index += count;
         if (left == 0) left = row_length;
         size = std::min({BLOCK, left, last - i});
     }
@@ -115,6 +151,7 @@ struct Blocks {
 // Up to eight blocks: where they are, their new momentum, and the factors that turn it into codes once the largest value of
 // each block is known. Incomplete blocks are updated in copies.
 template <class Streams> struct Group {
+    static constexpr Order ORDER = Streams::ORDER;
     int64_t count = 0;      // of blocks
     Streams streams[LANES]; // of each block, from its first element on
     int8_t *codes[LANES];
@@ -122,7 +159,7 @@ template <class Streams> struct Group {
     int64_t sizes[LANES];
     alignas(4 * LANES) float units[LANES]; // the factors of the squared old codes
     Pair magnitudes[LANES][2]; // of the new momentum
-    Shorts signs[LANES][2];    // upper halves of the new momentum
+    Shorts signs[LANES][2];    // numbers with the signs of the new momentum
     Ints peaks[LANES];
     alignas(4 * LANES) float inverses[LANES];
 
@@ -132,17 +169,19 @@ template <class Streams> struct Group {
     void place(Blocks &blocks, const Streams &tensor, const Codes &momentum) {
         scales = momentum.scales + blocks.index;
         count = incomplete = 0;
-        if (blocks.are_complete(LANES)) { // the usual case, without the work of the other
-            for (; count < LANES; ++count) set_place(blocks.i + count * BLOCK, BLOCK, tensor, momentum);
-            blocks.skip_complete(LANES);
+        while (count < LANES && blocks.size > 0) {
+            const int64_t complete = std::min(blocks.complete(), LANES - count), next = std::max<int64_t>(complete, 1);
+            for (int64_t block = 0; block < next; ++block, ++count)
+                set_place(blocks.i + block * BLOCK, blocks.size, tensor, momentum);
+            if (complete == 0) copy(blocks.part());
+            blocks.skip(next);
         }
-        for (; count < LANES && blocks.size > 0; ++count, blocks.next()) {
-            set_place(blocks.i, blocks.size, tensor, momentum);
-            if (blocks.size < BLOCK) copy(blocks.part());
-        }
-        std::fill(codes + count, codes + LANES, static_cast<int8_t *>(nowhere));
+        if (count < LANES) std::fill(codes + count, codes + LANES, static_cast<int8_t *>(nowhere));
         HalfShorts eight{};
-        std::memcpy(&eight, scales, count * sizeof *scales);
+        if (count == LANES)
+            eight = read<HalfShorts>(scales);
+        else
+            std::memcpy(&eight, scales, count * sizeof *scales);
         write(units, widen(eight) * (1.0f / LEVELS));
     }
     void put_back_streams() const {
@@ -157,7 +196,7 @@ template <class Streams> struct Group {
         for (int64_t half = 0; half < 2; ++half) {
             const Pair &values = both[half], sizes = {absolute(values.first), absolute(values.second)};
             magnitudes[block][half] = sizes;
-            signs[block][half] = reinterpret_cast<Shorts>(upper_halves<EVEN_ODD>(to_bits(values.first), to_bits(values.second)));
+            signs[block][half] = narrowed(reinterpret_cast<Ints>(values.first), reinterpret_cast<Ints>(values.second));
             largest[half] = larger(magnitude(sizes.first), magnitude(sizes.second));
         }
         peaks[block] = larger(largest[0], largest[1]);
@@ -167,11 +206,15 @@ template <class Streams> struct Group {
         const Floats peak = from_bits(reinterpret_cast<Words>(largest_lanes(peaks)));
         const Words scale = (peak < SMALLEST_SCALE ? Words{} : nearest_even(peak)) & 0xffff0000u;
         const HalfShorts eight = __builtin_convertvector(scale >> 16, HalfShorts);
-        std::memcpy(scales, &eight, count * sizeof *scales);
+        if (count == LANES)
+            write(scales, eight);
+        else
+            std::memcpy(scales, &eight, count * sizeof *scales);
         write(inverses, scale == 0u ? Floats{} : LEVELS / from_bits(scale));
-        for (int64_t block = 0; block < count; ++block) // all elements of these become NaN; their codes are 0
-            if (!(widen(scales[block]) < std::numeric_limits<float>::infinity()))
-                magnitudes[block][0] = magnitudes[block][1] = Pair{}, inverses[block] = 0;
+        const Ints is_not_finite = reinterpret_cast<Ints>(scale) >= INFINITE;
+        if (!is_any(is_not_finite)) return;
+        for (int64_t block = 0; block < LANES; ++block) // all elements of these become NaN; their codes are 0
+            if (is_not_finite[block]) magnitudes[block][0] = magnitudes[block][1] = Pair{}, inverses[block] = 0;
     }
 
   private:
@@ -180,9 +223,11 @@ template <class Streams> struct Group {
         codes[count] = momentum.codes + i;
         sizes[count] = size;
     }
+    // Replaces the streams of the last block by copies.
     void copy(Part part) {
-        streams[count] = streams[count].staged(only_read[incomplete].of(part), written[incomplete].of(part));
-        codes[count] = written_codes[incomplete].of(part).copy(codes[count]);
+        Streams &last = streams[count - 1];
+        last = last.staged(only_read[incomplete].of(part), written[incomplete].of(part));
+        codes[count - 1] = written_codes[incomplete].of(part).copy(codes[count - 1]);
         ++incomplete;
     }
 
@@ -206,10 +251,10 @@ struct Roots {
     template <class Group> [[gnu::always_inline]] void encode(const Group &group, int64_t block) const {
         Shorts codes[2];
         for (int64_t half = 0; half < 2; ++half) {
-            const Words first = to_bits(pairs[half].first + ROUNDS), second = to_bits(pairs[half].second + ROUNDS);
-            codes[half] = with_signs(reinterpret_cast<Shorts>(lower_halves<EVEN_ODD>(first, second)), group.signs[block][half]);
+            const Shorts magnitudes = narrowed(rounded(pairs[half].first), rounded(pairs[half].second));
+            codes[half] = with_signs(magnitudes, group.signs[block][half]);
         }
-        write_codes(group.codes[block], codes[0], codes[1]);
+        write_codes<Group::ORDER>(group.codes[block], codes[0], codes[1]);
     }
 };
 

@@ -1,6 +1,6 @@
 // One pass of Lion over memory on a CPU: reads gradient, parameter and momentum, writes parameter, momentum and, if
-// requested, a 16-bit copy of the parameter and the digits of the step. Compiled at first use by megatron_lion/kernels/compiler.py and called through
-// ctypes by megatron_lion/kernels/fused.py.
+// requested, a 16-bit copy of the parameter and the digits of the step. Compiled at first use by
+// megatron_lion/kernels/compiler.py and called through ctypes by megatron_lion/kernels/fused.py.
 //
 // Bit-identical to megatron_lion/update.py and precision.py: every product and every sum is rounded separately
 // (-ffp-contract=off), sign(0) and sign(NaN) are 0, arithmetic is fp32 for every storage format, rounded to storage once.
@@ -38,7 +38,8 @@ template <class P, class G, class C>
 [[gnu::noinline]] void update_group(Group<Streams<P, G, C>> &group, const Group<Streams<P, G, C>> &done,
                                     const Streams<P, G, C> tensor, const Codes momentum, int64_t &fetched, int64_t stop,
                                     const Hyper h, LaneSums &all) {
-    LaneSums sums = all;
+    LaneSums sums;
+    if (TELEMETRY) sums = all;
     int64_t piece = fetched;
     for (int64_t block = 0; block < LANES; ++block) {
         if (block % 2 == 0 && piece + PIECE <= stop) {
@@ -49,7 +50,7 @@ template <class P, class G, class C>
         if (block < group.count) {
             const Streams<P, G, C> streams = group.streams[block];
             const auto new_momentum = [&](int64_t j) __attribute__((always_inline)) {
-                const Pair m = dequantize(group.codes[block] + j, group.units[block]);
+                const Pair m = dequantize<P::ORDER>(group.codes[block] + j, group.units[block]);
                 return update_pair(streams, j, m, h, sums, group.sizes[block] - j);
             };
             const Pair first = new_momentum(0);
@@ -57,7 +58,8 @@ template <class P, class G, class C>
         }
         roots.encode(done, block);
     }
-    fetched = piece, all = sums;
+    fetched = piece;
+    if (TELEMETRY) all = sums;
 }
 
 // Updates elements `first` to `last`, whole blocks, with quantized momentum.
@@ -97,18 +99,18 @@ struct Chunk {
     template <class T> T *at(Role role) const { return static_cast<T *>(roles[role]); }
 
     template <Kind STORED> Sums with_momentum(Kind param, Kind grad, bool copy) const {
-        constexpr Order ORDER = STORED == PACKED ? EVEN_ODD : IN_MEMORY; // with fp32 parameters; the faster of the two
+        constexpr Order ORDER = STORED == FP32 ? IN_MEMORY : EVEN_ODD; // with 16-bit parameters; the faster of the two
         uint16_t *const high = at<uint16_t>(PARAM);
-        if (param == FP32) return with_param<STORED>(Fp32<ORDER>{at<float>(PARAM)}, grad, copy);
-        if (param == BF16) return with_param<STORED>(Bf16<EVEN_ODD>{high}, grad, copy);
-        return with_param<STORED>(Remainder{high, at<int16_t>(REMAINDER)}, grad, copy);
+        if (param == FP32) return with_param<STORED>(Fp32<IN_MEMORY>{at<float>(PARAM)}, grad, copy);
+        if (param == BF16) return with_param<STORED>(Bf16<ORDER>{high}, grad, copy);
+        return with_param<STORED>(Remainder<ORDER>{high, at<int16_t>(REMAINDER)}, grad, copy);
     }
     template <Kind STORED, class P> Sums with_param(P param, Kind grad, bool copy) const {
         if (grad == FP32) return with_grad<STORED>(param, Fp32<P::ORDER>{at<float>(GRAD)}, copy);
         return with_grad<STORED>(param, Bf16<P::ORDER>{at<uint16_t>(GRAD)}, copy);
     }
     template <Kind STORED, class P, class G> Sums with_grad(P param, G grad, bool copy) const {
-        if (copy) return update<STORED, P, G, Bf16<P::ORDER>>({param, grad, {at<uint16_t>(COPY)}, digits()});
+        if (copy) return update<STORED, P, G, ModelCopy<P::ORDER>>({param, grad, {{at<uint16_t>(COPY)}}, digits()});
         return update<STORED, P, G, NoCopy>({param, grad, {}, digits()});
     }
     template <Kind STORED, class P, class G, class C> Sums update(Streams<P, G, C> streams) const {

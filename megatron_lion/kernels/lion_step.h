@@ -85,7 +85,7 @@ struct Digits {
 
 // The bits of the model's parameter of a master: the copy's, or the upper half of a master that has a remainder.
 template <class P, class C> inline Words model_param(Floats master) {
-    if constexpr (std::is_same_v<P, Remainder> && std::is_same_v<C, NoCopy>)
+    if constexpr (std::is_same_v<P, Remainder<P::ORDER>> && std::is_same_v<C, NoCopy>)
         return (unless_nan(master, to_bits(master), 0x7fc00000u) + 0x8000u) & 0xffff0000u;
     return nearest_even(master) & 0xffff0000u;
 }
@@ -102,6 +102,7 @@ template <class P, class C> inline Words digits_of(Floats theta, const StepResul
 
 // What a step reads and writes in addition to the momentum.
 template <class P, class G, class C> struct Streams {
+    static constexpr Order ORDER = P::ORDER;
     P param;
     G grad;
     C copy;

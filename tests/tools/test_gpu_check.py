@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from tests.harness import ROOT
 from tools.gpu_check import __main__ as check
 from tools.gpu_check import environment, pretrain, records, runner, same_losses, summary
-from tools.gpu_check.parts import Part, all_parts
+from tools.gpu_check.parts import TESTS, Part, all_parts
 
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
 
@@ -237,6 +238,13 @@ def test_a_row_that_was_cut_off_costs_only_itself(tmp_path: Path) -> None:
     assert "## Optimizer step, 2 tensors" in text
     assert "| megatron-lion fused | fp32 momentum | 2.00 | - | - | - | - | 2.50 | - |" in text
     assert "- not measured: gone: not installed" in text
+
+
+def test_the_tests_of_every_triton_kernel_of_the_exchange_are_run() -> None:
+    uses_triton = re.compile(r"\b(TRITON|EVERY_KERNEL|COMPILED)\b")
+    files = [path for path in (ROOT / "tests" / "exchange").glob("test_*.py") if uses_triton.search(path.read_text())]
+    assert len(files) >= 3
+    assert not [path.name for path in files if f"tests/exchange/{path.name}" not in TESTS]
 
 
 def test_its_help_says_how_the_wheels_are_brought_along_and_wrong_words_are_refused() -> None:

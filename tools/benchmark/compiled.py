@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import triton
 
-from megatron_lion.kernels.triton_lion import MAY_BE_ON_DEVICE, compile_time
+from megatron_lion.kernels.triton_lion import MAY_BE_ON_DEVICE, compile_time, compiler_options
 from megatron_lion.kernels.triton_lion_kernel import SIZE, lion_kernel
 from megatron_lion.step import StepKind
 from tools.benchmark.sass import ARCHITECTURES, Facts, compile_kernel, facts
@@ -133,7 +133,8 @@ def row(variant: Variant, arch: int) -> Row:
         "SIZE": SIZE,
     }
     types = TYPES | (dict.fromkeys(MAY_BE_ON_DEVICE, "*fp32") if variant.scalars else {})
-    found = facts(compile_kernel(lion_kernel, types, constants, {"table", "tensor_of", "sums"}, arch))
+    aligned, options = {"table", "tensor_of", "sums"}, compiler_options(not variant.rest)
+    found = facts(compile_kernel(lion_kernel, types, constants, aligned, arch, **options))
     elements = SIZE // THREADS
     wide = elements * variant.wide_bytes // 16
     return Row(variant.name, arch, variant.bytes, found.executed / elements, wide, found)

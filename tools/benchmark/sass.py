@@ -24,11 +24,13 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-
 LABEL = re.compile(r"^(\.L_x_\d+|\$\S+|\S+):\s*$")
 
 
-def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: set[str], arch: int) -> Any:
+def compile_kernel(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: set[str], arch: int, **options: Any
+) -> Any:
     """Compile ``kernel`` as a launch would for compute capability ``arch`` (90 is 9.0), without contraction.
 
     ``types`` has the Triton type of each argument that is not in ``constants``. Those in ``aligned`` are multiples
-    of 16.
+    of 16. ``options`` are Triton's.
     """
     positions = [index for index, name in enumerate(kernel.arg_names) if name in aligned]
     if "constants" in inspect.signature(ASTSource.__init__).parameters:  # Triton before 3.3
@@ -38,7 +40,7 @@ def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any]
     else:
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in positions})
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False, **options})
 
 
 @dataclass(frozen=True)

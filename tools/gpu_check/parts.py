@@ -22,9 +22,12 @@ PEERS = (
     "bitsandbytes Lion8bit",
     "Transformer Engine FusedAdam",
 )
+REDUCE = "tests/exchange/test_reduce_kernels.py::test_the_triton_kernels_have_the_references_bits"
 TESTS = (
     "tests/test_gpu.py tests/test_triton.py tests/test_kernels.py tests/test_packed_kernels.py "
-    "tests/exchange/test_digits.py tests/exchange/test_messages.py tests/exchange/test_trits.py"
+    "tests/exchange/test_digits.py tests/exchange/test_messages.py tests/exchange/test_trits.py "
+    # Each code, dtype and feedback once: all combinations take a minute to compile.
+    f"{REDUCE}[int4-torch.float32-int8] {REDUCE}[int8-torch.bfloat16-bf16] {REDUCE}[ternary-torch.float16-None]"
 )
 ON_GPU = "test_gpu or triton or cuda"
 # Every flag that would compile something with torch.compile, which takes longer than the run, is off.
