@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_lion.exchange.digits import EXCEPTION
 from megatron_lion.exchange.message import Run, WireFormat
 from megatron_lion.kernels.exchange import ExchangeKernels
 
@@ -71,7 +70,7 @@ class BucketSigns:
         """The number of elements that the digits cannot express: int64 without dimensions."""
         if self._digits is None or self.params.dtype == torch.float32:
             return torch.zeros((), dtype=torch.int64, device=self.params.device)
-        return torch.count_nonzero(self._digits & EXCEPTION)  # on a CPU several times as fast as a sum of booleans
+        return self.kernels.count_exceptions(self._digits)
 
     def differs(self) -> Tensor:
         """Whether the last replay did not give the owners' parameters: int64 without dimensions."""
