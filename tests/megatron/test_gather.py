@@ -308,6 +308,23 @@ def test_a_loop_on_megatron_core_alone(megatron: Megatron, text: Path, tmp_path:
     assert_signs_were_sent(found)
 
 
+@SUPPORTED
+@pytest.mark.slow
+@pytest.mark.parametrize("megatron", [RELEASES[0]], indirect=True)
+def test_a_killed_loop_on_megatron_core_alone_resumes_at_another_dp_size(
+    megatron: Megatron, text: Path, tmp_path: Path
+) -> None:
+    for gather in GATHERS:
+        folder = tmp_path / gather
+        core = ("none", "core", f"--data {text}/train_text_document --iterations 8 --gather {gather} --bf16 --overlap")
+        loop = (*core, f"--save {folder} --save-interval 4")
+        assert megatron.run(*loop, ranks=2, script=SCRIPT, kill_at=6).returncode != 0
+        resumed = finished(megatron.run(*loop, f"--load {folder}", ranks=4, script=SCRIPT))
+        assert min(resumed.log.loss) == 5
+    assert_same_checkpoint(*(read_checkpoint(tmp_path / gather, 8) for gather in GATHERS))
+    assert_signs_were_sent(exchanged(resumed))
+
+
 # Each mistake, and a run in which it does harm.
 FAULTS = {
     "replay_twice_after_a_skip": Row(2, f"{OVERFLOWS} {OVERLAP}"),
