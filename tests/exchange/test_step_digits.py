@@ -14,11 +14,11 @@ from megatron_lion.precision import BlockLayout, quantize, split_master
 from megatron_lion.step import LionUpdate, StepKind, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
-from tests.exchange.exchange_cases import BF16, CPU, FP16, FP32, TRITON, messages_of, same_bits, special_values
+from tests.exchange.exchange_cases import BF16, CPU, DEVICE, FP16, FP32, TRITON, messages_of, same_bits, special_values
 
 if TRITON is not None:  # in its interpreter, as exchange_cases has imported it
     with pytest.MonkeyPatch.context() as patch:
-        if not torch.cuda.is_available():
+        if DEVICE == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
         from megatron_lion.kernels.triton_lion import lion_update_triton_
 
@@ -31,6 +31,19 @@ STORAGES = ["fp32", "bf16 copies", "fp16 copies", "remainders", "remainders, int
 def chosen(kernel: str, kind: StepKind) -> LionUpdate:
     """The update of ``kernel``, also Triton's on a CPU."""
     return lion_update_triton_ if kernel == "triton" else choose(kernel, kind, digits=True)
+
+
+def device_of(kernel: str) -> str:
+    return DEVICE if kernel == "triton" else "cpu"
+
+
+def on(device: str, tensors: StepTensors) -> StepTensors:
+    """``tensors``, or copies of them on a GPU."""
+    if device == "cpu":
+        return tensors
+    lists = {**tensors.roles(), "digits": tensors.digits}
+    moved = {name: [tensor.to(device) for tensor in role] for name, role in lists.items()}
+    return StepTensors(**moved, blocks=tensors.blocks)
 
 
 def step(storage: str, *, seed: int = 0, sizes: tuple[int, ...] = SIZES) -> StepTensors:
@@ -64,17 +77,17 @@ def test_the_digits_of_a_step_replay_it(
         pytest.skip("has no pieces")
     monkeypatch.setattr(passes, "MAX_NUMEL", pieces)
     scalars = StepScalars(LR, 0.9, 0.95, WEIGHT_DECAY, grad_scale=0.37)
-    expected, actual = step(storage), step(storage)
-    old = torch.cat(actual.model_params).clone()
+    expected, actual = step(storage), on(device_of(kernel), step(storage))
+    old = torch.cat(expected.model_params).clone()
     telemetry, sums = Telemetry(), Telemetry()
     is_counted = kernel != "triton"  # whose interpreter takes seconds for sums
     lion_update_(expected, scalars, telemetry if is_counted else None)
     chosen(kernel, actual.kind)(actual, scalars, sums if is_counted else None)
     for name, tensors in expected.roles().items():
-        assert all(torch.equal(one, two) for one, two in zip(getattr(actual, name), tensors, strict=True)), name
+        assert all(torch.equal(one.cpu(), two) for one, two in zip(getattr(actual, name), tensors, strict=True)), name
     assert (sums.elements, sums.zeros) == (telemetry.elements, telemetry.zeros)
 
-    digits, new = torch.cat(actual.digits), torch.cat(actual.model_params)
+    digits, new = torch.cat(actual.digits).cpu(), torch.cat(actual.model_params).cpu()
     assert (digits & 3 == 0).sum() >= 90
     if new.dtype != FP32:
         assert (digits >= EXCEPTION).any(), "the case shows no exception"
@@ -86,8 +99,8 @@ def test_the_digits_of_a_step_replay_it(
 
 
 def test_a_step_that_the_device_may_skip_has_no_digits() -> None:
-    tensors = step("fp32")
     for kernel in ("reference", *ONE_PASS):
+        tensors = on(device_of(kernel), step("fp32"))
         update = chosen(kernel, tensors.kind)
         with pytest.raises(ValueError, match="cannot be skipped on the device: use skip=None"):
             update(tensors, StepScalars(LR, 0.9, 0.95, 0.0, skip=torch.zeros(1, dtype=torch.int32)))
@@ -106,7 +119,7 @@ def special_step(kernel: str, storage: str) -> StepTensors:
         high, low = split_master(masters)
         parts, more["remainders"] = [high], [low]
     digits = [torch.zeros(len(masters), dtype=torch.uint8)]
-    tensors = StepTensors(parts, [signs], [torch.zeros(len(masters))], digits=digits, **more)
+    tensors = on(device_of(kernel), StepTensors(parts, [signs], [torch.zeros(len(masters))], digits=digits, **more))
     chosen(kernel, tensors.kind)(tensors, StepScalars(0.3, 0.9, 0.95, WEIGHT_DECAY))
     return tensors
 
@@ -115,7 +128,7 @@ def special_step(kernel: str, storage: str) -> StepTensors:
 def test_every_kernel_writes_the_digits_of_the_reference(storage: str) -> None:
     expected = special_step("reference", storage)
     for kernel in ("foreach", *ONE_PASS):
-        assert torch.equal(special_step(kernel, storage).digits[0], expected.digits[0]), kernel
+        assert torch.equal(special_step(kernel, storage).digits[0].cpu(), expected.digits[0]), kernel
 
 
 def test_tensors_that_are_not_contiguous_have_digits_too() -> None:
@@ -123,9 +136,9 @@ def test_tensors_that_are_not_contiguous_have_digits_too() -> None:
         masters = [torch.linspace(-1, 1, 12).view(3, 4).t(), torch.ones(5)]
         digits = list(torch.zeros(17, dtype=torch.uint8).split((12, 5)))
         tensors = StepTensors(masters, [torch.ones(4, 3), -torch.ones(5)], [torch.zeros(4, 3), torch.zeros(5)])
-        tensors = dataclasses.replace(tensors, digits=digits)
+        tensors = on(device_of(kernel), dataclasses.replace(tensors, digits=digits))
         chosen(kernel, tensors.kind)(tensors, StepScalars(LR, 0.9, 0.95, WEIGHT_DECAY))
-        return torch.cat(digits)
+        return torch.cat(tensors.digits).cpu()
 
     for kernel in ONE_PASS:
         assert torch.equal(steps(kernel), steps("reference")), kernel
@@ -147,14 +160,14 @@ def test_triton_writes_digits_wherever_they_are(storage: str) -> None:
     """In whole blocks, tails and digits that are not aligned. They may move from one step to the next."""
 
     def steps(kernel: str) -> list[torch.Tensor]:
-        tensors = step(storage, sizes=(2112, 1088))
+        tensors = on(device_of(kernel), step(storage, sizes=(2112, 1088)))
         found = []
         for start in (0, 0, 16, 3):
-            buffer = torch.full((3220,), 77, dtype=torch.uint8)
+            buffer = torch.full((3220,), 77, dtype=torch.uint8, device=device_of(kernel))
             tensors.digits = list(buffer[start : start + 3200].split((2112, 1088)))
             chosen(kernel, tensors.kind)(tensors, StepScalars(LR, 0.9, 0.95, WEIGHT_DECAY))
             assert (buffer[:start] == 77).all() and (buffer[start + 3200 :] == 77).all()
-            found.append(buffer)
+            found.append(buffer.cpu())
         return found
 
     assert all(map(torch.equal, steps("triton"), steps("reference")))
