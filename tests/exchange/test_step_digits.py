@@ -21,6 +21,7 @@ if TRITON is not None:  # in its interpreter, as exchange_cases has imported it
         if DEVICE == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
         from megatron_lion.kernels.triton_lion import lion_update_triton_
+        from megatron_lion.kernels.triton_lion_table import launch_table
 
 LR, WEIGHT_DECAY = 3e-3, 0.1
 ONE_PASS = ["fused", *(["triton"] if TRITON is not None else [])]
@@ -171,6 +172,15 @@ def test_triton_writes_digits_wherever_they_are(storage: str) -> None:
         return found
 
     assert all(map(torch.equal, steps("triton"), steps("reference")))
+
+
+@pytest.mark.skipif(TRITON is None, reason="needs Triton")
+@pytest.mark.parametrize(("start", "whole_blocks"), [(0, 3), (16, 3), (3, 0)])
+def test_wide_accesses_are_only_for_digits_that_are_aligned(start: int, whole_blocks: int) -> None:
+    tensors = on(DEVICE, step("bf16 copies", sizes=(2112, 1088)))
+    buffer = torch.zeros(3220, dtype=torch.uint8, device=DEVICE)
+    tensors.digits = list(buffer[start : start + 3200].split((2112, 1088)))
+    assert len(launch_table(tensors).whole) == whole_blocks
 
 
 @pytest.mark.skipif(TRITON is None, reason="needs Triton")
