@@ -5,10 +5,12 @@ import signal
 
 import torch
 
+from megatron_lion.kernels.digits import with_digits
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.precision import dequantize, quantize
 
-intact = lion_update_foreach_
+foreach = with_digits(lion_update_foreach_, "reference", torch.device("cpu"))
+intact = foreach
 
 
 def writes_out_of_bounds(tensors, scalars, telemetry=None):
@@ -63,6 +65,13 @@ def changes_gradients(tensors, scalars, telemetry=None):
 def ignores_skip(tensors, scalars, telemetry=None):
     """A step that is to be skipped is made."""
     intact(tensors, scalars._replace(skip=None), telemetry)
+
+
+def writes_wrong_digits(tensors, scalars, telemetry=None):
+    """Residuals of the other sign."""
+    intact(tensors, scalars, telemetry)
+    for digits in tensors.digits or ():
+        digits.copy_(torch.where(digits < 128, digits & 3 | (-(digits >> 2) & 3) << 2, digits))
 
 
 def crashes(tensors, scalars, telemetry=None):

@@ -13,18 +13,21 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
-# Small and large storage, both launches, telemetry, and scalars on the device.
+# Small and large storage, both launches, telemetry, digits, and scalars on the device.
 FEW = (
     "fp32/fp32/fp32+copy+scalars",
     "remainder/bf16/int8",
     "remainder/bf16/int8+rest",
     "bf16/bf16/bf16+telemetry",
+    "fp32/fp32/fp32+copy+digits",
 )
 # Instructions per element of a whole block.
 CEILINGS = {
     "fp32/fp32/fp32+copy": 40,
     "fp32/fp32/fp32+copy+scalars": 40,
+    "fp32/fp32/fp32+copy+digits": 75,
     "remainder/bf16/int8": 70,
+    "remainder/bf16/int8+digits": 95,
     "many instructions": 40,
 }
 

@@ -4,6 +4,7 @@
 # docs/results/versions.md from them.
 #     ./tests/versions.sh                            # every release that has Megatron's own loop
 #     ./tests/versions.sh 0.18.2 -- -m "not slow"    # one; what follows -- goes to pytest
+#     ./tests/versions.sh -- -m releases             # of --lion-gather only the selection that covers each setting
 #     ./tests/versions.sh /path/to/Megatron-LM       # a checkout, with its dataset helpers compiled (make)
 set -euo pipefail
 

@@ -77,3 +77,8 @@ def trits_of(digits: Tensor) -> tuple[Tensor, Tensor]:
     two_bits = (digits & 3, digits >> 2 & 3)
     signs, residuals = ((bits.to(torch.int8) + 1 & 3) - 1 for bits in two_bits)
     return signs, residuals
+
+
+def count_exceptions(digits: Tensor) -> Tensor:
+    """The number of elements that ``digits`` cannot express: int64 without dimensions, on their device."""
+    return torch.count_nonzero(digits & EXCEPTION)

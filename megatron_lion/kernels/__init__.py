@@ -28,7 +28,7 @@ def choose(kernel: str, kind: StepKind, *, digits: bool = False) -> LionUpdate:
         LionError: ``"fused"`` cannot be used; the message has the reason.
     """
     update = _choose(kernel, kind)
-    if digits and update is not lion_update_fused_:  # which writes them in its only pass
+    if digits and update in (lion_update_foreach_, lion_update_):  # the others write them in their only pass
         return with_digits(update, kernel, kind.device)
     return update
 

@@ -1,4 +1,7 @@
-"""The digits of a step, from any kernel: what other ranks need to repeat it (:mod:`megatron_lion.exchange.digits`)."""
+"""The digits of a step (:mod:`megatron_lion.exchange.digits`) for kernels that make several passes over memory.
+
+The one-pass kernels, in C++ and Triton, write them themselves.
+"""
 
 import dataclasses
 import itertools

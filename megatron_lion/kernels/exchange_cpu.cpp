@@ -13,6 +13,9 @@ constexpr int64_t CHUNK = 65536;                          // elements that a 16-
 // A thread takes a block at a time: the smallest number of elements that is whole groups and whole chunks.
 constexpr int64_t BLOCK_CHUNKS = 5, BLOCK = BLOCK_CHUNKS * CHUNK;
 
+// A row of a group. The compiler splits it if the CPU's vectors are shorter.
+typedef uint8_t Bytes __attribute__((vector_size(ROW)));
+
 struct Run { int64_t start, stop; };           // in elements of the bucket, ascending
 struct Rate { double lr, weight_decay; };      // of a run
 struct Exception { uint32_t element; uint16_t code; }; // element of a block
@@ -26,11 +29,11 @@ struct Message { // the sections of a message
 
 // Trits are stored as 0, 1 and 2 here.
 
-inline void pack(const uint8_t *trits, uint8_t *bytes) {
-#pragma omp simd
-    for (int64_t j = 0; j < ROW; ++j)
-        bytes[j] = static_cast<uint8_t>(trits[j] + 3 * trits[j + ROW] + 9 * trits[j + 2 * ROW] + 27 * trits[j + 3 * ROW] +
-                                        81 * trits[j + 4 * ROW]);
+// Packs the trits in bits `SHIFT` and `SHIFT` + 1 of a group's digits.
+template <int SHIFT> inline Bytes pack(const Bytes *rows) {
+    Bytes packed = {};
+    for (int64_t row = ROWS - 1; row >= 0; --row) packed = packed + packed + packed + (((rows[row] >> SHIFT) + 1) & 3);
+    return packed;
 }
 
 inline void unpack(const uint8_t *bytes, uint8_t *trits) {
@@ -53,36 +56,49 @@ inline uint32_t summand(uint32_t code) { return (code & MAGNITUDE) > 0x7f800000u
 // The part of the checksum of elements `first` to `last`, which are `codes[first]` to `codes[last]`.
 template <class Code> inline uint32_t checksum(const Code *codes, int64_t first, int64_t last) {
     uint32_t sum = 0;
+    codes += first;
+    const uint32_t weight_of_first = weight(first), count = static_cast<uint32_t>(last - first);
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = first; i < last; ++i) sum += summand(codes[i]) * weight(i);
+    for (uint32_t i = 0; i < count; ++i) sum += summand(codes[i]) * (weight_of_first + 2 * i);
     return sum;
 }
 
 // Appends the exceptions among the digits of a group, the first of which is element `start` of its block.
-inline void collect(const uint8_t *digits, int64_t start, const uint16_t *codes, std::vector<Exception> &found) {
-    for (int64_t i = 0; i < GROUP; i += 8)
-        for (uint64_t marks = read<uint64_t>(digits + i) & 0x8080808080808080u; marks; marks &= marks - 1) {
-            const int64_t j = i + __builtin_ctzll(marks) / 8;
-            found.push_back({static_cast<uint32_t>(start + j), codes[j]});
-        }
+inline void collect(const Bytes *rows, int64_t start, const uint16_t *codes, std::vector<Exception> &found) {
+    constexpr uint64_t MARKS = 0x8080808080808080u;
+    for (int64_t row = 0; row < ROWS; ++row) {
+        uint64_t words[ROW / 8], any = 0;
+        std::memcpy(words, rows + row, sizeof words);
+        for (uint64_t word : words) any |= word;
+        if (!(any & MARKS)) continue;
+        for (int64_t word = 0; word < ROW / 8; ++word)
+            for (uint64_t marks = words[word] & MARKS; marks; marks &= marks - 1) {
+                const int64_t i = row * ROW + word * 8 + __builtin_ctzll(marks) / 8;
+                found.push_back({static_cast<uint32_t>(start + i), codes[i]});
+            }
+    }
 }
 
-// Packs elements `first` to `last`, which begin a block, and appends its exceptions.
+// Packs elements `first` to `last`, which begin a block, and appends its exceptions. Returns their part of the checksum.
 template <class Code>
-void pack_block(const Message &message, const uint8_t *digits, const Code *codes, int64_t first, int64_t last,
+uint32_t pack_block(const Message &message, const uint8_t *digits, const Code *codes, int64_t first, int64_t last,
                 std::vector<Exception> &exceptions) {
+    uint32_t sum = 0;
     for (int64_t start = first; start < last; start += GROUP) {
-        uint8_t whole[GROUP] = {}, trits[GROUP];
-        const uint8_t *group = digits + start;
-        if (start + GROUP > last) group = static_cast<uint8_t *>(std::memcpy(whole, group, last - start));
-        for (int64_t i = 0; i < GROUP; ++i) trits[i] = (group[i] + 1) & 3;
-        pack(trits, message.signs + start / ROWS);
+        Bytes rows[ROWS] = {};
+        const int64_t end = std::min(start + GROUP, last);
+        if (end - start == GROUP)
+            std::memcpy(rows, digits + start, sizeof rows); // inline, as the size is constant
+        else
+            std::memcpy(rows, digits + start, end - start);
+        sum += checksum(codes, start, end);
+        write(message.signs + start / ROWS, pack<0>(rows));
         if constexpr (sizeof(Code) == 2) {
-            for (int64_t i = 0; i < GROUP; ++i) trits[i] = ((group[i] >> 2) + 1) & 3;
-            pack(trits, message.residuals + start / ROWS);
-            collect(group, start - first, codes + start, exceptions);
+            write(message.residuals + start / ROWS, pack<2>(rows));
+            collect(rows, start - first, codes + start, exceptions);
         }
     }
+    return sum;
 }
 
 template <class Code>
@@ -93,8 +109,7 @@ void write(const Message &message, const uint8_t *digits, const Code *codes, int
 #pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(+ : sum) if (blocks > 1)
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = block * BLOCK, last = std::min(first + BLOCK, numel);
-        pack_block(message, digits, codes, first, last, exceptions[block]);
-        sum += checksum(codes, first, last);
+        sum += pack_block(message, digits, codes, first, last, exceptions[block]);
     }
     int64_t total = 0;
     for (int64_t block = 0; block < blocks; ++block)
@@ -114,13 +129,15 @@ template <class Format>
 uint32_t replay_group(typename Format::Code *codes, const uint8_t *signs, const uint8_t *residuals, int64_t start,
                       int64_t first, int64_t last, float lr, float weight_decay) {
     uint32_t sum = 0;
+    codes += first, signs += first - start, residuals += first - start;
+    const uint32_t weight_of_first = weight(first), count = static_cast<uint32_t>(last - first);
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = first; i < last; ++i) {
-        const float sign = static_cast<float>(static_cast<int32_t>(signs[i - start]) - 1);
+    for (uint32_t i = 0; i < count; ++i) {
+        const float sign = static_cast<float>(static_cast<int32_t>(signs[i]) - 1);
         auto code = Format::round(stepped(Format::widen(codes[i]), sign, lr, weight_decay));
-        if constexpr (sizeof code == 2) code = static_cast<uint16_t>(code + residuals[i - start] - 1);
+        if constexpr (sizeof code == 2) code = static_cast<uint16_t>(code + residuals[i] - 1);
         codes[i] = code;
-        sum += summand(code) * weight(i);
+        sum += summand(code) * (weight_of_first + 2 * i);
     }
     return sum;
 }
@@ -223,6 +240,19 @@ extern "C" void exchange_digits(int format, const void *before, const void *afte
 #pragma omp simd
         for (int64_t i = 0; i < numel; ++i) out[i] = digit_of<Format>(old[i], now[i], signs[i], rate, decay);
     });
+}
+
+// The number of exceptions among digits.
+extern "C" void exchange_count(const uint8_t *digits, int64_t numel, int64_t *count) {
+    int64_t total = 0;
+    for (int64_t first = 0; first < numel; first += CHUNK) {
+        const int64_t last = std::min(first + CHUNK, numel);
+        uint32_t found = 0;
+#pragma omp simd reduction(+ : found)
+        for (int64_t i = first; i < last; ++i) found += digits[i] >> 7;
+        total += found;
+    }
+    *count = total;
 }
 
 // Writes a message whose table is zeros.

@@ -17,6 +17,7 @@ SOURCE = compiler.SOURCE.with_name("exchange_cpu.cpp")
 _ADDRESS, _SIZE, _INT, _RATE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 ARGUMENTS = {
     "exchange_digits": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _RATE, _RATE),
+    "exchange_count": (_ADDRESS, _SIZE, _ADDRESS),
     "exchange_write": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _INT),
     "exchange_replay": (
         *(_INT, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _SIZE, _SIZE),
@@ -44,6 +45,15 @@ def sign_digits_cpu(
     number = FORMATS.index((old.dtype, half_away))
     call(SOURCE, ARGUMENTS, "exchange_digits", number, *addresses, old.numel(), lr, weight_decay)
     return digits
+
+
+def count_exceptions_cpu(digits: Tensor) -> Tensor:
+    """:func:`megatron_lion.exchange.digits.count_exceptions` for CPU tensors, in one pass."""
+    digits = digits.contiguous()
+    check_on_cpu(digits)
+    count = torch.empty((), dtype=torch.int64)
+    call(SOURCE, ARGUMENTS, "exchange_count", digits.data_ptr(), digits.numel(), count.data_ptr())
+    return count
 
 
 @torch.no_grad()

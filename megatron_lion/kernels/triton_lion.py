@@ -9,9 +9,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from megatron_lion.kernels.digits import refuse_skip, with_digits
 from megatron_lion.kernels.fused import supports_dtypes
 from megatron_lion.kernels.triton_lion_kernel import SIZE, lion_kernel
-from megatron_lion.kernels.triton_lion_table import LaunchTable, launch_table
+from megatron_lion.kernels.triton_lion_table import LaunchTable, digit_addresses, launch_table
 from megatron_lion.step import StepKind, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
@@ -29,6 +30,8 @@ def lion_update_triton_(tensors: StepTensors, scalars: StepScalars, telemetry: T
     first call on ``tensors`` copies their addresses to the device and keeps them in ``tensors.launch``. Later calls
     copy nothing from the host, so make one call before a capture, and keep ``tensors`` as long as the captured graph.
 
+    ``tensors.digits`` may be anywhere in each call: their addresses are compared, and copied if they have changed.
+
     Scalars in tensors on the device, and ``skip``, are read there, so that a captured graph follows what is written to
     them later. Scalars in tensors on the CPU are read on the host. ``telemetry`` is summed in the same launches and
     read back with one wait, so it cannot be captured. Parameters with tensors that are not contiguous go to the
@@ -36,25 +39,30 @@ def lion_update_triton_(tensors: StepTensors, scalars: StepScalars, telemetry: T
 
     Raises:
         LionError: the first call on ``tensors`` is inside a capture; nothing was written.
-        ValueError: unsupported dtypes, or a scalar on another device; nothing was written.
+        ValueError: unsupported dtypes, a scalar on another device, or digits of a step with ``skip``; nothing was
+            written.
     """
+    if tensors.digits is not None:
+        refuse_skip(scalars)
     kind = tensors.kind
     if kind is None or not any(tensors.numels):
         return
     if not supports_dtypes(kind):
         raise ValueError(f"the Triton kernel does not support {kind}; use kernels.choose")
     if tensors.launch is None and not all(contiguous := tensors.are_contiguous()):
-        lion_update_(tensors.select([not entry for entry in contiguous]), scalars, telemetry)
+        others = tensors.select([not entry for entry in contiguous])
+        with_digits(lion_update_, "reference", kind.device)(others, scalars, telemetry)
         lion_update_triton_(tensors.select(contiguous), scalars, telemetry)
         return
     arguments = _arguments(kind, scalars)
     # Triton launches on the current device.
     with torch.cuda.device_of(tensors.masters[0]):  # type: ignore[no-untyped-call]
-        if not isinstance(tensors.launch, LaunchTable):
-            tensors.launch = launch_table(tensors)
         table = tensors.launch
+        if not isinstance(table, LaunchTable) or table.digits != digit_addresses(tensors):
+            tensors.launch = table = launch_table(tensors)
         skip = table.never if scalars.skip is None else _on(kind.device, scalars.skip)
-        sums = _launch(table, {**arguments, "skip": skip, "TELEMETRY": telemetry is not None})
+        outputs = {"TELEMETRY": telemetry is not None, "DIGITS": tensors.digits is not None}
+        sums = _launch(table, {**arguments, **outputs, "skip": skip})
     # Autograd did not see the writes. A backward pass that saved old values must fail, not use the new ones.
     torch.autograd.graph.increment_version([*tensors.masters, *(tensors.model_copies or ())])
     if telemetry is not None:

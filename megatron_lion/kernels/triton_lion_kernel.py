@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 
 from megatron_lion import precision
+from megatron_lion.kernels.exchange_triton import BF16, BF16_HALF_AWAY, _digit
 
 SIZE = 1024  # elements of a program
-COLUMNS = tl.constexpr(11)  # of the table, see triton_lion_table
+COLUMNS = tl.constexpr(12)  # of the table, see triton_lion_table
 BLOCK = tl.constexpr(precision.BLOCK)
 LEVELS = tl.constexpr(precision.LEVELS)
 UNIT = tl.constexpr(1.0 / precision.LEVELS)
@@ -69,6 +70,18 @@ def _join(high, low):
 
 
 @triton.jit
+def _unless_nan(master):
+    """The bits of fp32 masters, one and the same for every NaN."""
+    return tl.where(master == master, master.to(tl.int32, bitcast=True), 0x7FC00000)
+
+
+@triton.jit
+def _upper(master):
+    """The bf16 parameter of a master that has a remainder, as a 16-bit integer: rounded half away from zero."""
+    return ((_unless_nan(master) + 0x8000) >> 16).to(tl.uint16)
+
+
+@triton.jit
 def _dequantize(codes, scales):
     """fp32 momentum of int8 codes, one row per scale."""
     code = codes.to(tl.int32)
@@ -116,6 +129,22 @@ def _store_sums(sums, sign, g, m, theta, inside, WHOLE: tl.constexpr):
     tl.store(sums + 4, tl.reduce(tl.where(flipped, 1, 0), None, _add).to(tl.float64))
     largest = tl.reduce(magnitudes, None, tl.standard._elementwise_max)
     tl.store(sums + 5, largest.to(tl.float32, bitcast=True).to(tl.float64))
+
+
+@triton.jit
+def _digits(param, theta, stepped, sign, lr, weight_decay, COPY: tl.constexpr, REMAINDER: tl.constexpr):
+    """What other ranks need to repeat the step of masters from ``theta`` to ``stepped`` (exchange/digits.py).
+
+    They have the model's parameters: the copies, or ``param`` as it was loaded. Without remainders ``param`` is the
+    whole master, so that the sign is enough.
+    """
+    if COPY:
+        digit = _digit(_narrow(theta), _narrow(stepped), sign, lr, weight_decay, BF16)
+    elif REMAINDER:
+        digit = _digit(param, _upper(stepped), sign, lr, weight_decay, BF16_HALF_AWAY)
+    else:
+        digit = sign.to(tl.int32) & 3
+    return digit.to(tl.uint8)
 
 
 @triton.jit
@@ -189,6 +218,7 @@ def _update(
     REMAINDER: tl.constexpr,
     PACKED: tl.constexpr,
     TELEMETRY: tl.constexpr,
+    DIGITS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Update one block of elements."""
@@ -204,14 +234,17 @@ def _update(
     g = g * grad_scale
     c = m * beta1 + g * rest1
     sign = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, 0.0))
-    theta = theta - (sign + theta * weight_decay) * lr
+    stepped = theta - (sign + theta * weight_decay) * lr
+    if DIGITS:
+        digits = _digits(param, theta, stepped, sign, lr, weight_decay, COPY, REMAINDER)
+        _store(_address(tensor + 11, tl.uint8, WHOLE) + index, digits, inside, WHOLE)
+    theta = stepped
     if TELEMETRY:
         _store_sums(sums, sign, g, m, theta, inside, WHOLE)
     m = m * beta2 + g * rest2
-    if REMAINDER:  # the high half is rounded half away from zero
-        bits = tl.where(theta == theta, theta.to(tl.int32, bitcast=True), 0x7FC00000)
-        _store(params, ((bits + 0x8000) >> 16).to(tl.uint16), inside, WHOLE)
-        _store(remainders, bits.to(tl.int16), inside, WHOLE)
+    if REMAINDER:
+        _store(params, _upper(theta), inside, WHOLE)
+        _store(remainders, _unless_nan(theta).to(tl.int16), inside, WHOLE)
     else:
         _store_fp32(params, theta, inside, WHOLE)
     if PACKED:
@@ -244,6 +277,7 @@ def lion_kernel(
     REMAINDER: tl.constexpr,
     PACKED: tl.constexpr,  # momentum in int8
     TELEMETRY: tl.constexpr,
+    DIGITS: tl.constexpr,  # write what other ranks need to repeat the step
     ON_DEVICE: tl.constexpr,  # sum of 1 if lr, 2 if weight_decay, 4 if grad_scale is an address
     WHOLE: tl.constexpr,  # every block is full and begins at a multiple of 16 bytes in every role
     SIZE: tl.constexpr,
@@ -277,5 +311,6 @@ def lion_kernel(
             REMAINDER,
             PACKED,
             TELEMETRY,
+            DIGITS,
             WHOLE,
         )

@@ -8,6 +8,7 @@ The other updates tails and unaligned tensors. Each program reads the number of 
     7, 8  block layout: start, row length
     9     in the launch of whole blocks: add it to the program's number for the number of its block
     10    the same in the other launch
+    11    address of the digits (0 if absent)
 """
 
 import itertools
@@ -33,13 +34,15 @@ class LaunchTable:
     """
 
     rows: Tensor
-    """int64 [tensors, 11]"""
+    """int64 [tensors, 12]"""
     whole: Tensor
     """int32: the tensor of each program of the launch of whole blocks"""
     rest: Tensor
     """int32: the tensor of each program of the other launch"""
     never: Tensor
     """int32 [1]: 0, the flag of a step that is never skipped"""
+    digits: list[int]
+    """Addresses of the digits, which may be others in each step"""
 
 
 def launch_table(tensors: StepTensors) -> LaunchTable:
@@ -71,7 +74,13 @@ def launch_table(tensors: StepTensors) -> LaunchTable:
         whole=tensor_of(-2, whole),
         rest=tensor_of(-1, rest),
         never=torch.zeros(1, dtype=torch.int32, device=device),
+        digits=digit_addresses(tensors),
     )
+
+
+def digit_addresses(tensors: StepTensors) -> list[int]:
+    """Where the step leaves its digits; empty without."""
+    return list(map(Tensor.data_ptr, tensors.digits or ()))
 
 
 def _columns(tensors: StepTensors) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,8 +88,9 @@ def _columns(tensors: StepTensors) -> tuple[Tensor, Tensor, Tensor]:
     count, roles = len(tensors.masters), tensors.roles()
     given = iter(_int64(array("q", tensors.addresses)).view(-1, count))
     addresses = torch.stack([next(given) if name in roles else torch.zeros(count, dtype=torch.int64) for name in ROLES])
+    digits = torch.tensor(digit_addresses(tensors) or [0] * count)
     numels = _int64(tensors.numels)
-    aligned = ~(addresses % ALIGNMENT).any(0)
+    aligned = ~(addresses % ALIGNMENT).any(0) & (digits % ALIGNMENT == 0)
     starts = row_lengths = torch.zeros(count, dtype=torch.int64)
     if tensors.scales is not None and tensors.blocks is not None:
         starts, row_lengths = _int64(array("q", itertools.chain.from_iterable(tensors.blocks))).view(-1, 2).unbind(1)
@@ -91,7 +101,7 @@ def _columns(tensors: StepTensors) -> tuple[Tensor, Tensor, Tensor]:
     whole = torch.where(aligned, numels // SIZE, 0)
     rest = blocks - whole
     first_of_whole, first_of_rest = (counts.cumsum(0) - counts for counts in (whole, rest))
-    last = torch.stack([numels, starts, row_lengths, -first_of_whole, whole - first_of_rest])
+    last = torch.stack([numels, starts, row_lengths, -first_of_whole, whole - first_of_rest, digits])
     return whole, rest, torch.cat([addresses, last])
 
 

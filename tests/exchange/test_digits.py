@@ -14,6 +14,7 @@ from tests.exchange.exchange_cases import (
     COMPILED,
     CPU,
     EVERY_FORMAT,
+    EVERY_KERNEL,
     FP16,
     FP32,
     REFERENCE,
@@ -158,3 +159,11 @@ def test_any_parameters_at_all_are_replayed_exactly(dtype, half_away):
     messages = messages_of(REFERENCE, new, digits, form, 1)
     assert replay_(old, messages, runs, form).tolist() == [0] and same_bits(old, new)
     assert read_header(messages[0]).exceptions > 4900
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("numel", [0, 1, 999, 200_000])
+def test_exceptions_are_counted(kernels, numel):
+    (digits,) = on_device(kernels, torch.randint(0, 256, (numel,), dtype=torch.uint8))
+    count = kernels.count_exceptions(digits)
+    assert (count.dtype, count.shape, count.item()) == (torch.int64, (), sum(digit >= 128 for digit in digits.tolist()))

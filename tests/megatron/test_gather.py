@@ -62,9 +62,26 @@ SLOW_CASES = {
     "bf16, foreach kernel, overlap": Row(2, f"--bf16 --lion-kernel foreach {OVERLAP}"),
     "fp16, static loss scale": Row(2, "--fp16 --loss-scale 1024"),
 }
+# A pairwise selection, which also runs on the other releases: tests/versions.sh -- -m releases.
+SELECTED = {
+    *CASES,
+    "bf16, DP 4, overlap, several buckets, rounds",
+    "fp32, DP 4, overlap, untied, evaluated",
+    "bf16, TP 2 x DP 2, overlap",
+    "remainders, int8 momentum, PP 2 x DP 2, tied, overlap",
+    "bf16, interleaved PP 2 x DP 2, overlap, evaluated",
+    "bf16, experts, EP 2 x expert DP 2, overlap, several buckets",
+    "bf16, frozen parameters, overlap",
+    "bf16, two optimizer instances",
+}
 ONLY = {"multi-token": [since("0.19"), until("0.19")], "learning-rates": [since("0.19")]}
 HOW = "every tensor of the final checkpoint equals the ordinary run's bit for bit; full gathers counted"
 SUPPORTED = pytest.mark.supports("`--lion-gather signs`", HOW)
+
+
+def marks_of(name: str, row: Row) -> list[pytest.MarkDecorator]:
+    slow, selected = name in SLOW_CASES, name in SELECTED
+    return [*ONLY.get(row.kind, []), *[pytest.mark.slow] * slow, *[pytest.mark.releases] * selected]
 
 
 def run(
@@ -115,13 +132,7 @@ def compare_with_the_ordinary_run(text: Path, folder: Path, row: Row, **kwargs) 
 @SUPPORTED
 @pytest.mark.parametrize(
     "row",
-    [
-        *(pytest.param(row, id=name, marks=ONLY.get(row.kind, [])) for name, row in CASES.items()),
-        *(
-            pytest.param(row, id=name, marks=[pytest.mark.slow, *ONLY.get(row.kind, [])])
-            for name, row in SLOW_CASES.items()
-        ),
-    ],
+    [pytest.param(row, id=name, marks=marks_of(name, row)) for name, row in {**CASES, **SLOW_CASES}.items()],
 )
 def test_the_checkpoint_is_the_ordinary_runs(text: Path, tmp_path: Path, row: Row) -> None:
     found = compare_with_the_ordinary_run(text, tmp_path, row)
@@ -133,6 +144,7 @@ LINES = re.compile(r"step (\d+): gather of signs: (\S+) bits per parameter, (\S+
 
 
 @SUPPORTED
+@pytest.mark.releases
 def test_the_log_says_how_many_bits_are_sent(text: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -166,6 +178,7 @@ def test_the_gather_sends_fewer_bytes(text: Path, tmp_path: Path, flags: str, le
 
 
 @SUPPORTED
+@pytest.mark.releases
 def test_a_skipped_step_is_not_replayed(text: Path, tmp_path: Path) -> None:
     """With overlap each forward pass asks for the parameters, also after a step that was not made."""
     row = Row(2, f"{OVERFLOWS} {OVERLAP}")
@@ -175,6 +188,7 @@ def test_a_skipped_step_is_not_replayed(text: Path, tmp_path: Path) -> None:
 
 
 @SUPPORTED
+@pytest.mark.releases
 @pytest.mark.slow
 @pytest.mark.parametrize("overlap", ["", OVERLAP])
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_on_all(text: Path, tmp_path: Path, overlap: str) -> None:
@@ -208,6 +222,7 @@ def test_a_refresh_sends_the_parameters(text: Path, tmp_path: Path, overlap: str
 
 
 @SUPPORTED
+@pytest.mark.releases
 def test_a_flipped_bit_is_named_and_healed(text: Path, tmp_path: Path) -> None:
     flipped = finished(run(text, tmp_path, SIGNS, row=Row(2, "--bf16"), fault="flipped_bit"))
     assert re.search(r"on rank 1 the parameters of rank 0 in bucket 0 of 1 \(\d+ elements per rank\)", flipped.output)
@@ -219,6 +234,7 @@ def test_a_flipped_bit_is_named_and_healed(text: Path, tmp_path: Path) -> None:
 
 
 @SUPPORTED
+@pytest.mark.releases
 @pytest.mark.slow
 @pytest.mark.parametrize("overlap", ["", OVERLAP])
 def test_a_checkpoint_loaded_after_a_step_is_followed_by_a_full_gather(
@@ -232,6 +248,7 @@ def test_a_checkpoint_loaded_after_a_step_is_followed_by_a_full_gather(
 
 
 @SUPPORTED
+@pytest.mark.releases
 @pytest.mark.slow
 @pytest.mark.parametrize("other_ranks", [1, 4])
 def test_a_killed_run_resumes_at_another_dp_size(text: Path, tmp_path: Path, other_ranks: int) -> None:
@@ -250,6 +267,7 @@ def test_a_killed_run_resumes_at_another_dp_size(text: Path, tmp_path: Path, oth
 
 
 @SUPPORTED
+@pytest.mark.releases
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
@@ -288,6 +306,23 @@ def test_a_loop_on_megatron_core_alone(megatron: Megatron, text: Path, tmp_path:
     assert_same_checkpoint(*(read_checkpoint(tmp_path / gather, STEPS) for gather in GATHERS))
     assert len(found) == 2
     assert_signs_were_sent(found)
+
+
+@SUPPORTED
+@pytest.mark.slow
+@pytest.mark.parametrize("megatron", [RELEASES[0]], indirect=True)
+def test_a_killed_loop_on_megatron_core_alone_resumes_at_another_dp_size(
+    megatron: Megatron, text: Path, tmp_path: Path
+) -> None:
+    for gather in GATHERS:
+        folder = tmp_path / gather
+        core = ("none", "core", f"--data {text}/train_text_document --iterations 8 --gather {gather} --bf16 --overlap")
+        loop = (*core, f"--save {folder} --save-interval 4")
+        assert megatron.run(*loop, ranks=2, script=SCRIPT, kill_at=6).returncode != 0
+        resumed = finished(megatron.run(*loop, f"--load {folder}", ranks=4, script=SCRIPT))
+        assert min(resumed.log.loss) == 5
+    assert_same_checkpoint(*(read_checkpoint(tmp_path / gather, 8) for gather in GATHERS))
+    assert_signs_were_sent(exchanged(resumed))
 
 
 # Each mistake, and a run in which it does harm.

@@ -41,7 +41,8 @@ TYPES = {
 USUAL = (
     "fp32/fp32/fp32", "fp32/fp32/fp32+copy", "bf16/bf16/bf16", "fp32/fp32/bf16+copy", "fp32/fp32/int8+copy",
     "remainder/fp32/fp32", "remainder/fp32/bf16", "remainder/bf16/bf16", "remainder/fp32/int8", "remainder/bf16/int8",
-    "fp32/fp32/fp32+telemetry", "remainder/bf16/int8+telemetry", "fp32/fp32/fp32+copy+rest", "remainder/bf16/int8+rest",
+    "fp32/fp32/fp32+telemetry", "remainder/bf16/int8+telemetry", "fp32/fp32/fp32+digits", "fp32/fp32/fp32+copy+digits",
+    "remainder/bf16/int8+digits", "fp32/fp32/fp32+copy+rest", "remainder/bf16/int8+rest",
 )  # fmt: skip
 # Instructions per second and bytes per second: SMs x 128 lanes x clock, memory bandwidth.
 GPUS = {"A100-80": (80, 108 * 128 * 1.41e9, 2.039e12), "H100": (90, 132 * 128 * 1.755e9, 3.35e12)}
@@ -49,20 +50,21 @@ GPUS = {"A100-80": (80, 108 * 128 * 1.41e9, 2.039e12), "H100": (90, 132 * 128 * 
 
 @dataclass(frozen=True)
 class Variant:
-    """One launch: master/gradient/momentum, +copy, +telemetry, +scalars on the device, and +rest for tails."""
+    """One launch: master/gradient/momentum, +copy, +telemetry, +digits, +scalars on the device, and +rest for tails."""
 
     master: str
     grad: str
     momentum: str
     copy: bool = False
     telemetry: bool = False
+    digits: bool = False
     scalars: bool = False
     rest: bool = False
 
     @property
     def name(self) -> str:
         """As in the table."""
-        words = (word for word in ("copy", "telemetry", "scalars", "rest") if getattr(self, word))
+        words = (word for word in ("copy", "telemetry", "digits", "scalars", "rest") if getattr(self, word))
         return "+".join([f"{self.master}/{self.grad}/{self.momentum}", *words])
 
     @property
@@ -82,11 +84,11 @@ class Variant:
     def bytes(self) -> float:
         """Bytes that a step reads and writes per element."""
         codes = 2 + 4 / 32 if self.kind.scales else 0.0
-        return self.wide_bytes + codes
+        return self.wide_bytes + codes + self.digits
 
     @property
     def wide_bytes(self) -> int:
-        """Those in 128-bit accesses: all but int8 codes, of which a thread has 64 bits, and their scales."""
+        """Those in 128-bit accesses: all but int8 codes and digits, of which a thread has 64 bits, and scales."""
         kind = self.kind
         twice = [
             kind.masters,
@@ -97,15 +99,17 @@ class Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """All variants of the kernel, those with scalars on the device only without telemetry."""
+    """All variants of the kernel, those with scalars on the device only without telemetry and digits, and those with
+    digits only where the copies are of fp32 masters, as in training."""
     choices = itertools.product(
         ("fp32", "bf16", "remainder"),
         ("fp32", "bf16"),
         DTYPES,
-        *[(False, True)] * 4,  # copy, telemetry, scalars, rest
+        *[(False, True)] * 5,  # copy, telemetry, digits, scalars, rest
     )
     for variant in itertools.starmap(Variant, choices):
-        if not (variant.telemetry and variant.scalars):
+        no_model = variant.copy and variant.master != "fp32"
+        if not (variant.scalars and (variant.telemetry or variant.digits)) and not (variant.digits and no_model):
             yield variant
 
 
@@ -128,6 +132,7 @@ def row(variant: Variant, arch: int) -> Row:
     constants = {
         **compile_time(variant.kind),
         "TELEMETRY": variant.telemetry,
+        "DIGITS": variant.digits,
         "ON_DEVICE": 7 if variant.scalars else 0,
         "WHOLE": not variant.rest,
         "SIZE": SIZE,

@@ -1,6 +1,6 @@
 """The gather after a step on slow links, in parameters and in signs: network namespaces joined by limited veth pairs.
 
-    python -m tools.benchmark.exchange_network [--rates 50 100 1000] [--layouts 2x1 4x1 2x2] [--steps]
+    python -m tools.benchmark.exchange_network [--rates 50 100 1000] [--layouts 2x1 4x1 2x2] [--repeats 9] [--steps]
 
 A layout is nodes x ranks. Every node is a network namespace with one link of RATE Mb/s in each direction (tc, token
 bucket) to a bridge in a namespace of its own. Both gathers are timed in turn in the same processes: medians. With
@@ -175,11 +175,11 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-def _exchange_rows(layout: str, rates: Sequence[float]) -> Iterator[str]:
+def _exchange_rows(layout: str, rates: Sequence[float], repeats: int) -> Iterator[str]:
     nodes, ranks = map(int, layout.split("x"))
     for rate in rates:
         with network(nodes, rate) as names:
-            for row in exchange(names, ranks):
+            for row in exchange(names, ranks, "--repeats", str(repeats)):
                 (params, signs), (full, short) = row["ms"].values(), row["bytes"].values()
                 yield (
                     f"{layout:7} {rate:6g} {row['kind']:5} {params:9.1f} {signs:9.1f} {params / signs:7.2f} "
@@ -200,12 +200,21 @@ def _step_rows(layout: str, rates: Sequence[float], text: Path) -> Iterator[str]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", type=float, nargs="+", default=[50, 100, 1000], help="Mb/s (default: 50 100 1000)")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[50, 100, 1000],
+        help="Mb/s; 0 is no limit, without --steps (default: 50 100 1000)",
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="gathers of each kind (default: %(default)s)")
     parser.add_argument(
         "--layouts", nargs="+", default=["2x1", "4x1", "2x2"], help="nodes x ranks (default: 2x1 4x1 2x2)"
     )
     parser.add_argument("--steps", action="store_true", help="time training steps of Megatron instead")
     args = parser.parse_args(arguments)
+    if args.steps and not all(args.rates):
+        parser.error("--rates 0 is not supported with --steps")
     if (why := problem()) is not None:
         raise SystemExit(f"exchange_network: {why}")
     if args.steps:
@@ -220,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print("layout    Mb/s kind  params ms  signs ms  faster  params MB signs MB  fewer", flush=True)
     for layout in args.layouts:
-        for row in _exchange_rows(layout, args.rates):
+        for row in _exchange_rows(layout, args.rates, args.repeats):
             print(row, flush=True)
 
 

@@ -63,7 +63,7 @@ def gathers(dtype: torch.dtype, parameters: int, exceptions: float) -> dict[str,
         most = signs.count_exceptions()
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         signs.write_message(RATES, signs.form(int(most)))
-        signs.gather(async_op=False).replay()
+        signs.gather().replay()
 
     return {"params": in_full, "signs": in_signs}
 

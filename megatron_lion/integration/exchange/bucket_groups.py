@@ -51,7 +51,7 @@ class SignBucketGroup(_ParamAndGradBucketGroup):
             super().start_param_sync(force_sync)
             self.full_gathers += 1
         elif self.state is State.SIGNS and self.ddp_config.overlap_param_gather and not force_sync:
-            compat.gather_is_dispatched(self, self._send_signs(async_op=True))
+            compat.gather_is_dispatched(self, self._send_signs())
         else:
             self._send_pending_signs()
             compat.gather_is_dispatched(self)
@@ -71,11 +71,11 @@ class SignBucketGroup(_ParamAndGradBucketGroup):
 
     def _send_pending_signs(self) -> None:
         if self.state is State.SIGNS:
-            self._send_signs(async_op=False).wait()
+            self._send_signs().wait()
             self.state = State.CLEAN
 
-    def _send_signs(self, *, async_op: bool) -> "ReplayHandle":
-        return ReplayHandle([signs.gather(async_op=async_op) for signs in self.signs])
+    def _send_signs(self) -> "ReplayHandle":
+        return ReplayHandle([signs.gather() for signs in self.signs])
 
 
 class ReplayHandle:

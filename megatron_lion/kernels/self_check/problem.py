@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_lion.kernels.digits import with_digits
 from megatron_lion.precision import BlockLayout, quantize, split_master
 from megatron_lion.step import ROLES, LionUpdate, StepKind, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
@@ -40,6 +41,7 @@ STEPS = (
     StepScalars(lr=1e-3, beta1=0.95, beta2=0.98, weight_decay=0.0),
 )
 ON_DEVICE = 1  # index of the step with its scalars in tensors, and with telemetry
+DIGITS = 2  # index of the step that also leaves its digits
 
 
 class Span(NamedTuple):
@@ -65,9 +67,10 @@ def first_difference(update: LionUpdate, kind: StepKind, numel: int, *, telemetr
     """Run ``update`` and the reference on ``kind.device``, and the reference on the CPU. None if all bits are equal.
 
     The largest tensor has ``numel`` elements; on the CPU it is left out. Three steps with different scalars, one of
-    them with scalars on the device and, if asked, telemetry; then one that is to be skipped. The result names the
-    first role, tensor and element that differ. Issues no collective.
+    them with scalars on the device and, if asked, telemetry, and one with digits; then one that is to be skipped. The
+    result names the first role, tensor and element that differ. Issues no collective.
     """
+    reference = with_digits(lion_update_, "reference", kind.device)
     spans = _spans([*SMALL, (SPECIALS, 0, BlockLayout(0, SPECIALS)), (numel, 0, BlockLayout(0, 4096))])
     on_cpu = _filled(kind, spans)
     got, expected = ({role: flat.to(kind.device, copy=True) for role, flat in on_cpu.items()} for _ in range(2))
@@ -76,14 +79,14 @@ def first_difference(update: LionUpdate, kind: StepKind, numel: int, *, telemetr
         scalars = _on_device(kind, step) if number == ON_DEVICE else step
         measures = telemetry and number == ON_DEVICE
         sums: list[Telemetry | None] = [Telemetry(), Telemetry()] if measures else [None, None]
-        for buffers, kernel, total in zip((got, expected), (update, lion_update_), sums, strict=True):
-            _step(kernel, buffers, spans, scalars, total)
-        _step(lion_update_, on_cpu, spans[:-1], step)
+        for buffers, kernel, total in zip((got, expected), (update, reference), sums, strict=True):
+            _step(kernel, buffers, spans, scalars, total, digits=number == DIGITS)
+        _step(reference, on_cpu, spans[:-1], step, digits=number == DIGITS)
         start = {role: got[role][: end[role]].cpu() for role in got}
-        reference = {role: flat[: end[role]] for role, flat in on_cpu.items()}
+        expected_start = {role: flat[: end[role]] for role, flat in on_cpu.items()}
         found = (
             _difference(got, expected, spans)
-            or (f"{text} (the reference on the CPU)" if (text := _difference(start, reference, spans)) else None)
+            or (f"{text} (the reference on the CPU)" if (text := _difference(start, expected_start, spans)) else None)
             or _different_sums(*sums)
         )
         if found:
@@ -108,7 +111,7 @@ def _spans(tensors: Iterable[tuple[int, int, BlockLayout]]) -> list[Span]:
 
 
 def _filled(kind: StepKind, spans: list[Span]) -> Buffers:
-    """The buffers of each role of ``kind`` on the CPU, the same at each call."""
+    """The buffers of each role of ``kind``, and of digits, on the CPU, the same at each call."""
     size = spans[-1].elements.stop + GUARD
     theta, grad, momentum = _values(size)
     special = torch.tensor(SPECIAL)
@@ -129,7 +132,8 @@ def _filled(kind: StepKind, spans: list[Span]) -> Buffers:
         for span in spans:
             codes[span.elements], scales[span.scales] = quantize(momentum[span.elements], span.layout)
         buffers |= {"exp_avgs": codes, "scales": scales}
-    return {role: buffers[role] for role in ROLES if role in buffers}
+    digits = {"digits": torch.full((size,), 77, dtype=torch.uint8)}
+    return {role: buffers[role] for role in ROLES if role in buffers} | digits
 
 
 def _values(size: int) -> list[Tensor]:
@@ -166,14 +170,22 @@ def _on_device(kind: StepKind, step: StepScalars, skip: int = 0) -> StepScalars:
 
 
 def _step(
-    update: LionUpdate, buffers: Buffers, spans: list[Span], scalars: StepScalars, telemetry: Telemetry | None = None
+    update: LionUpdate,
+    buffers: Buffers,
+    spans: list[Span],
+    scalars: StepScalars,
+    telemetry: Telemetry | None = None,
+    *,
+    digits: bool = False,
 ) -> None:
-    """One call for the tensors with finite values, which ``telemetry`` is about, and one for the special values."""
+    """One call for tensors with finite values, with ``telemetry`` and ``digits``, and one for the special values."""
     special = [span for span in spans if span.numel == SPECIALS]
     for chosen, sums in (([span for span in spans if span not in special], telemetry), (special, None)):
+        has_digits = digits and chosen is not special  # a NaN may have other digits, with which replays are right too
         roles = {
             role: [flat[span.scales if role == "scales" else span.elements] for span in chosen]
             for role, flat in buffers.items()
+            if role != "digits" or has_digits
         }
         blocks = [span.layout for span in chosen] if "scales" in buffers else None
         update(StepTensors(**roles, blocks=blocks), scalars, sums)
