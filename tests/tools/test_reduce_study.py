@@ -69,8 +69,9 @@ def test_a_study_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     reduce_study.train(tmp_path, path, [stage])
     assert path.read_text().startswith(before)
     records = reduce_study.records(path)
-    assert len(records) == len(reduce_study.RATES) + 4
-    best = min((r for r in records if r["seed"] == 0), key=lambda record: record["validation"])["lr"]
+    tuning = {record["lr"]: record["validation"] for record in records if record["seed"] == 0}
+    best = min(tuning, key=lambda lr: tuning[lr])
+    assert len(records) == len(tuning) + 4 and min(tuning) < best < max(tuning)
     assert {record["lr"] for record in records if record["seed"] > 0} == {best}
     assert all(0 < r["unlike"] < 0.5 and r["residual"] > 0.1 for r in records if r["arm"] == "ternary")
 

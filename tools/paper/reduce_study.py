@@ -4,9 +4,9 @@
     python -m tools.paper.reduce_study page --records docs/results/reduce-study.jsonl > docs/results/reduce-study.md
 
 ``train`` makes the runs of ``STAGES``, in their order, in one process. Each run appends one line to RECORDS when it
-ends, and runs that have a line are not repeated. The learning rate of each size is the best of ``RATES`` for the
-uncompressed arm, with a seed that no other run has. ``--data`` is a folder made by ``tools/demo_text.py --vocab-size
-512``.
+ends, and runs that have a line are not repeated. The learning rate of each size is the best for the uncompressed arm,
+with a seed that no other run has: of ``RATES``, and of half or twice the best as long as that is the lowest or the
+highest. ``--data`` is a folder made by ``tools/demo_text.py --vocab-size 512``.
 
 ``page`` prints the results: for each arm the mean validation loss, and its relative difference from the uncompressed
 arm of the same seed: mean, 95 % interval of the mean (Student's t), and whether that interval is within --margin, which
@@ -31,7 +31,7 @@ from tools.paper.studies.rank_gpt import Shape
 REFERENCE = "fp32"
 ARMS = ("fp32", "bf16", "int8", "int4", "int4-none", "ternary", "ternary-none", "1bit", "vote")
 SHAPES = {"tiny": Shape(layers=2, hidden=128), "large": Shape(layers=6, hidden=256)}
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 TUNING_STEPS, TUNING_SEED = 300, 0
 MARGIN = 0.005
 Record = dict[str, Any]
@@ -76,8 +76,11 @@ def train(data: Path, path: Path, stages: Sequence[Stage]) -> None:
         print(time.strftime("%H:%M:%S"), key, f"{taken['validation']:.4f}, {taken['cpu_seconds']} s", flush=True)
 
     for stage in stages:
-        for lr in RATES:
-            run(stage.size, TUNING_STEPS, REFERENCE, TUNING_SEED, lr)
+        rates = list(RATES)
+        while rates:
+            run(stage.size, TUNING_STEPS, REFERENCE, TUNING_SEED, rates.pop())
+            if not rates:
+                rates = next_rates(records(path), stage.size)
         lr = best_rate(records(path), stage.size)
         for arm, seed in stage.runs:
             run(stage.size, stage.steps, arm, seed, lr)
@@ -88,10 +91,22 @@ def records(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def tuning_losses(found: Sequence[Record], size: str) -> dict[float, float]:
+    """The validation loss of each tuning run of ``size``, by its learning rate, ascending."""
+    runs = [record for record in found if record["size"] == size and record["seed"] == TUNING_SEED]
+    return dict(sorted((float(record["lr"]), float(record["validation"])) for record in runs))
+
+
 def best_rate(found: Sequence[Record], size: str) -> float:
     """The learning rate with the lowest validation loss in the tuning runs of ``size``."""
-    tuning = [record for record in found if record["size"] == size and record["seed"] == TUNING_SEED]
-    return float(min(tuning, key=lambda record: record["validation"])["lr"])
+    losses = tuning_losses(found, size)
+    return min(losses, key=losses.__getitem__)
+
+
+def next_rates(found: Sequence[Record], size: str) -> list[float]:
+    """What is still to be tried: half or twice the best rate, if that is the lowest or the highest so far."""
+    rates, best = list(tuning_losses(found, size)), best_rate(found, size)
+    return [best / 2] if best == rates[0] else [2 * best] if best == rates[-1] else []
 
 
 def difference(losses: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
@@ -172,9 +187,9 @@ def page(found: Sequence[Record], margin: float) -> Iterator[str]:
             yield f"{sizes}. {seconds:.0f} s of CPU time.\n"
             yield from table(these, stage, margin)
             yield ""
-        tuning = {record["lr"]: record["validation"] for record in of_size if record["seed"] == TUNING_SEED}
+        tuning = tuning_losses(found, stage.size)
         if tuning and stage.steps == TUNING_STEPS:
-            rates = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in sorted(tuning.items()))
+            rates = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in tuning.items())
             yield f"Validation loss of `fp32` by lr, with a seed of its own: {rates}.\n"
 
 
