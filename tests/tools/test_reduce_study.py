@@ -88,7 +88,7 @@ def test_the_table_has_the_interval_of_the_paired_differences() -> None:
     ]
     rows = list(reduce_study.table(records, reduce_study.Stage("tiny", 300, tuple(losses), seeds=3), margin=0.005))
     assert rows[3] == "| int4 | 3 of 3 | 3.6673 | +0.03% | -0.11% .. +0.18% |  |  | equal within 0.5% |"
-    assert rows[4].startswith("| 1bit | 2 of 3 | 3.1000 | +5.00% |")
+    assert rows[4].startswith("| 1bit | 2 of 3 | 3.1000 | +5.00% |") and rows[4].endswith("| not finished |")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,6 @@ def test_the_table_has_the_interval_of_the_paired_differences() -> None:
         (0.02, 0.01, "worse by more than 0.5%"),
         (0.006, 0.003, "worse; more than 0.5% is not excluded"),
         (-0.006, 0.003, "better; more than 0.5% is not excluded"),
-        (0.0, math.inf, "unknown: one seed"),
     ],
 )
 def test_verdicts(mean: float, half: float, said: str) -> None:

@@ -143,8 +143,6 @@ def difference(losses: Sequence[float], reference: Sequence[float]) -> tuple[flo
 
 def verdict(mean: float, half: float, margin: float) -> str:
     """What the interval says about an arm."""
-    if not math.isfinite(half):
-        return "unknown: one seed"
     if max(abs(mean - half), abs(mean + half)) <= margin:
         return f"equal within {margin:.1%}"
     if mean - half > margin:
@@ -187,7 +185,8 @@ def table(found: Sequence[Record], stage: Stage, margin: float) -> Iterator[str]
         interval = f"{mean - half:+.2%} .. {mean + half:+.2%}" if math.isfinite(half) else "unknown"
         unlike = _mean([runs[seed].get("unlike") for seed in seeds], "{:.1%}")
         residual = _mean([runs[seed].get("residual") for seed in seeds], "{:.2f}")
-        yield f"{row} {mean:+.2%} | {interval} | {unlike} | {residual} | {verdict(mean, half, margin)} |"
+        said = verdict(mean, half, margin) if len(seeds) == stage.seeds else "not finished"
+        yield f"{row} {mean:+.2%} | {interval} | {unlike} | {residual} | {said} |"
 
 
 def _mean(values: Sequence[float | None], form: str) -> str:
