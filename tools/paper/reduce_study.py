@@ -38,8 +38,8 @@ HEADER = """# Learning with packed gradients
 
 Does Lion learn the same with [`--lion-reduce`](../exchange.md#packed-gradients-experimental)? GPTs on four
 simulated data-parallel ranks in one process, in fp32. The gradient of each rank is packed, sent and summed by the
-code of `--lion-reduce`, with int8 error feedback unless the arm says `none`. Real ranks train the same weights, bit
-for bit (`tests/tools/test_reduce_study.py`).
+code of `--lion-reduce`, with int8 error feedback unless the arm says `none`. With Megatron's GPT, this simulation
+trains the weights that four real ranks train, bit for bit (`tests/tools/test_reduce_study.py`).
 
     python tools/demo_text.py --output runs/text --vocab-size 512
     python -m tools.paper.reduce_study train --data runs/text --records docs/results/reduce-study.jsonl
