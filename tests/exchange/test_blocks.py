@@ -51,6 +51,38 @@ def test_an_element_is_off_by_half_a_level_at_most(code):
     assert (off <= largest * (0.5 / blocks.LEVELS[code]) * (1 + 2.0**-7) + largest * 2.0**-8).all()
 
 
+# docs/exchange-theory.md
+CONTRACTIONS = {"int8": 0.032, "int4": 0.58, "ternary": 0.965}
+
+
+def unfavorable_blocks():
+    """Heavy tails, and for ternary blocks those with the largest residual: n equal elements above the threshold, one
+    outlier, and the rest just below the threshold."""
+    generator = torch.Generator().manual_seed(0)
+    tails = torch.randn(2000, BLOCK, generator=generator).pow(3) * torch.rand(2000, 1, generator=generator)
+    worst = []
+    for kept in range(1, BLOCK):
+        for outlier in torch.linspace(28.5, 92.4 - kept, 60).tolist():
+            rest = (BLOCK / 0.7 - outlier - (kept - 1)) / (BLOCK - kept)
+            worst.append([outlier] + [1.001] * (kept - 1) + [min(max(rest, 0.0), 0.999)] * (BLOCK - kept))
+    return torch.cat([tails, torch.tensor(worst)])
+
+
+@EVERY_CODE
+def test_a_residual_is_smaller_than_its_block(code):
+    """What the bound of the theory needs, and what it has for the residual's own rounding."""
+    values = unfavorable_blocks()
+    codes, scales = blocks.quantize(values.view(-1), code)
+    left = values.double() - blocks.dequantize(codes, scales, values.numel()).double().view_as(values)
+    ratio = float((left.norm(dim=1) / values.double().norm(dim=1)).max())
+    assert {"ternary": 0.96}.get(code, 0.0) < ratio <= CONTRACTIONS[code]
+    for feedback, lost in (("int8", 0.032), ("bf16", 0.002)):
+        residual = Residual.zeros(feedback, left.numel(), "cpu")
+        residual.store_(left.float().view(-1))
+        error = left - residual.values(left.numel()).double().view_as(left)
+        assert bool((error.norm(dim=1) <= lost * left.norm(dim=1)).all())
+
+
 def test_ternary_blocks_keep_the_elements_above_the_threshold():
     values = gradient(10_000)
     codes, scales = blocks.quantize(values, "ternary")

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[2]
     "arguments",
     [
         ["--arch", "90", "--formats", "1", "--kernels", "replay_kernel"],
-        pytest.param(["--arch", "90", "--kernels", "write_kernel", "sum_kernel"], marks=pytest.mark.slow),
+        pytest.param(["--arch", "80", "90", "100", "--kernels", "write_kernel", "sum_kernel"], marks=pytest.mark.slow),
         pytest.param(["--arch", "80", "90", "100"], marks=pytest.mark.slow),
     ],
-    ids=["replay_bf16_sm_90", "reduce_sm_90", "all"],
+    ids=["replay_bf16_sm_90", "reduce", "all"],
 )
 def test_nothing_is_contracted_flushed_or_spilled_and_accesses_are_wide(arguments, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -13,13 +13,15 @@ PROBE = Path(__file__).with_name("memory_probe.py")
 
 
 def measured(
-    text: Path, folder: Path, *overrides: str, optimizer: str, dp: int
+    text: Path, folder: Path, *overrides: str, optimizer: str, dp: int, nodes: int = 1
 ) -> tuple[dict[str, int], estimates.Memory]:
     """The bytes on the fullest rank, and the estimate, for tiny_gpt on the cpu cluster."""
-    found = recipe("tiny_gpt", optimizer, "cpu", f"gpus-per-node={dp}", f"data={text}", "vocab-size=512", *overrides)
+    cluster = (f"nodes={nodes}", f"gpus-per-node={dp // nodes}")
+    found = recipe("tiny_gpt", optimizer, "cpu", *cluster, f"data={text}", "vocab-size=512", *overrides)
     flags = [*commands.training_flags(found, ["--no-check-for-nan-in-loss-and-grad"])]
     folder.mkdir()
-    run = run_ranks(" ".join(flags), ranks=dp, script=PROBE, environment={"PROBE_OUTPUT": str(folder)})
+    environment = {"PROBE_OUTPUT": str(folder), "PROBE_NODE": str(dp // nodes)}
+    run = run_ranks(" ".join(flags), ranks=dp, script=PROBE, environment=environment)
     assert run.returncode == 0, run.output[-4000:]
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(dp)]
     return {key: max(rank[key] for rank in ranks) for key in ranks[0]}, estimates.memory(found)
@@ -51,3 +53,19 @@ def test_the_estimate_is_within_a_tenth_of_what_ranks_hold(
         print(f"\n{optimizer} DP {dp} {' '.join(overrides)}: estimated / measured bytes: {row}")
     for estimate, there in pairs.values():
         assert estimate == pytest.approx(there, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("feedback", "dp", "nodes"), [("int8", 2, 1), ("bf16", 2, 1), ("none", 2, 1), ("int8", 4, 1), ("int8", 4, 2)]
+)
+def test_the_estimate_of_residuals_is_what_ranks_hold(
+    text: Path, tmp_path: Path, feedback: str, dp: int, nodes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To 1 %, which is more than the padding of the buckets. On two nodes of two ranks it is a third of one of four."""
+    overrides = (f"run={tmp_path}/run", "bf16=true", "lion-reduce=int4", f"lion-error-feedback={feedback}")
+    found, needed = measured(text, tmp_path / "probe", *overrides, optimizer="lion", dp=dp, nodes=nodes)
+    with capsys.disabled():
+        print(f"\n{feedback} DP {dp} on {nodes}: estimated / measured {needed.residual:,} / {found['residual']:,}")
+    assert found["residual"] == pytest.approx(needed.residual, rel=0.01)
+    assert (found["residual"] > 0) == (feedback != "none")

@@ -33,6 +33,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fp8-weights", action="store_true")
     parser.add_argument("--gather", default="params")
     parser.add_argument("--reduce", default="stock")
+    parser.add_argument("--telemetry-interval", type=int, default=0)
     parser.add_argument("--sharding", default="fully_reshardable")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--save-interval", type=int, default=1000)
@@ -191,6 +192,7 @@ def train(args: argparse.Namespace) -> None:
     start = load(args, model, optimizer) if args.load and (args.load / LATEST).exists() else 0
     dp_ranks = mpu.get_data_parallel_world_size()
     num_micro_batches = GLOBAL_BATCH // MICRO_BATCH // dp_ranks
+    reports = megatron_lion.Reports(model, optimizer, iteration=start, telemetry_interval=args.telemetry_interval)
     for iteration in range(start + 1, args.iterations + 1):
         model.zero_grad_buffer()
         optimizer.zero_grad()
@@ -213,6 +215,7 @@ def train(args: argparse.Namespace) -> None:
                 f"lm loss: {loss.item() / dp_ranks:.9E} | grad norm: {grad_norm:.6f} |",
                 flush=True,
             )
+        reports.after_step(iteration)
         if args.save and iteration % args.save_interval == 0:
             save(args, model, optimizer, iteration)
     if "PROBE_OUTPUT" in os.environ:

@@ -11,6 +11,7 @@ import pytest
 from megatron_lion.config import LionError, LionOptions
 from megatron_lion.integration.exchange import levels, refusals
 from tests.harness import (
+    ASYNC_SAVE,
     BATCH,
     CPU,
     MODEL,
@@ -181,6 +182,7 @@ def test_one_rank_sends_nothing(text: Path, tmp_path: Path) -> None:
         f"{COMPACT} {INT4} --lion-gather signs {OVERLAP}",
         f"--bf16 --lion-momentum-dtype bf16 {TERNARY} --lion-error-feedback bf16",
         f"--bf16 {INT4} --calculate-per-token-loss",
+        f"{COMPACT} {INT4} {ASYNC_SAVE}",
         f"--fp16 --initial-loss-scale 1024 --loss-scale-window 3 {INT4}",
     ],
 )
@@ -275,10 +277,14 @@ def test_rounds_measure_the_exact_gradient_and_change_nothing(text: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--bf16 --overlap", "--bf16 --bf16-gradients", ""])
 def test_a_loop_on_megatron_core_alone(text: Path, tmp_path: Path, flags: str) -> None:
+    """With megatron_lion.Reports, which has what was not sent and the signs that it changed."""
     line = (f"--data {text}/train_text_document --iterations {STEPS} --reduce ternary --gather signs", flags)
-    save = f"--save {tmp_path} --save-interval {STEPS}"
-    done = run_ranks(*line, save, ranks=2, script=SCRIPT, environment={"REDUCE_KIND": "core"})
-    assert_adds_up(reduced(finished(done)))
+    save = f"--save {tmp_path} --save-interval {STEPS} --telemetry-interval 3"
+    done = finished(run_ranks(*line, save, ranks=2, script=SCRIPT, environment={"REDUCE_KIND": "core"}))
+    assert_adds_up(reduced(done))
+    logged = [match.groups() for match in map(LINE.search, done.ours()) if match]
+    assert [step for step, *_ in logged] == ["3", "6"]
+    assert all(0 < float(kept) < 2 and 0 < float(unlike) < 40 for _, _, kept, unlike in logged)
 
 
 REFUSED = {

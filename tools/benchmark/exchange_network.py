@@ -97,13 +97,15 @@ def sent_bytes(name: str) -> int:
     return int(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
 
 
-def exchange(names: Sequence[str], ranks: int, *flags: str, timeout: float = 300.0) -> list[dict]:
-    """What ``exchange_rank`` prints on rank 0, with ``ranks`` ranks in each of the namespaces."""
+def exchange(
+    names: Sequence[str], ranks: int, *flags: str, module: str = "exchange_rank", timeout: float = 300.0
+) -> list[dict]:
+    """What ``module`` of tools.benchmark prints on rank 0, with ``ranks`` ranks in each of the namespaces."""
     world = len(names) * ranks
     processes = []
     for rank in range(world):
-        place = {"RANK": str(rank), "WORLD_SIZE": str(world)}
-        line = [sys.executable, "-m", "tools.benchmark.exchange_rank", *flags]
+        place = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(ranks)}
+        line = [sys.executable, "-m", f"tools.benchmark.{module}", *flags]
         processes.append(_start(names[rank // ranks], line, place))
     return [json.loads(line) for line in _output(processes, timeout).splitlines() if line.startswith("{")]
 

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,18 @@ class Outcome:
     """[cases]: the largest ||theta_k||_inf over iterates and repeats"""
 
 
-def simulate(cases: Sequence[Case], *, repeats: int, steps: int, seed: int, momentum_init: str = "gradient") -> Outcome:
+def simulate(
+    cases: Sequence[Case],
+    *,
+    repeats: int,
+    steps: int,
+    seed: int,
+    momentum_init: str = "gradient",
+    receive: Callable[[Tensor], Tensor] = lambda noisy: noisy,
+) -> Outcome:
     """Run Lion from every case at once, ``repeats`` times each, in float64, by the package's own update rule.
+
+    ``receive`` replaces the stochastic gradients of a step, [cases x repeats, 2], by those that the optimizer gets.
 
     Every iterate of a constrained case is checked to lie in its box with a KKT residual >= 0 (Theorem 2, i); in an
     unconstrained case the weight decay is checked against the largest iterate, lambda <= 1/(2C) (Theorem 4). Raises
@@ -122,7 +132,7 @@ def simulate(cases: Sequence[Case], *, repeats: int, steps: int, seed: int, mome
         left[k] = torch.where(constrained, residual, l1 / 2)
         lowest = torch.minimum(lowest, residual + ROUNDING * l1)
         linf = torch.maximum(linf, theta.abs().amax(1))
-        noisy = grad + noise[k]
+        noisy = receive(grad + noise[k])
         if k == 0 and momentum_init == "gradient":
             exp_avg = noisy
         # Its hyperparameters may be tensors that broadcast: one row each, so that every run has its own.

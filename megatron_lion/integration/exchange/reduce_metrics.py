@@ -14,6 +14,35 @@ from megatron_lion.integration.loop_callbacks import Step
 from megatron_lion.integration.reporting import metrics
 
 
+class ReduceTelemetry:
+    """Samples and reports every ``interval``-th step of one optimizer, signs included, for a loop of another script.
+
+    Args:
+        optimizer: Megatron's optimizer around Lion.
+        interval: number of steps from one report to the next, at least 1.
+        write: receives the values of each report.
+        iteration: number of steps that were made before.
+    """
+
+    def __init__(self, optimizer: Any, interval: int, write: metrics.Write, *, iteration: int = 0) -> None:
+        self._reduces, self._interval, self._write = reduces_of(optimizer), interval, write
+        self._sample_after(iteration)
+
+    def after_step(self, iteration: int) -> None:
+        """Report the step that was number ``iteration`` if it is due, and sample the next one if that is.
+
+        Issues one small all-reduce over all ranks for a report.
+        """
+        if iteration % self._interval == 0:
+            report(self._reduces, iteration, self._write)
+        self._sample_after(iteration)
+
+    def _sample_after(self, iteration: int) -> None:
+        is_due = (iteration + 1) % self._interval == 0
+        for reduce in self._reduces:
+            reduce.sample_next("exact" if is_due else None)
+
+
 def before_step(step: Step, iteration: int) -> None:
     """Sample the step that comes after ``iteration`` steps if it will be logged."""
     from megatron.training import get_args
@@ -31,11 +60,12 @@ def after_step(optimizer: Any, iteration: int) -> None:
     from megatron.training import get_args
 
     if getattr(get_args(), "lion_reduce", "stock") != "stock" and iteration % get_args().log_interval == 0:
-        report(reduces_of(optimizer), iteration)
+        report(reduces_of(optimizer), iteration, metrics.write)
 
 
-def report(reduces: list[BlockReduce], iteration: int) -> None:
-    """One line on rank 0, TensorBoard and W&B: sums over all ranks. Issues one small all-reduce over all ranks."""
+def report(reduces: list[BlockReduce], iteration: int, write: metrics.Write) -> None:
+    """One line on rank 0, and the values for ``write``: sums over all ranks. Issues one small all-reduce over all
+    ranks."""
     taken = [reduce.take_sample() for reduce in reduces]
     bits = sum(8 * sum(bucket.sent_sizes) for reduce in reduces for bucket in reduce.buckets)
     elements = sum(bucket.numel * len(bucket.others) for reduce in reduces for bucket in reduce.buckets)
@@ -54,4 +84,4 @@ def report(reduces: list[BlockReduce], iteration: int) -> None:
         values["reduce_unlike_signs"] = unlike / counted
         line += f", {values['reduce_unlike_signs']:.3%} of signs unlike the exact ones"
     console.say(line)
-    metrics.write({f"lion/{name}": value for name, value in values.items()}, iteration)
+    write({f"lion/{name}": value for name, value in values.items()}, iteration)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_lion.config import ALL_BATCHES, LionError, LionOptions, NormRatioOptions, check_count
 from megatron_lion.integration import compat
+from megatron_lion.integration.exchange.reduce_metrics import ReduceTelemetry
 from megatron_lion.integration.reporting import metrics
 from megatron_lion.integration.reporting.norm_ratio.isolation import isolated
 from megatron_lion.integration.reporting.norm_ratio.measure import measure_round
@@ -35,7 +36,9 @@ class Reports:
         model: the model, or the list of its chunks, wrapped in Megatron's DistributedDataParallel.
         optimizer: what ``get_megatron_optimizer`` returned.
         iteration: number of steps that earlier processes have made.
-        telemetry_interval: report every this many steps; 0 for never. Needs Lion.
+        telemetry_interval: report every this many steps; 0 for never. Needs Lion. With ``lion_reduce`` each report also
+            has what was not sent, and the share of signs that the exact gradient would change. This costs one more
+            reduction in the steps that are reported.
         norm_ratio: when rounds are due, how many batches each has, and the file of their records; None for no rounds.
         run_batch: called with the iteration and the number of the batch in the round, from 0. Draw the data from these
             two, so that every tensor-parallel and pipeline rank draws the same. Returns the mean loss of this rank's
@@ -66,7 +69,7 @@ class Reports:
         self._model = list(model) if isinstance(model, list | tuple) else [model]
         self._optimizer, self._vocabulary, self._write = optimizer, vocabulary, write
         self._run_batch = run_batch
-        self._telemetry = self._schedule = None
+        self._telemetry = self._schedule = self._reduction = None
         check_count("telemetry_interval", telemetry_interval, 0, "steps (0 is never)")
         if telemetry_interval:
             if not isinstance(getattr(optimizer, "options", None), LionOptions):
@@ -79,6 +82,8 @@ class Reports:
                     "telemetry_interval does not see the steps of optimizer_cpu_offload: remove one of them"
                 )
             self._telemetry = StepTelemetry(optimizer, telemetry_interval, write)
+            if optimizer.options.reduce != "stock":
+                self._reduction = ReduceTelemetry(optimizer, telemetry_interval, write, iteration=iteration)
         if not isinstance(norm_ratio, NormRatioOptions | None):
             raise LionError(f"norm_ratio must be megatron_lion.NormRatioOptions or None, got {norm_ratio!r}")
         if norm_ratio is not None and norm_ratio.is_on:
@@ -89,10 +94,13 @@ class Reports:
     def after_step(self, iteration: int) -> None:
         """Report what is due after the step that was number ``iteration``, counted from 1.
 
-        Issues two small all-reduces for a report of telemetry, and the collectives of a round.
+        Issues two small all-reduces for a report of telemetry, a third one with ``lion_reduce``, and the collectives of
+        a round.
         """
         if self._telemetry is not None:
             self._telemetry.after_step(iteration)
+        if self._reduction is not None:
+            self._reduction.after_step(iteration)
         if self._schedule is not None:
             self._schedule.after_step(iteration)
 
