@@ -21,7 +21,7 @@ from tests.harness import (
 from tests.megatron.fsdp_runs import FP32_GRADIENTS, FSDP, RUN, pretrain_or_fail, put_state_of, saving
 from tests.versions import since
 
-pytestmark = since("0.19")
+pytestmark = since("0.17")
 
 PROBE = Path(__file__).with_name("fsdp_probe.py")
 DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
@@ -37,10 +37,12 @@ MOE = (
     "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 "
     "--moe-token-dispatcher-type allgather --disable-bias-linear --expert-model-parallel-size 2"
 )
+OPTIM = "--data-parallel-sharding-strategy optim"  # the last one given applies
 # Ranks, and flags of a layout.
 LAYOUTS = {
     "TP 2 x DP 2, swiglu": (4, f"{TP_2} --swiglu --bf16"),
     "EP 2 x DP 2": (4, MOE),
+    "EP 2, experts with one replica": (2, f"{MOE} {OPTIM}"),
     "two instances (HSDP)": (4, HSDP),
 }
 
@@ -90,7 +92,7 @@ def test_layouts_train_as_the_distributed_optimizer_and_resume(text: Path, tmp_p
     is_bf16 = "--bf16" in flags  # where a router may choose another expert
     run = f"{RUN} {flags} --train-iters 4"
     reference = pretrain(text, run, "--use-distributed-optimizer", ranks=ranks)
-    sharded = f"{run} {FSDP} optim_grads_params {FP32_GRADIENTS * is_bf16}"
+    sharded = f"{FSDP} optim_grads_params {run} {FP32_GRADIENTS * is_bf16}"
     whole = pretrain(text, sharded, saving(tmp_path / "whole", 2), ranks=ranks)
     assert relative_difference(whole.log, reference.log) <= (5e-5 if is_bf16 else 5e-6)
     [started] = [line for line in whole.ours() if "lion on" in line]
@@ -126,11 +128,26 @@ def test_telemetry_counts_each_element_once(text: Path, strategy: str) -> None:
 # ---- refusals ----
 
 
+# A shard group of one rank, in which gradients are divided by the number of data-parallel ranks.
+ONE_RANK = {"experts": MOE, "parameters": HSDP}
+
+
 @pytest.mark.slow
-@pytest.mark.refuses("Megatron-FSDP: experts with one data-parallel replica")
-def test_experts_need_two_replicas(text: Path) -> None:
-    output = pretrain_or_fail(text, f"{RUN} {MOE} --train-iters 1 {FSDP} optim_grads_params", ranks=2)
-    assert "experts with one data-parallel replica are not supported" in output
+@pytest.mark.parametrize("what", ONE_RANK)
+@pytest.mark.refuses("Megatron-FSDP: optim_grads and optim_grads_params in a shard group of one rank")
+def test_a_shard_group_of_one_rank_is_refused(text: Path, what: str) -> None:
+    output = pretrain_or_fail(text, f"{RUN} {ONE_RANK[what]} --train-iters 1 {FSDP} optim_grads_params", ranks=2)
+    assert f"where one rank shards its {what} with no other: Megatron-FSDP divides their gradients again" in output
+
+
+@pytest.mark.slow
+@pytest.mark.refuses("Megatron-FSDP: 8-bit momentum where a shard boundary cuts a block of 32 elements")
+def test_a_block_of_8_bit_momentum_is_not_cut(text: Path) -> None:
+    # The vectors of a layer have 624 elements, and the second rank begins at the 312th of them.
+    run = f"{RUN} --bf16 --hidden-size 48 --lion-momentum-dtype int8 --train-iters 1 {FSDP} optim_grads_params"
+    output = pretrain_or_fail(text, run, ranks=2)
+    assert "with Megatron-FSDP on 2 ranks a shard boundary cuts a block of 32 elements in module." in output
+    assert "pre_mlp_layernorm.weight of shape (48,). Use --lion-momentum-dtype bf16, or another number of" in output
 
 
 SETTINGS = {
