@@ -63,7 +63,7 @@ def refuse_fsdp_settings(
 
     ``settings`` and ``ddp_settings`` are the command line, or the configurations of the optimizer and of FSDP.
     """
-    release = f"megatron-core {compat.megatron_version()}"
+    release, supported = f"megatron-core {compat.megatron_version()}", compat.installed_traits().fsdp_strategies
     version = getattr(ddp_settings, "megatron_fsdp_version", 1)
     masters = dtype_name(getattr(ddp_settings, "megatron_fsdp_main_params_dtype", "fp32"))
     has_fp32_masters = masters == "fp32" or (masters in ("auto", "None") and not settings.bf16)
@@ -73,9 +73,10 @@ def refuse_fsdp_settings(
         for dest, why in UNSUPPORTED_WITH_FSDP.items()
     }
     found |= {
-        release: (
-            not compat.installed_traits().runs_lion_with_fsdp,
-            "it was run with 0.19. Use --use-distributed-optimizer",
+        release: (not supported, "it was not run. Use 0.17 to 0.19, or --use-distributed-optimizer"),
+        f"--data-parallel-sharding-strategy {strategy} of {release}": (
+            strategy not in supported,
+            "Megatron fails in the first step, with any optimizer. Use another strategy",
         ),
         f"--megatron-fsdp-version {version}": (version != 1, "it cannot save optimizer state. Use 1"),
         f"--megatron-fsdp-main-params-dtype {masters}": (not has_fp32_masters, "Lion steps fp32 masters. Use fp32"),
