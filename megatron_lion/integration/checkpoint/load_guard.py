@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_lion.integration import compat
 from megatron_lion.integration.checkpoint import formats, fsdp_dtensor, group_settings, integrity, ownership
@@ -70,7 +70,7 @@ def _common_state(path: str | None) -> dict[str, Any]:
     if dist_checkpointing.check_is_distributed_checkpoint(path):
         return dict(dist_checkpointing.load_common_state_dict(path))
     state: dict[str, Any] = {"args": None}
-    checkpoint.load(state, checkpoint_id=path)
+    load(state, checkpoint_id=path)
     return state
 
 
