@@ -82,7 +82,7 @@ def test_losses_are_those_of_the_distributed_optimizer(text: Path, same_start: t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[since("0.18")] * ("TP" in name)) for name in LAYOUTS])
 @pytest.mark.supports(
     "Megatron-FSDP with TP, EP and HSDP",
     "losses of the distributed optimizer to 5e-6 (fp32) and 5e-5 (TP, in bf16), resumed bit for bit",
