@@ -4,17 +4,24 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from tests.harness import HORIZON, NO_DROPOUT, pretrain_flags, read_checkpoint, run_ranks
+from tests.versions import since
 
 FSDP = "--use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy"
 RUN = f"--optimizer lion {HORIZON} {NO_DROPOUT} --make-vocab-size-divisible-by 256"
+NO_SHARD = pytest.param("no_shard", marks=since("0.18"))  # 0.17 fails in the first step, with any optimizer
 # The distributed optimizer reduces fp32 gradients, FSDP those of bf16 weights in bf16 unless told so.
 FP32_GRADIENTS = "--megatron-fsdp-main-grads-dtype fp32 --megatron-fsdp-grad-comm-dtype fp32"
+MOE = (
+    "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 "
+    "--moe-token-dispatcher-type allgather --disable-bias-linear --expert-model-parallel-size 2"
+)
 # The norms' names in a torch_dist checkpoint of Megatron's local layers.
 NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

@@ -3,11 +3,11 @@
     torchrun tests/megatron/kinds.py WHAT <Megatron's flags>
 
 WHAT is ``frozen`` (some parameters take no gradient), ``frozen-layer`` (those of the first layer take none),
-``context-parallel`` (Megatron's own local attention runs without Transformer Engine but refuses a sequence that is
-split over ranks; here it gathers keys and values first), ``hybrid`` (HybridModel from ``--hybrid-layer-pattern``, of
-Megatron's local layers), ``mamba`` (the same with Mamba layers, in plain torch), ``multi-token``
-(``--mtp-num-layers``), or ``learning-rates`` (layer norms at a tenth of --lr, through Megatron's own overrides for
-parameters).
+``vectors`` (only norms and biases take one), ``context-parallel`` (Megatron's own local attention runs without
+Transformer Engine but refuses a sequence that is split over ranks; here it gathers keys and values first), ``hybrid``
+(HybridModel from ``--hybrid-layer-pattern``, of Megatron's local layers), ``mamba`` (the same with Mamba layers, in
+plain torch), ``multi-token`` (``--mtp-num-layers``), or ``learning-rates`` (layer norms at a tenth of --lr, through
+Megatron's own overrides for parameters).
 """
 
 import sys
@@ -31,6 +31,7 @@ from megatron_lion.integration.compat import temporarily  # noqa: E402
 from tests.megatron import mamba_layers  # noqa: E402
 
 FROZEN = ("embedding.word_embeddings", "mlp.linear_fc1", "self_attention.linear_proj.bias")
+MATRICES = ("embeddings", "qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")
 
 
 def freeze(parts: tuple[str, ...]) -> None:
@@ -121,6 +122,7 @@ def slow_norms() -> None:
 PREPARE: dict[str, Callable[[], None]] = {
     "frozen": lambda: freeze(FROZEN),
     "frozen-layer": lambda: freeze(("layers.0.",)),
+    "vectors": lambda: freeze(MATRICES),
     "context-parallel": split_sequence,
     "hybrid": hybrid,
     "mamba": mamba,

@@ -180,7 +180,7 @@ REFUSED = {
     "build(lion(lion_kernel='fusd'))": "--lion-kernel 'fusd' is unknown: did you mean 'fused'",
     "build(older())": "this OptimizerConfig was made before megatron_lion.register()",
 }
-if minor_version() >= "0.19":
+if minor_version() >= "0.17":
     REFUSED["build(lion(fp16=True), chunk(use_megatron_fsdp=True))"] = (
         "--fp16 is not supported with --optimizer lion and --use-megatron-fsdp: its gradients have no loss scale"
     )

@@ -16,6 +16,7 @@ from tests.harness import BATCH, CPU, MODEL, PRETRAIN_GPT, Run, torchrun
 from tests.versions import since
 
 ERROR = "megatron-lion: error: "
+FSDP = "--use-megatron-fsdp --data-parallel-sharding-strategy optim"
 LION = "--optimizer lion --lr 1e-4"
 DISTRIBUTED = "--use-distributed-optimizer"
 RUN = "-m megatron_lion.run"
@@ -121,8 +122,8 @@ WRONG = {
 FOREIGN = {
     f"{LION} --ckpt-format fsdp_dtensor": ("--ckpt-format fsdp_dtensor", "Megatron-FSDP", "use torch_dist"),
     f"{LION} --ckpt-format torch_dcp": ("--ckpt-format torch_dcp", "torch FSDP2", "use torch_dist"),
-    f"{LION} --use-megatron-fsdp": ("--use-megatron-fsdp cannot save", "torch_dist", "add --ckpt-format fsdp_dtensor"),
-    f"{LION} --use-megatron-fsdp --num-distributed-optimizer-instances 2": (
+    f"{LION} {FSDP}": ("--use-megatron-fsdp cannot save", "torch_dist", "add --ckpt-format fsdp_dtensor"),
+    f"{LION} {FSDP} --num-distributed-optimizer-instances 2": (
         "instances 2",
         "needs --overlap-grad-reduce",
     ),
@@ -141,7 +142,7 @@ SIGNS = {
     ),
     f"{LION} {DISTRIBUTED} --bf16 --lion-gather signs --fp8-param-gather": ("signs is not supported with --fp8-param",),
     f"{LION} {DISTRIBUTED} --fp16 --lion-gather signs --lion-kernel fused": ("--lion-kernel fused and --fp16", "auto"),
-    f"{LION} {DISTRIBUTED} --lion-gather signs --use-megatron-fsdp": ("--lion-gather signs is not supported", "params"),
+    f"{LION} {DISTRIBUTED} --lion-gather signs {FSDP}": ("--lion-gather signs is not supported", "params"),
     f"{LION} {DISTRIBUTED} --lion-gather signs --cuda-graph-impl local": ("signs is not supported with --cuda-graph",),
     f"{LION} {DISTRIBUTED} --lion-gather signs --overlap-param-gather-with-optimizer-step": (
         "signs is not supported with --overlap-param-gather-with-optimizer-step",
@@ -169,7 +170,6 @@ RIGHT = {
 
 
 # 0.17's own parser and validation refuse these.
-FSDP = "--use-megatron-fsdp"
 NEWER = (f"{LION} {ROUNDS} --cuda-graph-impl full_iteration", f"--optimizer muon --lr 1e-4 {DISTRIBUTED}")
 
 
@@ -179,7 +179,7 @@ def cases(lines: dict[str, tuple[Any, ...]], *marks: pytest.MarkDecorator) -> li
         pytest.param(
             *item,
             id=item[0],
-            marks=[*marks, *[since("0.18")] * (item[0] in NEWER), *[since("0.19")] * (FSDP in item[0])],
+            marks=[*marks, *[since("0.18")] * (item[0] in NEWER), *[since("0.17")] * (FSDP in item[0])],
         )
         for item in lines.items()
     ]

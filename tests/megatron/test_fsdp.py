@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from megatron_lion.config import LionError, LionOptions
+from megatron_lion.integration import compat
+from megatron_lion.integration.compat.versions import TRAITS
 from megatron_lion.integration.optimizer import refusals
 from tests.harness import (
     assert_same_checkpoint,
@@ -17,15 +19,17 @@ from tests.harness import (
     pretrain_flags,
     read_checkpoint,
     relative_difference,
+    run_ranks,
 )
-from tests.megatron.fsdp_runs import FP32_GRADIENTS, FSDP, RUN, pretrain_or_fail, put_state_of, saving
+from tests.megatron.fsdp_runs import FP32_GRADIENTS, FSDP, MOE, NO_SHARD, RUN, pretrain_or_fail, put_state_of, saving
 from tests.versions import since
 
-pytestmark = since("0.19")
+pytestmark = since("0.17")
 
 PROBE = Path(__file__).with_name("fsdp_probe.py")
+KINDS = PROBE.with_name("kinds.py")
 DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
-STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
+STRATEGIES = (NO_SHARD, "optim", "optim_grads", "optim_grads_params")
 PRECISIONS = {
     "fp32": ("", 5e-6),
     "bf16": ("--bf16", 5e-5),
@@ -33,14 +37,12 @@ PRECISIONS = {
 SAVED_AT, LAST = 2, 8
 HSDP = "--num-distributed-optimizer-instances 2 --overlap-grad-reduce"
 TP_2 = "--tensor-model-parallel-size 2 --sequence-parallel"
-MOE = (
-    "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 "
-    "--moe-token-dispatcher-type allgather --disable-bias-linear --expert-model-parallel-size 2"
-)
+OPTIM = "--data-parallel-sharding-strategy optim"  # the last one given applies
 # Ranks, and flags of a layout.
 LAYOUTS = {
     "TP 2 x DP 2, swiglu": (4, f"{TP_2} --swiglu --bf16"),
     "EP 2 x DP 2": (4, MOE),
+    "EP 2, experts with one replica": (2, f"{MOE} {OPTIM}"),
     "two instances (HSDP)": (4, HSDP),
 }
 
@@ -80,7 +82,7 @@ def test_losses_are_those_of_the_distributed_optimizer(text: Path, same_start: t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[since("0.18")] * ("TP" in name)) for name in LAYOUTS])
 @pytest.mark.supports(
     "Megatron-FSDP with TP, EP and HSDP",
     "losses of the distributed optimizer to 5e-6 (fp32) and 5e-5 (TP, in bf16), resumed bit for bit",
@@ -90,7 +92,7 @@ def test_layouts_train_as_the_distributed_optimizer_and_resume(text: Path, tmp_p
     is_bf16 = "--bf16" in flags  # where a router may choose another expert
     run = f"{RUN} {flags} --train-iters 4"
     reference = pretrain(text, run, "--use-distributed-optimizer", ranks=ranks)
-    sharded = f"{run} {FSDP} optim_grads_params {FP32_GRADIENTS * is_bf16}"
+    sharded = f"{FSDP} optim_grads_params {run} {FP32_GRADIENTS * is_bf16}"
     whole = pretrain(text, sharded, saving(tmp_path / "whole", 2), ranks=ranks)
     assert relative_difference(whole.log, reference.log) <= (5e-5 if is_bf16 else 5e-6)
     [started] = [line for line in whole.ours() if "lion on" in line]
@@ -101,7 +103,7 @@ def test_layouts_train_as_the_distributed_optimizer_and_resume(text: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["no_shard", "optim_grads_params"])
+@pytest.mark.parametrize("strategy", [NO_SHARD, "optim_grads_params"])
 @pytest.mark.supports("Megatron-FSDP: a NaN gradient on one rank", "no rank changes a parameter or a momentum")
 def test_an_update_is_skipped_by_all_ranks(text: Path, strategy: str) -> None:
     flags = f"{RUN} --bf16 {FSDP} {strategy} --train-iters 4 --no-check-for-nan-in-loss-and-grad"
@@ -112,7 +114,7 @@ def test_an_update_is_skipped_by_all_ranks(text: Path, strategy: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.supports("Megatron-FSDP: `--lion-telemetry`", "each element once: the distributed optimizer's sums")
-@pytest.mark.parametrize("strategy", ["no_shard", "optim_grads_params"])
+@pytest.mark.parametrize("strategy", [NO_SHARD, "optim_grads_params"])
 def test_telemetry_counts_each_element_once(text: Path, strategy: str) -> None:
     run = f"{RUN} --lion-telemetry --train-iters 2"
     one = pretrain(text, run, "--use-distributed-optimizer", ranks=2)
@@ -126,11 +128,27 @@ def test_telemetry_counts_each_element_once(text: Path, strategy: str) -> None:
 # ---- refusals ----
 
 
+# A shard group of one rank, in which gradients are divided by the number of data-parallel ranks.
+ONE_RANK = {"experts": MOE, "parameters": HSDP}
+
+
 @pytest.mark.slow
-@pytest.mark.refuses("Megatron-FSDP: experts with one data-parallel replica")
-def test_experts_need_two_replicas(text: Path) -> None:
-    output = pretrain_or_fail(text, f"{RUN} {MOE} --train-iters 1 {FSDP} optim_grads_params", ranks=2)
-    assert "experts with one data-parallel replica are not supported" in output
+@pytest.mark.parametrize("what", ONE_RANK)
+@pytest.mark.refuses("Megatron-FSDP: optim_grads and optim_grads_params in a shard group of one rank")
+def test_a_shard_group_of_one_rank_is_refused(text: Path, what: str) -> None:
+    output = pretrain_or_fail(text, f"{RUN} {ONE_RANK[what]} --train-iters 1 {FSDP} optim_grads_params", ranks=2)
+    assert f"where one rank shards its {what} with no other: Megatron-FSDP divides their gradients again" in output
+
+
+@pytest.mark.slow
+@pytest.mark.refuses("Megatron-FSDP: 8-bit momentum where a shard boundary cuts a block of 32 elements")
+def test_a_block_of_8_bit_momentum_is_not_cut(text: Path) -> None:
+    # Matrices are frozen, so the vectors of a layer, 624 elements, are sharded by themselves: at the 312th.
+    run = f"{RUN} --bf16 --hidden-size 48 --lion-momentum-dtype int8 --train-iters 1 {FSDP} optim_grads_params"
+    failed = run_ranks("vectors", *pretrain_flags(text), run, ranks=2, script=KINDS)
+    assert failed.returncode != 0
+    assert "with Megatron-FSDP on 2 ranks a shard boundary cuts a block of 32 elements in module." in failed.output
+    assert "pre_mlp_layernorm.weight of shape (48,). Use --lion-momentum-dtype bf16, or another" in failed.output
 
 
 SETTINGS = {
@@ -150,7 +168,7 @@ SETTINGS = {
 
 def command_line(**changed: Any) -> SimpleNamespace:
     same = {"bf16": True, "megatron_fsdp_main_params_dtype": torch.float32}
-    return SimpleNamespace(**{**same, "data_parallel_sharding_strategy": "no_shard", **changed})
+    return SimpleNamespace(**{**same, "data_parallel_sharding_strategy": "optim", **changed})
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -166,7 +184,9 @@ def test_what_is_not_supported_is_refused_with_what_to_do(name: str) -> None:
     else:
         setattr(settings, name, value)
     if name == "bf16":
-        model["is_gated"], settings.data_parallel_sharding_strategy = True, "optim"
+        model["is_gated"] = True
+    if name == "is_gated":
+        settings.data_parallel_sharding_strategy = "no_shard"
     with pytest.raises(LionError) as error:
         refusals.refuse_fsdp_settings(settings, settings, options, **model)
     for message in (*messages, "with --optimizer lion and --use-megatron-fsdp"):
@@ -177,7 +197,25 @@ def test_what_is_supported_is_not_refused() -> None:
     for settings in (
         command_line(megatron_fsdp_main_params_dtype="fp32"),  # before Megatron validates it
         command_line(bf16=False, megatron_fsdp_main_params_dtype=None),
-        command_line(data_parallel_sharding_strategy="optim"),
+        command_line(data_parallel_sharding_strategy="optim_grads"),
     ):
-        is_gated = settings.data_parallel_sharding_strategy == "optim"
+        is_gated = settings.data_parallel_sharding_strategy == "optim_grads"
         refusals.refuse_fsdp_settings(settings, settings, LionOptions(momentum_dtype="int8"), 1, is_gated)
+
+
+@pytest.mark.parametrize(
+    ("minor", "strategy", "message"),
+    [
+        ("0.16", "optim", "it was not run. Use 0.17 to 0.19, or --use-distributed-optimizer"),
+        ("0.17", "no_shard", "Megatron fails in the first step, with any optimizer. Use another strategy"),
+    ],
+)
+@pytest.mark.refuses("Megatron-FSDP on 0.16, and its strategy no_shard on 0.17")
+def test_what_a_release_lacks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, minor: str, strategy: str, message: str
+) -> None:
+    monkeypatch.setattr(compat, "installed_traits", lambda: TRAITS[minor])
+    settings = command_line(data_parallel_sharding_strategy=strategy)
+    with pytest.raises(LionError) as error:
+        refusals.refuse_fsdp_settings(settings, settings, LionOptions(), 1, False)
+    assert message in str(error.value)

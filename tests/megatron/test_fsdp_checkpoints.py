@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from tests.harness import assert_same_checkpoint, pretrain, read_checkpoint, relative_difference
-from tests.megatron.fsdp_runs import FP32_GRADIENTS, FSDP, RUN, pretrain_or_fail, saving, tensors_of
+from tests.megatron.fsdp_runs import FP32_GRADIENTS, FSDP, NO_SHARD, RUN, pretrain_or_fail, saving, tensors_of
 from tests.versions import since
 
-pytestmark = since("0.19")
+pytestmark = since("0.17")
 
 MOMENTUM = {"adam": "Adam's exp_avg, bit for bit", "fresh": "zero"}
 
 
-def slow_but(case: str, fast: str) -> list[pytest.MarkDecorator]:
-    return [] if case == fast else [pytest.mark.slow]
+def marks_of(strategy: str, storage: str) -> list[pytest.MarkDecorator]:
+    is_fast = (strategy, storage) == ("optim_grads_params", "bf16")
+    return [*[pytest.mark.slow] * (not is_fast), *NO_SHARD.marks * (strategy == "no_shard")]
 
 
 STORAGES = {
@@ -30,7 +31,7 @@ STORAGES = {
 @pytest.mark.parametrize(
     ("strategy", "storage"),
     [
-        pytest.param(strategy, storage, marks=slow_but(f"{strategy}, {storage}", "optim_grads_params, bf16"))
+        pytest.param(strategy, storage, marks=marks_of(strategy, storage))
         for strategy, storages in {
             "no_shard": ("bf16", "int8 momentum"),
             "optim": ("bf16", "bf16 momentum"),
@@ -92,7 +93,7 @@ def test_a_checkpoint_is_loaded_by_another_number_of_ranks(
 def test_lion_continues_an_adam_run(text: Path, tmp_path: Path, momentum: str) -> None:
     run = f"{RUN} --bf16 {FSDP} optim_grads_params --train-iters 2"
     # On one rank: on several, stock's Adam waits for ever in a save, as some ranks have no state of some parameters.
-    pretrain(text, run, "--optimizer adam", saving(tmp_path / "adam", 2))
+    pretrain(text, run, "--optimizer adam --use-distributed-optimizer", saving(tmp_path / "adam", 2))
     step = f"--load {tmp_path / 'adam'} {saving(tmp_path / 'lion', 5)}"
     refused = pretrain_or_fail(text, run, step, ranks=2)
     assert "was written by adam, and this run's optimizer is lion. --lion-init-from adam continues" in refused

@@ -226,6 +226,18 @@ def original(param: Any) -> Any:
     return getattr(param, "orig_param", param)
 
 
+def is_fsdp_param(param: Any) -> bool:
+    """Whether ``param`` is a DTensor that Megatron-FSDP passes to the optimizer."""
+    return hasattr(param, "orig_param")
+
+
+def fsdp_range(param: Any) -> tuple[int, int]:
+    """Start and stop of this rank's shard of ``param``, flattened, in the tensor-parallel rank's parameter."""
+    whole, numel = original(param).numel(), param._local_tensor.numel()
+    start = param.megatron_fsdp_slice.start if 0 < numel < whole else 0
+    return start, start + numel
+
+
 def shard_range(sub_optimizer: Any, param: Any) -> tuple[int, int]:
     """Start and stop of this rank's shard of ``param``, flattened, in the distributed optimizer ``sub_optimizer``."""
     shard = sub_optimizer._get_model_param_range_map(param)["param"]

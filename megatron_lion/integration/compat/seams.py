@@ -106,6 +106,7 @@ CORE: tuple[Seam, ...] = (
         ("config", "model_chunks", "param_groups", "per_model_buffers"),
         uses=("SGD", "DistributedOptimizer", "HybridDeviceOptimizer"),
     ),
+    Seam(_OPTIMIZER, "_get_megatron_optimizer_based_on_param_groups", ("param_groups",), uses=("Lion",), since="0.18"),
     Seam(_OPTIMIZER, "SGD", ("params", "lr", "momentum", "weight_decay")),
     Seam(_OPTIMIZER, "USING_PYTORCH_OPTIMIZER"),
     # The dataclass to which Lion's options are added (optimizer/config_fields.py), and the settings that Lion reads.

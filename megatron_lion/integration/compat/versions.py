@@ -42,8 +42,11 @@ class MegatronTraits:
     """a saved parameter group is found by its rates too; before 0.19 only by multipliers and kind"""
     waits_before_it_frees: bool = True
     """an interleaved pipeline frees an activation when it is sent; before 0.18 possibly earlier (4047)"""
-    runs_lion_with_fsdp: bool = True
-    """its Megatron-FSDP was run with Lion"""
+    fsdp_strategies: tuple[str, ...] = ("no_shard", "optim", "optim_grads", "optim_grads_params")
+    """the sharding strategies of its Megatron-FSDP with which Lion is supported; 0.16 was not run with any, and the
+    first step of 0.17 with no_shard fails with any optimizer (param_and_grad_buffer 4225)"""
+    reads_fsdp_command_line_first: bool = True
+    """its loop reads the saved command line of a Megatron-FSDP checkpoint before the rest; from 0.19"""
     has_a_wheel_with_a_loop: bool = True
     """its wheel holds ``megatron.training``; before 0.17 only a checkout does"""
     packed_batch_flag: str = "has_cu_seqlens"
@@ -70,8 +73,9 @@ TRAITS = {
         moe_metrics_are_objects=False,
         sync_asks_optimizer=False,
         groups_are_found_by_rates=False,
-        runs_lion_with_fsdp=False,
+        fsdp_strategies=(),
         has_a_wheel_with_a_loop=False,
+        reads_fsdp_command_line_first=False,
         loop_builds_gpt=False,
         loop_takes_arguments=False,
     ),
@@ -86,7 +90,8 @@ TRAITS = {
         moe_metrics_are_objects=False,
         sync_asks_optimizer=False,
         groups_are_found_by_rates=False,
-        runs_lion_with_fsdp=False,
+        fsdp_strategies=("optim", "optim_grads", "optim_grads_params"),
+        reads_fsdp_command_line_first=False,
         loop_builds_gpt=False,
         loop_takes_arguments=False,
     ),
@@ -97,8 +102,8 @@ TRAITS = {
         gradients_of_the_norm="get_main_grads_for_grad_norm",
         sync_asks_optimizer=False,
         groups_are_found_by_rates=False,
-        runs_lion_with_fsdp=False,
         packed_batch_flag="is_sft",
+        reads_fsdp_command_line_first=False,
         loop_builds_gpt=False,
     ),
     "0.19": MegatronTraits(tested="0.19.2", stock_lion=_IGNORED_BETAS),

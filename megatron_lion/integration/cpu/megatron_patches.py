@@ -87,6 +87,11 @@ def new_torch_norm(stock: Callable[..., Any], cls: type, config: Any, *args: Any
     return norm
 
 
+def allgather_params(stock: Callable[..., Any], optimizer: Any) -> None:
+    """Let Muon's sharded optimizer broadcast parameters: gloo gathers only pieces of one length (layer_wise 772)."""
+    optimizer.broadcast_params()
+
+
 def initialize_megatron(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Megatron's loop insists on CUDA unless its own ``initialize_megatron`` is told otherwise (initialize 64)."""
     return stock(*args, **{"allow_no_cuda": True, **kwargs})
@@ -116,6 +121,12 @@ CORE = (
         f"{_CORE}.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.get_save_function_and_args",
         get_save_function_and_args,
         uses=("write_buckets",),
+    ),
+    wrap(
+        f"{_CORE}.optimizer.layer_wise_optimizer:LayerWiseDistributedOptimizer.allgather_params",
+        allgather_params,
+        parameters=("self",),
+        since="0.18",
     ),
 )
 TRAINING = (wrap("megatron.training.training:initialize_megatron", initialize_megatron, parameters=("allow_no_cuda",)),)

@@ -11,7 +11,6 @@ OPTIMIZERS = ("lion", "sgd", "adam")
 
 # Settings with which a round would be wrong, or would change training. The value is why, and what to do.
 REFUSED = {
-    "use_megatron_fsdp": "Megatron-FSDP keeps gradients in its own buffers. Use --use-distributed-optimizer",
     "use_torch_fsdp2": "torch FSDP2 keeps gradients in its own tensors. Use --use-distributed-optimizer",
     "fp8": "a forward pass in fp8 changes the scales that training uses. Remove --fp8-format",
     "fp4": "a forward pass in fp4 changes the scales that training uses. Remove --fp4-format",

@@ -17,7 +17,15 @@ from megatron_lion.integration import compat, console
 from megatron_lion.integration.checkpoint import fsdp_dtensor
 from megatron_lion.integration.exchange import block_reduce, sign_gather
 from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import config_fields, fast_norm, fsdp, offload, refusals, startup_report
+from megatron_lion.integration.optimizer import (
+    config_fields,
+    fast_norm,
+    fsdp,
+    muon_scalar,
+    offload,
+    refusals,
+    startup_report,
+)
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer, init_lion_state
 from megatron_lion.integration.optimizer.sgd_and_adam import (
@@ -31,7 +39,7 @@ from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
 def get_megatron_optimizer(
     stock: Callable[..., Any], config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Build Lion if asked for; repair SGD and Adam where stock cannot save or load them."""
+    """Build Lion if asked for, also next to Muon; repair SGD and Adam where stock cannot save or load them."""
     import megatron.core.optimizer as optimizers
 
     build = functools.partial(stock, config, model_chunks, *args, **kwargs)
@@ -43,11 +51,9 @@ def get_megatron_optimizer(
     if config.optimizer == "adam" and not compat.has_te_or_apex():
         with compat.temporarily(optimizers, DistributedOptimizer=TorchAdamDistributedOptimizer):
             return build()
-    if "muon" in config.optimizer and getattr(config, "muon_scalar_optimizer", None) == "lion":
-        console.say(
-            f"--muon-scalar-optimizer lion: what --optimizer {config.optimizer} does not update is on stock Megatron's "
-            f"Lion, betas ({config.lion_beta1:g}, {config.lion_beta2:g}); this package's Lion is --optimizer lion"
-        )
+    if muon_scalar.is_asked(config):
+        with muon_scalar.lion_for_the_rest(config):
+            return build()
     return build()
 
 

@@ -142,9 +142,7 @@ def in_a_chain(optimizer: Any, chain: Callable[[list[Any]], Any]) -> Any:
 
 def _layout(param: Any) -> BlockLayout:
     """The position of this rank's shard in the tensor-parallel rank's parameter."""
-    whole, numel = param.orig_param, local_tensor(param.detach()).numel()
-    start = param.megatron_fsdp_slice.start if 0 < numel < whole.numel() else 0
-    return BlockLayout(start, BlockLayout.of_whole(whole).row_length)
+    return BlockLayout(compat.fsdp_range(param)[0], BlockLayout.of_whole(compat.original(param)).row_length)
 
 
 def _without(group: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

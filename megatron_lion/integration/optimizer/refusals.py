@@ -63,7 +63,7 @@ def refuse_fsdp_settings(
 
     ``settings`` and ``ddp_settings`` are the command line, or the configurations of the optimizer and of FSDP.
     """
-    release = f"megatron-core {compat.megatron_version()}"
+    release, supported = f"megatron-core {compat.megatron_version()}", compat.installed_traits().fsdp_strategies
     version = getattr(ddp_settings, "megatron_fsdp_version", 1)
     masters = dtype_name(getattr(ddp_settings, "megatron_fsdp_main_params_dtype", "fp32"))
     has_fp32_masters = masters == "fp32" or (masters in ("auto", "None") and not settings.bf16)
@@ -73,9 +73,10 @@ def refuse_fsdp_settings(
         for dest, why in UNSUPPORTED_WITH_FSDP.items()
     }
     found |= {
-        release: (
-            not compat.installed_traits().runs_lion_with_fsdp,
-            "it was run with 0.19. Use --use-distributed-optimizer",
+        release: (not supported, "it was not run. Use 0.17 to 0.19, or --use-distributed-optimizer"),
+        f"--data-parallel-sharding-strategy {strategy} of {release}": (
+            strategy not in supported,
+            "Megatron fails in the first step, with any optimizer. Use another strategy",
         ),
         f"--megatron-fsdp-version {version}": (version != 1, "it cannot save optimizer state. Use 1"),
         f"--megatron-fsdp-main-params-dtype {masters}": (not has_fp32_masters, "Lion steps fp32 masters. Use fp32"),
@@ -127,12 +128,8 @@ def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any
         stages = getattr(model, "pipeline_model_parallel_size", 1)
         is_gated = getattr(model, "gated_linear_unit", False)
         refuse_fsdp_settings(config, model_chunks[0].ddp_config, options, stages, is_gated)
-        if getattr(model, "num_moe_experts", None) and _experts_have_one_replica():
-            raise LionError(
-                "experts with one data-parallel replica are not supported with --optimizer lion and "
-                "--use-megatron-fsdp: gradients had another norm there than with the distributed optimizer. Use more "
-                "ranks, or a smaller --expert-model-parallel-size"
-            )
+        for chunk in model_chunks:
+            _refuse_gradients_divided_twice(chunk)
         return
     for chunk in model_chunks:
         if any(_is_dtensor(param) for param in chunk.parameters()):
@@ -145,12 +142,26 @@ def _unsupported(dest: str) -> LionError:
     return LionError(f"--{dest.replace('_', '-')} is not supported with --optimizer lion: {UNSUPPORTED[dest]}")
 
 
-def _experts_have_one_replica() -> bool:
-    """Whether each expert is on one data-parallel rank, and other parameters are on several."""
-    from megatron.core import parallel_state as mpu
+def _refuse_gradients_divided_twice(chunk: Any) -> None:
+    """Raise LionError where Megatron-FSDP divides a gradient once for each micro-batch, with any optimizer.
 
-    dense = mpu.get_data_parallel_group(with_context_parallel=True)
-    return mpu.get_expert_data_parallel_group().size() == 1 < dense.size()
+    These strategies reduce gradients, and divide them by the number of data-parallel ranks, after each micro-batch. In
+    a shard group of one rank the buffer that is divided is the one that gradients add up in (0.19.2:
+    param_and_grad_buffer 4051 and 4070), so all but the last micro-batch count too little.
+    """
+    strategy = chunk.ddp_config.data_parallel_sharding_strategy
+    if strategy not in ("optim_grads", "optim_grads_params"):
+        return
+    for group in chunk.param_and_grad_buffer.parameter_groups:
+        buffer = group.main_grad_buffer
+        if buffer is not None and not buffer.is_data_distributed and buffer.gradient_scaling_factor not in (None, 1.0):
+            what = "experts" if group.is_expert_param else "parameters"
+            raise LionError(
+                f"--data-parallel-sharding-strategy {strategy} is not supported with --optimizer lion and "
+                f"--use-megatron-fsdp where one rank shards its {what} with no other: Megatron-FSDP divides their "
+                "gradients again in each micro-batch. Use optim or no_shard, more ranks, a smaller "
+                "--expert-model-parallel-size, or fewer --num-distributed-optimizer-instances"
+            )
 
 
 def _is_mimo(chunk: Any) -> bool:

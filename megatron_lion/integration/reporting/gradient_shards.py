@@ -1,11 +1,12 @@
 """Gradients by shard, and which rank counts each of them.
 
 After a backward pass every gradient is in Megatron's buffers, reduced over data-parallel ranks: whole on each of them,
-or, with the distributed optimizer, valid only in this rank's shard. In any layout exactly one rank counts each element:
+or, with the distributed optimizer, valid only in this rank's shard. Megatron-FSDP attaches this rank's part of it to
+the parameter, a DTensor. In any layout exactly one rank counts each element:
 
 - data parallel: a rank counts its shard; without the distributed optimizer it counts an even slice, which makes no
   difference to a sum and spreads memory and work. Expert parameters have a data-parallel group of their own.
-- several distributed-optimizer instances hold the same shards: the first one counts.
+- several distributed-optimizer instances hold the same shards: the first one counts. So do Megatron-FSDP's copies.
 - tensor parallel: a parameter that is split counts everywhere, one that every rank holds (norms, biases of row-parallel
   layers, the router) on the first rank of its group. For experts that is the expert-tensor-parallel group, which has
   other ranks than the dense one if the two sizes differ (Megatron issue 5916).
@@ -21,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_lion.config import LionError
 from megatron_lion.integration import compat
 from megatron_lion.stats import Counted
+from megatron_lion.step import local_tensor
 
 # The kind of a parameter is the first one with a pattern that its name has. Norms first: Transformer Engine keeps a
 # norm's weight inside the linear layer behind it.
@@ -58,16 +59,25 @@ class Shard:
 
     @property
     def gradient(self) -> torch.Tensor:
-        """A view of Megatron's buffer, in its dtype: the gradient of the last backward pass, loss scale included."""
+        """A view of Megatron's buffer, in its dtype: the gradient of the last backward pass, loss scale included.
+
+        With Megatron-FSDP and 16-bit parameters, a copy in the dtype of its main weights.
+        """
+        if compat.is_fsdp_param(self.param):
+            return local_tensor(self.param.grad).view(-1)
         return self.param.main_grad.view(-1)[self.start : self.stop]
 
     def as_counted(self) -> Counted:
         """The shard for a round. Theta is the model's own parameter, at which the gradient was computed, not the
         optimizer's fp32 copy."""
         layers = () if self.layer is None else (("layers", str(self.layer)),)
+        if compat.is_fsdp_param(self.param):  # it is the main weight, which each step copies to the model's
+            value = local_tensor(self.param.detach()).view(-1).to(compat.original(self.param).dtype)
+        else:
+            value = self.param.detach().view(-1)[self.start : self.stop]
         return Counted(
             name=self.name,
-            value=self.param.detach().view(-1)[self.start : self.stop],
+            value=value,
             weight_decay=self.weight_decay,
             padding=self.padding,
             tags=(("kinds", self.kind), *layers),
@@ -87,46 +97,53 @@ def local_shards(model_chunks: list[Any], optimizer: Any, vocabulary: tuple[int,
         optimizer: Megatron's optimizer around Lion, SGD or Adam, with or without sharded state.
         vocabulary: the tokenizer's number of words, and the padded number.
     """
-    owned = {owned.param: owned for owned in _owned(optimizer)}
+    # The model has Megatron-FSDP's parameters or the original ones, by what has run last.
+    owned = {compat.original(owned.param): owned for owned in _owned(optimizer)}
     return [
         Shard(
             name=name,
-            param=param,
-            start=owned[param].start,
-            stop=owned[param].stop,
-            weight_decay=owned[param].weight_decay,
-            counted=owned[param].first_instance and is_counted(param),
+            param=own.param,
+            start=own.start,
+            stop=own.stop,
+            weight_decay=own.weight_decay,
+            counted=own.first_copy and is_counted(own.param),
             kind=kind_of(name),
             layer=layer,
-            padding=_padding(name, param, owned[param].start, owned[param].stop, vocabulary),
+            padding=_padding(name, compat.original(own.param), own.start, own.stop, vocabulary),
         )
         for chunk in model_chunks
         for name, param, layer in named_parameters(chunk)
-        if param in owned
+        if (own := owned.get(compat.original(param))) is not None
     ]
 
 
 def expected_elements(model_chunks: list[Any]) -> int:
     """This rank's share of the number of elements to count: all that it has, on the first data-parallel rank."""
     params = (param for chunk in model_chunks for param in chunk.parameters() if param.requires_grad)
-    return sum(param.numel() for param in params if is_counted(param) and data_parallel_group(param).rank() == 0)
+    here = (compat.original(param) for param in params if is_counted(param) and data_parallel_group(param).rank() == 0)
+    return sum(param.numel() for param in here)
 
 
 def is_counted(param: torch.nn.Parameter) -> bool:
     """Whether this rank's copy of ``param`` is the one, over tensor-parallel ranks and pipeline stages, that counts."""
     if is_tied_copy(param):
         return False
-    return bool(getattr(param, "tensor_model_parallel", False)) or tensor_parallel_rank(param) == 0
+    return bool(getattr(compat.original(param), "tensor_model_parallel", False)) or tensor_parallel_rank(param) == 0
 
 
 def counts_here(sub_optimizer: Any, param: Any) -> bool:
     """Whether this rank counts the elements of ``param`` that ``sub_optimizer`` updates: its shard, or all of them."""
-    if hasattr(param, "device_mesh"):  # Megatron-FSDP's; each copy of a shard is on another rank of the mesh
-        places = zip(param.device_mesh.get_coordinate(), param.placements, strict=False)
-        return is_counted(param) and not any(rank for rank, place in places if place.is_replicate())
+    if compat.is_fsdp_param(param):
+        return is_counted(param) and _is_first_copy(param)
     if hasattr(sub_optimizer, "distributed_optimizer_instance_id"):
         return is_counted(param) and sub_optimizer.distributed_optimizer_instance_id == 0
     return is_counted(param) and data_parallel_group(param).rank() == 0
+
+
+def _is_first_copy(param: Any) -> bool:
+    """Whether this rank's shard of Megatron-FSDP's ``param`` is the first of its copies, one on each rank of a mesh."""
+    places = zip(param.device_mesh.get_coordinate(), param.placements, strict=False)
+    return not any(rank for rank, place in places if place.is_replicate())
 
 
 def is_tied_copy(param: torch.nn.Parameter) -> bool:
@@ -177,7 +194,7 @@ class _Owned(NamedTuple):
     start: int
     stop: int
     weight_decay: float
-    first_instance: bool
+    first_copy: bool
 
 
 def _owned(optimizer: Any) -> Iterator[_Owned]:
@@ -185,19 +202,18 @@ def _owned(optimizer: Any) -> Iterator[_Owned]:
         if sub_optimizer.optimizer is None:  # this rank holds none of its parameters
             continue
         for param, _, group in compat.updated_params(sub_optimizer):
-            if hasattr(param, "device_mesh"):
-                raise LionError(
-                    "the norm ratio is not supported with Megatron-FSDP, which keeps gradients in its own buffers: use "
-                    "--use-distributed-optimizer"
-                )
-            if hasattr(sub_optimizer, "distributed_optimizer_instance_id"):
+            if compat.is_fsdp_param(param):
+                start, stop = compat.fsdp_range(param)
+                first_copy = _is_first_copy(param)
+            elif hasattr(sub_optimizer, "distributed_optimizer_instance_id"):
                 start, stop = compat.shard_range(sub_optimizer, param)
-                first_instance = sub_optimizer.distributed_optimizer_instance_id == 0
+                first_copy = sub_optimizer.distributed_optimizer_instance_id == 0
             else:
                 dp, numel = data_parallel_group(param), param.numel()
                 start, stop = (numel * rank // dp.size() for rank in (dp.rank(), dp.rank() + 1))
-                first_instance = True
-            yield _Owned(param, start, stop, float(group.get("weight_decay", 0.0)), first_instance)
+                first_copy = True
+            if start < stop:
+                yield _Owned(param, start, stop, float(group.get("weight_decay", 0.0)), first_copy)
 
 
 def _padding(name: str, param: torch.nn.Parameter, start: int, stop: int, vocabulary: tuple[int, int]) -> int:

@@ -47,6 +47,9 @@ def isolated(model_chunks: list[Any], optimizer: Any, config: Any, *, stepped: b
 @contextlib.contextmanager
 def _parameters_gathered(model_chunks: list[Any], optimizer: Any, *, stepped: bool) -> Iterator[None]:
     ddp_config = model_chunks[0].ddp_config
+    if compat.uses_megatron_fsdp(model_chunks):  # it gathers before each module runs, in evaluation too
+        yield
+        return
     overlapped = ddp_config.use_distributed_optimizer and ddp_config.overlap_param_gather
     # Megatron itself keeps the hooks off until the first step of a process is over.
     hooked = overlapped and len(model_chunks[0].remove_forward_pre_hook_handles) > 0
