@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--megatron", nargs="*", metavar="FOLDER", help="folders of other releases")
     names = (*RECIPES, *LAYOUTS)
-    parser.add_argument("--only", nargs="*", choices=names, help="some of them; default: all")
+    parser.add_argument("--only", nargs="*", choices=names, help="some of them (default: all)")
     parser.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)  # a process for one release
     options = parser.parse_args()
     if options.rows:

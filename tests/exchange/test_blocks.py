@@ -76,7 +76,7 @@ def test_a_residual_is_smaller_than_its_block(code):
     left = values.double() - blocks.dequantize(codes, scales, values.numel()).double().view_as(values)
     ratio = float((left.norm(dim=1) / values.double().norm(dim=1)).max())
     assert {"ternary": 0.96}.get(code, 0.0) < ratio <= CONTRACTIONS[code]
-    for feedback, lost in (("int8", 0.032), ("bf16", 0.002)):
+    for feedback, lost in (("int8", 0.032), ("bf16", 0.004)):
         residual = Residual.zeros(feedback, left.numel(), "cpu")
         residual.store_(left.float().view(-1))
         error = left - residual.values(left.numel()).double().view_as(left)
