@@ -126,9 +126,9 @@ def test_data_in_the_target_of_a_mount_is_not_mounted_again(mount: str, data: st
 
 
 def test_a_folder_of_this_machine_is_mounted_also_inside_the_target_of_a_mount() -> None:
-    for target, added in (("/work/runs", True), ("/work/runs/1", False)):
-        given = mounts_of(run="/work/runs/1", **{"container-mounts": f"/scratch:{target}"})
-        assert ("/work/runs/1:/work/runs/1" in given) == added
+    for target, added in (("/lab/runs", True), ("/lab/runs/1", False)):
+        given = mounts_of(run="/lab/runs/1", **{"container-mounts": f"/scratch:{target}"})
+        assert ("/lab/runs/1:/lab/runs/1" in given) == added
 
 
 def test_files_are_looked_for_where_a_mount_has_them(tmp_path: Path) -> None:

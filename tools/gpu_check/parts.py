@@ -26,6 +26,7 @@ REDUCE = "tests/exchange/test_reduce_kernels.py::test_the_triton_kernels_have_th
 TESTS = (
     "tests/test_gpu.py tests/test_triton.py tests/test_kernels.py tests/test_packed_kernels.py "
     "tests/exchange/test_digits.py tests/exchange/test_messages.py tests/exchange/test_trits.py "
+    "tests/exchange/test_step_digits.py "
     # Each code, dtype and feedback once: all combinations take a minute to compile.
     f"{REDUCE}[int4-torch.float32-int8] {REDUCE}[int8-torch.bfloat16-bf16] {REDUCE}[ternary-torch.float16-None]"
 )
