@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_lion.integration.compat.seams import incompatible
+from megatron_lion.integration.compat.checks import incompatible
 
 # The names that each class marks; the tests compare them with Megatron's own.
 OVERRIDDEN: dict[type, set[str]] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from megatron_lion.integration.compat.seams import Seam
+from megatron_lion.integration.compat.checks import Seam
 from megatron_lion.integration.compat.versions import TRAITS
 
 
