@@ -60,6 +60,7 @@ ALL_PURE = {
     "telemetry",
     "megatron_lion",
     "config",
+    "nearest",
     "update",
     "precision",
     "exchange",
@@ -73,7 +74,8 @@ ALL_PURE = {
 }
 MAY_IMPORT = {
     "megatron_lion": {"config", "version", "lion", "integration"},
-    "config": set(),
+    "config": {"nearest"},
+    "nearest": set(),
     "version": set(),
     "update": {"precision", "step", "telemetry", "torch"},
     "telemetry": {"torch"},
