@@ -1,13 +1,18 @@
 """Lion for what Muon does not update: its state, its line in the log, a resume bit for bit, and stock's checkpoints."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_lion.config import LionError
+from megatron_lion.integration import compat
+from megatron_lion.integration.compat.versions import TRAITS
+from megatron_lion.integration.optimizer import muon_scalar
 from tests.harness import HORIZON, assert_same_checkpoint, pretrain, pretrain_flags, read_checkpoint, torchrun
 from tests.versions import since
 
-pytestmark = [pytest.mark.slow, since("0.18")]
+pytestmark = [pytest.mark.slow, since("0.19")]
 
 STOCK_GPT = Path(__file__).with_name("stock_gpt.py")
 MUON = f"--optimizer muon --muon-scalar-optimizer lion --bf16 --train-iters 4 {HORIZON}"
@@ -57,3 +62,10 @@ def test_the_other_scalar_optimizer_is_stocks(text: Path) -> None:
     run = pretrain(text, "--optimizer muon --muon-scalar-optimizer adam --train-iters 2")
     assert sorted(run.log.loss) == [1, 2]
     assert not [line for line in run.ours() if "muon" in line]
+
+
+@pytest.mark.refuses("`--muon-scalar-optimizer lion` on 0.18, which builds Adam whatever the flag says")
+def test_a_megatron_that_builds_adam_whatever_the_flag_says_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "installed_traits", lambda: TRAITS["0.18"])
+    with pytest.raises(LionError, match="ignores --muon-scalar-optimizer lion: what --optimizer muon does not"):
+        muon_scalar.lion_for_the_rest(SimpleNamespace(optimizer="muon"))

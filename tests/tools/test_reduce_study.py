@@ -59,8 +59,9 @@ def test_gradients_of_the_ranks_are_those_of_their_sequences(arm: str) -> None:
 
 def test_a_study_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run has one record, made once, and the learning rate is the best of the uncompressed arm."""
-    numpy.random.default_rng(1).integers(0, 32, 600).astype("uint16").tofile(tmp_path / "train_text_document.bin")
-    numpy.random.default_rng(2).integers(0, 32, 100).astype("uint16").tofile(tmp_path / "valid_text_document.bin")
+    tokens = (numpy.arange(700) * 7 % 32).astype("uint16")  # can be learned, so that a learning rate is the best
+    tokens[:600].tofile(tmp_path / "train_text_document.bin")
+    tokens[600:].tofile(tmp_path / "valid_text_document.bin")
     monkeypatch.setitem(reduce_study.SHAPES, "tiny", rank_gpt.Shape(layers=1, hidden=16, length=8, vocabulary=32))
     monkeypatch.setattr(reduce_study, "TUNING_STEPS", 30)
     stage, path = reduce_study.Stage("tiny", 30, ("fp32", "ternary"), seeds=2), tmp_path / "records.jsonl"

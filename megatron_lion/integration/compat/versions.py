@@ -47,6 +47,8 @@ class MegatronTraits:
     first step of 0.17 with no_shard fails with any optimizer (param_and_grad_buffer 4225)"""
     reads_fsdp_command_line_first: bool = True
     """its loop reads the saved command line of a Megatron-FSDP checkpoint before the rest; from 0.19"""
+    obeys_muon_scalar_optimizer: bool = True
+    """it builds the optimizer of ``--muon-scalar-optimizer``; 0.18 has the flag and builds Adam"""
     has_a_wheel_with_a_loop: bool = True
     """its wheel holds ``megatron.training``; before 0.17 only a checkout does"""
     packed_batch_flag: str = "has_cu_seqlens"
@@ -76,6 +78,7 @@ TRAITS = {
         fsdp_strategies=(),
         has_a_wheel_with_a_loop=False,
         reads_fsdp_command_line_first=False,
+        obeys_muon_scalar_optimizer=False,
         loop_builds_gpt=False,
         loop_takes_arguments=False,
     ),
@@ -92,6 +95,7 @@ TRAITS = {
         groups_are_found_by_rates=False,
         fsdp_strategies=("optim", "optim_grads", "optim_grads_params"),
         reads_fsdp_command_line_first=False,
+        obeys_muon_scalar_optimizer=False,
         loop_builds_gpt=False,
         loop_takes_arguments=False,
     ),
@@ -104,6 +108,7 @@ TRAITS = {
         groups_are_found_by_rates=False,
         packed_batch_flag="is_sft",
         reads_fsdp_command_line_first=False,
+        obeys_muon_scalar_optimizer=False,
         loop_builds_gpt=False,
     ),
     "0.19": MegatronTraits(tested="0.19.2", stock_lion=_IGNORED_BETAS),

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
+from megatron_lion.config import LionError
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.optimizer import config_fields
 from megatron_lion.integration.optimizer.distributed import init_lion_state
@@ -42,9 +43,17 @@ def is_asked(config: Any) -> bool:
 
 
 def lion_for_the_rest(config: Any) -> contextlib.AbstractContextManager[None]:
-    """Let Megatron build this package's Lion next to Muon. Its momentum has the dtype of the masters, fp32."""
+    """Let Megatron build this package's Lion next to Muon. Its momentum has the dtype of the masters, fp32.
+
+    Raises LionError for a Megatron that would build Adam.
+    """
     import megatron.core.optimizer as optimizers
 
+    if not compat.installed_traits().obeys_muon_scalar_optimizer:
+        raise LionError(
+            f"megatron-core {compat.megatron_version()} ignores --muon-scalar-optimizer lion: what --optimizer "
+            f"{config.optimizer} does not update would be on Adam. Use 0.19, or --muon-scalar-optimizer adam"
+        )
     config_fields.refuse_earlier_instance(config)
 
     def lion(params: ParamsT, lr: float, betas: tuple[float, float], weight_decay: float) -> MuonScalarLion:
