@@ -47,6 +47,12 @@ assert param.item() == 0.5
     assert done.returncode == 0, done.stderr
 
 
+def test_what_reads_a_checkpoint_does_not_import_megatron():
+    """tools/eval_wikitext103.py reads one before it registers, and without a GPU Megatron must not be there earlier."""
+    done = python("import megatron_lion.integration.checkpoint.integrity")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("module", ["megatron_lion", "megatron_lion.config", "megatron_lion.hook"])
 def test_importing_the_package_imports_neither_torch_nor_numpy(module):
     """The import hook of ``megatron-lion enable`` runs in every interpreter of the environment, also in pip."""

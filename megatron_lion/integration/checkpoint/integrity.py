@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_lion.config import LionError
 from megatron_lion.integration import compat, exit_signal
 from megatron_lion.integration.cpu import torch_cuda
-from megatron_lion.integration.exchange import block_reduce
 
 CHUNK = 1 << 20
 COMMON_STATE = "common.pt"
@@ -53,6 +52,8 @@ def save_checkpoint(
 ) -> Any:
     """Around a save: say if it changes the run, and name the errors."""
     from megatron.training import get_args
+
+    from megatron_lion.integration.exchange import block_reduce  # here: it imports Megatron, and tools read without it
 
     intervals = (getattr(get_args(), name, None) for name in ("save_interval", "non_persistent_save_interval"))
     block_reduce.announce_save(optimizer, iteration, intervals)
