@@ -22,12 +22,12 @@ def _words(name: str) -> set[str]:
 
 
 def hint(value: str, valid: Iterable[str]) -> str:
-    """The question ``did you mean 'lion'?``, or nothing if no name of ``valid`` is similar to ``value``."""
+    """``did you mean 'lion'? ``, with the space, or nothing if no name of ``valid`` is similar to ``value``."""
     nearest = nearest_names(value, valid)
-    return f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+    return f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
 
 
 def did_you_mean(value: str, valid: Iterable[str]) -> str:
     """A sentence naming the nearest valid name, then all of them: ``did you mean 'lion'? Valid: adam, lion, sgd``."""
     names = sorted(valid)
-    return f"{hint(value, names)} Valid: {', '.join(names)}".lstrip()
+    return f"{hint(value, names)}Valid: {', '.join(names)}"

@@ -51,10 +51,8 @@ def _grouped(words: list[str]) -> Iterator[tuple[str, list[str]]]:
 def _check_name(name: str) -> None:
     known = known_flags()
     if known and name not in known:
-        question = hint(name, known)
         raise LionError(
-            f"unknown flag --{name} after --: {question and f'{question} '}launch/pretrain_gpt.py --help lists "
-            "Megatron's flags"
+            f"unknown flag --{name} after --: {hint(name, known)}launch/pretrain_gpt.py --help lists Megatron's flags"
         )
 
 

@@ -174,10 +174,9 @@ def typed(key: str, value: Any, where: str) -> Any:
     """The text ``value`` as the key's type. Raises LionError for an unknown key or a value of another type."""
     if key not in KEYS:
         other = OTHER_NAMES.get(key.replace("_", "-").lower())
-        question = hint(other or key, KEYS)
         raise LionError(
-            f"unknown key {key!r} {where}: {question and f'{question} '}launch.py --help lists the keys. Other flags "
-            "of Megatron's go after --"
+            f"unknown key {key!r} {where}: {hint(other or key, KEYS)}launch.py --help lists the keys. Other flags of "
+            "Megatron's go after --"
         )
     expected = KEYS[key]
     if isinstance(value, str):

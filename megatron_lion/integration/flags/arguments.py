@@ -216,7 +216,7 @@ def _nearest_flags(message: str, parser: argparse.ArgumentParser) -> str:
     _, is_unknown, words = message.partition("unrecognized arguments: ")
     flags = [word.partition("=")[0] for word in words.split() if word.startswith("-")] if is_unknown else []
     questions = {flag: hint(flag, parser._option_string_actions) for flag in flags}
-    return "".join(f"{flag}: {question} " for flag, question in questions.items() if question)
+    return "".join(f"{flag}: {question}" for flag, question in questions.items() if question)
 
 
 def _require_ranks(args: Any) -> None:
