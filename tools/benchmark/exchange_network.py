@@ -200,16 +200,17 @@ def _step_rows(layout: str, rates: Sequence[float], text: Path) -> Iterator[str]
     yield f"{layout:7} whole runs: {full / 1e6:.1f} and {short / 1e6:.1f} MB sent by the first node"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of a benchmark in namespaces. Exits if they cannot be made here."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--rates",
         type=float,
         nargs="+",
         default=[50, 100, 1000],
-        help="Mb/s; 0 is no limit, without --steps (default: 50 100 1000)",
+        help="Mb/s; 0 for no limit, but not with --steps (default: 50 100 1000)",
     )
-    parser.add_argument("--repeats", type=int, default=9, help="gathers of each kind (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="exchanges of each kind (default: %(default)s)")
     parser.add_argument(
         "--layouts", nargs="+", default=["2x1", "4x1", "2x2"], help="nodes x ranks (default: 2x1 4x1 2x2)"
     )
@@ -218,15 +219,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.steps and not all(args.rates):
         parser.error("--rates 0 is not supported with --steps")
     if (why := problem()) is not None:
-        raise SystemExit(f"exchange_network: {why}")
-    if args.steps:
-        from tools.corpus import small_corpus
+        raise SystemExit(f"{parser.prog}: {why}")
+    return args
 
+
+@contextlib.contextmanager
+def text_to_train_on() -> Iterator[Path]:
+    """A folder with a small corpus."""
+    from tools.corpus import small_corpus
+
+    with tempfile.TemporaryDirectory() as folder:
+        small_corpus.prepare(Path(folder), vocab_size=512, max_megabytes=0.3)
+        yield Path(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(__doc__.splitlines()[0], arguments)
+    if args.steps:
         print("layout    Mb/s params ms  signs ms  faster, of a training step", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            small_corpus.prepare(Path(folder), vocab_size=512, max_megabytes=0.3)
+        with text_to_train_on() as text:
             for layout in args.layouts:
-                for row in _step_rows(layout, args.rates, Path(folder)):
+                for row in _step_rows(layout, args.rates, text):
                     print(row, flush=True)
         return
     print("layout    Mb/s kind  params ms  signs ms  faster  params MB signs MB  fewer", flush=True)

@@ -68,6 +68,20 @@ def gathers(dtype: torch.dtype, parameters: int, exceptions: float) -> dict[str,
     return {"params": in_full, "signs": in_signs}
 
 
+def timed(exchanges: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:
+    """Medians of ``exchanges``, each made ``repeats`` times in turn: "ms", and the "bytes" sent from here."""
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in exchanges}
+    for repeat in range(repeats + 1):
+        for name, exchange in exchanges.items():
+            measured = one_gather(exchange)
+            if repeat:  # the first one opens connections
+                found[name].append(measured)
+    return {
+        "ms": {name: statistics.median(ms for ms, _ in runs) for name, runs in found.items()},
+        "bytes": {name: statistics.median(count for _, count in runs) for name, runs in found.items()},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=int, default=3_840_000)
@@ -78,17 +92,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     parameters = args.parameters // dist.get_world_size() * dist.get_world_size()
     for name, dtype in KINDS.items():
-        arms = gathers(dtype, parameters, args.exceptions)
-        found: dict[str, list[tuple[float, int]]] = {arm: [] for arm in arms}
-        for repeat in range(args.repeats + 1):
-            for arm, gather in arms.items():
-                measured = one_gather(gather)
-                if repeat:  # the first one opens connections
-                    found[arm].append(measured)
+        found = timed(gathers(dtype, parameters, args.exceptions), args.repeats)
         if dist.get_rank() == 0:
-            medians = {arm: statistics.median(ms for ms, _ in runs) for arm, runs in found.items()}
-            sent = {arm: statistics.median(count for _, count in runs) for arm, runs in found.items()}
-            print(json.dumps({"kind": name, "ms": medians, "bytes": sent, "parameters": parameters}), flush=True)
+            print(json.dumps({"kind": name, **found, "parameters": parameters}), flush=True)
     dist.destroy_process_group()
 
 

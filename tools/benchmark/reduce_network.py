@@ -8,13 +8,12 @@ steps of a small GPT are timed instead: one run of Megatron for each arm, in whi
 Megabytes are what the first node's interface has sent.
 """
 
-import argparse
+import contextlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tools.benchmark.exchange_network import exchange, network, problem, train
+from tools.benchmark.exchange_network import exchange, network, parse, text_to_train_on, train
 
 # Reduction and gather of each exchange, and the flags of the training steps.
 ARMS = {
@@ -69,29 +68,12 @@ def step_rows(layout: str, rates: Sequence[float], text: Path) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", type=float, nargs="+", default=[50, 100, 1000], help="Mb/s (default: 50 100 1000)")
-    parser.add_argument(
-        "--layouts", nargs="+", default=["2x1", "4x1", "2x2"], help="nodes x ranks (default: 2x1 4x1 2x2)"
-    )
-    parser.add_argument("--repeats", type=int, default=9, help="of each exchange (default: %(default)s)")
-    parser.add_argument("--steps", action="store_true", help="time training steps of Megatron instead")
-    args = parser.parse_args(arguments)
-    if (why := problem()) is not None:
-        raise SystemExit(f"reduce_network: {why}")
+    args = parse(__doc__.splitlines()[0], arguments)
     header = STEP_HEADER if args.steps else HEADER
     print(header, "|---" * (header.count("|") - 1) + "|", sep="\n", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.steps:
-            from tools.corpus import small_corpus
-
-            small_corpus.prepare(Path(folder), vocab_size=512, max_megabytes=0.3)
+    with text_to_train_on() if args.steps else contextlib.nullcontext() as text:
         for layout in args.layouts:
-            rows = (
-                step_rows(layout, args.rates, Path(folder))
-                if args.steps
-                else exchange_rows(layout, args.rates, args.repeats)
-            )
+            rows = step_rows(layout, args.rates, text) if text else exchange_rows(layout, args.rates, args.repeats)
             for row in rows:
                 print(row, flush=True)
 

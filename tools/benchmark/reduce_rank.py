@@ -6,7 +6,6 @@ this rank's network interface. Parameters are bf16.
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ from megatron.core.distributed.reduce_scatter_with_fp32_accumulation import (  #
 from megatron_lion.integration.exchange.bucket_reduction import BucketReduction  # noqa: E402
 from megatron_lion.integration.exchange.levels import levels_of  # noqa: E402
 from megatron_lion.kernels.reduce import choose_reduce  # noqa: E402
-from tools.benchmark.exchange_rank import gathers, one_gather  # noqa: E402
+from tools.benchmark.exchange_rank import gathers, timed  # noqa: E402
 
 CODES = ("int4", "ternary")
 
@@ -65,16 +64,9 @@ def main() -> None:
     unit = 320 * dist.get_world_size()
     parameters = args.parameters // unit * unit
     arms = {**reductions(parameters), **gathers(torch.bfloat16, parameters, exceptions=0.0025)}
-    found: dict[str, list[tuple[float, int]]] = {arm: [] for arm in arms}
-    for repeat in range(args.repeats + 1):
-        for arm, exchange in arms.items():
-            measured = one_gather(exchange)
-            if repeat:  # the first one opens connections
-                found[arm].append(measured)
+    found = timed(arms, args.repeats)
     if dist.get_rank() == 0:
-        medians = {arm: statistics.median(ms for ms, _ in runs) for arm, runs in found.items()}
-        sent = {arm: statistics.median(count for _, count in runs) for arm, runs in found.items()}
-        print(json.dumps({"ms": medians, "bytes": sent, "parameters": parameters}), flush=True)
+        print(json.dumps({**found, "parameters": parameters}), flush=True)
     dist.destroy_process_group()
 
 

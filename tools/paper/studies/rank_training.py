@@ -96,7 +96,7 @@ def train(arm: str, shape: Shape, corpus: Corpus, *, seed: int, steps: int, lr: 
         is_sampled = not votes and step % (steps // SAMPLES) == steps // SAMPLES - 1
         reduced, share = _reduce(reduce, bucket, of_ranks, is_sampled=is_sampled)
         if not votes:
-            reduced *= min(1.0, CLIP / (float(reduced.norm()) + 1e-6))
+            reduced = _clipped(reduced)
         if is_sampled:
             samples.append((_unlike_signs(lion, bucket, reduced, of_ranks.sum(0)), share))
         for name, gradient in bucket.views(reduced).items():
@@ -128,10 +128,9 @@ def _reduce(reduce: Reduce, bucket: Bucket, of_ranks: Tensor, *, is_sampled: boo
 
 def _unlike_signs(lion: Lion, bucket: Bucket, reduced: Tensor, exact: Tensor) -> float:
     """The share of the elements of matrices with another sign(c) than with the exact gradient, clipped by itself."""
-    exact = exact * min(1.0, CLIP / (float(exact.norm()) + 1e-6))
     unlike = elements = 0
     for received, param, uncompressed in zip(
-        bucket.views(reduced).values(), bucket.params.values(), bucket.views(exact).values(), strict=True
+        bucket.views(reduced).values(), bucket.params.values(), bucket.views(_clipped(exact)).values(), strict=True
     ):
         if param.dim() > 1:
             momentum = lion.state[param]["exp_avg"]
@@ -139,6 +138,10 @@ def _unlike_signs(lion: Lion, bucket: Bucket, reduced: Tensor, exact: Tensor) ->
             unlike += int(torch.ne(*signs).sum())
             elements += param.numel()
     return unlike / elements
+
+
+def _clipped(gradient: Tensor) -> Tensor:
+    return gradient * min(1.0, CLIP / (float(gradient.norm()) + 1e-6))
 
 
 def _schedule(step: int, steps: int) -> float:
