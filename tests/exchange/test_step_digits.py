@@ -81,7 +81,7 @@ def test_the_digits_of_a_step_replay_it(
     expected, actual = step(storage), on(device_of(kernel), step(storage))
     old = torch.cat(expected.model_params).clone()
     telemetry, sums = Telemetry(), Telemetry()
-    is_counted = kernel != "triton"  # whose interpreter takes seconds for sums
+    is_counted = kernel != "triton"  # its interpreter takes seconds for sums
     lion_update_(expected, scalars, telemetry if is_counted else None)
     chosen(kernel, actual.kind)(actual, scalars, sums if is_counted else None)
     for name, tensors in expected.roles().items():

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from tests.harness import HORIZON, Run
 
 STEPS = 6
-# Parameter by parameter, instead of in buckets whose padding is never initialized.
+# Checkpoints hold each parameter. Whole buckets have padding that is never initialized.
 RUN = f"--optimizer lion --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable {HORIZON}"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
 BUCKETS = f"{OVERLAP} --ddp-bucket-size 20000"

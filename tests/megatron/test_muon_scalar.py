@@ -53,7 +53,7 @@ def test_stocks_checkpoint_is_continued(text: Path, tmp_path: Path) -> None:
     stock = torchrun(*pretrain_flags(text), MUON, saving, script=STOCK_GPT)
     assert stock.returncode == 0, stock.output[-6000:]
     assert stock.ours() == []
-    # Trains nothing: Megatron saves at the end where the last iteration is no multiple of the interval.
+    # This run makes no step. Megatron saves at its end, because iteration 4 is not a multiple of the interval.
     pretrain(text, MUON, f"--load {tmp_path / 'stock'} --save {tmp_path / 'ours'} --save-interval 5")
     assert_same_checkpoint(*(read_checkpoint(tmp_path / name, 4) for name in ("stock", "ours")))
 

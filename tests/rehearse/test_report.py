@@ -88,7 +88,10 @@ def test_a_checkpoint_that_is_not_there_is_reported() -> None:
         ("--world-size 4 --rank 0 --ranks distinct a.py", "--rank and --ranks are both set"),
         ("--world-size 4 --gpu-memory 0 a.py", "--gpu-memory 0 must be above 0"),
         ("--world-size 4 --steps -1 a.py", "--steps -1 must be at least 0"),
-        ("--world-size 4 --json none/x.json a.py", "--json none/x.json: there is no folder none"),
+        (
+            "--world-size 4 --json none/x.json a.py",
+            "--json none/x.json: the folder none does not exist. Create it first",
+        ),
         ("a.py --world-size 4", "--world-size is missing: set it before SCRIPT"),
         ("--world-size 4 none.py", "none.py is not a Python file"),
         ("--world-size 4 torchrun a.py", "torchrun is not a Python file"),

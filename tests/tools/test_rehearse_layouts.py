@@ -10,7 +10,7 @@ DATE = datetime.date(2026, 1, 2)
 
 
 def row(megatron: str, weights: int, **changed: Any) -> dict[str, Any]:
-    """A row of a layout, half a gibibyte of which is expected to be weights."""
+    """A row of a layout with half a gibibyte of expected weights."""
     expected = {"weights": page.GIB / 2, "gradients": page.GIB, "state": page.GIB}
     return {
         "megatron": megatron, "table": "layouts", "name": "a", "rank": 0, "ranks": 64, "sizes": "TP 2",

@@ -88,7 +88,7 @@ class Variant:
 
     @property
     def wide_bytes(self) -> int:
-        """Those in 128-bit accesses: all but int8 codes and digits, of which a thread has 64 bits, and scales."""
+        """Those in 128-bit accesses: all except int8 codes and digits (64 bits for each thread) and scales."""
         kind = self.kind
         twice = [
             kind.masters,

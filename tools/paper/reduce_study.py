@@ -214,7 +214,7 @@ def page(found: Sequence[Record], margin: float) -> Iterator[str]:
         tuning = tuning_losses(found, stage.size)
         if tuning and stage.steps == TUNING_STEPS:
             rates = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in tuning.items())
-            yield f"Validation loss of `fp32` by lr, with a seed of its own: {rates}.\n"
+            yield f"Validation loss of `fp32` by lr, with a separate seed: {rates}.\n"
 
 
 def main() -> None:

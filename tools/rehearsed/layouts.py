@@ -51,7 +51,7 @@ class Layout:
     pp: int = 1
     ep: int = 1
     stage: int = 0
-    """the pipeline stage of which the first rank is rehearsed"""
+    """the pipeline stage; its first rank is rehearsed"""
     stage_layers: int = 0
     """layers of that stage; 0 for an even share"""
 

@@ -80,7 +80,7 @@ def _problem(options: Any) -> str | None:
     if options.gpu_memory is not None and not options.gpu_memory > 0:
         return f"--gpu-memory {options.gpu_memory:g} must be above 0"
     if options.json and not options.json.parent.is_dir():
-        return f"--json {options.json}: there is no folder {options.json.parent}"
+        return f"--json {options.json}: the folder {options.json.parent} does not exist. Create it first"
     if not Path(options.script).is_file() or options.script.endswith(".sh"):
         return (
             f"{options.script} is not a Python file: pass your Megatron script, such as pretrain_gpt.py, then its flags"

@@ -1,4 +1,4 @@
-"""A GPT of which each data-parallel rank's gradient is computed, all ranks in one pass.
+"""A GPT that computes the gradients of all data-parallel ranks in one pass.
 
 The layers are those of Megatron's GPT in the recipe tiny_gpt: pre-norm, biases, tanh GELU, learned positions, tied
 embeddings, no dropout. Every weight is expanded to one copy for each rank, which shares its memory. So the gradient of
