@@ -37,6 +37,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sharding", default="fully_reshardable")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--save-interval", type=int, default=1000)
+    parser.add_argument("--save-stale", action="store_true", help="save without the last step's gather")
     parser.add_argument("--load", type=Path)
     return parser.parse_args(line)
 
@@ -161,7 +162,12 @@ def save(args: argparse.Namespace, model: Any, optimizer: Any, iteration: int) -
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True)
     torch.distributed.barrier()
+    gathers = args.overlap and not args.save_stale
+    if gathers:  # as Megatron's own loop does: the gather of the last step has not begun
+        model.disable_forward_pre_hook()
     dist_checkpointing.save(sharded_state(args, model, optimizer), str(folder))
+    if gathers:
+        model.enable_forward_pre_hook()
     if torch.distributed.get_rank() == 0:
         (args.save / LATEST).write_text(str(iteration))
 

@@ -310,14 +310,16 @@ def test_a_loop_on_megatron_core_alone(megatron: Megatron, text: Path, tmp_path:
 
 @SUPPORTED
 @pytest.mark.slow
-@pytest.mark.parametrize("megatron", [RELEASES[0]], indirect=True)
+@pytest.mark.parametrize("megatron", [RELEASES[0], RELEASES[-1]], indirect=True)
+@pytest.mark.parametrize("stale", ["", "--save-stale"])
 def test_a_killed_loop_on_megatron_core_alone_resumes_at_another_dp_size(
-    megatron: Megatron, text: Path, tmp_path: Path
+    megatron: Megatron, text: Path, tmp_path: Path, stale: str
 ) -> None:
+    """Also where the loop saved parameters that were older than the masters."""
     for gather in GATHERS:
         folder = tmp_path / gather
         core = ("none", "core", f"--data {text}/train_text_document --iterations 8 --gather {gather} --bf16 --overlap")
-        loop = (*core, f"--save {folder} --save-interval 4")
+        loop = (*core, f"--save {folder} --save-interval 4 {stale}")
         assert megatron.run(*loop, ranks=2, script=SCRIPT, kill_at=6).returncode != 0
         resumed = finished(megatron.run(*loop, f"--load {folder}", ranks=4, script=SCRIPT))
         assert min(resumed.log.loss) == 5

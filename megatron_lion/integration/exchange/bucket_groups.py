@@ -2,15 +2,20 @@
 
 A gather may be made twice, a replay must be made exactly once for each step. So the group decides, not its callers:
 
-=========  ==============================================================  ========================================
-state      set by                                                          ``start_param_sync``
-=========  ==============================================================  ========================================
-``CLEAN``  a replay or a full gather                                       does nothing
-``SIGNS``  a step, if the state before it was CLEAN                        gathers the messages and replays them
-``FULL``   the start, a load, a mismatch, a refresh, too many exceptions   is Megatron's: gathers the parameters
-=========  ==============================================================  ========================================
+=========  ================================================  ========================================================
+state      set by                                            ``start_param_sync``
+=========  ================================================  ========================================================
+``CLEAN``  a replay or a full gather of a step               does nothing
+``SIGNS``  a step, if the state before it was CLEAN          gathers the messages and replays them
+``STALE``  the start, a load, a mismatch, a refresh          is Megatron's: gathers the parameters, and changes no
+                                                             state
+``FULL``   a step after STALE, or with too many exceptions   is Megatron's: gathers the parameters
+=========  ================================================  ========================================================
 
 A skipped step changes no state. What is pending is sent before the next step.
+
+A replay starts from the parameters that a rank has, a step from the owner's masters. After a load the two may differ,
+and a gather before the step cannot tell. So the step after a load is always gathered in full.
 """
 
 import enum
@@ -29,7 +34,8 @@ class State(enum.Enum):
 
     CLEAN = "nothing"
     SIGNS = "send the signs of the last step"
-    FULL = "send the parameters"
+    STALE = "send the parameters, now and after the next step"
+    FULL = "send the parameters of the last step"
 
 
 class SignBucketGroup(_ParamAndGradBucketGroup):
@@ -38,6 +44,7 @@ class SignBucketGroup(_ParamAndGradBucketGroup):
     state: State
     signs: list[BucketSigns]
     full_gathers: int
+    """of steps"""
 
     @compat.overrides
     def start_param_sync(self, force_sync: bool = False) -> None:
@@ -47,27 +54,28 @@ class SignBucketGroup(_ParamAndGradBucketGroup):
         """
         if self.param_gather_handle is not None:  # it waits, or raises
             super().start_param_sync(force_sync)
-        elif self.state is State.FULL:
+        elif self.state in (State.STALE, State.FULL):
             super().start_param_sync(force_sync)
-            self.full_gathers += 1
+            self.full_gathers += self.state is State.FULL
         elif self.state is State.SIGNS and self.ddp_config.overlap_param_gather and not force_sync:
             compat.gather_is_dispatched(self, self._send_signs())
         else:
             self._send_pending_signs()
             compat.gather_is_dispatched(self)
-        self.state = State.CLEAN
+        if self.state is not State.STALE:
+            self.state = State.CLEAN
 
     def settle(self) -> None:
         """Finish what the last step left, before the next one: where a module was not run, for example."""
         compat.wait_for_gather(self)
         self._send_pending_signs()
 
-    def require_full(self) -> None:
+    def require_full(self, state: State = State.STALE) -> None:
         """Send the parameters in full the next time. Signs that were not sent are dropped."""
         compat.wait_for_gather(self)
         for signs in self.signs:
             signs.drop()
-        self.state = State.FULL
+        self.state = state
 
     def _send_pending_signs(self) -> None:
         if self.state is State.SIGNS:
@@ -93,8 +101,8 @@ class ReplayHandle:
 
 
 def convert(group: Any, signs: Sequence[BucketSigns]) -> SignBucketGroup:
-    """Let Megatron's ``group`` send ``signs``, one for each of its buckets. It begins with a full gather."""
+    """Let Megatron's ``group`` send ``signs``, one for each of its buckets. It begins with full gathers."""
     group.__class__ = SignBucketGroup
-    group.state, group.signs, group.full_gathers = State.FULL, list(signs), 0
+    group.state, group.signs, group.full_gathers = State.STALE, list(signs), 0
     converted: SignBucketGroup = group
     return converted

@@ -60,7 +60,7 @@ class SignGather:
         return since
 
     def require_full(self) -> None:
-        """Send the parameters in full the next time, because they were loaded or replaced."""
+        """Send the parameters in full up to and after the next step, because they were loaded or replaced."""
         for group in self.groups:
             group.require_full()
 
@@ -110,8 +110,8 @@ class SignGather:
         forms = [signs.form(count) for signs, count in zip(group.signs, exceptions, strict=True)]
         in_full = sum(signs.shard.nbytes for signs in group.signs)
         message_bytes = sum(form.nbytes for form in forms)
-        if group.state is State.FULL or message_bytes >= in_full:
-            group.require_full()
+        if group.state in (State.STALE, State.FULL) or message_bytes >= in_full:
+            group.require_full(State.FULL)
         else:
             for signs, form in zip(group.signs, forms, strict=True):
                 signs.write_message(self._rates, form)
