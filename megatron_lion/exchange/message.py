@@ -122,21 +122,33 @@ class WireFormat:
         """Room for the messages of ``ranks`` shards, uint8 [ranks, nbytes], as one gather fills it."""
         return torch.empty(ranks, self.nbytes, dtype=torch.uint8, device=device)
 
-    def check(self, params: Tensor, messages: Tensor, digits: Tensor | None = None) -> None:
-        """Raise ValueError unless ``params`` are shards of this format, and ``messages`` and ``digits`` theirs."""
+    def check(self, message: Tensor, digits: Tensor, params: Tensor) -> None:
+        """Raise ValueError unless ``params`` have this format, and ``message`` and ``digits`` are theirs."""
+        _check_tensor("message", message, torch.uint8, (self.nbytes,))
+        _check_tensor("digits", digits, torch.uint8, (self.numel,))
+        _check_tensor("params", params, self.dtype, (self.numel,))
+
+    def check_shards(self, params: Tensor, messages: Tensor, start: int) -> int:
+        """The number of elements of each shard in ``params``.
+
+        Raises ValueError unless ``messages`` are of this format and ``params`` is one shard for each of them, with
+        elements ``start`` to ``start + numel`` in it.
+        """
         ranks = len(messages)
-        numel = ranks * self.numel
-        for name, tensor, dtype, shape in (
-            ("params", params, self.dtype, (numel,)),
-            ("messages", messages, torch.uint8, (ranks, self.nbytes)),
-            ("digits", digits, torch.uint8, (numel,)),
-        ):
-            if tensor is None or (tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()):
-                continue
-            raise ValueError(
-                f"{name} must be contiguous, {dtype} {list(shape)}, "
-                f"not {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
-            )
+        shard = params.numel() // ranks
+        _check_tensor("messages", messages, torch.uint8, (ranks, self.nbytes))
+        _check_tensor("params", params, self.dtype, (ranks * shard,))
+        if not 0 <= start <= shard - self.numel:
+            raise ValueError(f"messages of elements {start} to {start + self.numel} do not fit shards of {shard}")
+        return shard
+
+
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not (tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()):
+        raise ValueError(
+            f"{name} must be contiguous, {dtype} {list(shape)}, "
+            f"not {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
+        )
 
 
 def check_runs(runs: Sequence[Run], numel: int) -> None:
@@ -177,7 +189,7 @@ def write_message_(message: Tensor, digits: Tensor, params: Tensor, form: WireFo
 
     Raises ValueError where sizes or dtypes do not fit ``form``.
     """
-    form.check(params, message[None], digits)
+    form.check(message, digits, params)
     message.zero_()
     parts = form.sections(message)
     signs, residuals = trits_of(digits)
@@ -196,36 +208,41 @@ def write_message_(message: Tensor, digits: Tensor, params: Tensor, form: WireFo
 
 @torch.no_grad()
 def replay_(
-    params: Tensor, messages: Tensor, runs: Sequence[Run], form: WireFormat, *, own: int | None = None
+    params: Tensor, messages: Tensor, runs: Sequence[Run], form: WireFormat, *, own: int | None = None, start: int = 0
 ) -> Tensor:
     """Make one step on the shards of a bucket from the messages of their owners. ``params`` is modified in place.
 
     Args:
-        params: the bucket before the step, [ranks * form.numel] of form.dtype, with the bits that its owners had.
+        params: the bucket before the step, as many equal shards of form.dtype as there are messages, with the bits that
+            its owners had.
         messages: uint8 [ranks, form.nbytes], the message of each shard in turn.
         runs: where ``params`` is updated and with which lr and weight decay, in ascending order and without overlap.
             The elements between them are not modified.
         form: the format of the messages.
         own: the shard that this rank owns. It is not modified, and its message is not read.
+        start: where in each shard the messages' elements begin. The others are not modified.
 
     Returns:
-        int64 [ranks], on the device of ``params``: 0 where a shard has its owner's checksum after the replay, 0 for
-        ``own``. Where a message has more exceptions than it can hold, or its table contradicts its header, the shard is
-        not modified and the number is not 0 either. A shard with a number other than 0 must be sent in full.
+        int64 [ranks], on the device of ``params``: 0 where a message's elements have their owner's checksum after the
+        replay, 0 for ``own``. Where a message has more exceptions than it can hold, or its table contradicts its
+        header, nothing of the shard is modified and the number is not 0 either. A shard with a number other than 0 must
+        be sent in full.
 
     Raises ValueError where sizes or dtypes do not fit ``form``, or runs overlap.
     """
-    form.check(params, messages)
+    shard_numel = form.check_shards(params, messages, start)
     check_runs(runs, params.numel())
     mismatches = torch.zeros(len(messages), dtype=torch.int64, device=params.device)
-    for rank, shard in enumerate(torch.split(params, form.numel) if form.numel else ()):
+    for rank in range(len(messages)):
         if rank != own:
-            in_shard = [run.within(rank * form.numel, (rank + 1) * form.numel) for run in runs]
-            mismatches[rank] = _replay_shard_(shard, form.sections(messages[rank]), in_shard, form)
+            first = rank * shard_numel + start
+            last = first + form.numel
+            within = [run.within(first, last) for run in runs]
+            mismatches[rank] = _replay_elements_(params[first:last], form.sections(messages[rank]), within, form)
     return mismatches
 
 
-def _replay_shard_(shard: Tensor, parts: Sections, runs: Sequence[Run], form: WireFormat) -> Tensor | int:
+def _replay_elements_(shard: Tensor, parts: Sections, runs: Sequence[Run], form: WireFormat) -> Tensor | int:
     exceptions, total = int(parts.header[0]), int(parts.counts.sum())
     if exceptions != total or not 0 <= exceptions <= form.capacity:
         return INVALID

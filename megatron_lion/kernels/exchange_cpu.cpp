@@ -142,10 +142,10 @@ uint32_t replay_group(typename Format::Code *codes, const uint8_t *signs, const 
     return sum;
 }
 
-// Elements `first` to `last` of a shard, which begin a block. The shard begins at element `shard` of its bucket, and
-// `run` is the first of the runs that ends after `shard + first`. Returns their part of the checksum.
+// Elements `first` to `last` of a message, which begin a block. The message begins at element `origin` of its bucket, and
+// `run` is the first of the runs that ends after `origin + first`. Returns their part of the checksum.
 template <class Format>
-uint32_t replay_block(typename Format::Code *codes, const Message &message, int64_t shard, int64_t first, int64_t last,
+uint32_t replay_block(typename Format::Code *codes, const Message &message, int64_t origin, int64_t first, int64_t last,
                       const Run *run, const Run *runs_end, const Rate *rate) {
     uint8_t signs[GROUP], residuals[GROUP] = {};
     uint32_t sum = 0;
@@ -154,12 +154,12 @@ uint32_t replay_block(typename Format::Code *codes, const Message &message, int6
         if (sizeof *codes == 2) unpack(message.residuals + start / ROWS, residuals);
         const int64_t end = std::min(start + GROUP, last);
         for (int64_t i = start; i < end;) {
-            for (; run != runs_end && run->stop <= shard + i; ++run) ++rate;
-            const int64_t next = run == runs_end ? end : std::clamp(run->start - shard, i, end);
+            for (; run != runs_end && run->stop <= origin + i; ++run) ++rate;
+            const int64_t next = run == runs_end ? end : std::clamp(run->start - origin, i, end);
             sum += checksum(codes, i, next); // of elements between runs, which stay as they are
             i = next;
             if (i == end) break;
-            const int64_t stop = std::min(run->stop - shard, end);
+            const int64_t stop = std::min(run->stop - origin, end);
             sum += replay_group<Format>(codes, signs, residuals, start, i, stop, static_cast<float>(rate->lr),
                                         static_cast<float>(rate->weight_decay));
             i = stop;
@@ -193,20 +193,20 @@ inline bool is_valid(const Message &message, int64_t chunks, int64_t capacity) {
 }
 
 template <class Format>
-void replay(typename Format::Code *codes, const Message *messages, int64_t ranks, int64_t own, int64_t numel,
-            int64_t capacity, const Run *runs, const Rate *rates, int64_t run_count, int64_t *mismatches, int threads) {
+void replay(typename Format::Code *codes, const Message *messages, int64_t ranks, int64_t own, int64_t shard_numel,
+            int64_t start, int64_t numel, int64_t capacity, const Run *runs, const Rate *rates, int64_t run_count, int64_t *mismatches, int threads) {
     const int64_t blocks = (numel + BLOCK - 1) / BLOCK, chunks = sizeof *codes == 2 ? (numel + CHUNK - 1) / CHUNK : 0;
     std::vector<uint32_t> sums(ranks);
     std::vector<char> replayed(ranks);
     for (int64_t rank = 0; rank < ranks; ++rank) replayed[rank] = rank != own && is_valid(messages[rank], chunks, capacity);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (ranks * numel > BLOCK)
     for (int64_t task = 0; task < ranks * blocks; ++task) {
-        const int64_t rank = task / blocks, shard = rank * numel;
+        const int64_t rank = task / blocks, origin = rank * shard_numel + start;
         if (!replayed[rank]) continue;
         const int64_t first = task % blocks * BLOCK, last = std::min(first + BLOCK, numel);
         const Run *const run = std::partition_point(runs, runs + run_count,
-                                                    [&](const Run &each) { return each.stop <= shard + first; });
-        const uint32_t sum = replay_block<Format>(codes + shard, messages[rank], shard, first, last, run,
+                                                    [&](const Run &each) { return each.stop <= origin + first; });
+        const uint32_t sum = replay_block<Format>(codes + origin, messages[rank], origin, first, last, run,
                                                   runs + run_count, rates + (run - runs));
 #pragma omp atomic
         sums[rank] += sum;
@@ -214,7 +214,7 @@ void replay(typename Format::Code *codes, const Message *messages, int64_t ranks
     for (int64_t rank = 0; rank < ranks; ++rank) {
         mismatches[rank] = rank == own ? 0 : -1;
         if (!replayed[rank]) continue;
-        if constexpr (sizeof *codes == 2) sums[rank] += replace(codes + rank * numel, messages[rank], numel);
+        if constexpr (sizeof *codes == 2) sums[rank] += replace(codes + rank * shard_numel + start, messages[rank], numel);
         mismatches[rank] = static_cast<uint32_t>(sums[rank] - static_cast<uint32_t>(messages[rank].header[1]));
     }
 }
@@ -264,13 +264,14 @@ extern "C" void exchange_write(int format, const Message *message, const uint8_t
     });
 }
 
-// Replays `ranks` messages on the shards of a bucket. `mismatches` receives a number for each of them.
+// Replays `ranks` messages of `numel` elements, from element `start` of each shard of a bucket on. `mismatches` receives a
+// number for each of them.
 extern "C" void exchange_replay(int format, void *params, const Message *messages, int64_t ranks, int64_t own,
-                                int64_t numel, int64_t capacity, const Run *runs, const Rate *rates, int64_t run_count,
+                                int64_t shard_numel, int64_t start, int64_t numel, int64_t capacity, const Run *runs, const Rate *rates, int64_t run_count,
                                 int64_t *mismatches, int threads) {
     for_format(format, [&](auto kind) {
         typedef decltype(kind) Format;
-        replay<Format>(static_cast<typename Format::Code *>(params), messages, ranks, own, numel, capacity, runs, rates,
-                       run_count, mismatches, threads);
+        replay<Format>(static_cast<typename Format::Code *>(params), messages, ranks, own, shard_numel, start, numel,
+                       capacity, runs, rates, run_count, mismatches, threads);
     });
 }

@@ -20,7 +20,7 @@ ARGUMENTS = {
     "exchange_count": (_ADDRESS, _SIZE, _ADDRESS),
     "exchange_write": (_INT, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _INT),
     "exchange_replay": (
-        *(_INT, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _SIZE, _SIZE),
+        *(_INT, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE),
         *(_ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _INT),
     ),
 }
@@ -59,7 +59,7 @@ def count_exceptions_cpu(digits: Tensor) -> Tensor:
 @torch.no_grad()
 def write_message_cpu_(message: Tensor, digits: Tensor, params: Tensor, form: WireFormat) -> None:
     """:func:`megatron_lion.exchange.message.write_message_` with ``torch.get_num_threads()`` threads, on the CPU."""
-    form.check(params, message[None], digits)
+    form.check(message, digits, params)
     check_on_cpu(message, digits, params)
     message[sum(form.section_bytes()[:3]) :].zero_()  # the table
     sections = _sections(message[None], form)
@@ -69,10 +69,10 @@ def write_message_cpu_(message: Tensor, digits: Tensor, params: Tensor, form: Wi
 
 @torch.no_grad()
 def replay_cpu_(
-    params: Tensor, messages: Tensor, runs: Sequence[Run], form: WireFormat, *, own: int | None = None
+    params: Tensor, messages: Tensor, runs: Sequence[Run], form: WireFormat, *, own: int | None = None, start: int = 0
 ) -> Tensor:
     """:func:`megatron_lion.exchange.message.replay_` with ``torch.get_num_threads()`` threads, on the CPU."""
-    form.check(params, messages)
+    shard_numel = form.check_shards(params, messages, start)
     check_runs(runs, params.numel())
     check_on_cpu(params, messages)
     sections = _sections(messages, form)
@@ -84,7 +84,7 @@ def replay_cpu_(
         ARGUMENTS,
         "exchange_replay",
         *(form.kind, params.data_ptr(), _address(sections), len(messages), -1 if own is None else own),
-        *(form.numel, form.capacity, _address(bounds), _address(rates), len(runs)),
+        *(shard_numel, start, form.numel, form.capacity, _address(bounds), _address(rates), len(runs)),
         *(mismatches.data_ptr(), torch.get_num_threads()),
     )
     torch.autograd.graph.increment_version([params])  # the kernel wrote without autograd's knowledge

@@ -6,6 +6,7 @@ not been run on one.
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def sign_digits_gpu(
 @torch.no_grad()
 def write_message_gpu_(message: Tensor, digits: Tensor, params: Tensor, form: WireFormat) -> None:
     """:func:`megatron_lion.exchange.message.write_message_` in one to three launches."""
-    form.check(params, message[None], digits)
+    form.check(message, digits, params)
     parts = form.sections(message)
     message[sum(form.section_bytes()[:3]) :].zero_()  # the table
     parts.header.zero_()
@@ -71,13 +72,13 @@ def write_message_gpu_(message: Tensor, digits: Tensor, params: Tensor, form: Wi
 
 @torch.no_grad()
 def replay_gpu_(
-    params: Tensor, messages: Tensor, runs: Sequence[Run], form: WireFormat, *, own: int | None = None
+    params: Tensor, messages: Tensor, runs: Sequence[Run], form: WireFormat, *, own: int | None = None, start: int = 0
 ) -> Tensor:
     """:func:`megatron_lion.exchange.message.replay_` in one or two launches.
 
     The first call with the bounds of some runs copies them to the device, later calls copy only the rates.
     """
-    form.check(params, messages)
+    shard_numel = form.check_shards(params, messages, start)
     check_runs(runs, params.numel())
     ranks, device = len(messages), params.device
     starts = [sum(form.section_bytes()[:section]) for section in range(6)]
@@ -90,7 +91,9 @@ def replay_gpu_(
         valid[own] = False
     checksums = torch.zeros(ranks, dtype=torch.int64, device=device)
     bounds = tuple((run.start, run.stop) for run in runs)
-    segments, program_segment, program_group = _tables(device, bounds, ranks, form.numel, own)
+    segments, program_segment, program_group = _tables(
+        device, bounds, Shards(ranks, shard_numel, start, form.numel, own)
+    )
     codes, valid_flags = _codes(params), valid.to(torch.int32)
     if len(program_segment):
         kernels.replay_kernel[(len(program_segment),)](
@@ -102,7 +105,8 @@ def replay_gpu_(
             torch.tensor([run[2:] for run in runs] or [(0.0, 0.0)], dtype=torch.float32).to(device, non_blocking=True),
             valid_flags,
             checksums,
-            form.numel,
+            shard_numel,
+            start,
             form.nbytes,
             starts[1],
             starts[2],
@@ -118,6 +122,8 @@ def replay_gpu_(
             ends,
             valid_flags,
             checksums,
+            shard_numel,
+            start,
             form.numel,
             form.nbytes // 2,
             starts[4] // 2,
@@ -140,25 +146,34 @@ def _codes(params: Tensor) -> Tensor:
     return params if params.dtype == torch.float32 else params.view(torch.int16)
 
 
-def _segments(
-    bounds: Sequence[tuple[int, int]], ranks: int, numel: int, own: int | None
-) -> Iterator[tuple[int, int, int, int]]:
-    """Shard, first and last element in it, and number of the run, or -1 between runs: of all shards but ``own``."""
-    cuts = [(start, stop, number) for number, (start, stop) in enumerate(bounds)]
-    ends = [0, *(stop for _, stop in bounds)]
-    gaps = [(end, start, -1) for end, (start, _) in zip(ends, [*bounds, (ranks * numel, 0)], strict=True)]
-    for start, stop, run in sorted(cuts + gaps):
-        for rank in range(start // numel, -(-stop // numel)) if stop > start else ():
-            if rank != own:
-                yield rank, max(start - rank * numel, 0), min(stop - rank * numel, numel), run
+class Shards(NamedTuple):
+    """Of ``ranks`` shards with ``shard_numel`` elements, messages have ``numel`` from ``start`` on. Not of ``own``."""
+
+    ranks: int
+    shard_numel: int
+    start: int
+    numel: int
+    own: int | None
+
+
+def _segments(bounds: Sequence[tuple[int, int]], shards: Shards) -> Iterator[tuple[int, int, int, int]]:
+    """Shard, first and last element of its message, and number of the run, or -1 between runs."""
+    ranks, shard_numel, start, numel, own = shards
+    cuts = [(begin, end, number) for number, (begin, end) in enumerate(bounds)]
+    ends = [0, *(end for _, end in bounds)]
+    gaps = [(end, begin, -1) for end, (begin, _) in zip(ends, [*bounds, (ranks * shard_numel, 0)], strict=True)]
+    for begin, end, run in sorted(cuts + gaps):
+        for rank in range(begin // shard_numel, -(-end // shard_numel)) if end > begin else ():
+            origin = rank * shard_numel + start
+            first, last = max(begin - origin, 0), min(end - origin, numel)
+            if rank != own and first < last:
+                yield rank, first, last, run
 
 
 @functools.lru_cache(maxsize=4096)
-def _tables(
-    device: torch.device, bounds: tuple[tuple[int, int], ...], ranks: int, numel: int, own: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _tables(device: torch.device, bounds: tuple[tuple[int, int], ...], shards: Shards) -> tuple[Tensor, Tensor, Tensor]:
     """The segments, and for each program of the replay its segment and its first group."""
-    segments = torch.tensor(list(_segments(bounds, ranks, numel, own) if numel else ()), dtype=torch.int64).view(-1, 4)
+    segments = torch.tensor(list(_segments(bounds, shards) if shards.numel else ()), dtype=torch.int64).view(-1, 4)
     first_group = segments[:, 1] // GROUP
     programs = -(-(-(-segments[:, 2] // GROUP) - first_group) // GROUPS)
     segment = torch.repeat_interleave(torch.arange(len(segments)), programs)

@@ -181,13 +181,14 @@ def _replay_tile(
 def replay_kernel(
     params,
     messages,
-    segments,  # int64 [segments, 4]: shard, first and last element in it, number of its run or -1 between runs
+    segments,  # int64 [segments, 4]: shard, first and last element of its message, number of its run or -1 between runs
     program_segment,  # int32 [programs]
     program_group,  # int64 [programs]: the first of its groups
     rates,  # fp32 [runs, 2]: lr and weight decay
     valid,  # int32 [ranks]
     checksums,  # int64 [ranks], receive what is added modulo 2^32
-    numel,
+    shard_numel,
+    start,  # of the messages' elements in a shard
     message_bytes,
     signs_at,  # where the packed trits are in a message
     residuals_at,
@@ -201,7 +202,7 @@ def replay_kernel(
     last = tl.load(segment + 2)
     run = tl.load(segment + 3)
     if tl.load(valid + rank) != 0:
-        shard = params + rank * numel
+        shard = params + rank * shard_numel + start
         message = messages + rank * message_bytes
         signs = message + signs_at
         residuals = message + residuals_at
@@ -230,7 +231,9 @@ def replace_kernel(
     ends,  # int64 [ranks, chunks]: sums of counts
     valid,  # int32 [ranks]
     checksums,  # int64 [ranks]
-    numel,
+    shard_numel,
+    start,  # of the messages' elements in a shard
+    numel,  # of a message
     message_words,
     offsets_at,  # where the table is in a message, in words
     values_at,
@@ -242,7 +245,7 @@ def replace_kernel(
     chunk = (tl.program_id(0) % chunks).to(tl.int64)
     count = tl.load(counts + tl.program_id(0))
     if (tl.load(valid + rank) != 0) & (count > 0):
-        shard = params + rank.to(tl.int64) * numel
+        shard = params + rank.to(tl.int64) * shard_numel + start
         message = messages + rank.to(tl.int64) * message_words
         begin = tl.load(ends + tl.program_id(0)) - count
         added = tl.full((SIZE,), 0, tl.int64)

@@ -69,7 +69,8 @@ def compiled(name, kind, arch):
     types = {arg: ("fp32" if arg in ("lr", "weight_decay") else "i64") for arg in kernel.arg_names}
     types |= {arg: pointer.replace("*P", params) for arg, pointer in POINTERS[name].items()}
     types = {arg: type_ for arg, type_ in types.items() if arg not in constants}
-    aligned = {*POINTERS[name], "count", "numel", "message_bytes", "signs_at", "residuals_at"}
+    counts = {"count", "numel", "shard_numel", "start", "message_bytes", "signs_at", "residuals_at"}
+    aligned = {*POINTERS[name], *counts}
     return compile_kernel(kernel, types, constants, aligned, arch)
 
 

@@ -48,6 +48,24 @@ def test_runs_that_cross_shards_are_replayed_and_the_rest_is_untouched(kernels, 
     assert same_bits(actual, expected) and mismatches == [0] * ranks
 
 
+@EVERY_KERNEL
+@EVERY_FORMAT
+def test_shards_are_replayed_in_parts(kernels, dtype, half_away):
+    """Each in messages of its own, with ends anywhere in a run."""
+    numel, ranks, own = 1300, 3, 1
+    old, new, _, digits = one_step(numel * ranks, RUNS, dtype, half_away)
+    params, (new_of, digits_of) = old, (new.view(ranks, numel), digits.view(ranks, numel))
+    for start, stop in ((0, 500), (500, 501), (501, 1300)):
+        form = WireFormat(dtype, stop - start, capacity_for(dtype, 400), half_away)
+        of_part = (new_of[:, start:stop].flatten(), digits_of[:, start:stop].flatten())
+        messages = messages_of(kernels, *of_part, form, ranks)
+        params, mismatches = replayed(kernels, params, messages, RUNS, form, own=own, start=start)
+        assert mismatches == [0] * ranks
+    expected = new.clone()
+    expected[own * numel : (own + 1) * numel] = old[own * numel : (own + 1) * numel]
+    assert same_bits(params, expected)
+
+
 @COMPILED
 @EVERY_FORMAT
 def test_each_kernel_writes_the_messages_of_the_reference(kernels, dtype, half_away):
@@ -261,6 +279,8 @@ def test_what_does_not_fit_the_format_is_refused(kernels):
         kernels.write_message_(messages[0], digits.to(torch.int8), params, form)
     with pytest.raises(ValueError, match="messages must be contiguous"):
         kernels.replay_(params, messages[:, :-16], [], form)
+    with pytest.raises(ValueError, match="messages of elements 1 to 321 do not fit shards of 320"):
+        kernels.replay_(params, messages, [], form, start=1)
     for runs in ([Run(0, 5, 0.1, 0.0), Run(4, 6, 0.1, 0.0)], [Run(0, 321, 0.1, 0.0)], [Run(6, 5, 0.1, 0.0)]):
         with pytest.raises(ValueError, match="runs must ascend within 320"):
             kernels.replay_(params, messages, runs, form)

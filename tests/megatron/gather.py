@@ -5,9 +5,10 @@
 Compares every rank's parameters with their owners', bit by bit, and says on each rank how they were sent. FAULT is
 ``none``, or one of ``FAULTS``, which puts a mistake into the exchange. KIND is one of ``kinds.py``, or ``core``, which
 is ``core_loop.py``. With GATHER_RELOAD=N the checkpoint in --save is loaded again after step N. With GATHER_NAN=N step
-N has gradients that are not finite, on the last rank only.
+N has gradients that are not finite, on the last rank only. With GATHER_PARTS=N shards are sent in N parts.
 """
 
+import itertools
 import os
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ megatron_lion.register()
 
 from megatron_lion.exchange.message import Run  # noqa: E402
 from megatron_lion.integration import loop_callbacks  # noqa: E402
+from megatron_lion.integration.exchange import bucket_signs  # noqa: E402
 from megatron_lion.integration.exchange.bucket_groups import SignBucketGroup, State  # noqa: E402
 from megatron_lion.integration.exchange.bucket_signs import BucketSigns  # noqa: E402
 from megatron_lion.integration.exchange.sign_gather import SignGather  # noqa: E402
@@ -137,23 +139,33 @@ def bad_gradients_in(number: int) -> None:
     LionChainedOptimizer.step = with_bad_gradients
 
 
+def send_in_parts(number: int) -> None:
+    """Send every shard in ``number`` parts, which need not be whole groups of trits."""
+
+    def parts(numel: int, smallest: int) -> list[slice]:
+        cuts = [numel * i // number for i in range(number + 1)]
+        return [slice(*ends) for ends in itertools.pairwise(cuts)]
+
+    bucket_signs.parts_of = parts
+
+
 def replay_twice_after_a_skip() -> None:
     start = SignBucketGroup.start_param_sync
-    write = BucketSigns.write_message
+    prepare = BucketSigns.prepare
 
     def kept(self, *arguments):
-        write(self, *arguments)
-        self.last = self._message
+        prepare(self, *arguments)
+        self.last = self._digits, self._pending
 
     def start_again(self, force_sync=False):
         # As Megatron's, which gathers whenever a forward pass asks for parameters.
         if self.state is State.CLEAN and not force_sync and all(hasattr(signs, "last") for signs in self.signs):
             for signs in self.signs:
-                signs._message = signs.last
+                signs._digits, signs._pending = signs.last
             self.state = State.SIGNS
         start(self, force_sync)
 
-    BucketSigns.write_message, SignBucketGroup.start_param_sync = kept, start_again
+    BucketSigns.prepare, SignBucketGroup.start_param_sync = kept, start_again
 
 
 def next_steps_lr() -> None:
@@ -164,20 +176,24 @@ def next_steps_lr() -> None:
         for signs in self.buckets:
             signs.lion = self._optimizer.optimizer
 
-    def with_the_rates_of_now(self, messages, form, runs):
+    def with_the_rates_of_now(self, sent, runs):
         groups = self.lion.param_groups
         rates = [(float(group["lr"]), float(group["weight_decay"])) for group in groups]
-        replay(self, messages, form, [Run(span.start, span.stop, *rates[span.group]) for span in self.spans])
+        replay(self, sent, [Run(span.start, span.stop, *rates[span.group]) for span in self.spans])
 
     SignGather.end_step, BucketSigns.replay = noted, with_the_rates_of_now
 
 
 def own_shard_replayed() -> None:
-    def replay(self, messages, form, runs):
-        self.mismatches = self.kernels.replay_(self.params, messages, runs, form, own=None)
-        self.mismatches[self.rank] = 0  # which nobody would look at
+    replay = BucketSigns.replay
 
-    BucketSigns.replay = replay
+    def with_its_own(self, sent, runs):
+        rank, self.rank = self.rank, None
+        replay(self, sent, runs)
+        self.rank = rank
+        self.mismatches[rank] = 0  # which nobody would look at
+
+    BucketSigns.replay = with_its_own
 
 
 def another_groups_weight_decay() -> None:
@@ -200,7 +216,7 @@ def overflow_ignored_on_one_rank() -> None:
         mine = count(self)
         most = mine.clone()
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        return mine if mine < most else torch.zeros_like(mine)
+        return torch.where(mine < most, mine, 0)
 
     BucketSigns.count_exceptions = count_unless_it_is_the_most
 
@@ -242,6 +258,8 @@ def main() -> None:
         reload_after(int(os.environ["GATHER_RELOAD"]))
     if "GATHER_NAN" in os.environ:
         bad_gradients_in(int(os.environ["GATHER_NAN"]))
+    if "GATHER_PARTS" in os.environ:
+        send_in_parts(int(os.environ["GATHER_PARTS"]))
     if sys.argv[1] == "core":
         from tests.megatron import core_loop
 

@@ -248,6 +248,15 @@ def test_a_checkpoint_loaded_after_a_step_is_followed_by_a_full_gather(
 
 
 @SUPPORTED
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [f"--bf16 {BUCKETS}", "", COMPACT])
+def test_large_shards_are_sent_in_parts(text: Path, tmp_path: Path, flags: str) -> None:
+    """Made small here, with ends anywhere in a parameter."""
+    found = compare_with_the_ordinary_run(text, tmp_path, Row(2, flags), environment={"GATHER_PARTS": "3"})
+    assert_signs_were_sent(found)
+
+
+@SUPPORTED
 @pytest.mark.releases
 @pytest.mark.slow
 @pytest.mark.parametrize("other_ranks", [1, 4])

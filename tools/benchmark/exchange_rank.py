@@ -62,7 +62,7 @@ def gathers(dtype: torch.dtype, parameters: int, exceptions: float) -> dict[str,
         signs.digits(first, first + signs.numel).copy_(step)
         most = signs.count_exceptions()
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        signs.write_message(RATES, signs.form(int(most)))
+        signs.prepare(RATES, signs.forms(most.tolist()))
         signs.gather().replay()
 
     return {"params": in_full, "signs": in_signs}

@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_lion.exchange.message import Run, WireFormat
+from megatron_lion.exchange.message import CHUNK, Run, WireFormat
 from megatron_lion.kernels.exchange import ExchangeKernels
 
+MOST_PARTS = 2  # four hide more of the packing, but fp32 shards, which have the shorter messages, take longer
+# Elements. Packing and replaying fewer takes less time than a further collective, or on a GPU than its launches.
+SMALLEST_PART = {"cpu": 5 * CHUNK, "cuda": 256 * CHUNK}
 CAPACITY_STEP = 64  # capacities are multiples of it, so that messages have few different sizes
 
 
@@ -22,6 +25,8 @@ class Span(NamedTuple):
 
 class BucketSigns:
     """Sends one bucket's parameters as the signs of a step.
+
+    A large shard is sent in parts: while one is on its way, the next one is packed and the last one is replayed.
 
     Args:
         bucket: Megatron's. Each data-parallel rank owns an equal piece of its ``param_data``, the shard.
@@ -39,10 +44,11 @@ class BucketSigns:
         self.group = group
         self.rank, self.ranks = group.rank(), group.size()
         self.numel = bucket.param_data.numel() // self.ranks
+        self.parts = parts_of(self.numel, SMALLEST_PART[bucket.param_data.device.type])
         self.kernels = kernels
         self._half_away = half_away and bucket.param_data.dtype == torch.bfloat16
         self._digits: Tensor | None = None
-        self._message: tuple[Tensor, WireFormat, list[Run]] | None = None
+        self._pending: tuple[list[WireFormat], list[Run]] | None = None
         self.mismatches: Tensor | None = None
         """int64 [ranks], of the last replay: not 0 where a shard differs from its owner's."""
 
@@ -67,10 +73,10 @@ class BucketSigns:
         return self._digits[start - first : stop - first]
 
     def count_exceptions(self) -> Tensor:
-        """The number of elements that the digits cannot express: int64 without dimensions."""
+        """The number of elements in each part that the digits cannot express: int64 [parts]."""
         if self._digits is None or self.params.dtype == torch.float32:
-            return torch.zeros((), dtype=torch.int64, device=self.params.device)
-        return self.kernels.count_exceptions(self._digits)
+            return torch.zeros(len(self.parts), dtype=torch.int64, device=self.params.device)
+        return torch.stack([self.kernels.count_exceptions(self._digits[part]) for part in self.parts])
 
     def differs(self) -> Tensor:
         """Whether the last replay did not give the owners' parameters: int64 without dimensions."""
@@ -78,49 +84,70 @@ class BucketSigns:
             return torch.zeros((), dtype=torch.int64, device=self.params.device)
         return (self.mismatches != 0).any().long()
 
-    def form(self, exceptions: int) -> WireFormat:
-        """The format of messages with up to ``exceptions``."""
-        capacity = -(-exceptions // CAPACITY_STEP) * CAPACITY_STEP
-        return WireFormat(self.params.dtype, self.numel, capacity, self._half_away)
+    def forms(self, exceptions: Sequence[int]) -> list[WireFormat]:
+        """The format of each part's messages, with up to ``exceptions`` in it."""
+        forms = []
+        for part, count in zip(self.parts, exceptions, strict=True):
+            capacity = -(-count // CAPACITY_STEP) * CAPACITY_STEP
+            forms.append(WireFormat(self.params.dtype, part.stop - part.start, capacity, self._half_away))
+        return forms
 
-    def write_message(self, rates: Sequence[tuple[float, float]], form: WireFormat) -> None:
-        """Pack the digits of the step, which had ``rates`` (lr and weight decay) in each parameter group."""
-        assert self._digits is not None
-        runs = [Run(span.start, span.stop, *rates[span.group]) for span in self.spans]
-        message = torch.empty(form.nbytes, dtype=torch.uint8, device=self.params.device)
-        self.kernels.write_message_(message, self._digits, self.shard, form)
-        self._digits, self._message = None, (message, form, runs)
+    def prepare(self, rates: Sequence[tuple[float, float]], forms: Sequence[WireFormat]) -> None:
+        """Send the step in ``forms`` the next time; it had ``rates`` (lr and weight decay) in each parameter group."""
+        self._pending = list(forms), [Run(span.start, span.stop, *rates[span.group]) for span in self.spans]
 
     def drop(self) -> None:
-        """Forget the digits and the message of the last step, and what the last replay found."""
-        self._digits = self._message = self.mismatches = None
+        """Forget the digits of the last step, and what the last replay found."""
+        self._digits = self._pending = self.mismatches = None
 
     def gather(self) -> "Gathered":
-        """Start to send the message to the group. Issues one all-gather of ``form.nbytes`` bytes for each rank."""
-        assert self._message is not None
-        (message, form, runs), self._message = self._message, None
+        """Pack the last step and start to send it to the group. Issues one all-gather for each part."""
+        assert self._digits is not None and self._pending is not None
+        (forms, runs), self._pending = self._pending, None
+        digits, self._digits = self._digits, None
+        return Gathered(self, [self._send(digits, *of_part) for of_part in zip(self.parts, forms, strict=True)], runs)
+
+    def _send(self, digits: Tensor, part: slice, form: WireFormat) -> "SentPart":
+        message = torch.empty(form.nbytes, dtype=torch.uint8, device=self.params.device)
+        self.kernels.write_message_(message, digits[part], self.shard[part], form)
         messages = form.new_messages(self.ranks, message.device)
         work = torch.distributed.all_gather_into_tensor(messages.view(-1), message, group=self.group, async_op=True)
-        return Gathered(self, work, messages, form, runs)
+        return SentPart(work, messages, form, part.start)
 
-    def replay(self, messages: Tensor, form: WireFormat, runs: Sequence[Run]) -> None:
-        """Make the step of the other ranks on their shards, in place."""
-        self.mismatches = self.kernels.replay_(self.params, messages, runs, form, own=self.rank)
+    def replay(self, sent: Sequence["SentPart"], runs: Sequence[Run]) -> None:
+        """Wait for the parts in turn, and make the step of the other ranks on their shards, in place."""
+        self.mismatches = torch.zeros(self.ranks, dtype=torch.int64, device=self.params.device)
+        for work, messages, form, start in sent:
+            work.wait()
+            self.mismatches |= self.kernels.replay_(self.params, messages, runs, form, own=self.rank, start=start)
 
 
-class Gathered(NamedTuple):
-    """Messages of a bucket that are being gathered."""
+class SentPart(NamedTuple):
+    """Messages of a part of each shard that are being gathered."""
 
-    signs: BucketSigns
     work: Any
     messages: Tensor
     form: WireFormat
+    start: int
+
+
+class Gathered(NamedTuple):
+    """A bucket whose messages are being gathered."""
+
+    signs: BucketSigns
+    sent: list[SentPart]
     runs: list[Run]
 
     def replay(self) -> None:
         """Wait for the messages and replay them."""
-        self.work.wait()
-        self.signs.replay(self.messages, self.form, self.runs)
+        self.signs.replay(self.sent, self.runs)
+
+
+def parts_of(numel: int, smallest: int) -> list[slice]:
+    """At most ``MOST_PARTS`` parts of a shard, of about ``smallest`` elements or more, in whole chunks."""
+    count = min(max(numel // smallest, 1), MOST_PARTS)
+    size = max(-(-numel // (count * CHUNK)) * CHUNK, CHUNK)
+    return [slice(start, min(start + size, numel)) for start in range(0, numel, size)]
 
 
 def _joined(spans: Sequence[Span]) -> Iterator[Span]:

@@ -1,6 +1,5 @@
 """The sign gather of one distributed optimizer: what it does before and after each step, and its checks."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_lion.config import LionOptions
+from megatron_lion.exchange.message import WireFormat
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.exchange.bucket_groups import SignBucketGroup, State, convert
 from megatron_lion.integration.exchange.bucket_signs import BucketSigns, Span
@@ -85,36 +85,35 @@ class SignGather:
                 lion.digits[shard] = of_bucket[id(bucket)].digits(start, stop).view(shard.shape)
 
     def end_step(self) -> None:
-        """Choose how each group sends the step, and write its messages. The model's parameters are written already.
+        """Choose how each group sends the step. The model's parameters are written already.
 
-        Issues one all-reduce of two numbers for each bucket over the data-parallel ranks.
+        Issues one all-reduce over the data-parallel ranks, of a number for each bucket and one for each of its parts.
         """
         self._optimizer.optimizer.digits = {}
         buckets = self.buckets
-        counts = torch.stack([signs.count_exceptions() for signs in buckets])
-        largest = torch.stack([counts, torch.stack([signs.differs() for signs in buckets])])
+        counts = torch.cat([signs.count_exceptions() for signs in buckets])
+        largest = torch.cat([counts, torch.stack([signs.differs() for signs in buckets])])
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=buckets[0].group)
         self.sent.exceptions += int(counts.sum())
-        found = largest.t().tolist()
-        if any(differs for _, differs in found):
+        numbers = iter(largest.tolist())
+        exceptions = {signs: [next(numbers) for _ in signs.parts] for signs in buckets}
+        differs = dict(zip(buckets, numbers, strict=True))
+        if any(differs.values()):
             self._name_mismatches()
-        of_each_bucket = iter(found)
         for group in self.groups:
-            exceptions, differ = zip(*itertools.islice(of_each_bucket, len(group.signs)), strict=True)
-            if any(differ):
+            if any(differs[signs] for signs in group.signs):
                 group.require_full()
-            self._decide(group, exceptions)
+            self._decide(group, [signs.forms(exceptions[signs]) for signs in group.signs])
 
-    def _decide(self, group: SignBucketGroup, exceptions: Sequence[int]) -> None:
-        """Have ``group`` send signs, unless it has to send its parameters or signs are not smaller."""
-        forms = [signs.form(count) for signs, count in zip(group.signs, exceptions, strict=True)]
+    def _decide(self, group: SignBucketGroup, forms: Sequence[Sequence[WireFormat]]) -> None:
+        """Have ``group`` send signs in ``forms``, unless it has to send its parameters or signs are not smaller."""
         in_full = sum(signs.shard.nbytes for signs in group.signs)
-        message_bytes = sum(form.nbytes for form in forms)
+        message_bytes = sum(form.nbytes for of_bucket in forms for form in of_bucket)
         if group.state in (State.STALE, State.FULL) or message_bytes >= in_full:
             group.require_full(State.FULL)
         else:
-            for signs, form in zip(group.signs, forms, strict=True):
-                signs.write_message(self._rates, form)
+            for signs, of_bucket in zip(group.signs, forms, strict=True):
+                signs.prepare(self._rates, of_bucket)
             group.state = State.SIGNS
         is_full = group.state is State.FULL
         self.sent.nbytes += in_full if is_full else message_bytes
@@ -160,9 +159,13 @@ def describe(optimizer: Any) -> str:
     buckets = [signs for gather in gathers_of(optimizer) for signs in gather.buckets]
     if not buckets:
         return "no gather (DP=1)"
+
+    def smallest(signs: BucketSigns) -> int:
+        return sum(form.nbytes for form in signs.forms([0] * len(signs.parts)))
+
     bits = [
         8 * sum(sizes) / sum(signs.numel for signs in buckets)
-        for sizes in zip(*((signs.form(0).nbytes, signs.shard.nbytes) for signs in buckets), strict=True)
+        for sizes in zip(*((smallest(signs), signs.shard.nbytes) for signs in buckets), strict=True)
     ]
     kernel = buckets[0].kernels.name
     return f"{kernel} gather of signs ({bits[0]:.2f} bits per parameter instead of {bits[1]:.3g}, plus exceptions)"
