@@ -1,9 +1,9 @@
-"""The message that the owner of a shard sends after a step, and its replay by the receivers.
+"""The message that the owner of a shard, or of a part of it, sends after a step, and its replay by the receivers.
 
 A message is one uint8 tensor. Its size depends only on the :class:`WireFormat`, so the messages of all ranks can be
 gathered by one collective::
 
-    header     int64 [2]          number of exceptions, checksum of the shard after the step
+    header     int64 [2]          number of exceptions, checksum of the elements after the step
     signs      uint8              packed trits s
     residuals  uint8              packed trits r                                (16-bit parameters)
     counts     int32 [chunks]     exceptions in each chunk of 65,536 elements   (16-bit parameters)
@@ -13,8 +13,8 @@ gathered by one collective::
 filled with zeros to a multiple of 16 bytes. The number of exceptions may exceed the capacity. Such a message says so in
 its header and replaces nothing: the shard must be sent in full.
 
-The checksum covers every element of the shard, whether the step changed it or not, with codes read as unsigned numbers
-and every NaN of fp32 as the same one::
+The checksum covers every element of the message, whether the step changed it or not, with codes read as unsigned
+numbers and every NaN of fp32 as the same one::
 
     sum over i of code_i (2 i + 1)  modulo 2^32
 """
@@ -69,7 +69,7 @@ class Sections(NamedTuple):
 
 @dataclass(frozen=True)
 class WireFormat:
-    """How shards of ``numel`` elements of ``dtype`` are sent: fp32, bf16 or fp16.
+    """How ``numel`` elements of each shard, of ``dtype`` fp32, bf16 or fp16, are sent.
 
     ``capacity`` is the largest number of exceptions that a message holds. ``half_away`` says that bf16 parameters are
     rounded half away from zero. Raises ValueError for another dtype, for ``half_away`` with another dtype than bf16,
@@ -167,7 +167,7 @@ def read_header(message: Tensor) -> Header:
 
 
 def checksum(params: Tensor) -> Tensor:
-    """The checksum of a shard ``params``, int64 without dimensions, in [0, 2^32)."""
+    """The checksum of elements ``params``, int64 without dimensions, in [0, 2^32)."""
     codes = params.contiguous().view(CODES[params.dtype])
     if params.dtype == torch.float32:
         codes = codes.masked_fill(params.isnan(), 0x7FC00000)
@@ -178,13 +178,13 @@ def checksum(params: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write_message_(message: Tensor, digits: Tensor, params: Tensor, form: WireFormat) -> None:
-    """Write the message of a shard into ``message``, uint8 [form.nbytes]; nothing else is modified.
+    """Write a message into ``message``, uint8 [form.nbytes]; nothing else is modified.
 
     Args:
         message: is overwritten.
         digits: uint8 [form.numel], of :func:`megatron_lion.exchange.digits.sign_digits`, and 0 where the step changed
             nothing.
-        params: the shard after the step, [form.numel] of form.dtype.
+        params: a shard after the step, or a part of it, [form.numel] of form.dtype.
         form: the format that the receivers use too.
 
     Raises ValueError where sizes or dtypes do not fit ``form``.

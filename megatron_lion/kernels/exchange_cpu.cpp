@@ -194,7 +194,8 @@ inline bool is_valid(const Message &message, int64_t chunks, int64_t capacity) {
 
 template <class Format>
 void replay(typename Format::Code *codes, const Message *messages, int64_t ranks, int64_t own, int64_t shard_numel,
-            int64_t start, int64_t numel, int64_t capacity, const Run *runs, const Rate *rates, int64_t run_count, int64_t *mismatches, int threads) {
+            int64_t start, int64_t numel, int64_t capacity, const Run *runs, const Rate *rates, int64_t run_count,
+            int64_t *mismatches, int threads) {
     const int64_t blocks = (numel + BLOCK - 1) / BLOCK, chunks = sizeof *codes == 2 ? (numel + CHUNK - 1) / CHUNK : 0;
     std::vector<uint32_t> sums(ranks);
     std::vector<char> replayed(ranks);
@@ -214,7 +215,8 @@ void replay(typename Format::Code *codes, const Message *messages, int64_t ranks
     for (int64_t rank = 0; rank < ranks; ++rank) {
         mismatches[rank] = rank == own ? 0 : -1;
         if (!replayed[rank]) continue;
-        if constexpr (sizeof *codes == 2) sums[rank] += replace(codes + rank * shard_numel + start, messages[rank], numel);
+        if constexpr (sizeof *codes == 2)
+            sums[rank] += replace(codes + rank * shard_numel + start, messages[rank], numel);
         mismatches[rank] = static_cast<uint32_t>(sums[rank] - static_cast<uint32_t>(messages[rank].header[1]));
     }
 }
@@ -267,8 +269,8 @@ extern "C" void exchange_write(int format, const Message *message, const uint8_t
 // Replays `ranks` messages of `numel` elements, from element `start` of each shard of a bucket on. `mismatches` receives a
 // number for each of them.
 extern "C" void exchange_replay(int format, void *params, const Message *messages, int64_t ranks, int64_t own,
-                                int64_t shard_numel, int64_t start, int64_t numel, int64_t capacity, const Run *runs, const Rate *rates, int64_t run_count,
-                                int64_t *mismatches, int threads) {
+                                int64_t shard_numel, int64_t start, int64_t numel, int64_t capacity, const Run *runs,
+                                const Rate *rates, int64_t run_count, int64_t *mismatches, int threads) {
     for_format(format, [&](auto kind) {
         typedef decltype(kind) Format;
         replay<Format>(static_cast<typename Format::Code *>(params), messages, ranks, own, shard_numel, start, numel,

@@ -147,7 +147,7 @@ def _codes(params: Tensor) -> Tensor:
 
 
 class Shards(NamedTuple):
-    """Of ``ranks`` shards with ``shard_numel`` elements, messages have ``numel`` from ``start`` on. Not of ``own``."""
+    """``ranks`` shards of ``shard_numel`` elements. Messages have ``numel`` from ``start`` on of each but ``own``."""
 
     ranks: int
     shard_numel: int

@@ -249,8 +249,8 @@ def replace_kernel(
         message = messages + rank.to(tl.int64) * message_words
         begin = tl.load(ends + tl.program_id(0)) - count
         added = tl.full((SIZE,), 0, tl.int64)
-        for start in range(0, count, SIZE):
-            entry = start + tl.arange(0, SIZE)
+        for first in range(0, count, SIZE):
+            entry = first + tl.arange(0, SIZE)
             offset = tl.load(message + offsets_at + begin + entry, mask=entry < count, other=0).to(tl.int64) & 0xFFFF
             index = chunk * CHUNK + offset
             inside = (entry < count) & (index < numel)

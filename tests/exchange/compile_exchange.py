@@ -1,6 +1,6 @@
 """Compile the Triton kernels of the exchange for GPUs that are absent, and print what came out as JSON.
 
-    python compile_exchange.py [--arch 80 90 100] [--formats 0 1 2 3] [--kernels replay_kernel]
+    python compile_exchange.py [--arch 80 90 100] [--formats 0 1 2 3] [--kernels replay_kernel] [--bits 32 64]
 
 Run without TRITON_INTERPRET. No driver is needed: this is triton.compile with a GPUTarget, as in Triton's own tests.
 """
@@ -57,8 +57,11 @@ EVERY_FORMAT = ("digits_kernel", "pack_kernel", "replay_kernel")
 OF_REDUCE = ("write_kernel", "sum_kernel")  # of int4 with int8 error feedback, and of ternary without
 
 
-def compiled(name, kind, arch):
-    """The kernel ``name`` for parameters or gradients of format ``kind``, as the launches make it."""
+def compiled(name, kind, arch, bits):
+    """The kernel ``name`` for parameters or gradients of format ``kind``, as the launches make it.
+
+    Triton gives an integer argument 32 ``bits``, or 64 where its value needs them.
+    """
     kernel = getattr(reduce_triton if name in OF_REDUCE else exchange_triton, name)
     params = "*fp32" if FORMATS[kind][0].itemsize == 4 else "*i16"
     reduced = {"CODE": 2, "FEEDBACK": 0, "ROWS": 5} if kind else {"CODE": 1, "FEEDBACK": 1, "ROWS": 1}
@@ -66,7 +69,7 @@ def compiled(name, kind, arch):
     constants = {key: value for key, value in all_constants.items() if key in kernel.arg_names}
     if name == "replace_kernel":
         constants["SIZE"] = exchange_gpu.ENTRIES
-    types = {arg: ("fp32" if arg in ("lr", "weight_decay") else "i64") for arg in kernel.arg_names}
+    types = {arg: ("fp32" if arg in ("lr", "weight_decay") else f"i{bits}") for arg in kernel.arg_names}
     types |= {arg: pointer.replace("*P", params) for arg, pointer in POINTERS[name].items()}
     types = {arg: type_ for arg, type_ in types.items() if arg not in constants}
     counts = {"count", "numel", "shard_numel", "start", "message_bytes", "signs_at", "residuals_at"}
@@ -79,13 +82,16 @@ def main():
     parser.add_argument("--arch", nargs="*", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--formats", nargs="*", type=int, default=list(range(len(FORMATS))), help="numbers in FORMATS")
     parser.add_argument("--kernels", nargs="*", default=list(POINTERS), choices=POINTERS)
+    parser.add_argument("--bits", nargs="*", type=int, default=[32], help="of integer arguments")
     args = parser.parse_args()
     rows = []
     for name in args.kernels:
         for kind in args.formats if name in EVERY_FORMAT else [0, 1] if name in OF_REDUCE else [1]:
             rows += [
-                {"kernel": name, "format": kind, "arch": arch, **asdict(facts(compiled(name, kind, arch)))}
+                {"kernel": name, "format": kind, "arch": arch, "bits": bits}
+                | asdict(facts(compiled(name, kind, arch, bits)))
                 for arch in args.arch
+                for bits in args.bits
             ]
     print(json.dumps(rows))
 

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--arch", "90", "--formats", "1", "--kernels", "replay_kernel"],
+        ["--arch", "90", "--formats", "1", "--kernels", "replay_kernel", "replace_kernel"],
         pytest.param(["--arch", "80", "90", "100", "--kernels", "write_kernel", "sum_kernel"], marks=pytest.mark.slow),
-        pytest.param(["--arch", "80", "90", "100"], marks=pytest.mark.slow),
+        pytest.param(["--arch", "80", "90", "100", "--bits", "32", "64"], marks=pytest.mark.slow),
     ],
     ids=["replay_bf16_sm_90", "reduce", "all"],
 )

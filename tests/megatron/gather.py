@@ -29,7 +29,10 @@ from megatron_lion.integration.exchange.sign_gather import SignGather  # noqa: E
 from megatron_lion.integration.optimizer.chained import LionChainedOptimizer  # noqa: E402
 from megatron_lion.integration.optimizer.distributed import LionDistributedOptimizer  # noqa: E402
 
-NAMES = ("steps", "groups", "buckets", "full", "signs", "replays", "exceptions", "mismatches", "differing", "gathered")
+NAMES = (
+    *("steps", "groups", "buckets", "full", "signs", "parts", "replays"),
+    *("exceptions", "mismatches", "differing", "gathered"),
+)
 COUNTS: Counter[str] = Counter()
 GATHERS: list[SignGather] = []
 
@@ -85,7 +88,9 @@ def count_and_compare() -> None:
 
     def counted_gather(self, **options):
         COUNTS["signs"] += 1
-        return gather(self, **options)
+        gathered = gather(self, **options)
+        COUNTS["parts"] += len(gathered.sent)
+        return gathered
 
     def counted_replay(self, *arguments):
         COUNTS["replays"] += 1

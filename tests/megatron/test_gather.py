@@ -254,6 +254,7 @@ def test_large_shards_are_sent_in_parts(text: Path, tmp_path: Path, flags: str) 
     """Made small here, with ends anywhere in a parameter."""
     found = compare_with_the_ordinary_run(text, tmp_path, Row(2, flags), environment={"GATHER_PARTS": "3"})
     assert_signs_were_sent(found)
+    assert all(rank["parts"] == 3 * rank["signs"] for rank in found)
 
 
 @SUPPORTED
@@ -352,11 +353,12 @@ FAULTS = {
 def test_each_mistake_in_the_exchange_is_found(text: Path, tmp_path: Path, fault: str) -> None:
     """The checks above fail with a mistake in the exchange, and pass without."""
     is_load = fault.endswith("load")
-    options = {"environment": {"GATHER_RELOAD": "4"}, "saves": 2} if is_load else {}
+    # After step 5, whose signs are not of the parameters of step 4 that are loaded.
+    options = {"environment": {"GATHER_RELOAD": "5"}, "saves": 2} if is_load else {}
     row = FAULTS[fault]
     right, wrong = (
         run(text, tmp_path / what, SIGNS, row=row, steps=12, fault=what, **options) for what in ("none", fault)
     )
     assert_signs_were_sent(exchanged(finished(right)), full_gathers=1 + is_load)
-    with pytest.raises(AssertionError):
-        assert_signs_were_sent(exchanged(finished(wrong)), full_gathers=1 + is_load)
+    found = exchanged(finished(wrong))
+    assert any(rank["mismatches"] or rank["differing"] for rank in found)

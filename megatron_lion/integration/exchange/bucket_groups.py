@@ -14,8 +14,8 @@ state      set by                                            ``start_param_sync`
 
 A skipped step changes no state. What is pending is sent before the next step.
 
-A replay starts from the parameters that a rank has, a step from the owner's masters. After a load the two may differ,
-and a gather before the step cannot tell. So the step after a load is always gathered in full.
+A replay starts from the parameters that a rank has, a step from the owner's masters. After a load the two may differ.
+A gather before the step does not change that, so the step after a load is always gathered in full.
 """
 
 import enum
@@ -50,7 +50,7 @@ class SignBucketGroup(_ParamAndGradBucketGroup):
     def start_param_sync(self, force_sync: bool = False) -> None:
         """Bring the parameters of all ranks up to date, or start to where Megatron overlaps it with the forward pass.
 
-        Issues one all-gather for each bucket, or none.
+        Issues one all-gather for each bucket, or for each part of a shard in signs, or none.
         """
         if self.param_gather_handle is not None:  # it waits, or raises
             super().start_param_sync(force_sync)
@@ -71,7 +71,10 @@ class SignBucketGroup(_ParamAndGradBucketGroup):
         self._send_pending_signs()
 
     def require_full(self, state: State = State.STALE) -> None:
-        """Send the parameters in full the next time. Signs that were not sent are dropped."""
+        """Send the parameters in full from now on, and after the next step; with FULL only after the last step.
+
+        Signs that were not sent are dropped.
+        """
         compat.wait_for_gather(self)
         for signs in self.signs:
             signs.drop()

@@ -10,8 +10,8 @@ from megatron_lion.exchange.message import CHUNK, Run, WireFormat
 from megatron_lion.kernels.exchange import ExchangeKernels
 
 MOST_PARTS = 2  # four hide more of the packing, but fp32 shards, which have the shorter messages, take longer
-# Elements. Packing and replaying fewer takes less time than a further collective, or on a GPU than its launches.
-SMALLEST_PART = {"cpu": 5 * CHUNK, "cuda": 256 * CHUNK}
+# Elements. A smaller part is not worth a second collective, or a second launch of each kernel on a GPU.
+SMALLEST_PART = {"cpu": 10 * CHUNK, "cuda": 256 * CHUNK}
 CAPACITY_STEP = 64  # capacities are multiples of it, so that messages have few different sizes
 
 
@@ -26,7 +26,7 @@ class Span(NamedTuple):
 class BucketSigns:
     """Sends one bucket's parameters as the signs of a step.
 
-    A large shard is sent in parts: while one is on its way, the next one is packed and the last one is replayed.
+    A large shard is sent in parts: while one is on its way, the next one is packed or the one before it is replayed.
 
     Args:
         bucket: Megatron's. Each data-parallel rank owns an equal piece of its ``param_data``, the shard.
@@ -93,7 +93,7 @@ class BucketSigns:
         return forms
 
     def prepare(self, rates: Sequence[tuple[float, float]], forms: Sequence[WireFormat]) -> None:
-        """Send the step in ``forms`` the next time; it had ``rates`` (lr and weight decay) in each parameter group."""
+        """Note how the next gather has to send the step. ``rates`` are lr and weight decay of its parameter groups."""
         self._pending = list(forms), [Run(span.start, span.stop, *rates[span.group]) for span in self.spans]
 
     def drop(self) -> None:
@@ -147,7 +147,7 @@ def parts_of(numel: int, smallest: int) -> list[slice]:
     """At most ``MOST_PARTS`` parts of a shard, of about ``smallest`` elements or more, in whole chunks."""
     count = min(max(numel // smallest, 1), MOST_PARTS)
     size = max(-(-numel // (count * CHUNK)) * CHUNK, CHUNK)
-    return [slice(start, min(start + size, numel)) for start in range(0, numel, size)]
+    return [slice(start, min(start + size, numel)) for start in range(0, max(numel, 1), size)]
 
 
 def _joined(spans: Sequence[Span]) -> Iterator[Span]:
