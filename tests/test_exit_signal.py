@@ -1,11 +1,17 @@
 """Processes that a rank starts live through the signal of --exit-signal-handler, however they are started."""
 
+import argparse
+import contextlib
 import os
 import subprocess
 import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from megatron_lion.integration.checkpoint import integrity
 
 # In an interpreter that has started nothing: Python's resource tracker is then started with the first of these.
 SCRIPT = """
@@ -83,3 +89,22 @@ def test_a_process_that_fails_does_not_wait_for_daemons_that_live_through_sigter
     assert done.stderr.rstrip().endswith("RuntimeError: failed on purpose")
     with pytest.raises(ProcessLookupError):
         os.kill(int(done.stdout), 0)
+
+
+@pytest.mark.parametrize("saves_in_background", [True, False])
+def test_a_step_guards_processes_only_if_a_save_may_be_running(
+    monkeypatch: pytest.MonkeyPatch, saves_in_background: bool
+) -> None:
+    """Megatron asks before each step, and the guard writes to a pipe."""
+    guarded = []
+
+    @contextlib.contextmanager
+    def guard(args: argparse.Namespace) -> Iterator[None]:
+        guarded.append(args)
+        yield
+
+    args = argparse.Namespace(async_save=saves_in_background)
+    monkeypatch.setitem(sys.modules, "megatron.training", types.SimpleNamespace(get_args=lambda: args))
+    monkeypatch.setattr(integrity.exit_signal, "processes_live_through_it", guard)
+    assert integrity.maybe_finalize_async_save(lambda *, blocking: blocking, blocking=False) is False
+    assert guarded == [args] * saves_in_background

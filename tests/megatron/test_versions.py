@@ -328,3 +328,12 @@ def test_evaluation_needs_a_loop_that_builds_the_model(minor: str, monkeypatch: 
     monkeypatch.setattr("megatron_lion.integration.loop.pretrain.installed_traits", lambda: traits)
     with pytest.raises(LionError, match=r"evaluation needs a Megatron loop that builds a GPT.*0\.19 or later"):
         scoring.build_model(None)
+
+
+def test_the_version_of_a_megatron_is_read_once(tmp_path: Path) -> None:
+    """Each micro-batch asks for it, and its file may be on a network."""
+    info = tmp_path / "package_info.py"
+    info.write_text("MAJOR = 0\nMINOR = 19\nPATCH = 2\n")
+    assert compat_versions.version_at(tmp_path) == "0.19.2"
+    info.unlink()
+    assert compat_versions.version_at(tmp_path) == "0.19.2"

@@ -79,6 +79,13 @@ def write_errors_named(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         ) from error
 
 
+def maybe_finalize_async_save(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Before each step: finish a save in the background. Without ``--async-save`` there is none."""
+    from megatron.training import get_args
+
+    return write_errors_named(stock, *args, **kwargs) if get_args().async_save else stock(*args, **kwargs)
+
+
 def init_persistent_async_worker(stock: Callable[..., Any], rank: int, mp_mode: str = "spawn") -> Any:
     """Let the process that writes checkpoints in the background live through the exit signal.
 
@@ -104,7 +111,9 @@ TRAINING = (
         parameters=("iteration", "model", "optimizer"),
     ),
     compat.wrap(
-        "megatron.training.async_utils:maybe_finalize_async_save", write_errors_named, parameters=("blocking",)
+        "megatron.training.async_utils:maybe_finalize_async_save",
+        maybe_finalize_async_save,
+        parameters=("blocking",),
     ),
     compat.wrap(
         "megatron.training.async_utils:init_persistent_async_worker",

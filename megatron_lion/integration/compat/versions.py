@@ -1,5 +1,6 @@
 """Supported versions of megatron-core, how they differ, and the installed one."""
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -148,6 +149,7 @@ def megatron_version() -> str | None:
     return None if folder is None else version_at(folder)
 
 
+@functools.cache  # asked for each micro-batch
 def version_at(folder: Path) -> str:
     """The version of the ``megatron.core`` in ``folder``; "?" for each part that it does not state."""
     info = folder / "package_info.py"
