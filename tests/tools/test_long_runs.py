@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from launch.launcher import estimates, recipes
 from megatron_lion.config import LionError
 from tools.paper import report
 from tools.paper.long_runs import claimed, state
 from tools.paper.reporting import size_findings
-from tools.paper.studies import long_records, long_runs, long_text, plans
+from tools.paper.studies import long_records, long_runs, long_text, plans, run_settings
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS, LongRun
 
 EXHIBITS = ("Figure 2", "Figure 3", "Table A1")
@@ -31,6 +32,13 @@ def round_at(step: int, loss: float, ratio: float) -> dict[str, Any]:
     return known | numbers | {"kkt_residual": 1.0}
 
 
+def start(run: LongRun, name: str = "recipe.json") -> None:
+    """Leave the recipe of a start in the run's folder."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    content = {"settings": run.recipe().settings, "extra": [*run.flags(), run_settings.MINUTES, "50"]}
+    (run.folder / name).write_text(json.dumps(content | {"versions": {"torch": "2"}}))
+
+
 def finish(run: LongRun, loss: float) -> None:
     """Leave in the run's folder what its three phases would."""
     run.folder.mkdir(parents=True)
@@ -44,8 +52,7 @@ def finish(run: LongRun, loss: float) -> None:
         folder = run.folder / f"exact-{step}"
         folder.mkdir()
         (folder / "norm_ratio.jsonl").write_text(json.dumps(round_at(step, loss - 0.1, 7.0)) + "\n")
-    settings = run.recipe().settings
-    (run.folder / "recipe.json").write_text(json.dumps({"settings": settings, "versions": {"torch": "2"}}))
+    start(run)
     (run.folder / long_runs.PIECES).write_text('{"cpu_seconds": 1800}\n{"cpu_seconds": 900}\n')
     for name in ("held-out", "wikitext"):
         folder = run.folder / f"perplexity-{name}"
@@ -72,8 +79,6 @@ def records(tmp_path: Path) -> Path:
 
 
 def test_a_run_is_the_papers_recipe_but_for_size_batch_text_and_device(tmp_path: Path) -> None:
-    from launch.launcher import recipes
-
     own = run_of(tmp_path).recipe().settings
     papers = recipes.resolve("gpt2_small", "lion_paper", "cpu", []).settings
     changed = {key for key in own.keys() | papers.keys() if own.get(key) != papers.get(key)}
@@ -93,6 +98,42 @@ def test_exact_rounds_are_over_the_fixed_split_without_dropout(tmp_path: Path) -
     for flags in (first, *others):
         assert "--norm-ratio-batches all" in flags and "fixed_text_document" in flags
         assert "--hidden-dropout 0.0 --attention-dropout 0.0" in flags
+
+
+def test_a_run_is_resumed_only_with_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tmp_path)
+    start(run)
+    run_settings.check_folder(run.folder, run.settings())  # also with other --minutes
+    monkeypatch.setattr(long_runs, "SHAPE", long_runs.SHAPE | {"num-layers": 4})
+    with pytest.raises(LionError, match=r"gpt-lion_paper-1234 has a run with num-layers=2, not 4: remove it, or use"):
+        long_runs.train(run, minutes=20)
+    start(run, "recipe-2.json")
+    with pytest.raises(LionError, match="num-layers=2, not 4"):  # one of its starts
+        long_runs.train(run, minutes=20)
+    monkeypatch.undo()
+    with pytest.raises(LionError, match="num-layers=4, not 2"):
+        long_runs.train(run, minutes=20)
+
+
+def test_a_run_with_other_flags_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tmp_path)
+    start(run)
+    monkeypatch.setattr(long_runs, "FLAGS", (*long_runs.FLAGS, "--no-bias-gelu-fusion"))
+    with pytest.raises(LionError, match=r"flags=--rerun-mode .*, not --rerun-mode .* --no-bias-gelu-fusion "):
+        long_runs.train(run, minutes=20)
+
+
+def test_a_record_counts_only_for_a_run_with_its_settings(records: Path, tmp_path: Path) -> None:
+    run = run_of(tmp_path / "runs")
+    path = records / f"{run.name}.json"
+    run_settings.check_record(path, run.settings())
+    one = json.loads(path.read_text())
+    one["settings"]["hidden-size"] = 64
+    path.write_text(json.dumps(one))
+    with pytest.raises(
+        LionError, match=r"1234\.json is of a run with hidden-size=64, not 80: remove it, or use another"
+    ):
+        run_settings.check_record(path, run.settings())
 
 
 def searched(best: dict[str, str]) -> list[dict[str, Any]]:
@@ -121,8 +162,14 @@ def test_tuned_runs_and_sizes_have_the_best_rates_of_the_search(tmp_path: Path) 
     assert len({run.name for run in sizes}) == len(sizes) == 17
     large = [run for run in sizes if plans.WIDTHS[run.recipe()["hidden-size"]] > plans.LARGE]
     assert {(run.optimizer, run.steps) for run in large} == {("lion_paper", plans.FEW_STEPS)}
+    for run in sizes:
+        assert estimates.total_parameters(run.recipe()) == plans.WIDTHS[run.recipe()["hidden-size"]]
     with pytest.raises(LionError, match="14 of 15 runs of --study search"):
         plans.best_rates(found[1:])
+    for one in found:
+        if one["optimizer"] == "sgd_paper" and one["settings"]["lr"] < 1:
+            one["validation_loss"][str(plans.SHORT)] = float("nan")  # diverged
+    assert plans.best_rates(found)["sgd_paper"] == "1"
 
 
 def test_records_are_small_and_hold_what_the_report_needs(records: Path) -> None:

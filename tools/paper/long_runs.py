@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 from tools.corpus.shards import write_json
-from tools.paper.studies import long_records, long_runs, long_text, plans
+from tools.paper.studies import long_records, long_runs, long_text, plans, run_settings
 from tools.paper.studies.long_runs import LongRun
 
 
@@ -86,7 +86,10 @@ def main() -> None:
             print(f"{run.name:32} {state(run, options.records)}")
             continue
         with claimed(run) as is_ours:
-            if not is_ours or record_of(run, options.records).is_file():
+            if not is_ours:
+                continue
+            if (finished := record_of(run, options.records)).is_file():
+                run_settings.check_record(finished, run.settings())
                 continue
             print(f"{run.name}: {state(run, options.records)}", flush=True)
             long_runs.train(run, options.minutes)
@@ -94,8 +97,8 @@ def main() -> None:
             evaluated |= {"wikitext": options.wikitext.resolve()} if options.wikitext else {}
             long_runs.measure(run, evaluated)
             options.records.mkdir(parents=True, exist_ok=True)
-            write_json(record_of(run, options.records), long_records.record(run))
-            print(f"{run.name}: finished, {record_of(run, options.records)}", flush=True)
+            write_json(finished, long_records.record(run))
+            print(f"{run.name}: finished, {finished}", flush=True)
 
 
 if __name__ == "__main__":

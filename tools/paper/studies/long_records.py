@@ -9,14 +9,13 @@ from typing import Any
 from megatron_lion.config import LionError
 from megatron_lion.stats.writer import read_records
 from megatron_lion.training_log import TrainingLog, read_training_log
+from tools.paper.studies import run_settings
 from tools.paper.studies.long_runs import PIECES, LongRun, read_exact
 
 ROUND_KEYS = ("iteration", "loss", "l1", "l2", "snr", "converged")
 EXACT_KEYS = ("loss", "l1", "l2", "ratio", "ratio_over_sqrt_d", "tokens", "kkt_residual")
 SECONDS_AN_HOUR = 3600
 LOSS_INTERVAL = 1000
-# Settings that are the same for all runs, or name folders, are left out of the record.
-LEFT_OUT = ("data", "-path", "-file", "run", "save", "load", "tensorboard-dir", "slurm", "gpu", "distributed")
 
 
 def record(run: LongRun) -> dict[str, Any]:
@@ -25,7 +24,6 @@ def record(run: LongRun) -> dict[str, Any]:
     rounds = read_records(run.folder / "norm_ratio.jsonl")
     exact = read_exact(run)
     recipe = json.loads((run.folder / "recipe.json").read_text(encoding="utf-8"))
-    settings = {key: value for key, value in recipe["settings"].items() if not _is_left_out(key)}
     return {
         "name": run.name,
         "study": run.study,
@@ -37,7 +35,7 @@ def record(run: LongRun) -> dict[str, Any]:
         "cpu_hours": round(_cpu_seconds(run.folder / PIECES) / SECONDS_AN_HOUR, 2),
         "tokens": run.text.counts(),
         "versions": recipe["versions"],
-        "settings": settings,
+        "settings": run_settings.kept(recipe["settings"], recipe["extra"]),
         "training_loss": _means(log),
         "validation_loss": dict(sorted(log.validation.items())),
         "round_batches": rounds[-1]["batches"],
@@ -61,10 +59,6 @@ def read(folder: Path) -> list[dict[str, Any]]:
             raise LionError(f"{path} is not a record of tools/paper/long_runs.py ({error!r}): remove it") from error
         found.append(content)
     return found
-
-
-def _is_left_out(key: str) -> bool:
-    return any(key == part or key.startswith(f"{part}-") or key.endswith(part) for part in LEFT_OUT)
 
 
 def _means(log: TrainingLog) -> dict[int, float]:

@@ -18,6 +18,7 @@ from typing import Any
 from launch.launcher import child_process, commands, recipes
 from megatron_lion.config import LionError
 from megatron_lion.stats.writer import read_records
+from tools.paper.studies import run_settings
 from tools.paper.studies.long_text import VOCABULARY, LongText
 from tools.paper.studies.megatron_runs import CPU, PRETRAIN, ROOT, MegatronRun, run_all
 
@@ -26,10 +27,19 @@ EVALUATE = ROOT / "tools" / "eval_wikitext103.py"
 STEPS = 50_000
 CHECKPOINTS = tuple(range(10_000, STEPS + 1, 10_000))  # of table A1
 # All that differs from the paper's recipe of the model. GPT-2 Small has 12 layers and 12 heads, BERT-Small 4 and 8.
-SHAPE = {"num-layers": 4, "hidden-size": 64, "num-attention-heads": 4, "seq-length": 64, "max-position-embeddings": 64}
+SHAPE = {"num-layers": 2, "hidden-size": 80, "num-attention-heads": 4, "seq-length": 64, "max-position-embeddings": 64}
 BATCH = {"global-batch-size": 4, "micro-batch-size": 4}
+# Without some of Megatron's checks and logs of each step. The weights are the same.
+FLAGS = (
+    *("--rerun-mode", "disabled"),
+    *("--tensorboard-log-interval", "100"),
+    "--no-check-for-nan-in-loss-and-grad",
+    "--no-bias-dropout-fusion",  # its compiler is off on a CPU, but is called
+    "--no-create-attention-mask-in-dataloader",  # made once instead of for each batch
+)
 RECIPES = {"gpt": "gpt2_small", "bert": "bert_small"}
 SAVE_INTERVAL = 1000  # a run that is killed repeats at most so many steps
+EXACT_BATCH = ("global-batch-size=16", "micro-batch-size=16")  # of exact rounds, whose result does not depend on it
 WINDOW_STEP = 32  # tokens between the windows of a perplexity
 PIECES = "pieces.jsonl"
 
@@ -82,20 +92,29 @@ class LongRun:
         """The resolved recipe, with further ``key=value`` changes."""
         return recipes.resolve(RECIPES[self.model], self.optimizer, "cpu", [*self.overrides(), *changes])
 
+    def flags(self) -> list[str]:
+        """Megatron's flags that are no keys of a recipe."""
+        kept = self.checkpoints[0] if self.checkpoints else self.steps
+        return [*FLAGS, "--save-retain-interval", str(kept)]
+
+    def settings(self) -> dict[str, Any]:
+        """All settings and flags that the run's result depends on, as its record has them."""
+        return run_settings.kept(self.recipe().settings, self.flags())
+
     def command(self, minutes: int) -> list[str]:
         """The command line of one piece of the training."""
         names = [RECIPES[self.model], self.optimizer, "cpu"]
-        kept = self.checkpoints[0] if self.checkpoints else self.steps
-        extra = ["--save-retain-interval", str(kept), "--exit-duration-in-mins", str(minutes)]
+        extra = [*self.flags(), run_settings.MINUTES, str(minutes)]
         return [sys.executable, str(LAUNCH), *names, *self.overrides(), "--", *extra]
 
 
 def train(run: LongRun, minutes: int) -> None:
     """Train to the last step, in pieces of at most ``minutes``. Each resumes from the checkpoint of the one before.
 
-    Raises LionError where a piece fails or ends without a new checkpoint, and SystemExit after SIGTERM, when the run
-    has saved.
+    Raises LionError where the folder has a run with other settings, and where a piece fails or ends without a new
+    checkpoint. Raises SystemExit after SIGTERM, when the run has saved.
     """
+    run_settings.check_folder(run.folder, run.settings())
     while (before := run.last_step) < run.steps:
         began, used = time.time(), _seconds_of_children()
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -133,13 +152,13 @@ def exact_rounds(run: LongRun) -> list[MegatronRun]:
     for step in measured_steps(run):
         folder = run.folder / f"exact-{step}"
         recipe = run.recipe(
-            *("hidden-dropout=0", "attention-dropout=0", f"train-data-path={run.text.fixed_split}"),
+            *("hidden-dropout=0", "attention-dropout=0", f"train-data-path={run.text.fixed_split}", *EXACT_BATCH),
             *("norm-ratio-batches=all", "norm-ratio-interval=1000000", "norm-ratio-at-start=true"),
             *(f"norm-ratio-file={folder}/norm_ratio.jsonl", f"save={folder}/unused", f"train-iters={run.steps + 1}"),
             *("eval-iters=0", f"load={run.folder if step else folder}/checkpoints"),
         )
-        extra = ["--exit-interval", "1"] + ["--ckpt-step", str(step), "--no-load-optim", "--no-load-rng"] * bool(step)
-        flags = " ".join(commands.training_flags(recipe, extra))
+        loaded = ["--ckpt-step", str(step), "--no-load-optim", "--no-load-rng"] if step else []
+        flags = " ".join(commands.training_flags(recipe, [*FLAGS, "--exit-interval", "1", *loaded]))
         found.append(MegatronRun(folder=folder, flags=flags, script=PRETRAIN[run.model]))
     return found
 

@@ -5,6 +5,7 @@
 rates.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ RATES = {
 }
 # As the paper's recipes have it: the search is over the rate only.
 COMMON = ("weight-decay=0.01", "norm-ratio-interval=1000")
-# Four layers each; d is 47 thousand to 9.5 million. Above 2 million parameters: Lion only, 1,000 steps.
-WIDTHS = {16: 46_944, 32: 118_464, 64: 335_232, 104: 744_432, 160: 1_575_360, 256: 3_700_224, 424: 9_547_632}
+# Of as many layers as all runs; d is 40 thousand to 9.7 million. Above 2 million parameters: Lion only, 1,000 steps.
+WIDTHS = {16: 40_384, 40: 124_000, 80: 324_800, 128: 667_136, 192: 1_295_616, 328: 3_283_936, 592: 9_678_016}
 LARGE, FEW_STEPS = 2_000_000, 1000
 
 
@@ -93,7 +94,7 @@ PLANS: dict[str, Callable[[Path, dict[str, LongText], Records], list[LongRun]]] 
 
 
 def best_rates(records: Records) -> dict[str, str]:
-    """The rate of each optimizer with the lowest held-out loss at the search's last step.
+    """The rate of each optimizer with the lowest held-out loss at the search's last step. A NaN is no loss.
 
     Raises LionError where the search is not finished.
     """
@@ -101,7 +102,8 @@ def best_rates(records: Records) -> dict[str, str]:
     for record in records:
         if record["study"] == "search":
             rate = f"{record['settings']['lr']:g}"
-            losses[record["optimizer"]][rate] = record["validation_loss"][str(SHORT)]
+            loss = record["validation_loss"][str(SHORT)]
+            losses[record["optimizer"]][rate] = loss if math.isfinite(loss) else math.inf
     done = sum(len(by_rate) for by_rate in losses.values())
     if done < (all_of := sum(map(len, RATES.values()))):
         raise LionError(f"{done} of {all_of} runs of --study search are finished; finish it first, it gives the rates")
