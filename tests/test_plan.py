@@ -8,7 +8,7 @@ import torch
 
 from megatron_lion import kernels, plan
 from megatron_lion.integration.optimizer.sharded_lion import ShardedLion
-from megatron_lion.kernels.digits import with_digits
+from megatron_lion.kernels.digits import lion_update_with_digits_
 from megatron_lion.telemetry import Telemetry
 from megatron_lion.update import lion_update_
 from tests.test_kernels import assert_same_bits
@@ -175,8 +175,7 @@ def with_new_digits(lion, params):
 
 def test_new_digits_are_written_by_the_plan_of_the_last_step_and_are_free_after_it(monkeypatch):
     lion, params, plans = made(monkeypatch)
-    update = with_digits(lion_update_, "reference", torch.device("cpu"))
-    monkeypatch.setattr(kernels, "choose", lambda *args, digits: update if digits else lion_update_)
+    monkeypatch.setattr(kernels, "choose", lambda *args, digits: lion_update_with_digits_ if digits else lion_update_)
     with_new_digits(lion, params)
     assert len(plans) == 2, "without digits, then with them"
     digits = with_new_digits(lion, params)

@@ -40,7 +40,7 @@ def difference(kernel, kind, numel=NUMEL, telemetry=False):
 
 
 @pytest.mark.parametrize("kind", [PLAIN, COMPACT], ids=["plain", "compact"])
-@pytest.mark.parametrize("kernel", [broken_kernels.foreach, lion_update_fused_, lion_update_triton_])
+@pytest.mark.parametrize("kernel", [lion_update_foreach_, lion_update_fused_, lion_update_triton_])
 def test_intact_kernels_pass(kernel, kind):
     assert difference(kernel, kind, telemetry=kernel is not lion_update_triton_) is None
 

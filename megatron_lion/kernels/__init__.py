@@ -6,7 +6,7 @@ import torch
 
 from megatron_lion.config import KERNELS, LionError
 from megatron_lion.kernels import compiler, self_check
-from megatron_lion.kernels.digits import with_digits
+from megatron_lion.kernels.digits import lion_update_with_digits_
 from megatron_lion.kernels.foreach import lion_update_foreach_
 from megatron_lion.kernels.fused import fused_problem, fused_supports, lion_update_fused_, supports_dtypes
 from megatron_lion.step import LionUpdate, StepKind
@@ -28,9 +28,7 @@ def choose(kernel: str, kind: StepKind, *, digits: bool = False) -> LionUpdate:
         LionError: ``"fused"`` cannot be used; the message has the reason.
     """
     update = _choose(kernel, kind)
-    if digits and update in (lion_update_foreach_, lion_update_):  # the others write them in their only pass
-        return with_digits(update, kernel, kind.device)
-    return update
+    return lion_update_with_digits_ if digits and update is lion_update_ else update
 
 
 def _choose(kernel: str, kind: StepKind) -> LionUpdate:

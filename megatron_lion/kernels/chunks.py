@@ -19,7 +19,8 @@ class Piece(NamedTuple):
     model_copy: Tensor | None
     remainder: Tensor | None
     scale: Tensor | None
-    layout: BlockLayout | None
+    digits: Tensor | None = None
+    layout: BlockLayout | None = None
 
 
 class Chunk(NamedTuple):
@@ -31,6 +32,7 @@ class Chunk(NamedTuple):
     model_copies: list[Tensor] | None
     remainders: list[Tensor] | None
     scales: list[Tensor] | None
+    digits: list[Tensor] | None
     layout: BlockLayout | None
 
 
@@ -42,8 +44,12 @@ def chunks_of(tensors: StepTensors, limit: int) -> Iterator[Chunk]:
     """
     by_layout: defaultdict[BlockLayout | None, list[Piece]] = defaultdict(list)
     alone: list[list[Piece]] = []
-    for entry in tensors.entries():
-        whole = Piece(*entry) if tensors.scales is not None else Piece(*entry)._replace(layout=None)
+    for index, (*roles, layout) in enumerate(tensors.entries()):
+        whole = Piece(*roles)
+        if tensors.scales is not None:
+            whole = whole._replace(layout=layout)
+        if tensors.digits is not None:
+            whole = whole._replace(digits=tensors.digits[index])
         for piece in _pieces(whole, limit):
             if piece.layout is None:
                 by_layout[None].append(piece)

@@ -1,7 +1,4 @@
-"""The digits of a step (:mod:`megatron_lion.exchange.digits`) for kernels that make several passes over memory.
-
-The one-pass kernels, in C++ and Triton, write them themselves.
-"""
+"""The reference step with digits (:mod:`megatron_lion.exchange.digits`). The other kernels write them themselves."""
 
 import dataclasses
 import itertools
@@ -11,38 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lion.kernels.exchange import choose_exchange
-from megatron_lion.step import LionUpdate, StepScalars, StepTensors
+from megatron_lion.exchange.digits import sign_digits
+from megatron_lion.step import StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
-from megatron_lion.update import inputs, lion_sign
+from megatron_lion.update import inputs, lion_sign, lion_update_
 
 # Elements with old parameters and signs that are kept at a time: 3 to 5 bytes each.
 MAX_NUMEL = 1 << 24
 
 
-def with_digits(update: LionUpdate, kernel: str, device: torch.device) -> LionUpdate:
-    """``update``, preceded by a pass that computes the signs and followed by one that writes ``tensors.digits``.
+@torch.no_grad()
+def lion_update_with_digits_(tensors: StepTensors, scalars: StepScalars, telemetry: Telemetry | None = None) -> None:
+    """:func:`megatron_lion.update.lion_update_`, after a pass for the signs and before one that writes the digits.
 
-    ``kernel`` is one of :data:`megatron_lion.config.KERNELS`, and chooses how the second pass is computed.
+    Raises ValueError if there are digits and the step may be skipped on the device.
     """
-    sign_digits = choose_exchange(kernel, device).sign_digits
-
-    @torch.no_grad()
-    def update_(tensors: StepTensors, scalars: StepScalars, telemetry: Telemetry | None = None) -> None:
-        if tensors.digits is None:
-            update(tensors, scalars, telemetry)
-            return
-        refuse_skip(scalars)
-        lr, beta1, _, weight_decay, grad_scale = scalars.on_host()
-        rates = {"lr": lr, "weight_decay": weight_decay, "half_away": tensors.remainders is not None}
-        for some in _pieces(tensors):
-            signs = [_sign(entry, beta1, grad_scale) for entry in some.entries()]
-            before = [param.clone() for param in some.model_params]
-            update(dataclasses.replace(some, digits=None), scalars, telemetry)
-            for digits, old, new, sign in zip(some.digits or (), before, some.model_params, signs, strict=True):
-                digits.copy_(sign_digits(old, new, sign, **rates).view(digits.shape))
-
-    return update_
+    if tensors.digits is None:
+        lion_update_(tensors, scalars, telemetry)
+        return
+    refuse_skip(scalars)
+    lr, beta1, _, weight_decay, grad_scale = scalars.on_host()
+    half_away = tensors.remainders is not None
+    for some in _pieces(tensors):
+        signs = [_sign(entry, beta1, grad_scale) for entry in some.entries()]
+        before = [param.clone() for param in some.model_params]
+        lion_update_(dataclasses.replace(some, digits=None), scalars, telemetry)
+        for digits, old, new, sign in zip(some.digits or (), before, some.model_params, signs, strict=True):
+            made = sign_digits(old, new, sign, lr=lr, weight_decay=weight_decay, half_away=half_away)
+            digits.copy_(made.view(digits.shape))
 
 
 def refuse_skip(scalars: StepScalars) -> None:

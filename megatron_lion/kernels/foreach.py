@@ -6,7 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_lion.exchange.digits import sign_digits
 from megatron_lion.kernels.chunks import Chunk, chunks_of
+from megatron_lion.kernels.digits import refuse_skip
 from megatron_lion.precision import BLOCK, BlockLayout, dequantize, join_master, quantize, split_master
 from megatron_lion.step import StepKind, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
@@ -16,7 +18,7 @@ from megatron_lion.update import compute_dtype
 # kernels, not their launches, take the time. On a CPU the temporaries must stay in the cache and in memory that malloc
 # keeps: with 2^26 elements the system mapped them page by page in every step, which took 5 times as long.
 MAX_NUMEL = 1 << 24
-MAX_NUMEL_SMALL = 1 << 22  # packed state and telemetry need more bytes per element
+MAX_NUMEL_SMALL = 1 << 22  # packed state, telemetry and digits need more bytes per element
 MAX_NUMEL_CPU = 1 << 18
 
 
@@ -25,22 +27,25 @@ def lion_update_foreach_(tensors: StepTensors, scalars: StepScalars, telemetry: 
     """:func:`megatron_lion.update.lion_update_` for tensors of any storage; the same bits, in place.
 
     Temporary memory is bounded by one chunk: at most ``MAX_NUMEL`` elements (``MAX_NUMEL_SMALL`` with remainders, int8
-    momentum or telemetry, ``MAX_NUMEL_CPU`` on a CPU), more only for larger tensors that are not contiguous. Per
-    element of a chunk it takes 12 bytes for fp32 masters and momenta, 16 to 20 if those are bf16, 26 to 30 with
-    remainders or int8 momentum, and up to 60 with telemetry: on a GPU at most 336 MB. Issues no collective.
+    momentum, telemetry or digits, ``MAX_NUMEL_CPU`` on a CPU), more only for larger tensors that are not contiguous.
+    Per element of a chunk it takes 12 bytes for fp32 masters and momenta, 16 to 20 if those are bf16, 26 to 30 with
+    remainders or int8 momentum, up to 60 with telemetry, and up to 30 more with digits: on a GPU at most 380 MB. Issues
+    no collective. Raises ValueError if there are digits and the step may be skipped on the device.
     """
+    if tensors.digits is not None:
+        refuse_skip(scalars)
     if tensors.kind is None or scalars.skips():
         return
     numbers = scalars.on_host()
-    for chunk in chunks_of(tensors, _limit(tensors.kind, telemetry)):
+    for chunk in chunks_of(tensors, _limit(tensors.kind, telemetry, tensors.digits)):
         _update_chunk(chunk, numbers, telemetry)
 
 
-def _limit(kind: StepKind, telemetry: Telemetry | None) -> int:
+def _limit(kind: StepKind, telemetry: Telemetry | None, digits: list[Tensor] | None) -> int:
     """Maximum elements of a chunk."""
     if kind.device.type == "cpu":
         return MAX_NUMEL_CPU
-    return MAX_NUMEL if telemetry is None and not kind.is_packed else MAX_NUMEL_SMALL
+    return MAX_NUMEL if telemetry is None and digits is None and not kind.is_packed else MAX_NUMEL_SMALL
 
 
 def _update_chunk(chunk: Chunk, numbers: tuple[float, float, float, float, float], telemetry: Telemetry | None) -> None:
@@ -61,6 +66,7 @@ def _update_chunk(chunk: Chunk, numbers: tuple[float, float, float, float, float
     steps = list(torch._foreach_mul(momenta, beta1))
     torch._foreach_add_(steps, torch._foreach_mul(grads, 1.0 - beta1))
     torch._foreach_sign_(steps)
+    write_digits = _digits_of(chunk, steps, lr, weight_decay)
     if telemetry is not None:
         telemetry.add_direction(*map(_flat, (steps, grads, momenta)))
     torch._foreach_add_(steps, torch._foreach_mul(thetas, weight_decay))
@@ -73,10 +79,26 @@ def _update_chunk(chunk: Chunk, numbers: tuple[float, float, float, float, float
         torch._foreach_copy_(chunk.model_copies, thetas)
     store_thetas()
     del thetas, store_thetas
+    write_digits()
     torch._foreach_mul_(momenta, beta2)
     torch._foreach_add_(momenta, torch._foreach_mul(grads, 1.0 - beta2))
     del grads
     store_momenta()
+
+
+def _digits_of(chunk: Chunk, signs: list[Tensor], lr: float, weight_decay: float) -> Callable[[], None]:
+    """Keep the signs and the model's parameters from before the step. Returns what writes the digits after it."""
+    if (written := chunk.digits) is None:
+        return lambda: None
+    params = chunk.masters if chunk.model_copies is None else chunk.model_copies
+    old, sign = _flat(params).clone(), _flat(signs).to(torch.int8)
+
+    def write() -> None:
+        half_away = chunk.remainders is not None
+        digits = sign_digits(old, _flat(params), sign, lr=lr, weight_decay=weight_decay, half_away=half_away)
+        torch._foreach_copy_(written, _shaped(digits, written))
+
+    return write
 
 
 def _values(

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_lion.kernels import compiler
-from megatron_lion.kernels.digits import refuse_skip, with_digits
+from megatron_lion.kernels.digits import lion_update_with_digits_, refuse_skip
 from megatron_lion.step import ROLES, StepKind, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
-from megatron_lion.update import lion_update_
 
 # The kernel's numbers for storage formats (Kind in lion_cpu.cpp).
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
@@ -58,7 +57,7 @@ def lion_update_fused_(tensors: StepTensors, scalars: StepScalars, telemetry: Te
     contiguous = tensors.are_contiguous()
     if not all(contiguous):
         others = tensors.select([not entry for entry in contiguous])
-        with_digits(lion_update_, "reference", tensors.kind.device)(others, scalars, telemetry)
+        lion_update_with_digits_(others, scalars, telemetry)
         tensors = tensors.select(contiguous)
     if tensors.kind is not None:
         _update_contiguous(kernel, tensors, tensors.kind, scalars, telemetry)

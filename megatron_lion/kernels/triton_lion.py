@@ -9,13 +9,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lion.kernels.digits import refuse_skip, with_digits
+from megatron_lion.kernels.digits import lion_update_with_digits_, refuse_skip
 from megatron_lion.kernels.fused import supports_dtypes
 from megatron_lion.kernels.triton_lion_kernel import SIZE, lion_kernel
 from megatron_lion.kernels.triton_lion_table import LaunchTable, digit_addresses, launch_table
 from megatron_lion.step import StepKind, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
-from megatron_lion.update import lion_update_
 
 # bf16 is read and written as integers: Triton's interpreter flushes bf16 denormals and rounds its casts differently.
 MAY_BE_ON_DEVICE = ("lr", "weight_decay", "grad_scale")  # in the order of the kernel's ON_DEVICE
@@ -51,7 +50,7 @@ def lion_update_triton_(tensors: StepTensors, scalars: StepScalars, telemetry: T
         raise ValueError(f"the Triton kernel does not support {kind}; use kernels.choose")
     if tensors.launch is None and not all(contiguous := tensors.are_contiguous()):
         others = tensors.select([not entry for entry in contiguous])
-        with_digits(lion_update_, "reference", kind.device)(others, scalars, telemetry)
+        lion_update_with_digits_(others, scalars, telemetry)
         lion_update_triton_(tensors.select(contiguous), scalars, telemetry)
         return
     arguments = _arguments(kind, scalars)

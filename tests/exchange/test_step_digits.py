@@ -7,7 +7,7 @@ import torch
 
 from megatron_lion.exchange.digits import EXCEPTION
 from megatron_lion.exchange.message import Run, WireFormat
-from megatron_lion.kernels import choose
+from megatron_lion.kernels import choose, foreach
 from megatron_lion.kernels import digits as passes
 from megatron_lion.kernels.fused import lion_update_fused_
 from megatron_lion.precision import BlockLayout, quantize, split_master
@@ -77,6 +77,7 @@ def test_the_digits_of_a_step_replay_it(
     if kernel in ONE_PASS and pieces == 600:
         pytest.skip("has no pieces")
     monkeypatch.setattr(passes, "MAX_NUMEL", pieces)
+    monkeypatch.setattr(foreach, "MAX_NUMEL_CPU", pieces)
     scalars = StepScalars(LR, 0.9, 0.95, WEIGHT_DECAY, grad_scale=0.37)
     expected, actual = step(storage), on(device_of(kernel), step(storage))
     old = torch.cat(expected.model_params).clone()
@@ -100,7 +101,7 @@ def test_the_digits_of_a_step_replay_it(
 
 
 def test_a_step_that_the_device_may_skip_has_no_digits() -> None:
-    for kernel in ("reference", *ONE_PASS):
+    for kernel in ("reference", "foreach", *ONE_PASS):
         tensors = on(device_of(kernel), step("fp32"))
         update = chosen(kernel, tensors.kind)
         with pytest.raises(ValueError, match="cannot be skipped on the device: use skip=None"):

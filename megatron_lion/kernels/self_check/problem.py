@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_lion.kernels.digits import with_digits
+from megatron_lion.kernels.digits import lion_update_with_digits_
 from megatron_lion.precision import BlockLayout, quantize, split_master
 from megatron_lion.step import ROLES, LionUpdate, StepKind, StepScalars, StepTensors
 from megatron_lion.telemetry import Telemetry
-from megatron_lion.update import lion_update_
 
 Buffers = dict[str, Tensor]
 
@@ -70,7 +69,6 @@ def first_difference(update: LionUpdate, kind: StepKind, numel: int, *, telemetr
     them with scalars on the device and, if asked, telemetry, and one with digits; then one that is to be skipped. The
     result names the first role, tensor and element that differ. Issues no collective.
     """
-    reference = with_digits(lion_update_, "reference", kind.device)
     spans = _spans([*SMALL, (SPECIALS, 0, BlockLayout(0, SPECIALS)), (numel, 0, BlockLayout(0, 4096))])
     on_cpu = _filled(kind, spans)
     got, expected = ({role: flat.to(kind.device, copy=True) for role, flat in on_cpu.items()} for _ in range(2))
@@ -79,9 +77,9 @@ def first_difference(update: LionUpdate, kind: StepKind, numel: int, *, telemetr
         scalars = _on_device(kind, step) if number == ON_DEVICE else step
         measures = telemetry and number == ON_DEVICE
         sums: list[Telemetry | None] = [Telemetry(), Telemetry()] if measures else [None, None]
-        for buffers, kernel, total in zip((got, expected), (update, reference), sums, strict=True):
+        for buffers, kernel, total in zip((got, expected), (update, lion_update_with_digits_), sums, strict=True):
             _step(kernel, buffers, spans, scalars, total, digits=number == DIGITS)
-        _step(reference, on_cpu, spans[:-1], step, digits=number == DIGITS)
+        _step(lion_update_with_digits_, on_cpu, spans[:-1], step, digits=number == DIGITS)
         start = {role: got[role][: end[role]].cpu() for role in got}
         expected_start = {role: flat[: end[role]] for role, flat in on_cpu.items()}
         found = (
