@@ -57,6 +57,17 @@ def test_gradients_of_the_ranks_are_those_of_their_sequences(arm: str) -> None:
     assert error == 0 if arm == "fp32" else 0 < error < 0.2
 
 
+def test_ranks_with_the_same_gradient_vote_for_the_step_of_their_mean() -> None:
+    """Which is clipped: unclipped gradients of early steps stay in the momentum for long."""
+    vote, bucket, momentum = ARMS["vote"](), object(), torch.zeros(64)
+    for step, norm in enumerate((30.0, 0.1, 2.0)):
+        gradient = torch.randn(64, generator=torch.Generator().manual_seed(step))
+        gradient *= norm / gradient.norm()
+        clipped = gradient * min(1.0, 1.0 / norm)
+        assert torch.equal(vote(bucket, [gradient / 4] * 4), 4 * torch.sign(0.9 * momentum + 0.1 * clipped))
+        momentum = 0.95 * momentum + 0.05 * clipped
+
+
 def test_a_study_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run has one record, made once, and the learning rate is the best of the uncompressed arm."""
     tokens = (numpy.arange(700) * 7 % 32).astype("uint16")  # can be learned, so that a learning rate is the best

@@ -14,11 +14,11 @@ from megatron_lion.config import PAPER_BETAS
 from megatron_lion.lion import Lion
 from megatron_lion.update import lion_sign
 from tools.paper.studies.rank_gpt import Shape, gradients, mean_loss
-from tools.paper.studies.reduce_arms import ARMS, PackedBlocks, Reduce
+from tools.paper.studies.reduce_arms import ARMS, PackedBlocks, Reduce, clipped
 
 RANKS = 4
 ALIGNMENT = 64  # of the start of a parameter in the buffer, as in Megatron's
-WEIGHT_DECAY, CLIP = 0.1, 1.0
+WEIGHT_DECAY = 0.1
 WARMUP, FINAL_LR = 20, 0.1  # steps, and the share of the peak that the cosine ends at
 VALIDATION = 256  # sequences
 SAMPLES = 10  # steps of a run in which signs are compared
@@ -96,7 +96,7 @@ def train(arm: str, shape: Shape, corpus: Corpus, *, seed: int, steps: int, lr: 
         is_sampled = not votes and step % (steps // SAMPLES) == steps // SAMPLES - 1
         reduced, share = _reduce(reduce, bucket, of_ranks, is_sampled=is_sampled)
         if not votes:
-            reduced = _clipped(reduced)
+            reduced = clipped(reduced)
         if is_sampled:
             samples.append((_unlike_signs(lion, bucket, reduced, of_ranks.sum(0)), share))
         for name, gradient in bucket.views(reduced).items():
@@ -130,7 +130,7 @@ def _unlike_signs(lion: Lion, bucket: Bucket, reduced: Tensor, exact: Tensor) ->
     """The share of the elements of matrices with another sign(c) than with the exact gradient, clipped by itself."""
     unlike = elements = 0
     for received, param, uncompressed in zip(
-        bucket.views(reduced).values(), bucket.params.values(), bucket.views(_clipped(exact)).values(), strict=True
+        bucket.views(reduced).values(), bucket.params.values(), bucket.views(clipped(exact)).values(), strict=True
     ):
         if param.dim() > 1:
             momentum = lion.state[param]["exp_avg"]
@@ -138,10 +138,6 @@ def _unlike_signs(lion: Lion, bucket: Bucket, reduced: Tensor, exact: Tensor) ->
             unlike += int(torch.ne(*signs).sum())
             elements += param.numel()
     return unlike / elements
-
-
-def _clipped(gradient: Tensor) -> Tensor:
-    return gradient * min(1.0, CLIP / (float(gradient.norm()) + 1e-6))
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -16,6 +16,13 @@ from megatron_lion.integration.exchange.bucket_reduction import BucketReduction
 from megatron_lion.integration.exchange.levels import flat
 from megatron_lion.kernels.reduce import choose_reduce
 
+CLIP = 1.0  # the largest norm of a gradient
+
+
+def clipped(gradient: Tensor) -> Tensor:
+    """``gradient``, scaled to the norm ``CLIP`` where it is larger."""
+    return gradient * min(1.0, CLIP / (float(gradient.norm()) + 1e-6))
+
 
 class Rank:
     """A place in a group of ranks that does not exist."""
@@ -94,7 +101,7 @@ class OneBit:
 class Vote:
     """Distributed Lion: the majority of sign(c) of each rank's own momentum. Another algorithm, for reference.
 
-    The votes replace the gradient, for a Lion with beta1 = 0, and without clipping.
+    Each rank clips its own gradient. The votes replace the sum, for a Lion with beta1 = 0 that does not clip them.
     """
 
     BETA1, BETA2 = 0.9, 0.95
@@ -106,8 +113,9 @@ class Vote:
         momenta = self._momenta.setdefault(id(bucket), [torch.zeros_like(g) for g in gradients])
         votes = torch.zeros_like(gradients[0])
         for rank, gradient in enumerate(gradients):
-            votes += torch.sign(self.BETA1 * momenta[rank] + (1 - self.BETA1) * gradient)
-            momenta[rank] = self.BETA2 * momenta[rank] + (1 - self.BETA2) * gradient
+            own = clipped(len(gradients) * gradient)  # which was divided by the number of ranks
+            votes += torch.sign(self.BETA1 * momenta[rank] + (1 - self.BETA1) * own)
+            momenta[rank] = self.BETA2 * momenta[rank] + (1 - self.BETA2) * own
         return votes
 
 
