@@ -51,7 +51,7 @@ def test_runs_that_cross_shards_are_replayed_and_the_rest_is_untouched(kernels, 
 @EVERY_KERNEL
 @EVERY_FORMAT
 def test_shards_are_replayed_in_parts(kernels, dtype, half_away):
-    """Each in messages of its own, with ends anywhere in a run."""
+    """Each part has its own messages, and may end anywhere in a run."""
     numel, ranks, own = 1300, 3, 1
     old, new, _, digits = one_step(numel * ranks, RUNS, dtype, half_away)
     params, (new_of, digits_of) = old, (new.view(ranks, numel), digits.view(ranks, numel))

@@ -163,7 +163,7 @@ def save(args: argparse.Namespace, model: Any, optimizer: Any, iteration: int) -
         folder.mkdir(parents=True)
     torch.distributed.barrier()
     gathers = args.overlap and not args.save_stale
-    if gathers:  # as Megatron's own loop does: the gather of the last step has not begun
+    if gathers:  # as Megatron's loop does: else the gather of the last step waits for the next forward pass
         model.disable_forward_pre_hook()
     dist_checkpointing.save(sharded_state(args, model, optimizer), str(folder))
     if gathers:

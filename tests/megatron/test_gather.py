@@ -353,7 +353,7 @@ FAULTS = {
 def test_each_mistake_in_the_exchange_is_found(text: Path, tmp_path: Path, fault: str) -> None:
     """The checks above fail with a mistake in the exchange, and pass without."""
     is_load = fault.endswith("load")
-    # After step 5, whose signs are not of the parameters of step 4 that are loaded.
+    # The checkpoint of step 4 is loaded after step 5: the signs of step 5 do not belong to these parameters.
     options = {"environment": {"GATHER_RELOAD": "5"}, "saves": 2} if is_load else {}
     row = FAULTS[fault]
     right, wrong = (

@@ -45,11 +45,11 @@ trains the weights that four real ranks train, bit for bit (`tests/tools/test_re
     python -m tools.paper.reduce_study train --data runs/text --records docs/results/reduce-study.jsonl
     python -m tools.paper.reduce_study page --records docs/results/reduce-study.jsonl > docs/results/reduce-study.md
 
-28 and 29 November 2026, one core of an Intel Xeon that other work shared; this changes the times, not the losses. Python's
-documentation, a vocabulary of 512, 2 sequences of 64 tokens a rank and step, betas 0.9 and 0.95, weight decay 0.1,
-clipping at 1, 20 steps of warm-up and a cosine to a tenth. The learning rate is the best for `fp32` at 300 steps,
-and the same for all arms. Seeds are those of the initialization and of the data. `fp32` is the exact sum. `bf16`
-rounds gradients before they are sent, which is the noise of a common setting. `1bit` has fp32 error feedback;
+28 and 29 November 2026, one core of an Intel Xeon that other work shared; this changes the times, not the losses.
+Python's documentation, a vocabulary of 512, 2 sequences of 64 tokens a rank and step, betas 0.9 and 0.95, weight
+decay 0.1, clipping at 1, 20 steps of warm-up and a cosine to a tenth. The learning rate is the best for `fp32` at
+300 steps, and the same for all arms. Seeds are those of the initialization and of the data. `fp32` is the exact
+sum. `bf16` rounds gradients before they are sent, which is the noise of a common setting. `1bit` has fp32 error feedback;
 `vote` is Distributed Lion with majority vote, where each rank clips its own gradient. The package has neither of
 the two, and their learning rate was not tuned either. An arm has no verdict before all its seeds are finished.
 

@@ -26,8 +26,8 @@ class Sample(NamedTuple):
 class BucketReduction:
     """Reduces one bucket's gradient in packed blocks, and keeps the residuals.
 
-    1-D parameters, and parameters whose gradient is reduced once more, are sent unchanged. This rank's own shard is
-    not sent.
+    1-D parameters are sent unchanged. So are parameters whose gradient Megatron reduces a second time. This rank's own
+    shard is not sent.
 
     Args:
         bucket: Megatron's. Each data-parallel rank owns an equal piece of its ``grad_data``, the shard.

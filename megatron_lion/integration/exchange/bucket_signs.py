@@ -123,7 +123,7 @@ class BucketSigns:
 
 
 class SentPart(NamedTuple):
-    """Messages of a part of each shard that are being gathered."""
+    """The gather of one part's messages, which has started."""
 
     work: Any
     messages: Tensor
@@ -132,7 +132,7 @@ class SentPart(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """A bucket whose messages are being gathered."""
+    """The gather of a bucket's messages, which has started."""
 
     signs: BucketSigns
     sent: list[SentPart]

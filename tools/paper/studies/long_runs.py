@@ -39,7 +39,7 @@ FLAGS = (
 )
 RECIPES = {"gpt": "gpt2_small", "bert": "bert_small"}
 SAVE_INTERVAL = 1000  # a run that is killed repeats at most so many steps
-EXACT_BATCH = ("global-batch-size=16", "micro-batch-size=16")  # of exact rounds, whose result does not depend on it
+EXACT_BATCH = ("global-batch-size=16", "micro-batch-size=16")  # only faster: exact rounds give the same with any batch
 WINDOW_STEP = 32  # tokens between the windows of a perplexity
 PIECES = "pieces.jsonl"
 

@@ -94,7 +94,7 @@ PLANS: dict[str, Callable[[Path, dict[str, LongText], Records], list[LongRun]]] 
 
 
 def best_rates(records: Records) -> dict[str, str]:
-    """The rate of each optimizer with the lowest held-out loss at the search's last step. A NaN is no loss.
+    """The rate of each optimizer with the lowest held-out loss at the search's last step. Diverged runs are not chosen.
 
     Raises LionError where the search is not finished.
     """
