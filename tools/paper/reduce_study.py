@@ -49,9 +49,10 @@ trains the weights that four real ranks train, bit for bit (`tests/tools/test_re
 Python's documentation, a vocabulary of 512, 2 sequences of 64 tokens a rank and step, betas 0.9 and 0.95, weight
 decay 0.1, clipping at 1, 20 steps of warm-up and a cosine to a tenth. The learning rate is the best for `fp32` at
 300 steps, and the same for all arms. Seeds are those of the initialization and of the data. `fp32` is the exact
-sum. `bf16` rounds gradients before they are sent, which is the noise of a common setting. `1bit` has fp32 error feedback;
-`vote` is Distributed Lion with majority vote, where each rank clips its own gradient. The package has neither of
-the two, and their learning rate was not tuned either. An arm has no verdict before all its seeds are finished.
+sum. `bf16` rounds gradients before they are sent, which is the noise of a common setting. `1bit` has fp32 error
+feedback; `vote` is Distributed Lion with majority vote, where each rank clips its own gradient. The package has
+neither of the two, and their learning rate was not tuned either. An arm has no verdict before all its seeds are
+finished.
 
 "difference" is the mean of loss / loss of `fp32` - 1 over the seeds, with the 95 % interval of that mean (Student's
 t). "equal within 0.5 %" means that the whole interval is within 0.5 %, a test of equivalence at 2.5 % on each side.
