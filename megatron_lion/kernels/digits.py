@@ -26,7 +26,7 @@ def lion_update_with_digits_(tensors: StepTensors, scalars: StepScalars, telemet
     if tensors.digits is None:
         lion_update_(tensors, scalars, telemetry)
         return
-    refuse_skip(scalars)
+    refuse_skip(tensors, scalars)
     lr, beta1, _, weight_decay, grad_scale = scalars.on_host()
     half_away = tensors.remainders is not None
     for some in _pieces(tensors):
@@ -38,9 +38,9 @@ def lion_update_with_digits_(tensors: StepTensors, scalars: StepScalars, telemet
             digits.copy_(made.view(digits.shape))
 
 
-def refuse_skip(scalars: StepScalars) -> None:
+def refuse_skip(tensors: StepTensors, scalars: StepScalars) -> None:
     """Raise ValueError if a step with digits could be skipped: other ranks could not know that nothing was changed."""
-    if scalars.skip is not None:
+    if tensors.digits is not None and scalars.skip is not None:
         raise ValueError("a step with digits cannot be skipped on the device: use skip=None")
 
 

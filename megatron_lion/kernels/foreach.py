@@ -32,8 +32,7 @@ def lion_update_foreach_(tensors: StepTensors, scalars: StepScalars, telemetry: 
     remainders or int8 momentum, up to 60 with telemetry, and up to 30 more with digits: on a GPU at most 380 MB. Issues
     no collective. Raises ValueError if there are digits and the step may be skipped on the device.
     """
-    if tensors.digits is not None:
-        refuse_skip(scalars)
+    refuse_skip(tensors, scalars)
     if tensors.kind is None or scalars.skips():
         return
     numbers = scalars.on_host()

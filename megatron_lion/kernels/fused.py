@@ -46,8 +46,7 @@ def lion_update_fused_(tensors: StepTensors, scalars: StepScalars, telemetry: Te
     go to the reference. Issues no collective. Raises ValueError for unsupported tensors, RuntimeError if
     :func:`fused_problem` has a reason; then nothing was written.
     """
-    if tensors.digits is not None:
-        refuse_skip(scalars)
+    refuse_skip(tensors, scalars)
     if tensors.kind is None or scalars.skips():
         return
     if not fused_supports(tensors.kind):  # an address on a device would crash the process

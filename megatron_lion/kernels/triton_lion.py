@@ -41,8 +41,7 @@ def lion_update_triton_(tensors: StepTensors, scalars: StepScalars, telemetry: T
         ValueError: unsupported dtypes, a scalar on another device, or digits of a step with ``skip``; nothing was
             written.
     """
-    if tensors.digits is not None:
-        refuse_skip(scalars)
+    refuse_skip(tensors, scalars)
     kind = tensors.kind
     if kind is None or not any(tensors.numels):
         return
