@@ -1,6 +1,7 @@
 """The kernels that take packed state have the reference's bits: remainders of master weights, momentum in 8 bits."""
 
 import itertools
+import math
 import platform
 
 import pytest
@@ -77,12 +78,14 @@ def test_code_for_a_cpu_with_shorter_vectors_has_the_bits_of_the_reference(march
         for *mix, copies in itertools.product(
             ["remainder", FP32, BF16], [FP32, BF16], [FP32, BF16, INT8], [False, True]
         ):
-            compare_packed(lion_update_fused_, packed(lists, *mix, copies=copies), grad_scale=0.37)
+            for row in (50, 10_000):
+                call = packed(lists, *mix, [BlockLayout(0, row)] * len(lists[0]), copies=copies)
+                compare_packed(lion_update_fused_, call, grad_scale=0.37)
     finally:
         compiler._load_once.cache_clear()
 
 
-ROWS = [1, 5, 31, 32, 33, 50, 63, 64, 65, 100, 1000, 1024]
+ROWS = [1, 5, 7, 8, 9, 16, 17, 31, 32, 33, 50, 63, 64, 65, 100, 1000, 1024]
 
 
 @EVERY_KERNEL
@@ -102,6 +105,19 @@ def test_shards_that_start_anywhere_in_a_row_have_the_bits_of_the_reference(kern
     blocks = [BlockLayout(start, row) for start in starts]
     lists = with_special_values(problem([2300 + 97 * i for i in range(len(blocks))], FP32))
     compare_packed(kernel, packed(lists, *mix, INT8, blocks, copies=mix[0] == FP32), grad_scale=0.37)
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("row", [8, 20, 40, 100])
+@pytest.mark.parametrize("param", ["remainder", FP32, BF16])
+def test_a_row_that_is_not_finite_leaves_its_neighbors_as_they_are(kernel, row, param):
+    """A vector of a short row reaches into the next ones."""
+    lists = [[tensor.view(-1, row) for tensor in tensors] for tensors in problem([24 * row], FP32)]
+    for tensors, value in zip(lists, (math.nan, math.inf, 3e38), strict=True):
+        tensors[0][1::4] = value
+    call = packed(lists, param, FP32, INT8, copies=param != BF16)
+    compare_packed(kernel, call)
+    assert all(call["masters"][0][first::4].isfinite().all() for first in (0, 2, 3))
 
 
 @EVERY_KERNEL

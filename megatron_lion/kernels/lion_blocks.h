@@ -137,6 +137,9 @@ struct Blocks {
         size = std::min({BLOCK - position % BLOCK, left, last - i});
     }
     Part part() const { return {i, size, i + BLOCK <= last}; }
+    // Whether vectors may also write what follows the block at i: there are 32 elements, and their own blocks are written
+    // later. Their codes must have been read before, and update_group() has read eight blocks more than it has written.
+    bool may_write_after() const { return i + BLOCK <= last && row_length >= 2 * BLOCK / LANES; }
     // Number of complete blocks from i on in its row.
     int64_t complete() const { return size == BLOCK ? std::min(left, last - i) / BLOCK : 0; }
     // Moves over `count` blocks of one row: complete ones, or the one at i.
@@ -149,14 +152,15 @@ struct Blocks {
 };
 
 // Up to eight blocks: where they are, their new momentum, and the factors that turn it into codes once the largest value of
-// each block is known. Incomplete blocks are updated in copies.
+// each block is known. Incomplete blocks are updated in copies if nothing may be written after them.
 template <class Streams> struct Group {
     static constexpr Order ORDER = Streams::ORDER;
     int64_t count = 0;      // of blocks
     Streams streams[LANES]; // of each block, from its first element on
     int8_t *codes[LANES];
     uint16_t *scales;
-    int64_t sizes[LANES];
+    int64_t sizes[LANES] = {};
+    bool is_part[LANES]; // whether the block is incomplete and updated in place
     alignas(4 * LANES) float units[LANES]; // the factors of the squared old codes
     Pair magnitudes[LANES][2]; // of the new momentum
     Shorts signs[LANES][2];    // numbers with the signs of the new momentum
@@ -173,7 +177,10 @@ template <class Streams> struct Group {
             const int64_t complete = std::min(blocks.complete(), LANES - count), next = std::max<int64_t>(complete, 1);
             for (int64_t block = 0; block < next; ++block, ++count)
                 set_place(blocks.i + block * BLOCK, blocks.size, tensor, momentum);
-            if (complete == 0) copy(blocks.part());
+            if (complete == 0) {
+                is_part[count - 1] = blocks.may_write_after();
+                if (!is_part[count - 1]) copy(blocks.part());
+            }
             blocks.skip(next);
         }
         if (count < LANES) std::fill(codes + count, codes + LANES, static_cast<int8_t *>(nowhere));
@@ -222,6 +229,7 @@ template <class Streams> struct Group {
         streams[count] = tensor.from(i);
         codes[count] = momentum.codes + i;
         sizes[count] = size;
+        is_part[count] = false;
     }
     // Replaces the streams of the last block by copies.
     void copy(Part part) {
@@ -242,10 +250,11 @@ struct Roots {
 
     template <class Group> [[gnu::always_inline]] Roots(const Group &group, int64_t block) {
         const float inverse = group.inverses[block];
-        for (int64_t half = 0; half < 2; ++half) {
-            const Pair &sizes = group.magnitudes[block][half];
-            pairs[half] = {square_root(sizes.first * inverse), square_root(sizes.second * inverse)};
-        }
+        const auto roots = [&](const Pair &sizes) __attribute__((always_inline)) {
+            return Pair{square_root(sizes.first * inverse), square_root(sizes.second * inverse)};
+        };
+        pairs[0] = roots(group.magnitudes[block][0]);
+        pairs[1] = group.sizes[block] > PAIR ? roots(group.magnitudes[block][1]) : Pair{};
     }
     // Writes the block's codes. A scale is rounded, by so little that no root rounds to 128.
     template <class Group> [[gnu::always_inline]] void encode(const Group &group, int64_t block) const {

@@ -49,12 +49,18 @@ template <class P, class G, class C>
         const Roots roots(done, block); // the update hides their latency
         if (block < group.count) {
             const Streams<P, G, C> streams = group.streams[block];
-            const auto new_momentum = [&](int64_t j) __attribute__((always_inline)) {
+            const auto new_momentum = [&](int64_t j, auto only_first) __attribute__((always_inline)) {
                 const Pair m = dequantize<P::ORDER>(group.codes[block] + j, group.units[block]);
-                return update_pair(streams, j, m, h, sums, group.sizes[block] - j);
+                return update_pair<only_first>(streams, j, m, h, sums, group.sizes[block] - j);
             };
-            const Pair first = new_momentum(0);
-            group.set(block, first, group.sizes[block] > PAIR ? new_momentum(PAIR) : first);
+            const bool has_second = group.sizes[block] > PAIR;
+            if (group.is_part[block]) {
+                const Pair first = new_momentum(0, std::true_type());
+                group.set(block, first, has_second ? new_momentum(PAIR, std::true_type()) : Pair{});
+            } else {
+                const Pair first = new_momentum(0, std::false_type());
+                group.set(block, first, has_second ? new_momentum(PAIR, std::false_type()) : Pair{});
+            }
         }
         roots.encode(done, block);
     }

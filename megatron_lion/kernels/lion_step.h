@@ -115,7 +115,7 @@ template <class P, class G, class C> struct Streams {
     }
 };
 
-// The first `size` elements of a pair: those that the sums of telemetry count.
+// The first `size` elements of a pair: all ones there, zero elsewhere.
 template <Order ORDER> struct FirstElements {
     Ints first, second;
 
@@ -127,26 +127,36 @@ template <Order ORDER> struct FirstElements {
     }
 };
 
-// Updates 16 elements from index i on, with momentum `m`. Returns their new momentum. The sums count the first `size`.
-template <class P, class G, class C>
+// `values` where a mask of ones is, `otherwise` elsewhere.
+inline Floats chosen(Ints mask, Floats values, Floats otherwise) { return mask ? values : otherwise; }
+
+// Updates 16 elements from index i on, with momentum `m`. Returns their new momentum. The sums count the first `size`. If
+// ONLY_FIRST, parameters after these stay as they are, and the momentum returned for them is 0; copies and digits are
+// written for all 16.
+template <bool ONLY_FIRST = false, class P, class G, class C>
 [[gnu::always_inline]] inline Pair update_pair(const Streams<P, G, C> &streams, int64_t i, Pair m, const Hyper &h, LaneSums &sums,
                         int64_t size = PAIR) {
     const Pair theta = streams.param.load_pair(i), unscaled = streams.grad.load_pair(i);
     const Pair g = {unscaled.first * h.grad_scale, unscaled.second * h.grad_scale};
     const StepResult first = lion_step(theta.first, m.first, g.first, h);
     const StepResult second = lion_step(theta.second, m.second, g.second, h);
-    const Pair new_theta = {first.theta, second.theta};
+    Pair new_theta = {first.theta, second.theta}, new_m = {first.momentum, second.momentum};
+    const FirstElements<P::ORDER> counted(size);
+    if constexpr (ONLY_FIRST) {
+        new_theta = {chosen(counted.first, new_theta.first, theta.first),
+                     chosen(counted.second, new_theta.second, theta.second)};
+        new_m = {chosen(counted.first, new_m.first, Floats{}), chosen(counted.second, new_m.second, Floats{})};
+    }
     streams.param.store_pair(i, new_theta);
     streams.copy.store_pair(i, new_theta);
     if (DIGITS)
         streams.digits.template store_pair<P::ORDER>(i, digits_of<P, C>(theta.first, first, h),
                                                      digits_of<P, C>(theta.second, second, h));
     if (TELEMETRY) {
-        const FirstElements<P::ORDER> counted(size);
         sums.add(first.theta, m.first, g.first, first.sign, counted.first);
         sums.add(second.theta, m.second, g.second, second.sign, counted.second);
     }
-    return {first.momentum, second.momentum};
+    return new_m;
 }
 
 } // namespace

@@ -1,6 +1,7 @@
 """A step leaves the digits with which other ranks, who have only the model's old parameters, make the same step."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -52,13 +53,14 @@ def step(storage: str, *, seed: int = 0, sizes: tuple[int, ...] = SIZES) -> Step
     generator = torch.Generator().manual_seed(seed)
     masters, grads, exp_avgs = ([torch.randn(size, generator=generator) * 0.02 for size in sizes] for _ in range(3))
     grads[0][:90] = exp_avgs[0][:90] = 0.0  # sign 0
-    more: dict[str, list[torch.Tensor]] = {}
+    more: dict[str, Any] = {}
     if "copies" in storage:
         more["model_copies"] = [master.to(BF16 if "bf16" in storage else FP16) for master in masters]
     if "remainders" in storage:
         masters, more["remainders"] = (list(parts) for parts in zip(*map(split_master, masters), strict=True))
     if "int8" in storage:
-        stored = [quantize(momentum, BlockLayout.of_whole(momentum)) for momentum in exp_avgs]
+        more["blocks"] = [BlockLayout(7, 50)] * len(sizes)
+        stored = [quantize(*piece) for piece in zip(exp_avgs, more["blocks"], strict=True)]
         exp_avgs, more["scales"] = (list(parts) for parts in zip(*stored, strict=True))
     if "gradients" in storage:
         grads = [grad.to(BF16) for grad in grads]
@@ -113,7 +115,7 @@ def special_step(kernel: str, storage: str) -> StepTensors:
     masters = special_values()
     masters = masters[masters.isfinite()].repeat(3)
     signs = torch.tensor([-1.0, 0.0, 1.0]).repeat_interleave(len(masters) // 3)
-    more: dict[str, list[torch.Tensor]] = {}
+    more: dict[str, Any] = {}
     if storage == "bf16 copies":
         more["model_copies"] = [masters.to(BF16)]
     parts = [masters.clone()]
