@@ -136,10 +136,9 @@ struct Blocks {
         left = row_length - position;
         size = std::min({BLOCK - position % BLOCK, left, last - i});
     }
-    Part part() const { return {i, size, i + BLOCK <= last}; }
     // Whether vectors may also write what follows the block at i: there are 32 elements, and their own blocks are written
     // later. Their codes must have been read before, and update_group() has read eight blocks more than it has written.
-    bool may_write_after() const { return i + BLOCK <= last && row_length >= 2 * BLOCK / LANES; }
+    bool may_write_after() const { return i + BLOCK <= last && row_length >= BLOCK / LANES; }
     // Number of complete blocks from i on in its row.
     int64_t complete() const { return size == BLOCK ? std::min(left, last - i) / BLOCK : 0; }
     // Moves over `count` blocks of one row: complete ones, or the one at i.
@@ -179,7 +178,7 @@ template <class Streams> struct Group {
                 set_place(blocks.i + block * BLOCK, blocks.size, tensor, momentum);
             if (complete == 0) {
                 is_part[count - 1] = blocks.may_write_after();
-                if (!is_part[count - 1]) copy(blocks.part());
+                if (!is_part[count - 1]) copy_last();
             }
             blocks.skip(next);
         }
@@ -232,10 +231,11 @@ template <class Streams> struct Group {
         is_part[count] = false;
     }
     // Replaces the streams of the last block by copies.
-    void copy(Part part) {
+    void copy_last() {
         Streams &last = streams[count - 1];
-        last = last.staged(only_read[incomplete].of(part), written[incomplete].of(part));
-        codes[count - 1] = written_codes[incomplete].of(part).copy(codes[count - 1]);
+        const int64_t size = sizes[count - 1];
+        last = last.staged(only_read[incomplete].of(size), written[incomplete].of(size));
+        codes[count - 1] = written_codes[incomplete].of(size).copy(codes[count - 1]);
         ++incomplete;
     }
 

@@ -21,12 +21,12 @@ Sums update_chunk(const Streams<P, G, C> streams, const M momentum, int64_t firs
             momentum.store_pair(i, update_pair(streams, i, momentum.load_pair(i), h, sums));
     }
     for (; first < last; first += BLOCK) {
-        const Part part = {first, std::min(BLOCK, last - first), first + BLOCK <= last};
+        const int64_t size = std::min(BLOCK, last - first);
         Staging only_read, written, momenta;
-        const Streams<P, G, C> staged = streams.from(first).staged(only_read.of(part), written.of(part));
-        const M m = momentum.from(first).staged(momenta.of(part));
+        const Streams<P, G, C> staged = streams.from(first).staged(only_read.of(size), written.of(size));
+        const M m = momentum.from(first).staged(momenta.of(size));
         for (int64_t j = 0; j < BLOCK; j += PAIR)
-            m.store_pair(j, update_pair(staged, j, m.load_pair(j), h, sums, part.size - j));
+            m.store_pair(j, update_pair(staged, j, m.load_pair(j), h, sums, size - j));
         written.put_back(), momenta.put_back();
     }
     return sums.total();

@@ -21,72 +21,38 @@ template <class Value> inline void fetch(const Value *piece) {
     for (int64_t i = 0; i < PIECE * int64_t{sizeof(Value)}; i += LINE_BYTES) __builtin_prefetch(bytes + i);
 }
 
-// `size` elements from index i on. `has_room` says that there are 32 elements from i on.
-struct Part {
-    int64_t i, size;
-    bool has_room;
-};
-
-// As many ones as a block of fp32 has bytes, then as many zeros.
-constexpr int64_t LONGEST = BLOCK * sizeof(float);
-struct Masks {
-    uint8_t bytes[2 * LONGEST];
-    constexpr Masks() : bytes{} {
-        for (int64_t i = 0; i < LONGEST; ++i) bytes[i] = 0xff;
-    }
-};
-constexpr Masks MASKS;
-
 // Copies of the streams of an incomplete block, so that vectors may read and write all of its 32 elements.
 class Staging {
   public:
-    Staging &of(Part part) {
-        size = part.size, has_room = part.has_room, count = 0;
+    // Of a block of `elements`.
+    Staging &of(int64_t elements) {
+        size = elements, count = 0;
         return *this;
     }
 
     // A copy of the elements from `home` on. The first is repeated after the last.
     template <class Value> Value *copy(Value *home) {
-        typedef std::remove_const_t<Value> Repeated __attribute__((vector_size(sizeof(Words))));
         Stream &stream = streams[count++];
-        stream.home = reinterpret_cast<uint8_t *>(const_cast<std::remove_const_t<Value> *>(home));
-        stream.width = sizeof(Value);
-        const uint8_t *from = stream.home;
-        if (!has_room) from = static_cast<uint8_t *>(std::memcpy(stream.copy, home, size * sizeof(Value)));
-        const Words first = reinterpret_cast<Words>(Repeated{} + *home);
-        for (int64_t i = 0; i < BLOCK * int64_t{sizeof(Value)}; i += sizeof(Words)) {
-            const Words mask = read<Words>(masks(sizeof(Value)) + i);
-            write(stream.copy + i, (read<Words>(from + i) & mask) | (first & ~mask));
-        }
-        return reinterpret_cast<Value *>(stream.copy);
+        stream.home = home, stream.bytes = size * sizeof(Value);
+        Value *const copy = reinterpret_cast<Value *>(stream.copy);
+        std::memcpy(copy, home, stream.bytes);
+        std::fill(copy + size, copy + BLOCK, *home);
+        return copy;
     }
-    // Writes all copies to their homes. What follows them there is read and written, but not changed, if there is room.
+    // Writes all copies to their homes.
     void put_back() const {
-        for (int64_t stream = 0; stream < count; ++stream) {
-            const Stream &from = streams[stream];
-            if (!has_room) {
-                std::memcpy(from.home, from.copy, size * from.width);
-                continue;
-            }
-            for (int64_t i = 0; i < BLOCK * from.width; i += sizeof(Words)) {
-                const Words mask = read<Words>(masks(from.width) + i);
-                write(from.home + i, (read<Words>(from.copy + i) & mask) | (read<Words>(from.home + i) & ~mask));
-            }
-        }
+        for (int64_t i = 0; i < count; ++i) std::memcpy(streams[i].home, streams[i].copy, streams[i].bytes);
     }
 
   private:
     static constexpr int64_t STREAMS = 3;
     struct Stream {
-        alignas(32) uint8_t copy[LONGEST];
-        uint8_t *home;
-        int64_t width;
+        void *home;
+        int64_t bytes;
+        alignas(32) uint8_t copy[BLOCK * sizeof(float)];
     };
-    // Ones for the first `size` elements, of `width` bytes each.
-    const uint8_t *masks(int64_t width) const { return MASKS.bytes + LONGEST - size * width; }
 
     int64_t size, count;
-    bool has_room;
     Stream streams[STREAMS];
 };
 
