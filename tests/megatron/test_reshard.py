@@ -94,8 +94,8 @@ def test_every_layout_loads_what_every_layout_saves(
     ("saved_as", "other", "size", "is_requantized"),
     [
         ("int8 momentum", "TP 2", "--hidden-size 48", True),  # rows of 48, cut at 24
-        ("int8 momentum", "TP 2", "--hidden-size 64", False),
-        ("bf16 weights", "DP 2", "--hidden-size 64", True),
+        pytest.param("int8 momentum", "TP 2", "--hidden-size 64", False, marks=pytest.mark.slow),
+        pytest.param("bf16 weights", "DP 2", "--hidden-size 64", True, marks=pytest.mark.slow),
     ],
 )
 def test_int8_momentum_of_other_blocks_is_loaded_exactly_and_it_is_said(

@@ -19,6 +19,7 @@ def rows(path: Path, *flags: str) -> dict[str, dict[str, dict[str, float]]]:
     return {title: {row["name"]: row for row in table} for title, table in tables.items()}
 
 
+@pytest.mark.slow
 def test_the_phase_moves_26_bytes_with_clipping_and_is_held_against_the_limit(tmp_path: Path) -> None:
     (table,) = rows(tmp_path / "rows.json", "--numel 262144 --peers adam-fused").values()
     ours = table["megatron-lion, fp32 master and momentum"]

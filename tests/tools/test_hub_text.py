@@ -28,6 +28,7 @@ def prepare(name: str, prefix: Path, *more: str, **environment: str) -> "subproc
     return subprocess.run([*line, *more], capture_output=True, text=True, timeout=300, env={**os.environ, **path})
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub_is_streamed_and_gives_its_files_tokens(gpt2: list[str], tmp_path: Path) -> None:
     documents = vocabularies.help_documents(step=4)
     folder, (train, test) = tmp_path / "owner-name", (documents[:-3], documents[-3:])

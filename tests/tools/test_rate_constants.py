@@ -87,6 +87,7 @@ def test_checkpoints_after_each_fifth_are_evaluated(rounds: int, steps: list[int
     assert rate_constants.evaluated_steps(options) == steps
 
 
+@pytest.mark.slow
 def test_the_command_draws_both_panels_and_refuses_another_optimizer(tmp_path: Path) -> None:
     lion, sgd = write(tmp_path / "lion", 1.0), write(tmp_path / "sgd", 1.0)
     base = [
