@@ -136,6 +136,7 @@ SIGNS = {
     f"{LION} {DISTRIBUTED} --lion-gather signs --lion-gather-refresh -1": ("must be >= 0 steps", "got -1"),
     f"{LION} --lion-gather signs": ("--lion-gather signs needs --use-distributed-optimizer",),
     "--optimizer adam --lr 1e-4 --lion-gather signs": ("--lion-gather signs has no effect with --optimizer adam",),
+    "--optimizer adam --lr 1e-4 --lion-error-feedback bf16": ("bf16 has no effect with --optimizer adam: remove it",),
     f"{LION} {DISTRIBUTED} --bf16 --lion-gather signs --optimizer-cpu-offload": (
         "--lion-gather signs",
         "--optimizer-cpu-offload",

@@ -160,6 +160,7 @@ SETTINGS = {
     "megatron_fsdp_main_params_dtype": (torch.bfloat16, "--megatron-fsdp-main-params-dtype bf16 is not", "Use fp32"),
     "master_weights": ("remainder", "--lion-master-weights remainder is not supported", "Use fp32"),
     "gather": ("signs", "--lion-gather signs is not supported", "Use params"),
+    "reduce": ("int4", "--lion-reduce int4 is not supported", "Use stock"),
     "bf16": (False, "--swiglu in fp32 is not supported", "Add --bf16"),
     "is_gated": (True, "no_shard with --swiglu is not supported", "cannot save", "Use another strategy"),
     "pipeline_stages": (2, "--pipeline-model-parallel-size 2 is not supported", "Use tensor parallelism"),

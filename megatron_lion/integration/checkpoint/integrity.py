@@ -55,8 +55,10 @@ def save_checkpoint(
 
     from megatron_lion.integration.exchange import block_reduce  # here: it imports Megatron, and tools read without it
 
-    intervals = (getattr(get_args(), name, None) for name in ("save_interval", "non_persistent_save_interval"))
-    block_reduce.announce_save(optimizer, iteration, intervals)
+    settings = get_args()
+    if not settings.no_save_optim:
+        intervals = (getattr(settings, name, None) for name in ("save_interval", "non_persistent_save_interval"))
+        block_reduce.announce_save(optimizer, iteration, intervals)
     return write_errors_named(stock, iteration, model, optimizer, *args, **kwargs)
 
 

@@ -70,6 +70,20 @@ def is_reduced_again(param: Any) -> bool:
     return any(getattr(param, mark, False) for mark in marks)
 
 
+def is_copied_over_tp(sub_optimizer: Any, param: Any) -> bool:
+    """Whether each tensor-parallel rank has all of ``param``, as of learned positions and routers.
+
+    The copies must receive equal gradients: nothing makes them equal later. Experts are on other ranks, not copied.
+    """
+    group = getattr(sub_optimizer, "tp_group", None)  # from 0.17 on
+    if group is None:
+        from megatron.core import parallel_state
+
+        group = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+    is_whole = not getattr(param, "tensor_model_parallel", False) and getattr(param, "allreduce", True)
+    return is_whole and group is not None and group.size() > 1
+
+
 def gather_parameters(model_chunks: list[Any], optimizer: Any, *, hooked: bool) -> None:
     """Finish the all-gather of parameters that overlaps with the forward pass, as Megatron's evaluation does.
 

@@ -64,6 +64,13 @@ class BlockReduce:
         """Before the gradients are unscaled, which may change the loss scale, as a load does."""
         self._loss_scale = self._current_loss_scale()
 
+    def take_repeats(self) -> bool:
+        """Whether the backward pass was repeated since this was last asked, which drops the residuals."""
+        repeated = [bucket for bucket in self.buckets if bucket.was_repeated]
+        for bucket in repeated:
+            bucket.was_repeated = False
+        return bool(repeated)
+
     def begin_step(self) -> None:
         """Before Lion's step, with its clip factor known."""
         self._clip = float(self._optimizer.optimizer.grad_scale)
@@ -72,14 +79,15 @@ class BlockReduce:
 
     def end_step(self, *, made: bool) -> None:
         """After a step. If it was skipped, the residuals become zero, because they may have a NaN."""
+        for bucket in self.buckets:
+            bucket.awaits_step = False
         if not made:
             self.clear()
             return
         self.has_residuals = self.residual_bytes > 0
         if (scale := self._current_loss_scale()) != self._loss_scale:
             for bucket in self.buckets:
-                for residual in bucket.residuals.values():
-                    residual.scale_(scale / self._loss_scale)
+                bucket.scale_(scale / self._loss_scale)
             self._loss_scale = scale
 
     def clear(self) -> None:
@@ -96,14 +104,21 @@ class BlockReduce:
 
             (1 - beta2) clip (sum of the residuals of all ranks)
 
-        in the units of the step. Issues one reduce-scatter of fp32 for each bucket.
+        in the units of the step. After a reduction without a step, as where Megatron saves because a loss was NaN, the
+        residuals are of gradients that no step has used, and are dropped. Issues one reduce of fp32 for each shard of
+        each bucket.
         """
+        if any(bucket.awaits_step for bucket in self.buckets):
+            if self.has_residuals:
+                console.say("--lion-reduce: the save is inside a step, so what earlier steps had not sent is dropped")
+            self.clear()
         if not self.has_residuals:
             return False
         lion = self._optimizer.optimizer
-        for shard, group, left in self._compressed_shards({b: b.sum_residuals() for b in self.buckets}):
-            missing = left.view(shard.shape) * ((1.0 - group["betas"][1]) * self._clip)
-            lion.set_scaled_state(shard, "exp_avg", lion.get_unscaled_state(shard, "exp_avg") + missing)
+        for bucket in self.buckets:  # one by one, which needs less memory
+            for shard, group, left in self._compressed_shards({bucket: bucket.sum_residuals()}):
+                missing = left.view(shard.shape) * ((1.0 - group["betas"][1]) * self._clip)
+                lion.set_scaled_state(shard, "exp_avg", lion.get_unscaled_state(shard, "exp_avg") + missing)
         self.clear()
         return True
 
@@ -163,8 +178,9 @@ class BlockReduce:
         return scaled_by / self._loss_scale
 
     def _current_loss_scale(self) -> float:
-        """1 unless the gradients are those of a scaled loss."""
-        return float(self._optimizer.get_loss_scale()) if self._optimizer.config.fp16 else 1.0
+        """1 unless the gradients are those of a scaled loss: with fp16, or with ``--loss-scale``."""
+        scaler = getattr(self._optimizer, "grad_scaler", None)
+        return 1.0 if scaler is None else float(scaler.scale)
 
 
 def install(options: LionOptions, optimizer: Any) -> None:
@@ -179,22 +195,25 @@ def install(options: LionOptions, optimizer: Any) -> None:
             ranks = group.intra_distributed_optimizer_instance_group
             if ranks not in levels:
                 levels[ranks] = levels_of(ranks)
-            reductions = [
-                BucketReduction(
-                    bucket,
-                    param_starts(sub_optimizer, bucket),
-                    levels[ranks],
-                    choose_reduce(options.kernel, bucket.grad_data.device),
-                    code=options.reduce,
-                    feedback=options.error_feedback,
-                )
-                for bucket in group.buckets
-            ]
+            reductions = [_reduction(options, sub_optimizer, bucket, levels[ranks]) for bucket in group.buckets]
             if any(reduction.is_compressed for reduction in reductions):
                 groups.append(convert(group, reductions))
         for buffer in sub_optimizer.buffers:
             convert_buffer(buffer)
         sub_optimizer.block_reduce = BlockReduce(sub_optimizer, groups)
+
+
+def _reduction(options: LionOptions, sub_optimizer: Any, bucket: Any, levels: Levels) -> BucketReduction:
+    starts = param_starts(sub_optimizer, bucket)
+    return BucketReduction(
+        bucket,
+        starts,
+        levels,
+        choose_reduce(options.kernel, bucket.grad_data.device),
+        code=options.reduce,
+        feedback=options.error_feedback,
+        exact=[param for param in starts if compat.is_copied_over_tp(sub_optimizer, param)],
+    )
 
 
 def reduces_of(optimizer: Any) -> list[BlockReduce]:
@@ -212,8 +231,11 @@ def before_step(optimizer: Any) -> None:
 def after_step(optimizer: Any, *, made: bool) -> None:
     """After a step of the chain ``optimizer``, or one that was skipped on every rank."""
     reduces = reduces_of(optimizer)
-    if not made and any(reduce.residual_bytes for reduce in reduces):
-        console.say("--lion-reduce: the step was skipped, so what earlier steps had not sent is dropped")
+    repeated = [reduce.take_repeats() for reduce in reduces]
+    if any(reduce.has_residuals for reduce in reduces):
+        why = "the step was skipped" if not made else "the backward pass was repeated" if any(repeated) else ""
+        if why:
+            console.say(f"--lion-reduce: {why}, so what earlier steps had not sent is dropped")
     for reduce in reduces:
         reduce.end_step(made=made)
 
@@ -250,9 +272,10 @@ def describe(options: LionOptions, optimizer: Any) -> str:
     """The reduction in use, for the start-up line."""
     buckets = [bucket for reduce in reduces_of(optimizer) for bucket in reduce.buckets]
     if not buckets:
-        return "no reduction (DP=1)"
-    elements = sum(bucket.numel * len(bucket.others) for bucket in buckets)
-    bits = 8 * sum(sum(bucket.sent_sizes) for bucket in buckets) / elements
+        ranks = [each.data_parallel_group.size() for each in compat.sub_optimizers_of(optimizer)]
+        return "no reduction (DP=1)" if max(ranks, default=1) == 1 else "no reduction to compress (1-D parameters only)"
+    forms = [form for bucket in buckets for form in bucket.forms]  # all ranks': what they send on the whole
+    bits = 8 * sum(form.nbytes for form in forms) / sum(form.numel for form in forms)
     stock = 8 * buckets[0].bucket.grad_data.element_size()
     kept = sum(reduce.residual_bytes for reduce in reduces_of(optimizer))
     feedback = f"{options.error_feedback} error feedback {kept / 1e6:.1f} MB" if kept else "no error feedback"

@@ -1,6 +1,6 @@
 """The compressed reduce-scatter of one bucket of Megatron's gradient buffers."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,8 @@ class Sample(NamedTuple):
 class BucketReduction:
     """Reduces one bucket's gradient in packed blocks, and keeps the residuals.
 
-    1-D parameters are sent unchanged. So are parameters whose gradient Megatron reduces a second time. This rank's own
-    shard is not sent.
+    1-D parameters are sent unchanged. So are parameters whose gradient Megatron reduces a second time, and those of
+    ``exact``. This rank's own shard is not sent.
 
     Args:
         bucket: Megatron's. Each data-parallel rank owns an equal piece of its ``grad_data``, the shard.
@@ -37,6 +37,7 @@ class BucketReduction:
         kernels: how blocks are written and summed.
         code: one of :data:`megatron_lion.exchange.blocks.CODES`.
         feedback: the form of the residual: "int8", "bf16" or "none".
+        exact: further parameters that are sent unchanged.
     """
 
     def __init__(
@@ -48,13 +49,15 @@ class BucketReduction:
         *,
         code: str,
         feedback: str,
+        exact: Collection[torch.nn.Parameter] = (),
     ) -> None:
         self.bucket, self.levels, self.kernels, self.code = bucket, levels, kernels, code
         self.group = levels.outer
         self.rank, self.ranks = self.group.rank(), self.group.size()
         self.numel = bucket.grad_data.numel() // levels.whole.size()
         self._of_node: Tensor | None = None
-        self.exact_params = {param for param in starts if param.dim() < 2 or compat.is_reduced_again(param)}
+        unpacked = {param for param in starts if param.dim() < 2 or compat.is_reduced_again(param)}
+        self.exact_params = unpacked | (set(exact) & starts.keys())
         spans = sorted((starts[param], starts[param] + param.numel()) for param in self.exact_params)
         dtype = bucket.grad_data.dtype
         self.forms = [PieceFormat(code, self.numel, dtype, tuple(self._in_shard(spans, n))) for n in levels.shards]
@@ -66,6 +69,11 @@ class BucketReduction:
         self.sampling: str | None = None
         """what the next reduction measures: None, "norm" or "exact" """
         self.sample: Sample | None = None
+        self.awaits_step = False
+        """Whether no step has used the last reduction yet."""
+        self.was_repeated = False
+        """Whether a reduction came before a step had used the one before, so that the residuals were dropped."""
+        self._is_mean = False
 
     @property
     def others(self) -> list[int]:
@@ -94,13 +102,18 @@ class BucketReduction:
 
         Issues one all-to-all of packed bytes, after a reduce-scatter inside the node on two levels, or Megatron's
         reduce-scatter if every parameter is exact. Modifies the exact elements of other shards in ``grad_data``, which
-        hold nothing of use after a reduce-scatter.
+        hold nothing of use after a reduce-scatter. If the backward pass is repeated before a step, what was sent first
+        is thrown away, so the residuals of it are too.
         """
         if not self.is_compressed:
             work = torch.distributed.reduce_scatter_tensor(
                 self.owned, self.bucket.grad_data, op=op, group=self.levels.whole, async_op=async_op
             )
             return Pending(self, work, None, None, op)
+        if self.awaits_step:
+            self.clear()
+            self.was_repeated = True
+        self.awaits_step, self._is_mean = True, op == ReduceOp.AVG
         exact = self._exact_sum(op) if self.sampling == "exact" else None
         if self.levels.inner is not None:
             self._of_node = self._sum_in_node(op)
@@ -141,13 +154,21 @@ class BucketReduction:
         self.owned.copy_(total / self.ranks if op == ReduceOp.AVG else total)
 
     def sum_residuals(self) -> Tensor:
-        """The sum over all ranks of the residuals of this rank's shard, fp32 [numel]. Issues one reduce-scatter."""
-        whole = torch.zeros(self.ranks, self.numel, device=self.bucket.grad_data.device)
-        for rank, residual in self.residuals.items():
-            whole[rank] = residual.values(self.numel)
-        total = torch.empty_like(whole[0])
-        torch.distributed.reduce_scatter_tensor(total, whole.view(-1), group=self.group)
-        return total
+        """The sum over all ranks of the residuals of this rank's shard, fp32 [numel], or their mean if that is how
+        gradients are reduced. Issues one reduce for each rank, so that it needs the memory of one shard."""
+        device = self.bucket.grad_data.device
+        total = torch.zeros(self.numel, device=device)
+        for rank, to in enumerate(torch.distributed.get_process_group_ranks(self.group)):
+            left = total if rank == self.rank else self.residuals[rank].values(self.numel)
+            torch.distributed.reduce(left, to, group=self.group)
+        return total / self.ranks if self._is_mean else total
+
+    def scale_(self, factor: float) -> None:
+        """Multiply the residuals, and what was measured beside them, by ``factor``."""
+        for residual in self.residuals.values():
+            residual.scale_(factor)
+        if self.sample is not None:
+            self.sample = self.sample._replace(gradient=self.sample.gradient * factor**2)
 
     def clear(self) -> None:
         """Set the residuals to zero."""

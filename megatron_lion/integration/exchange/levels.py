@@ -34,13 +34,14 @@ def flat(group: Any) -> Levels:
 def levels_of(group: Any) -> Levels:
     """Two levels if ``group`` has several nodes with equally many of its ranks, more than one each; otherwise flat.
 
-    A node has the LOCAL_WORLD_SIZE ranks that torchrun started there. Makes two process groups, in which only their
-    members take part.
+    A node has the LOCAL_WORLD_SIZE ranks that torchrun started there. Flat where that differs, because then ranks are
+    not numbered by node. Issues one gather of numbers, and makes two process groups, in which only their members take
+    part.
     """
-    nodes = ranks_by_node(
-        torch.distributed.get_process_group_ranks(group), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    )
-    if len(nodes) == 1:
+    per_node: list[int] = [1] * group.size()
+    torch.distributed.all_gather_object(per_node, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), group=group)
+    nodes = ranks_by_node(torch.distributed.get_process_group_ranks(group), per_node[0])
+    if len(nodes) == 1 or len(set(per_node)) > 1:
         return flat(group)
     here = torch.distributed.get_rank()
     (node,) = (node for node in nodes if here in node)

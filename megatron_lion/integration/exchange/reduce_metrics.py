@@ -73,11 +73,11 @@ def report(reduces: list[BlockReduce], iteration: int, write: metrics.Write) -> 
     sums = torch.tensor([bits, elements, *here], dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(sums)
     bits, elements, gradient, residual, unlike, counted = sums.tolist()
-    if not elements:  # DP=1
+    if not elements or gradient == 0.0:  # DP=1, or Megatron reduced this step itself, as for --save-wgrads-interval
         return
     values = {"reduce_bits": bits / elements}
     line = f"step {iteration}: reduction of gradients: {bits / elements:.2f} bits per parameter"
-    if gradient > 0:
+    if gradient > 0 and residual > 0:  # nothing is kept with feedback "none" and after a skipped step
         values["reduce_residual"] = (residual / gradient) ** 0.5
         line += f", not sent {values['reduce_residual']:.3f} of the gradient's norm"
     if counted:

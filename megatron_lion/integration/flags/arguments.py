@@ -63,6 +63,7 @@ def _validate_another(stock: Callable[..., Any], args: Any, defaults: dict[str, 
         f"--lion-init-from {args.lion_init_from}": args.lion_init_from,
         f"--lion-gather {args.lion_gather}": args.lion_gather != LionOptions.gather,
         f"--lion-reduce {args.lion_reduce}": args.lion_reduce != LionOptions.reduce,
+        f"--lion-error-feedback {args.lion_error_feedback}": args.lion_error_feedback != LionOptions.error_feedback,
     }
     for flag in (flag for flag, is_asked in asked.items() if is_asked):
         raise LionError(f"{flag} has no effect with --optimizer {args.optimizer}: remove it, or add --optimizer lion")

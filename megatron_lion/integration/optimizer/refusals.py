@@ -88,6 +88,10 @@ def refuse_fsdp_settings(
             options.gather != "params",
             "Megatron-FSDP gathers parameters itself. Use params",
         ),
+        f"--lion-reduce {options.reduce}": (
+            options.reduce != "stock",
+            "Megatron-FSDP reduces gradients itself. Use stock",
+        ),
         f"--data-parallel-sharding-strategy {strategy} with --swiglu": (
             is_gated and strategy == "no_shard",
             "Megatron cannot save gated layers that are not sharded. Use another strategy",
