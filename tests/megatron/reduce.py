@@ -81,8 +81,8 @@ def check_reductions() -> None:
     def checked_receive(self: Any, messages: torch.Tensor, op: Any) -> None:
         receive(self, messages, op)
         expected = self.expected.view(self.ranks, -1)[self.rank]
-        scale = 1.0 / self.ranks if op == torch.distributed.ReduceOp.AVG else 1.0
-        note("received", (self.owned.double() - expected * scale).abs(), rounding(self, expected))
+        self.share = 1.0 / self.ranks if op == torch.distributed.ReduceOp.AVG else 1.0
+        note("received", (self.owned.double() - expected * self.share).abs(), rounding(self, expected))
 
     BucketReduction.pack, BucketReduction.receive = checked_pack, checked_receive
 
@@ -130,7 +130,7 @@ def check_flushes() -> None:
             for rank in bucket.others:
                 whole[rank] = kept_values(bucket, rank)
             torch.distributed.all_reduce(whole, group=bucket.group)
-            sums[id(bucket.bucket)] = whole[bucket.rank] * self._units(bucket)
+            sums[id(bucket.bucket)] = whole[bucket.rank] * bucket.share * self._units(bucket)
         flushed = bool(flush(self))
         after = momenta(self)
         FOUND["flushes"] += 1
