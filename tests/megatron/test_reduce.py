@@ -114,6 +114,7 @@ def test_what_is_sent_and_what_is_kept_is_the_gradient(text: Path, tmp_path: Pat
     found = reduced(done)
     assert len(found) == row.ranks
     assert_adds_up(found, flushes=feeds_back)
+    assert not any("was repeated" in line or "inside a step" in line for line in done.ours())
     code = row.flags.split()[1]
     assert any(f"experimental {code} reduction of gradients" in line for line in done.ours())
     assert feeds_back or not any("not sent" in line for line in done.ours())
