@@ -23,7 +23,7 @@ def test_the_demo_ends_with_files_that_exist_and_lines_that_run(tmp_path: Path) 
     output = tmp_path / "demo"
     line = [sys.executable, str(ROOT / "launch" / "demo.py"), "--output", str(output), "--iterations", "12"]
     said = run([*line, "--batches", "4"])
-    assert "killed with SIGKILL at iteration 6; resuming from its checkpoint at 4" in said
+    assert "killed with SIGKILL at iteration 5; resuming from its checkpoint at 4" in said
     assert "1 of 1 losses after the resume equal the killed run's" in said
     closing = said.partition("== done\n")[2].splitlines()
     assert closing[0] == "Look at"
