@@ -103,7 +103,7 @@ def as_resumed(log: TrainingLog, saved: int) -> dict[int, float]:
 # Stands for Apptainer: notes its options, then runs the words after the image, here.
 APPTAINER = """#!/bin/bash
 printf '%s\\n' "$@" > {folder}/apptainer.$SLURM_NODEID
-while [ "$1" != lion.sif ]; do shift; done
+while [[ "$1" != */lion.sif ]]; do shift; done
 shift
 exec "$@"
 """
@@ -179,5 +179,5 @@ def test_a_job_runs_through_a_container_runtime_on_every_node(slurm: Slurm, text
         words = (tmp_path / f"apptainer.{node}").read_text().splitlines()
         assert words[:2] == ["exec", "--bind"]
         assert f"{tmp_path}/a run:{tmp_path}/a run" in words[2].split(",")
-        assert words[3:6] == ["--pwd", str(ROOT), "lion.sif"]
+        assert words[3:6] == ["--pwd", str(ROOT), str(ROOT / "lion.sif")]
         assert "MEGATRON_LION_DEVICE=cpu" in words
