@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_lion.config import LionOptions
 from megatron_lion.integration import compat
-from megatron_lion.integration.exchange import levels
+from megatron_lion.integration.exchange import block_reduce, levels
 from megatron_lion.integration.exchange.bucket_reduction import BucketReduction
 from megatron_lion.kernels.reduce import REFERENCE
 from tests.harness import BATCH, CPU, MODEL, NO_DROPOUT, RATE, Run, read_checkpoint, run_ranks, text_flags
 from tests.megatron.exchange_runs import RUN, Row, finished
 from tests.megatron.test_reduce import INT4, LINE, SUPPORTED, TERNARY, run
+from tools.paper.studies.reduce_arms import Gradients, Rank
 
 REPEATED = Path(__file__).with_name("repeated.py")
 
@@ -62,9 +64,8 @@ def test_a_save_inside_a_step_has_nothing_of_its_gradients(text: Path, tmp_path:
     """Megatron finds a NaN loss, repeats the step, saves the state before it and exits."""
     done = repeated(text, tmp_path, "nan")
     assert done.returncode != 0
-    assert (
-        sum("the save is inside a step, so what earlier steps had not sent is dropped" in x for x in done.ours()) == 1
-    )
+    said = "the save is inside a step, so what earlier steps had not sent is dropped"
+    assert sum(said in line for line in done.ours()) == 1
     saved = momentum(tmp_path, 2)
     assert saved.isfinite().all() and saved.norm() > 0
 
@@ -84,19 +85,6 @@ def test_the_reported_residual_does_not_jump_with_the_loss_scale(text: Path, tmp
     done = finished(run(text, tmp_path, row=row))
     kept = [float(match[3]) for match in map(LINE.search, done.ours()) if match]
     assert len(kept) == 5 and max(kept) < 1.5 * min(kept)
-
-
-class Group:
-    """A process group, as far as a reduction that is only packed and summed needs one."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -126,13 +114,13 @@ def reduction(ranks: int, rank: int, numel: int, starts: dict[Any, int], tensor_
         own = tensor_rank if getattr(param, "tensor_model_parallel", False) else 0
         generator = torch.Generator().manual_seed(rank + 100 * index + 1000 * own)
         gradient[start : start + param.numel()] = torch.randn(param.numel(), generator=generator) * (1 + index)
-    optimizer = SimpleNamespace(tp_group=Group(0, 2))
+    optimizer = SimpleNamespace(tp_group=Rank(0, 2))
     copies = [param for param in starts if compat.is_copied_over_tp(optimizer, param)]
     assert len(copies) == 1
     return BucketReduction(
-        SimpleNamespace(grad_data=gradient),
+        Gradients(gradient),
         starts,
-        levels.flat(Group(rank, ranks)),
+        levels.flat(Rank(rank, ranks)),
         REFERENCE,
         code="int4",
         feedback="int8",
@@ -149,5 +137,11 @@ def test_nodes_with_different_numbers_of_ranks_are_one_level(monkeypatch: pytest
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda _: list(range(6)))
-    group = Group(5, 6)
+    group = Rank(5, 6)
     assert levels.levels_of(group) == levels.flat(group)
+
+
+def test_a_rank_without_parameters_is_described() -> None:
+    """Megatron gives it an optimizer that has no groups of ranks."""
+    chain = SimpleNamespace(chained_optimizers=[SimpleNamespace(is_stub_optimizer=True)])
+    assert block_reduce.describe(LionOptions(reduce="int4"), chain) == "no reduction (DP=1)"

@@ -64,6 +64,11 @@ class BlockReduce:
         """Before the gradients are unscaled, which may change the loss scale, as a load does."""
         self._loss_scale = self._current_loss_scale()
 
+    @property
+    def awaits_step(self) -> bool:
+        """Whether gradients were reduced that no step has used yet."""
+        return any(bucket.awaits_step for bucket in self.buckets)
+
     def take_repeats(self) -> bool:
         """Whether the backward pass was repeated since this was last asked, which drops the residuals."""
         repeated = [bucket for bucket in self.buckets if bucket.was_repeated]
@@ -108,9 +113,7 @@ class BlockReduce:
         residuals are of gradients that no step has used, and are dropped. Issues one reduce of fp32 for each shard of
         each bucket.
         """
-        if any(bucket.awaits_step for bucket in self.buckets):
-            if self.has_residuals:
-                console.say("--lion-reduce: the save is inside a step, so what earlier steps had not sent is dropped")
+        if self.awaits_step:
             self.clear()
         if not self.has_residuals:
             return False
@@ -179,16 +182,14 @@ class BlockReduce:
 
     def _current_loss_scale(self) -> float:
         """1 unless the gradients are those of a scaled loss: with fp16, or with ``--loss-scale``."""
-        scaler = getattr(self._optimizer, "grad_scaler", None)
+        scaler = self._optimizer.grad_scaler
         return 1.0 if scaler is None else float(scaler.scale)
 
 
 def install(options: LionOptions, optimizer: Any) -> None:
     """Let every distributed optimizer in the chain ``optimizer`` reduce gradients in packed blocks, where it has more
     than one rank and a parameter that can be compressed."""
-    for sub_optimizer in compat.sub_optimizers_of(optimizer):
-        if sub_optimizer.is_stub_optimizer or sub_optimizer.data_parallel_group.size() == 1:
-            continue
+    for sub_optimizer in _on_several_ranks(optimizer):
         groups = []
         levels: dict[Any, Levels] = {}
         for group in bucket_groups_of(sub_optimizer):
@@ -201,6 +202,12 @@ def install(options: LionOptions, optimizer: Any) -> None:
         for buffer in sub_optimizer.buffers:
             convert_buffer(buffer)
         sub_optimizer.block_reduce = BlockReduce(sub_optimizer, groups)
+
+
+def _on_several_ranks(optimizer: Any) -> list[Any]:
+    """The distributed optimizers in the chain ``optimizer`` that reduce gradients. A stub has no parameters."""
+    with_params = [each for each in compat.sub_optimizers_of(optimizer) if not each.is_stub_optimizer]
+    return [sub_optimizer for sub_optimizer in with_params if sub_optimizer.data_parallel_group.size() > 1]
 
 
 def _reduction(options: LionOptions, sub_optimizer: Any, bucket: Any, levels: Levels) -> BucketReduction:
@@ -231,18 +238,24 @@ def before_step(optimizer: Any) -> None:
 def after_step(optimizer: Any, *, made: bool) -> None:
     """After a step of the chain ``optimizer``, or one that was skipped on every rank."""
     reduces = reduces_of(optimizer)
-    repeated = [reduce.take_repeats() for reduce in reduces]
-    if any(reduce.has_residuals for reduce in reduces):
-        why = "the step was skipped" if not made else "the backward pass was repeated" if any(repeated) else ""
-        if why:
-            console.say(f"--lion-reduce: {why}, so what earlier steps had not sent is dropped")
+    repeated = any([reduce.take_repeats() for reduce in reduces])
+    if not made or repeated:
+        _say_dropped(reduces, "the backward pass was repeated" if made else "the step was skipped")
     for reduce in reduces:
         reduce.end_step(made=made)
 
 
 def flush(optimizer: Any) -> bool:
     """Before a save: move the residuals into the momentum. Returns whether there were any."""
-    return any([reduce.flush() for reduce in reduces_of(optimizer)])
+    reduces = reduces_of(optimizer)
+    if any(reduce.awaits_step for reduce in reduces):
+        _say_dropped(reduces, "the save is inside a step")
+    return any([reduce.flush() for reduce in reduces])
+
+
+def _say_dropped(reduces: list[BlockReduce], why: str) -> None:
+    if any(reduce.has_residuals for reduce in reduces):
+        console.say(f"--lion-reduce: {why}, so what earlier steps had not sent is dropped")
 
 
 def announce_save(optimizer: Any, iteration: int, intervals: Iterable[int | None]) -> None:
@@ -272,8 +285,8 @@ def describe(options: LionOptions, optimizer: Any) -> str:
     """The reduction in use, for the start-up line."""
     buckets = [bucket for reduce in reduces_of(optimizer) for bucket in reduce.buckets]
     if not buckets:
-        ranks = [each.data_parallel_group.size() for each in compat.sub_optimizers_of(optimizer)]
-        return "no reduction (DP=1)" if max(ranks, default=1) == 1 else "no reduction to compress (1-D parameters only)"
+        sends = _on_several_ranks(optimizer)
+        return "no reduction to compress (1-D parameters only)" if sends else "no reduction (DP=1)"
     forms = [form for bucket in buckets for form in bucket.forms]  # all ranks': what they send on the whole
     bits = 8 * sum(form.nbytes for form in forms) / sum(form.numel for form in forms)
     stock = 8 * buckets[0].bucket.grad_data.element_size()

@@ -26,8 +26,8 @@ class Sample(NamedTuple):
 class BucketReduction:
     """Reduces one bucket's gradient in packed blocks, and keeps the residuals.
 
-    1-D parameters are sent unchanged. So are parameters whose gradient Megatron reduces a second time, and those of
-    ``exact``. This rank's own shard is not sent.
+    Three kinds of parameters are sent unchanged: 1-D parameters, parameters with a gradient that Megatron reduces a
+    second time, and those in ``exact``. This rank's own shard is not sent.
 
     Args:
         bucket: Megatron's. Each data-parallel rank owns an equal piece of its ``grad_data``, the shard.
@@ -57,7 +57,7 @@ class BucketReduction:
         self.numel = bucket.grad_data.numel() // levels.whole.size()
         self._of_node: Tensor | None = None
         unpacked = {param for param in starts if param.dim() < 2 or compat.is_reduced_again(param)}
-        self.exact_params = unpacked | (set(exact) & starts.keys())
+        self.exact_params = unpacked.union(exact)
         spans = sorted((starts[param], starts[param] + param.numel()) for param in self.exact_params)
         dtype = bucket.grad_data.dtype
         self.forms = [PieceFormat(code, self.numel, dtype, tuple(self._in_shard(spans, n))) for n in levels.shards]
@@ -164,7 +164,7 @@ class BucketReduction:
         return total / self.ranks if self._is_mean else total
 
     def scale_(self, factor: float) -> None:
-        """Multiply the residuals, and what was measured beside them, by ``factor``."""
+        """Multiply the residuals by ``factor``, and the gradient of a sample too."""
         for residual in self.residuals.values():
             residual.scale_(factor)
         if self.sample is not None:
