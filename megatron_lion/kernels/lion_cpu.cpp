@@ -54,6 +54,7 @@ template <class P, class G, class C>
                 return update_pair<only_first>(streams, j, m, h, sums, group.sizes[block] - j);
             };
             const bool has_second = group.sizes[block] > PAIR;
+            // Written out: GCC 12's code for one lambda that does both was 1.4 to 1.6 times as slow for one storage.
             if (group.is_part[block]) {
                 const Pair first = new_momentum(0, std::true_type());
                 group.set(block, first, has_second ? new_momentum(PAIR, std::true_type()) : Pair{});

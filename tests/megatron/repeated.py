@@ -2,8 +2,8 @@
 
     torchrun tests/megatron/repeated.py <Megatron's flags>
 
-With REPEAT=nan the last rank's loss of step 3 is NaN, each time: Megatron saves and exits. With REPEAT=spike the loss
-of step 3 is only suspicious, as with --check-for-spiky-loss: training goes on with the repeated step.
+With REPEAT=nan the last rank's loss of step 3 is NaN, each time: Megatron saves and exits. With REPEAT=spike Megatron
+only finds that loss unusual, as --check-for-spiky-loss does. It repeats the step and continues.
 """
 
 import os
