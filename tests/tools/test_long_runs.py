@@ -8,7 +8,7 @@ import pytest
 
 from launch.launcher import estimates, recipes
 from megatron_lion.config import LionError
-from tools.paper import report
+from tools.paper import check_round, report
 from tools.paper.long_runs import claimed, state
 from tools.paper.reporting import size_findings
 from tools.paper.studies import long_records, long_runs, long_text, plans, run_settings
@@ -315,3 +315,13 @@ def test_a_run_trains_resumes_and_is_measured(tmp_path: Path, monkeypatch: pytes
     assert one["exact"]["0"]["loss"] != one["exact"]["20"]["loss"]
     assert set(one["log_perplexity"]) == {"held-out", "wikitext"}
     assert list(one["validation_loss"]) == ["4", "8", "12", "16", "20"]
+    words = ["check_round", "--run", str(run.folder), "--data", str(run.text.fixed_split), "--step", "20"]
+    monkeypatch.setattr("sys.argv", words)
+    assert check_round.main() == 0, "equal to float64 autograd of another model"
+    record = run.folder / "exact-20" / "norm_ratio.jsonl"
+    measured = json.loads(record.read_text())
+    record.write_text(json.dumps(measured | {"l1": measured["l1"] * (1 + 1e-5)}) + "\n")
+    assert check_round.main() == 1
+    monkeypatch.setattr("sys.argv", [*words[:-1], "10000"])
+    with pytest.raises(LionError, match="exact-10000"):
+        check_round.main()
