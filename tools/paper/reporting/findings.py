@@ -13,6 +13,19 @@ from tools.paper.reporting import drawings
 from tools.paper.reporting.paper import Table
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A claim of the paper and what our runs say of it: a line of the report's first page."""
+
+    claim: str
+    verdict: str
+    """in a few words, such as ``holds at the paper's rates, not at tuned ones``"""
+    basis: str
+    """model, d, rates, steps and seeds"""
+    numbers: str
+    """what was measured, with intervals"""
+
+
 @dataclass
 class Finding:
     """Ours beside one exhibit of the paper."""
@@ -26,6 +39,8 @@ class Finding:
     tables: list[Table] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     """what was wrong with the records, in words"""
+    judgements: list[Judgement] = field(default_factory=list)
+    """what the report's first page says of it"""
 
 
 def read_json(path: Path) -> dict[str, Any]:
