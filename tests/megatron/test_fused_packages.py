@@ -28,6 +28,7 @@ pytestmark = pytest.mark.slow
 STAND_INS = ROOT / "tests" / "stand_ins"
 UNFOLDED = Path(__file__).with_name("unfolded.py")
 LION = f"--optimizer lion --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --bf16 {HORIZON}"
+OFFLOAD = "--optimizer-cpu-offload --optimizer-offload-fraction 0.5"
 SMALL = "--lion-momentum-dtype bf16 --lion-master-weights remainder"
 
 
@@ -60,7 +61,7 @@ def test_norm_and_clip_are_those_of_the_package(megatron: versions.Megatron, tex
     assert_same_checkpoint(read_checkpoint(tmp_path / "folded", 4), read_checkpoint(tmp_path / "unfolded", 4))
 
 
-@pytest.mark.parametrize("storage", ["", SMALL, "--optimizer-cpu-offload --optimizer-offload-fraction 0.5"])
+@pytest.mark.parametrize("storage", ["", SMALL, pytest.param(OFFLOAD, marks=versions.since("0.19"))])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     megatron: versions.Megatron, text: Path, tmp_path: Path, storage: str
 ) -> None:
