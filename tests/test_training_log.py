@@ -43,6 +43,21 @@ def test_every_iteration_is_read_with_its_loss_and_time(tmp_path: Path) -> None:
     assert log.milliseconds == {3: 22.6, 4: 24.7, 5: 21.1}
 
 
+def test_gradient_norms_are_those_before_clipping(tmp_path: Path) -> None:
+    assert record(KILLED, tmp_path).grad_norm == {3: 1.553, 4: 1.436, 5: 1.518}
+
+
+def test_berts_sum_of_losses_is_read_by_its_name(tmp_path: Path) -> None:
+    text = KILLED.replace("E+00 | loss scale", "E+00 | sop loss: 7.1E-01 | loss: 6.9E+00 | loss scale")
+    text = text.replace(
+        "lm loss PPL: 4.983959E+02 |", "lm loss PPL: 4.98E+02 | sop loss value: 7.2E-01 | loss value: 6.8 |"
+    )
+    path = tmp_path / "log.txt"
+    path.write_text(text)
+    log = read_training_log(path, "loss")
+    assert (log.loss, log.validation) == ({3: 6.9, 4: 6.9, 5: 6.9}, {3: 6.8})
+
+
 def test_an_evaluation_in_the_middle_is_not_taken_for_a_final_one(tmp_path: Path) -> None:
     killed = record(KILLED, tmp_path)
     assert (killed.validation, killed.final) == ({3: 6.211395}, {})
