@@ -1,7 +1,8 @@
 """The text of the long runs as Megatron reads it, made once with the project's own tools.
 
-Training, held-out and test documents are split by hash. Besides, the *fixed split*: training documents of at most
-300,000 tokens, on which loss and gradient are exact, and the held-out documents as plain text for perplexities.
+Training, validation and test documents are split by hash. Besides, the *fixed split*: training documents of at most
+300,000 tokens, on which loss and gradient are exact, and test documents as plain text for perplexities, without those
+that repeat a part of the training text.
 """
 
 import json
@@ -21,6 +22,7 @@ FIXED_SPLIT_TOKENS = 300_000
 # Below 300,000 tokens of the fixed split, with room: a token has 3.1 bytes of these texts.
 FIXED_SPLIT_MEGABYTES = 0.9
 HELD_OUT_MEGABYTES = 0.5
+COPIED = 50  # characters; a common part of twice that is always found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class LongText:
 
     @property
     def held_out(self) -> Path:
-        """The held-out documents as plain text."""
+        """Test documents as plain text, without those that repeat training text."""
         return self.folder / "held-out.txt"
 
     def counts(self) -> dict[str, int]:
@@ -100,7 +102,7 @@ def build(folder: Path, name: str) -> LongText:
     splits = split_documents(list(dict.fromkeys(read_documents(packages))))
     training = _write(text.folder / "training.txt", splits["train"])
     fixed = _write(text.folder / "fixed.txt", at_most(splits["train"], FIXED_SPLIT_MEGABYTES))
-    _write(text.held_out, at_most(splits["valid"], HELD_OUT_MEGABYTES))
+    _write(text.held_out, at_most(without_copies(splits["test"], splits["train"]), HELD_OUT_MEGABYTES))
     kind = ["--tokenizer-type", text.kind.tokenizer]
     if not text.prefix.is_dir():
         vocabulary = ["--vocab-size", str(VOCABULARY), "--output", str(text.prefix)]
@@ -115,6 +117,20 @@ def build(folder: Path, name: str) -> LongText:
         raise LionError(f"the fixed split has {tokens:,} tokens, more than {FIXED_SPLIT_TOKENS:,}: lower its megabytes")
     (text.folder / "complete").touch()
     return text
+
+
+def without_copies(documents: Sequence[str], training: Sequence[str]) -> list[str]:
+    """The documents without those of which a training document repeats ``COPIED`` characters or more.
+
+    Parts are compared from every ``COPIED``-th character of a document on, so a common part is found for certain if it
+    has ``2 * COPIED - 1`` characters.
+    """
+    pieces = [{text[at : at + COPIED] for at in range(0, len(text) - COPIED + 1, COPIED)} for text in documents]
+    wanted = frozenset().union(*pieces)
+    found = {
+        part for text in training for at in range(len(text) - COPIED + 1) if (part := text[at : at + COPIED]) in wanted
+    }
+    return [text for text, own in zip(documents, pieces, strict=True) if not own & found]
 
 
 def _write(path: Path, documents: Sequence[str]) -> Path:
