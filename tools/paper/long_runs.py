@@ -80,25 +80,41 @@ def main() -> None:
     folder = options.output / "text"
     prepare = long_text.paths if options.list else long_text.build
     texts = {name: prepare(folder, name) for name in options.models}
-    planned = plans.PLANS[options.study](options.output, texts, long_records.read(options.records))
-    for run in [run for run in planned if run.name in (options.only or [run.name])]:
+    for run in planned(options, texts):
         if options.list:
             print(f"{run.name:32} {state(run, options.records)}")
-            continue
-        with claimed(run) as is_ours:
-            if not is_ours:
-                continue
-            if (finished := record_of(run, options.records)).is_file():
-                run_settings.check_record(finished, run.settings())
-                continue
-            print(f"{run.name}: {state(run, options.records)}", flush=True)
-            long_runs.train(run, options.minutes)
-            evaluated = {"held-out": run.text.held_out}
-            evaluated |= {"wikitext": options.wikitext.resolve()} if options.wikitext else {}
-            long_runs.measure(run, evaluated)
-            options.records.mkdir(parents=True, exist_ok=True)
-            write_json(finished, long_records.record(run))
-            print(f"{run.name}: finished, {finished}", flush=True)
+        else:
+            make(run, options)
+
+
+def planned(options: argparse.Namespace, texts: dict[str, long_text.LongText]) -> Iterator[LongRun]:
+    """The runs of the study that the command line names, with those that the search adds when it has results."""
+    seen: set[str] = set()
+    while True:
+        every = plans.PLANS[options.study](options.output, texts, long_records.read(options.records))
+        new = [run for run in every if run.name not in seen and run.name in (options.only or [run.name])]
+        if not new:
+            return
+        seen |= {run.name for run in new}
+        yield from new
+
+
+def make(run: LongRun, options: argparse.Namespace) -> None:
+    """Train and measure ``run`` and write its record, unless another process has it or it is finished."""
+    with claimed(run) as is_ours:
+        if not is_ours:
+            return
+        if (finished := record_of(run, options.records)).is_file():
+            run_settings.check_record(finished, run.settings())
+            return
+        print(f"{run.name}: {state(run, options.records)}", flush=True)
+        long_runs.train(run, options.minutes)
+        evaluated = {"held-out": run.text.held_out}
+        evaluated |= {"wikitext": options.wikitext.resolve()} if options.wikitext else {}
+        long_runs.measure(run, evaluated)
+        options.records.mkdir(parents=True, exist_ok=True)
+        write_json(finished, long_records.record(run))
+        print(f"{run.name}: finished, {finished}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Which long runs each study has.
 
 ``paper``: the paper's rates, three optimizers, several seeds. ``search``: two decades of rates for each optimizer on
-5,000 steps. ``tuned``: each optimizer at the best rate of the search, 50,000 steps. ``sizes``: r against d at the best
-rates.
+5,000 steps, and further ones while the best is at an end. ``tuned``: each optimizer at the best rate of the search,
+50,000 steps. ``sizes``: r against d at the best rates.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,20 @@ FIRST_SEED = 1234  # the recipes'
 SHORT = 5000  # steps of a run of the search, and of the sizes
 # Half a decade apart. The paper's rates are the lowest of Lion's, and far below SGD's.
 RATES = {
-    "lion_paper": ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3"),
-    "sgd_paper": ("1e-2", "3e-2", "1e-1", "3e-1", "1"),
-    "adamw": ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2"),
+    "lion_paper": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+    "sgd_paper": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
 }
-# As the paper's recipes have it: the search is over the rate only.
-COMMON = ("weight-decay=0.01", "norm-ratio-interval=1000")
-# Of as many layers as all runs; d is 40 thousand to 9.7 million. Above 2 million parameters: Lion only, 1,000 steps.
-WIDTHS = {16: 40_384, 40: 124_000, 80: 324_800, 128: 667_136, 192: 1_295_616, 328: 3_283_936, 592: 9_678_016}
+# Megatron's SGD adds weight decay to the gradient, Lion and AdamW to the step: at tuned rates they would minimize
+# different functions.
+COMMON = ("weight-decay=0", "norm-ratio-interval=1000")
+# Of as many layers as all runs. Seven sizes of all optimizers; above 2 million parameters Lion only, 1,000 steps.
+WIDTHS = {
+    **{16: 40_384, 24: 65_184, 40: 124_000, 56: 195_104, 80: 324_800, 128: 667_136, 192: 1_295_616},
+    **{328: 3_283_936, 592: 9_678_016},
+}
 LARGE, FEW_STEPS = 2_000_000, 1000
+_SCHEDULE = (f"lr-decay-iters={SHORT}", f"lr-warmup-iters={SHORT // 100}")  # also where a run ends before
 
 
 def paper(output: Path, texts: dict[str, LongText], records: Records) -> list[LongRun]:
@@ -43,15 +48,16 @@ def paper(output: Path, texts: dict[str, LongText], records: Records) -> list[Lo
 
 
 def search(output: Path, texts: dict[str, LongText], records: Records) -> list[LongRun]:
-    """One seed of each rate."""
+    """One seed of each rate. With ``records`` of them all, also the next rate where the best is at an end."""
+    losses = search_losses(records)
     return [
         LongRun(
             **{"model": "gpt", "optimizer": optimizer, "seed": FIRST_SEED, "output": output, "text": texts["gpt"]},
-            **{"study": "search", "label": f"search-{rate}", "changes": _at_rate(rate)},
+            **{"study": "search", "label": f"search-{rate:g}", "changes": _at_rate(rate)},
             **{"steps": SHORT, "checkpoints": ()},
         )
-        for optimizer, rates in RATES.items()
-        for rate in rates
+        for optimizer in RATES
+        for rate in searched_rates(optimizer, losses[optimizer])
     ]
 
 
@@ -78,7 +84,7 @@ def sizes(output: Path, texts: dict[str, LongText], records: Records) -> list[Lo
                 run = LongRun(
                     **{"model": "gpt", "optimizer": optimizer, "seed": FIRST_SEED, "output": output},
                     **{"text": texts["gpt"], "study": "sizes", "label": f"width-{width}", "steps": steps},
-                    changes=(*_at_rate(rate), f"hidden-size={width}"),
+                    changes=(*_at_rate(rate), f"hidden-size={width}", *_SCHEDULE),
                     checkpoints=tuple(sorted({FEW_STEPS, steps})),
                 )
                 found.append(run)
@@ -93,22 +99,51 @@ PLANS: dict[str, Callable[[Path, dict[str, LongText], Records], list[LongRun]]] 
 }
 
 
-def best_rates(records: Records) -> dict[str, str]:
-    """The rate of each optimizer with the lowest held-out loss at the search's last step. Diverged runs are not chosen.
-
-    Raises LionError where the search is not finished.
-    """
-    losses: dict[str, dict[str, float]] = {optimizer: {} for optimizer in RATES}
+def search_losses(records: Records) -> dict[str, dict[float, float]]:
+    """The held-out loss at the search's last step by optimizer, then by rate; infinite where the run diverged."""
+    losses: dict[str, dict[float, float]] = {optimizer: {} for optimizer in RATES}
     for record in records:
         if record["study"] == "search":
-            rate = f"{record['settings']['lr']:g}"
             loss = record["validation_loss"][str(SHORT)]
-            losses[record["optimizer"]][rate] = loss if math.isfinite(loss) else math.inf
-    done = sum(len(by_rate) for by_rate in losses.values())
-    if done < (all_of := sum(map(len, RATES.values()))):
-        raise LionError(f"{done} of {all_of} runs of --study search are finished; finish it first, it gives the rates")
-    return {optimizer: min(by_rate, key=by_rate.__getitem__) for optimizer, by_rate in losses.items()}
+            losses[record["optimizer"]][record["settings"]["lr"]] = loss if math.isfinite(loss) else math.inf
+    return losses
 
 
-def _at_rate(rate: str) -> tuple[str, ...]:
-    return (f"lr={rate}", f"min-lr={float(rate) / 10:g}", *COMMON)
+def searched_rates(optimizer: str, losses: Mapping[float, float]) -> list[float]:
+    """``RATES``, and rates beyond an end while that has the lowest of ``losses``."""
+    rates = list(RATES[optimizer])
+    while all(rate in losses for rate in rates):
+        best = min(rates, key=losses.__getitem__)
+        if best == rates[-1]:
+            rates.append(_next(best, 1))
+        elif best == rates[0]:
+            rates.insert(0, _next(best, -1))
+        else:
+            break
+    return rates
+
+
+def _next(rate: float, direction: int) -> float:
+    """The rate half a decade above (1) or below (-1) a rate of 1 or 3 times a power of ten."""
+    number = round(2 * math.log10(rate)) + direction  # of half decades from 1
+    return float(f"{3 if number % 2 else 1}e{number // 2}")
+
+
+def best_rates(records: Records) -> dict[str, float]:
+    """The rate of each optimizer with the lowest held-out loss at the search's last step. Diverged runs are not chosen.
+
+    Raises LionError where the search is not finished, which it is not while a best rate is at an end.
+    """
+    losses = search_losses(records)
+    rates = {optimizer: searched_rates(optimizer, losses[optimizer]) for optimizer in RATES}
+    missing = [f"{name} {rate:g}" for name in RATES for rate in rates[name] if rate not in losses[name]]
+    if missing:
+        raise LionError(
+            f"{len(missing)} runs of --study search are not finished: {', '.join(missing)}. Finish it first: it gives "
+            "the rates, and goes on while the best is the highest or the lowest"
+        )
+    return {optimizer: min(rates[optimizer], key=losses[optimizer].__getitem__) for optimizer in RATES}
+
+
+def _at_rate(rate: float) -> tuple[str, ...]:
+    return (f"lr={rate:g}", f"min-lr={rate / 10:g}", *COMMON)
