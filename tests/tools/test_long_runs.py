@@ -1,6 +1,7 @@
 """The long runs at the paper's settings: their command lines, records, and what the report says of them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from tools.paper.long_runs import claimed, state
 from tools.paper.reporting import size_findings
 from tools.paper.studies import long_records, long_runs, long_text, plans, run_settings
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS, LongRun
+from tools.paper.studies.megatron_runs import FINISHED
 
 EXHIBITS = ("Figure 2", "Figure 3", "Table A1")
-ITERATION = " iteration {0}/ 50000 | elapsed time per iteration (ms): 5.0 | lm loss: {1:.4E} |\n"
+ITERATION = " iteration {0}/ 50000 | elapsed time per iteration (ms): 5.0 | lm loss: {1:.4E} | grad norm: 1.5 |\n"
 VALIDATION = " validation loss at iteration {0} | lm loss value: {1:.4E} | lm loss PPL: 1 |\n"
 D = 400
 
@@ -57,8 +59,9 @@ def finish(run: LongRun, loss: float) -> None:
     for name in ("held-out", "wikitext"):
         folder = run.folder / f"perplexity-{name}"
         folder.mkdir()
-        results = {str(step): {"perplexity": 2.718281828**loss} for step in CHECKPOINTS}
-        (folder / "results.json").write_text(json.dumps({"results": results}))
+        on_text = {"log_perplexity": loss, "log_word_perplexity": 2 * loss, "bits_per_byte": loss / 2}
+        (folder / "results.json").write_text(json.dumps({"results": dict.fromkeys(map(str, CHECKPOINTS), on_text)}))
+        (folder / FINISHED).write_text('{"cpu_seconds": 90.0}')
     run.text.folder.mkdir(parents=True, exist_ok=True)
     for name in ("text", "fixed"):
         counts = {part: {"tokens": 1000} for part in ("train", "valid", "test", "all")}
@@ -136,11 +139,11 @@ def test_a_record_counts_only_for_a_run_with_its_settings(records: Path, tmp_pat
         run_settings.check_record(path, run.settings())
 
 
-def searched(best: dict[str, str]) -> list[dict[str, Any]]:
+def searched(best: dict[str, float]) -> list[dict[str, Any]]:
     """Records of a search in which ``best`` has the lowest loss of each optimizer."""
     return [
         {
-            **{"study": "search", "optimizer": optimizer, "settings": {"lr": float(rate)}},
+            **{"study": "search", "optimizer": optimizer, "settings": {"lr": rate}},
             "validation_loss": {"1000": 9.0, str(plans.SHORT): 4.0 + (rate != best[optimizer])},
         }
         for optimizer, rates in plans.RATES.items()
@@ -148,28 +151,62 @@ def searched(best: dict[str, str]) -> list[dict[str, Any]]:
     ]
 
 
-def test_tuned_runs_and_sizes_have_the_best_rates_of_the_search(tmp_path: Path) -> None:
+BEST = {"lion_paper": 3e-4, "sgd_paper": 3e-1, "adamw": 3e-3}
+
+
+def test_tuned_runs_have_the_best_rates_of_the_search(tmp_path: Path) -> None:
     texts = {"gpt": long_text.paths(tmp_path, "gpt")}
     search = plans.search(tmp_path, texts, [])
     assert len({run.name for run in search}) == 15 and search[0].recipe()["train-iters"] == plans.SHORT
-    found = searched({"lion_paper": "3e-4", "sgd_paper": "1", "adamw": "1e-2"})
+    found = searched(BEST)
     tuned = plans.tuned(tmp_path, texts, found)
     rates = {run.optimizer: (run.recipe()["lr"], run.recipe()["min-lr"]) for run in tuned}
-    assert rates == {"lion_paper": (3e-4, 3e-5), "sgd_paper": (1.0, 0.1), "adamw": (1e-2, 1e-3)}
+    assert rates == {"lion_paper": (3e-4, 3e-5), "sgd_paper": (0.3, 0.03), "adamw": (3e-3, 3e-4)}
     assert {run.recipe()["lr-warmup-iters"] for run in tuned} == {500}
+    assert {run.recipe()["weight-decay"] for run in [*search, *tuned]} == {0}
     assert len({run.name for run in tuned}) == 9 and all(run.recipe()["train-iters"] == STEPS for run in tuned)
-    sizes = plans.sizes(tmp_path, texts, found)
-    assert len({run.name for run in sizes}) == len(sizes) == 17
+
+
+def test_sizes_have_one_schedule_and_seven_of_them_have_every_optimizer(tmp_path: Path) -> None:
+    sizes = plans.sizes(tmp_path, {"gpt": long_text.paths(tmp_path, "gpt")}, searched(BEST))
+    assert len({run.name for run in sizes}) == len(sizes) == 23
     large = [run for run in sizes if plans.WIDTHS[run.recipe()["hidden-size"]] > plans.LARGE]
     assert {(run.optimizer, run.steps) for run in large} == {("lion_paper", plans.FEW_STEPS)}
     for run in sizes:
-        assert estimates.total_parameters(run.recipe()) == plans.WIDTHS[run.recipe()["hidden-size"]]
-    with pytest.raises(LionError, match="14 of 15 runs of --study search"):
+        recipe = run.recipe()
+        assert estimates.total_parameters(recipe) == plans.WIDTHS[recipe["hidden-size"]]
+        assert (recipe["lr-decay-iters"], recipe["lr-warmup-iters"]) == (plans.SHORT, plans.SHORT // 100)
+
+
+def test_the_search_goes_on_while_the_best_rate_is_at_an_end(tmp_path: Path) -> None:
+    texts = {"gpt": long_text.paths(tmp_path, "gpt")}
+    found = searched(BEST | {"sgd_paper": 1.0, "adamw": 1e-4})
+    added = {run.name for run in plans.search(tmp_path, texts, found)} - {
+        run.name for run in plans.search(tmp_path, texts, [])
+    }
+    assert added == {"gpt-search-3-sgd_paper-1234", "gpt-search-3e-05-adamw-1234"}
+    with pytest.raises(LionError, match="2 runs of --study search are not finished: sgd_paper 3, adamw 3e-05"):
+        plans.best_rates(found)
+    found.append(found[0] | {"optimizer": "sgd_paper", "settings": {"lr": 3.0}, "validation_loss": {"5000": math.nan}})
+    found.append(found[0] | {"optimizer": "adamw", "settings": {"lr": 3e-5}, "validation_loss": {"5000": 4.5}})
+    assert plans.best_rates(found) == BEST | {"sgd_paper": 1.0, "adamw": 1e-4}, "a run that diverged is not chosen"
+    with pytest.raises(LionError, match="1 runs of --study search are not finished: lion_paper 1e-05"):
         plans.best_rates(found[1:])
-    for one in found:
-        if one["optimizer"] == "sgd_paper" and one["settings"]["lr"] < 1:
-            one["validation_loss"][str(plans.SHORT)] = float("nan")  # diverged
-    assert plans.best_rates(found)["sgd_paper"] == "1"
+
+
+def test_held_out_text_has_nothing_of_the_training_text() -> None:
+    sentence = (
+        "It was a bright cold day in April, and the clocks were striking thirteen. Winston Smith, his chin nuzzled. "
+    )
+    training = [
+        f"He read aloud: {sentence}Then he stopped.",
+        "Another text of the same length that nobody quotes at all.",
+    ]
+    copied, own = (
+        f"As somebody wrote, {sentence}",
+        "A paragraph that begins and ends in words which only it has, and is long.",
+    )
+    assert long_text.without_copies([copied, own, "short"], training) == [own, "short"]
 
 
 def test_records_are_small_and_hold_what_the_report_needs(records: Path) -> None:
@@ -178,6 +215,8 @@ def test_records_are_small_and_hold_what_the_report_needs(records: Path) -> None
     one = long_records.read(records)[0]
     assert (one["name"], one["cpu_hours"], one["training_loss"]["1000"]) == ("gpt-lion_paper-1234", 0.75, 5.0)
     assert one["log_perplexity"]["wikitext"]["10000"] == pytest.approx(5.0, abs=1e-4)
+    assert (one["log_word_perplexity"]["held-out"]["50000"], one["bits_per_byte"]["held-out"]["50000"]) == (10.0, 2.5)
+    assert one["clipped"] == {"share": 1.0, "mean_norm": 1.5} and one["measure_cpu_hours"] == 0.05
     assert not any(str(value).startswith(str(records.parent)) for value in one["settings"].values())
 
 

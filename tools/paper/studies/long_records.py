@@ -1,7 +1,6 @@
 """The record that a finished long run leaves: a few kB of JSON, from which tables and figures are made again."""
 
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,19 @@ from megatron_lion.config import LionError
 from megatron_lion.stats.writer import read_records
 from megatron_lion.training_log import TrainingLog, read_training_log
 from tools.paper.studies import run_settings
-from tools.paper.studies.long_runs import PIECES, LongRun, read_exact
+from tools.paper.studies.long_runs import PIECES, LongRun, measuring_seconds, read_exact
 
 ROUND_KEYS = ("iteration", "loss", "l1", "l2", "snr", "converged")
 EXACT_KEYS = ("loss", "l1", "l2", "ratio", "ratio_over_sqrt_d", "tokens", "kkt_residual")
 SECONDS_AN_HOUR = 3600
 LOSS_INTERVAL = 1000
+LOSS_NAMES = {"gpt": "lm loss", "bert": "loss"}  # in the log; BERT's is of masked words and of the sentences' order
+ON_TEXT = ("log_perplexity", "log_word_perplexity", "bits_per_byte")
 
 
 def record(run: LongRun) -> dict[str, Any]:
     """All that is kept of ``run``. Raises LionError where one of its phases left no result."""
-    log = read_training_log(run.folder / "log.txt")
+    log = read_training_log(run.folder / "log.txt", LOSS_NAMES[run.model])
     rounds = read_records(run.folder / "norm_ratio.jsonl")
     exact = read_exact(run)
     recipe = json.loads((run.folder / "recipe.json").read_text(encoding="utf-8"))
@@ -33,18 +34,17 @@ def record(run: LongRun) -> dict[str, Any]:
         "steps": run.steps,
         "d": rounds[-1]["d"],
         "cpu_hours": round(_cpu_seconds(run.folder / PIECES) / SECONDS_AN_HOUR, 2),
+        "measure_cpu_hours": round(measuring_seconds(run) / SECONDS_AN_HOUR, 2),
         "tokens": run.text.counts(),
         "versions": recipe["versions"],
         "settings": run_settings.kept(recipe["settings"], recipe["extra"]),
+        "clipped": _clipped(log, recipe["settings"]["clip-grad"]),
         "training_loss": _means(log),
         "validation_loss": dict(sorted(log.validation.items())),
         "round_batches": rounds[-1]["batches"],
         "rounds": {key: [_rounded(one[key]) for one in rounds] for key in ROUND_KEYS},
         "exact": {step: _exact(one) for step, one in exact.items()},
-        "log_perplexity": {
-            path.parent.name.removeprefix("perplexity-"): _log_perplexities(path, run)
-            for path in sorted(run.folder.glob("perplexity-*/results.json"))
-        },
+        **{key: _on_texts(run, key) for key in ON_TEXT},
     }
 
 
@@ -74,9 +74,23 @@ def _exact(one: dict[str, Any]) -> dict[str, Any]:
     return {key: one[key] for key in EXACT_KEYS} | {"kinds": kinds}
 
 
-def _log_perplexities(path: Path, run: LongRun) -> dict[int, float]:
-    results = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return {step: round(math.log(results[str(step)]["perplexity"]), 5) for step in run.checkpoints}
+def _on_texts(run: LongRun, key: str) -> dict[str, dict[int, float]]:
+    """One of ``ON_TEXT`` by text, then by step."""
+    found = {}
+    for path in sorted(run.folder.glob("perplexity-*/results.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+        by_step = {step: round(results[str(step)][key], 5) for step in run.checkpoints}
+        found[path.parent.name.removeprefix("perplexity-")] = by_step
+    return found
+
+
+def _clipped(log: TrainingLog, limit: float) -> dict[str, float]:
+    """The share of the logged steps with a gradient norm above ``limit``, and the mean norm before clipping."""
+    norms = list(log.grad_norm.values())
+    return {
+        "share": _rounded(statistics.fmean(norm > limit for norm in norms)),
+        "mean_norm": _rounded(statistics.fmean(norms)),
+    }
 
 
 def _cpu_seconds(path: Path) -> float:

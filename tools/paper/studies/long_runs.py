@@ -20,7 +20,15 @@ from megatron_lion.config import LionError
 from megatron_lion.stats.writer import read_records
 from tools.paper.studies import run_settings
 from tools.paper.studies.long_text import VOCABULARY, LongText
-from tools.paper.studies.megatron_runs import CPU, PRETRAIN, ROOT, MegatronRun, run_all
+from tools.paper.studies.megatron_runs import (
+    CPU,
+    CPU_SECONDS,
+    FINISHED,
+    PRETRAIN,
+    ROOT,
+    MegatronRun,
+    run_all,
+)
 
 LAUNCH = ROOT / "launch" / "launch.py"
 EVALUATE = ROOT / "tools" / "eval_wikitext103.py"
@@ -183,6 +191,12 @@ def measure(run: LongRun, texts: dict[str, Path]) -> None:
         shutil.rmtree(folder)
     if run.model == "gpt" and run.checkpoints:
         run_all(perplexities(run, texts), threads=1)
+
+
+def measuring_seconds(run: LongRun) -> float:
+    """CPU time of the exact rounds and perplexities."""
+    finished = [json.loads(path.read_text(encoding="utf-8")) for path in run.folder.glob(f"*/{FINISHED}")]
+    return sum(float(one[CPU_SECONDS]) for one in finished)
 
 
 def read_exact(run: LongRun) -> dict[int, dict[str, Any]]:

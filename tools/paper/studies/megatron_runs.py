@@ -21,6 +21,7 @@ from megatron_lion.integration.cpu import run_flags
 ROOT = Path(__file__).resolve().parents[3]
 PRETRAIN = {"gpt": ROOT / "launch" / "pretrain_gpt.py", "bert": ROOT / "launch" / "pretrain_bert.py"}
 FINISHED = "finished.json"
+CPU_SECONDS = "cpu_seconds"  # file of a run that ended, and key of ``FINISHED``
 CPU = f"{run_flags.FLAGS} --num-workers 0"
 ENVIRONMENT = {**run_flags.ENVIRONMENT, "PYTHONWARNINGS": "ignore"}
 
@@ -86,7 +87,8 @@ def _run(run: MegatronRun, threads: int) -> float:
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tools.paper.studies.rank_imports"])
     began = time.monotonic()
-    process = server.Process(target=_run_as_rank_0, args=(str(log), str(run.script), run.flags.split()))
+    used = run.folder / CPU_SECONDS
+    process = server.Process(target=_run_as_rank_0, args=(str(log), str(run.script), run.flags.split(), str(used)))
     process.start()
     try:
         process.join()
@@ -95,14 +97,19 @@ def _run(run: MegatronRun, threads: int) -> float:
     if process.exitcode:
         tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:])
         raise LionError(f"{run.folder.name} failed with exit status {process.exitcode}; {log} ends with\n{tail}")
-    (run.folder / FINISHED).write_text(json.dumps({"flags": run.flags, "command": run.command()}) + "\n")
+    finished = {"flags": run.flags, "command": run.command(), CPU_SECONDS: float(used.read_text())}
+    (run.folder / FINISHED).write_text(json.dumps(finished) + "\n")
+    used.unlink()
     return time.monotonic() - began
 
 
-def _run_as_rank_0(log: str, script: str, arguments: list[str]) -> None:
-    """The only rank of a run, with the environment that torchrun would give it."""
+def _run_as_rank_0(log: str, script: str, arguments: list[str], used: str) -> None:
+    """The only rank of a run, with the environment that torchrun would give it. Leaves its CPU time in ``used``."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    become(script, arguments, log, {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    try:
+        become(script, arguments, log, {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    finally:  # a script may end with SystemExit
+        Path(used).write_text(f"{time.process_time():.1f}")
