@@ -133,7 +133,10 @@ def train(run: LongRun, minutes: int) -> None:
         with (run.folder / PIECES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(piece) + "\n")
         if process.returncode:
-            raise LionError(f"{run.name}: training ended with status {process.returncode}; see {run.folder}/log.txt")
+            raise LionError(
+                f"{run.name}: training ended with status {process.returncode}, as it does after a signal, with step "
+                f"{run.last_step:,} saved. The same command resumes. If there was no signal, see {run.folder}/log.txt"
+            )
         if run.last_step == before:
             raise LionError(f"{run.name} saved nothing after step {before}; see {run.folder}/log.txt")
         if run.last_step < run.steps and piece["seconds"] < 60 * minutes:  # only a signal ends a piece early
