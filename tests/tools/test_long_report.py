@@ -214,6 +214,9 @@ def test_better_throughout_is_asked_at_each_checkpoint_and_of_each_sgd(everythin
         assert one.verdict == "Confirmed"
         assert one.basis == f"GPT, d = 322,560, LION at 1e-05 and {name} at 0.0001, 50,000 steps, 3 seeds"
     assert "below in every seed in 50 of 50 windows" in found.verdict
+    assert found.tables[1][0][2:] == ["seeds", "0", "10k", "20k", "30k", "40k", "50k"]
+    assert found.tables[1][1][1:4] == [curve_findings.FIXED, "3", "0.000 (+- 0.000)"]
+    assert found.tables[1][2][3] == "-" and found.tables[1][2][4].startswith("2.010 (+- ")
     changed = json.loads(json.dumps(everything))
     for one in of(changed, optimizers=("sgd_paper",)):
         if one["model"] == "gpt":

@@ -17,7 +17,6 @@ LOSSES: dict[str, Loss] = {
     HELD_OUT: lambda one, step: one["validation_loss"][str(step)],
     TRAINING: lambda one, step: one["training_loss"][str(step)],
 }
-# Only exact rounds are made before the first step, where the runs of a seed do not differ.
 Gaps = dict[tuple[str, int], gaps.Interval]
 
 
@@ -33,20 +32,21 @@ def curves(runs: StudyRuns) -> Finding:
         verdict=" ".join(sentences),
         made="",
         pictures={"bands are the seeds' smallest and largest": drawings.long_runs(groups, NAMES)},
-        tables=[_losses_table(runs), *([_gaps_table(compared)] if compared else []), _rounds_table(runs)],
+        tables=[_losses_table(runs), *([_gaps_table(runs, compared)] if compared else []), _rounds_table(runs)],
         judgements=[*(_judgement(runs, name, found) for name, found in compared.items()), _r_judgement(runs)],
     )
 
 
 def _gaps(runs: StudyRuns, other: str) -> Gaps:
     """``other``'s loss minus Lion's, for each loss and checkpoint; empty without a common seed."""
-    found = {}
-    for loss, value in LOSSES.items():
-        for step in CHECKPOINTS:
-            at_step = (runs.by_seed(name, lambda one, v=value, s=step: v(one, s)) for name in (other, "lion_paper"))
-            if by_seed := gaps.differences(*at_step):
-                found[loss, step] = gaps.interval(list(by_seed.values()))
-    return found
+    each = {(loss, step): _gap(runs, other, loss, step) for loss in LOSSES for step in CHECKPOINTS}
+    return {key: found for key, found in each.items() if found}
+
+
+def _gap(runs: StudyRuns, other: str, loss: str, step: int) -> gaps.Interval | None:
+    theirs, lion = (runs.by_seed(name, lambda one: LOSSES[loss](one, step)) for name in (other, "lion_paper"))
+    by_seed = gaps.differences(theirs, lion)
+    return gaps.interval(list(by_seed.values())) if by_seed else None
 
 
 def _sentence(runs: StudyRuns, other: str, found: Gaps) -> str:
@@ -54,7 +54,7 @@ def _sentence(runs: StudyRuns, other: str, found: Gaps) -> str:
     word, not_above = gaps.judged(found)
     basis = runs.basis("lion_paper", other, seeds=found[FIXED, STEPS].seeds)
     said = f"{runs.mark}{word} {runs.where} ({basis}): all three losses of LION are below those of {NAMES[other]} at "
-    said += f"each of {_checkpoints()}."
+    said += f"each of {_checkpoints()}. At step 0 the runs of a seed are the same."
     if not_above:
         exceptions = ", ".join(f"{loss} at {step // 1000}k" for loss, step in not_above)
         said += f" Not below, or not outside the 95 % interval: {exceptions}."
@@ -96,12 +96,13 @@ def _losses_table(runs: StudyRuns) -> Table:
     return table
 
 
-def _gaps_table(compared: dict[str, Gaps]) -> Table:
-    """Mean and 95 % interval of the differences of each seed."""
-    table = [["minus LION, by seed", "of", "seeds", *steps_in_thousands(CHECKPOINTS)]]
+def _gaps_table(runs: StudyRuns, compared: dict[str, Gaps]) -> Table:
+    """Mean and 95 % interval of the differences of each seed; at step 0 only the fixed split is measured."""
+    table = [["minus LION, by seed", "of", "seeds", *steps_in_thousands((0, *CHECKPOINTS))]]
     for name, found in compared.items():
         for loss in LOSSES:
-            cells = [str(found[loss, step]) for step in CHECKPOINTS]
+            cells = [str(_gap(runs, name, loss, 0)) if loss == FIXED else "-"]
+            cells += [str(found[loss, step]) for step in CHECKPOINTS]
             table.append([NAMES[name], loss, str(found[loss, STEPS].seeds), *cells])
     return table
 
