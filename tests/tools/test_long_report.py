@@ -125,9 +125,9 @@ def test_records_of_finished_runs_make_the_page(tmp_path: Path) -> None:
     assert not any(row.problems for row in rows)
     gpt, _, _, gap = rows[0].findings
     assert gpt.missing == ["4 of 9 long runs are finished"]
-    assert gpt.verdict.startswith("Provisional: Confirmed at the paper's rates (GPT, d = 400, LION at 1e-05 and SGD,")
+    assert gpt.verdict.startswith("Provisional: Confirmed at the paper's rates (GPT, d = 400, LION at 1e-05 and SGD (")
     assert gpt.tables[0][1][:4] == ["LION", "2", "4.905 (4.900 to 4.910)", "5.105 (5.100 to 5.110)"]
-    assert "learning rates: LION 1e-05 (2 seeds), SGD, momentum 0.9 0.0001 (2 seeds); 3.0 hours" in gpt.made
+    assert "learning rates: LION 1e-05 (2 seeds), SGD (momentum 0.9) 0.0001 (2 seeds); 3.0 hours" in gpt.made
     assert "no share of the rate is given, because two seeds with all four runs are needed, 0 finished" in gap.verdict
     page = (tmp_path / "page" / "report.md").read_text()
     assert "<unk>" in page and "ln perplexity per token | LION | " in page
@@ -174,7 +174,7 @@ def test_fiellers_interval_is_where_the_differences_include_zero() -> None:
 )
 def test_a_share_is_said_in_clear_words(papers: list[float], best: list[float], said: str) -> None:
     words = gap_findings.share_in_words("held-out loss", dict(enumerate(papers)), dict(enumerate(best)))
-    assert words.startswith("held-out loss: ") and words.endswith(said), words
+    assert words.startswith("For the held-out loss ") and words.endswith(said), words
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -188,7 +188,7 @@ def test_the_gap_is_of_gpt_only_and_for_both_losses(tmp_path: Path, everything: 
     assert [row[0] for row in shares[1:]] == [curve_findings.FIXED, curve_findings.HELD_OUT]
     assert shares[1][5].startswith("50% [49%, 50%]") and shares[1][6] == "50%, 50%, 50%"
     sgd, lion = gains[1:]
-    assert sgd[:2] == ["SGD, momentum 0.9", "0.0001 -> 0.01"] and sgd[3].startswith("1.000")
+    assert sgd[:2] == ["SGD (momentum 0.9)", "0.0001 -> 0.01"] and sgd[3].startswith("1.000")
     assert lion[0] == "LION" and lion[3].startswith("0.000")
     without = [one for one in everything if one["model"] == "gpt"]
     alone = long_findings.find("Figure 3", made_up.write(tmp_path / "gpt", without), "")[-1]
@@ -209,7 +209,7 @@ def test_what_else_differs_between_the_studies_is_named(everything: list[Record]
 def test_better_throughout_is_asked_at_each_checkpoint_and_of_each_sgd(everything: list[Record]) -> None:
     found = curve_findings.curves(runs_of(everything))
     by_claim = {judgement.claim: judgement for judgement in found.judgements}
-    for name in ("SGD, momentum 0.9", "SGD, no momentum"):
+    for name in ("SGD (momentum 0.9)", "SGD (no momentum)"):
         one = by_claim[f"LION's loss is below that of {name} throughout, at the paper's rates"]
         assert one.verdict == "Confirmed"
         assert one.basis == f"GPT, d = 322,560, LION at 1e-05 and {name} at 0.0001, 50,000 steps, 3 seeds"
@@ -249,7 +249,7 @@ def test_rounds_that_converged_and_clipped_steps_are_in_the_table(everything: li
     assert found.tables[-1][1][3:5] == ["2 of 150", "20 to 90 %"]
     assert "r is judged only by exact rounds: 2 of 450 rounds of 100 batches converged" in found.verdict
     assert (
-        "above clip-grad 1 in this part of the logged steps: LION 20 to 90 %, SGD, momentum 0.9 90 %" in found.verdict
+        "above clip-grad 1 in this part of the logged steps: LION 20 to 90 %, SGD (momentum 0.9) 90 %" in found.verdict
     )
 
 
@@ -297,10 +297,20 @@ def test_noise_is_taken_out_of_the_norm() -> None:
     [
         ({}, {"l2": 2.0, "exact": 2.0}, "holds", "The order is the same however it is measured."),
         ({"l1": 2.0, "l2": 2.0, "exact": 2.0}, {}, "does not hold", "The order is the same"),
-        ({"l2": 3.0}, {"l2": 2.0, "exact": 2.0}, "not established", "By l2, all rounds; l2, corrected"),
-        ({}, {"l2": 2.0}, "not established", "exact rounds: the seeds' ranges overlap"),
-        ({}, {"l2": 2.0, "exact": 2.0, "snr": 0.1}, "not established", "corrected for noise: c_LION is above"),
-        ({"fall": 0.0}, {"l2": 9.0, "exact": 9.0}, "not established", "The last step decides c_LION (all rounds)"),
+        (
+            {"l2": 3.0},
+            {"l2": 2.0, "exact": 2.0},
+            "not established",
+            "c_LION is above in l2 (all rounds, corrected for noise)",
+        ),
+        ({}, {"l2": 2.0}, "not established", "The seeds' ranges overlap in l1 / sqrt(d) (exact rounds)"),
+        (
+            {},
+            {"l2": 2.0, "exact": 2.0, "snr": 0.1},
+            "not established",
+            "c_LION is above in l1 / sqrt(d) (corrected for noise)",
+        ),
+        ({"fall": 0.0}, {"l2": 9.0, "exact": 9.0}, "not established", "The last step decides c_LION: a longer run"),
     ],
 )
 def test_constants_are_established_only_if_every_way_agrees(
@@ -314,7 +324,7 @@ def test_constants_are_of_both_sgds_with_the_seeds_range(everything: list[Record
     found = constant_findings.constants(runs_of(everything))
     rows = found.tables[0][1:]
     named = [(row[0], row[1]) for row in rows]
-    assert named == [("LION", IN_L1), ("LION", IN_L2), ("SGD, momentum 0.9", IN_L2), ("SGD, no momentum", IN_L2)]
+    assert named == [("LION", IN_L1), ("LION", IN_L2), ("SGD (momentum 0.9)", IN_L2), ("SGD (no momentum)", IN_L2)]
     # l1 / sqrt(d) is 0.03 sqrt(322,560) at each of 50 rounds.
     expected = 0.03 * 322_560**0.5 * STEPS**0.25
     assert rows[0][2] == f"{expected:.3f} ({expected:.3f} to {expected:.3f})"
@@ -358,8 +368,9 @@ def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> N
     assert rows["LION", size_findings.WHOLE][6] == "no"
     layers = {(row[0], row[2]): row for row in finding.tables[1][1:]}
     assert layers["LION", "embedding"][4].startswith("0.000") and layers["LION", "mlp"][3] == "1.000 to 1.000"
-    assert "0.500, 0.5 inside [0.500, 0.500] without the embedding" in finding.verdict
+    assert "without the embedding 0.500 [0.500, 0.500] (0.5 inside)" in finding.verdict
     assert "The embedding is 75% to 75% of the parameters" in finding.verdict
+    assert "Leaving it out changes the exponent by +0.054 to +0.054." in finding.verdict
     assert finding.judgements[1].verdict.startswith("0.5 outside [0.")
 
 
@@ -402,10 +413,10 @@ def test_the_search_marks_diverged_rates_and_a_best_at_an_edge(search: list[Reco
     found = searched(search, losses)
     rows = {(row[0], row[1]): row[2:] for row in found.tables[0][1:]}
     assert rows["LION", "0.0003"] == ["4.000", "best"] and rows["LION", "0.001"] == ["-", "diverged"]
-    assert rows["SGD, momentum 0.9", "1"] == ["4.500", "best, at an edge"]
+    assert rows["SGD (momentum 0.9)", "1"] == ["4.500", "best, at an edge"]
     assert rows["AdamW", "0.001"] == ["7.700", "diverged"]
     assert "LION 0.0003 (4.000), not at an edge" in found.verdict
-    assert "SGD, momentum 0.9 1 (4.500), the largest rate tried: a larger one may be better" in found.verdict
+    assert "SGD (momentum 0.9) 1 (4.500), the largest rate tried: a larger one may be better" in found.verdict
     assert found.judgements[0].verdict == "seen in one seed"
 
 

@@ -17,11 +17,11 @@ RAW, CORRECTED, EXACT = "all rounds", "corrected for noise", "exact rounds"
 IN_L1, IN_L2 = "l1 / sqrt(d)", "l2"
 SOURCES = (RAW, CORRECTED, EXACT)
 Source = tuple[str, str]  # norm, and which rounds
-BELOW, ABOVE, MIXED = "c_LION is below", "c_LION is above", "the seeds' ranges overlap"
+BELOW, ABOVE, MIXED = "c_LION is below", "c_LION is above", "The seeds' ranges overlap"
 NOISE = (
     "Noise adds to the norm of a mean gradient. Corrected for noise, ||grad f||_2 is l2 sqrt(snr / (1 + snr)), and 0 "
-    "for snr <= 0. l1 gets the same factor, which tends to leave it too large, because noise raises r. (A1) is for "
-    "plain SGD."
+    "for snr <= 0. l1 gets the same factor, which tends to leave it too large, because noise raises r. (A1) is "
+    "about SGD without momentum."
 )
 
 
@@ -130,24 +130,28 @@ def verdict(lion: dict[Source, Constant], sgd: dict[Source, Constant]) -> tuple[
     constant is decided by the last step: a longer run could have a larger one.
     """
     orders = {(norm, source): _order(lion[norm, source], sgd[IN_L2, source]) for norm, source in lion}
-    listed = {
-        order: [f"{norm}, {source}" for (norm, source), one in orders.items() if one == order]
+    listed = [
+        f"{order} in {_named(norm, sources)}"
         for order in (BELOW, ABOVE, MIXED)
-    }
-    reasons = [
-        f"By {'; '.join(where)}: {order}." for order, where in listed.items() if where and len(set(orders.values())) > 1
+        for norm in (IN_L1, IN_L2)
+        if (sources := [source for source in SOURCES if orders[norm, source] == order])
     ]
+    reasons = [f"{one}." for one in listed] if len(set(orders.values())) > 1 else []
     late = [
-        f"{name} ({source})"
+        _named(name, sources)
         for name, own, norm in (("c_LION", lion, IN_L1), ("c_SGD", sgd, IN_L2))
-        for source in SOURCES
-        if own[norm, source].is_of_last_step
+        if (sources := [source for source in SOURCES if own[norm, source].is_of_last_step])
     ]
     if late:
-        reasons.append(f"The last step decides {', '.join(late)}: a longer run can have a larger one.")
+        reasons.append(f"The last step decides {' and '.join(late)}: a longer run can have a larger one.")
     if reasons or MIXED in orders.values():
-        return "not established", " ".join(reasons or [f"{MIXED.capitalize()}."])
+        return "not established", " ".join(reasons or [f"{MIXED}."])
     return ("holds" if BELOW in orders.values() else "does not hold"), "The order is the same however it is measured."
+
+
+def _named(what: str, sources: list[str]) -> str:
+    """``what``, with the kinds of rounds if they are not all."""
+    return what if len(sources) == len(SOURCES) else f"{what} ({', '.join(sources)})"
 
 
 def _table(groups: dict[str, Records], found: dict[str, dict[Source, Constant]]) -> Table:

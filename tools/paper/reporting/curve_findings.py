@@ -8,7 +8,7 @@ from tools.paper.reporting.paper import Table
 from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, spread, steps_in_thousands
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
 
-LAST = str(STEPS)
+LAST = f"{STEPS:,}"
 FIXED, HELD_OUT, TRAINING = "loss on the fixed training split", "held-out loss", "mean training loss"
 Loss = Callable[[Record, int], float]
 # Each loss of a record at a step. The fixed split is measured without dropout, the training loss with it.
@@ -17,6 +17,10 @@ LOSSES: dict[str, Loss] = {
     HELD_OUT: lambda one, step: one["validation_loss"][str(step)],
     TRAINING: lambda one, step: one["training_loss"][str(step)],
 }
+ABOUT_INTERVALS = (
+    "At step 0 the runs of a seed are the same. Intervals are Student's t at 95 % over the differences of each seed, "
+    "not adjusted for the number of comparisons."
+)
 Gaps = dict[tuple[str, int], gaps.Interval]
 
 
@@ -27,6 +31,7 @@ def curves(runs: StudyRuns) -> Finding:
     compared = {name: found for name in others if (found := _gaps(runs, name))}
     sentences = [_sentence(runs, name, found) for name, found in compared.items()]
     sentences = sentences or ["Cannot be said: no seed has LION and another optimizer."]
+    sentences += [ABOUT_INTERVALS] if compared else []
     sentences += [_about_r(runs), *_about_clipping(runs)]
     return Finding(
         verdict=" ".join(sentences),
@@ -54,7 +59,7 @@ def _sentence(runs: StudyRuns, other: str, found: Gaps) -> str:
     word, not_above = gaps.judged(found)
     basis = runs.basis("lion_paper", other, seeds=found[FIXED, STEPS].seeds)
     said = f"{runs.mark}{word} {runs.where} ({basis}): all three losses of LION are below those of {NAMES[other]} at "
-    said += f"each of {_checkpoints()}. At step 0 the runs of a seed are the same."
+    said += f"each of {_checkpoints()}."
     if not_above:
         exceptions = ", ".join(f"{loss} at {step // 1000}k" for loss, step in not_above)
         said += f" Not below, or not outside the 95 % interval: {exceptions}."

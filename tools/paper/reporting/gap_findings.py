@@ -49,13 +49,13 @@ def _gap(runs: StudyRuns, loss: str) -> BySeed:
 def share_in_words(loss: str, at_papers: BySeed, at_best: BySeed) -> str:
     """Which part of the gap the rate explains, or why that cannot be said."""
     seeds = sorted(at_papers.keys() & at_best.keys())
-    share, none = gaps.share_of_rate(at_papers, at_best), f"{loss}: no share of the rate is given, because"
+    share, none = gaps.share_of_rate(at_papers, at_best), f"For the {loss} no share of the rate is given, because"
     if share is None:
         if len(seeds) < 2:
             return f"{none} two seeds with all four runs are needed, {len(seeds)} finished."
         found = gaps.interval([at_papers[seed] for seed in seeds])
         return f"{none} the interval of the gap at the paper's rates, {found}, is not above 0."
-    said = f"{loss}: the learning rate explains {share} of the gap ({in_seeds(len(seeds))})."
+    said = f"For the {loss} the learning rate explains {share} of the gap ({in_seeds(len(seeds))})."
     if share.value > 1.0:
         return f"{said} That is more than the gap: at the best rates SGD's mean loss is below LION's."
     if share.value < 0.0:
@@ -110,7 +110,7 @@ def _judgement(
     paper: StudyRuns, tuned: StudyRuns, mark: str, at_papers: dict[str, BySeed], at_best: dict[str, BySeed]
 ) -> Judgement:
     shares = {loss: gaps.share_of_rate(at_papers[loss], at_best[loss]) for loss in JUDGED}
-    verdict = "; ".join(f"{share} of the {loss}'s gap" for loss, share in shares.items() if share)
+    verdict = "; ".join(f"{share} of the gap in the {loss}" for loss, share in shares.items() if share)
     numbers = [
         f"{loss}: {gaps.interval(list(at_papers[loss].values()))} at the paper's rates, "
         f"{gaps.interval(list(at_best[loss].values()))} at the best ones"

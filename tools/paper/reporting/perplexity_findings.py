@@ -44,7 +44,7 @@ def _sentence(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> s
     word, _ = gaps.judged({"": found})
     return (
         f"{runs.mark}{word} {runs.where} ({runs.basis('lion_paper', other, seeds=found.seeds)}): LION's checkpoint at "
-        f"{CHECKPOINTS[0]:,} steps is below {NAMES[other]}'s at {STEPS:,}. SGD's ln perplexity per token on "
+        f"{CHECKPOINTS[0]:,} steps is below that of {NAMES[other]} at {STEPS:,}. SGD's ln perplexity per token on "
         f"{TEXTS[text]} minus LION's is {found}."
     )
 

@@ -16,10 +16,13 @@ def draw(found: "Mapping[Key, Points]", sets: Sequence[str], names: Mapping[str,
     """r against d of each of ``sets`` (rows) and at each step (columns), both axes logarithmic, as SVG text."""
     steps = sorted({step for _, step, _ in found})
     size = (3.4 * len(steps), 3.1 * len(sets))
-    figure, panels = figures.pyplot().subplots(len(sets), len(steps), figsize=size, squeeze=False)
+    shared: dict[str, Any] = {"squeeze": False, "sharex": "row", "sharey": "row"}
+    figure, panels = figures.pyplot().subplots(len(sets), len(steps), figsize=size, **shared)
     for row, name in zip(panels, sets, strict=True):
         for axes, step in zip(row, steps, strict=True):
-            axes.set(xscale="log", yscale="log", xlabel="d", ylabel="r", title=f"{name}, step {step:,}")
+            axes.set(xscale="log", yscale="log", xlabel="d", ylabel="r")
+            axes.set_title(f"{name}, step {step:,}", fontsize=9)
+            axes.tick_params(axis="x", which="minor", labelbottom=False)
             axes.grid(alpha=0.3, which="both", linewidth=0.5)
             for (optimizer, at, of), points in found.items():
                 if (at, of) == (step, name):

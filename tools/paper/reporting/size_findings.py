@@ -98,10 +98,11 @@ def exponents(runs: StudyRuns) -> Finding:
     found = points(kept)
     keys = list(dict.fromkeys((optimizer, step) for optimizer, step, _ in found))
     fits = {key: fit for key, each in found.items() if (fit := each.fit)}
-    said = [f"{NAMES[optimizer]}{_at(step)}: {_in_words(fits, optimizer, step)}" for optimizer, step in keys]
+    said = "; ".join(f"{NAMES[optimizer]}{_at(step)}: {_in_words(fits, optimizer, step)}" for optimizer, step in keys)
+    of_rates = f"Every width has the rates that are best at width {SHAPE['hidden-size']}."
     return Finding(
-        verdict=f"{runs.mark}Exponent of r against d. {'. '.join(said)}. Undecided is an interval wider than {WIDEST}. "
-        f"{_about_embedding(kept)} Every width has the rates that are best at width {SHAPE['hidden-size']}.",
+        verdict=f"{runs.mark}Exponents of r against d: {said}. Undecided is an interval wider than {WIDEST}. "
+        f"{_about_embedding(kept)}{_without_embedding(fits)} {of_rates}",
         made="",
         tables=[_exponents_table(found), _layers_table(found)],
         pictures={
@@ -121,15 +122,15 @@ def _in_words(fits: dict[Key, theory.PowerLaw], optimizer: str, step: int) -> st
     whole, without = (fits.get((optimizer, step, name)) for name in (WHOLE, WITHOUT))
     if whole is None:
         return f"fewer than {FEWEST} sizes"
-    said = f"{_verdict(whole)} for {WHOLE}"
-    return f"{said}, {_verdict(without)} {WITHOUT}" if without else said
+    said = f"{WHOLE} {_verdict(whole)}"
+    return f"{said}, {WITHOUT} {_verdict(without)}" if without else said
 
 
 def _verdict(fit: theory.PowerLaw) -> str:
-    """``0.5 inside [0.45, 0.52]``, with the exponent."""
+    """``0.483 [0.450, 0.520] (0.5 inside)``."""
     state = decided(fit)
     words = state if state == UNDECIDED else f"0.5 {state}"
-    return f"{fit.exponent:.3f}, {words} [{fit.low:.3f}, {fit.high:.3f}]"
+    return f"{fit.exponent:.3f} [{fit.low:.3f}, {fit.high:.3f}] ({words})"
 
 
 def _exponents_table(found: dict[Key, Points]) -> Table:
@@ -169,6 +170,17 @@ def _about_embedding(records: Records) -> str:
             of_l2.append(own["l2"] ** 2 / sum(kind["l2"] ** 2 for kind in kinds.values()))
     parts = [f"{min(shares):.0%} to {max(shares):.0%}" for shares in (of_d, of_l2)]
     return f"The embedding is {parts[0]} of the parameters and {parts[1]} of the squared l2 norm of the gradient."
+
+
+def _without_embedding(fits: dict[Key, theory.PowerLaw]) -> str:
+    """How much the exponent changes where the embedding is left out."""
+    changes = [
+        fits[optimizer, step, WITHOUT].exponent - fit.exponent
+        for (optimizer, step, name), fit in fits.items()
+        if name == WHOLE and (optimizer, step, WITHOUT) in fits
+    ]
+    span = f"{min(changes):+.3f} to {max(changes):+.3f}" if changes else ""
+    return f" Leaving it out changes the exponent by {span}." if changes else ""
 
 
 def _judgement(

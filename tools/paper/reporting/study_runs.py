@@ -14,8 +14,8 @@ Record = dict[str, Any]
 Records = list[Record]
 NAMES = {
     "lion_paper": "LION",
-    "sgd_paper": "SGD, momentum 0.9",
-    "sgd_paper_no_momentum": "SGD, no momentum",
+    "sgd_paper": "SGD (momentum 0.9)",
+    "sgd_paper_no_momentum": "SGD (no momentum)",
     "adamw": "AdamW",
 }
 SGDS = ("sgd_paper", "sgd_paper_no_momentum")
