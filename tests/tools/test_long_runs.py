@@ -1,4 +1,4 @@
-"""The long runs at the paper's settings: their command lines, records, and what the report says of them."""
+"""The long runs at the paper's settings: their command lines, records and phases."""
 
 import json
 import math
@@ -9,76 +9,17 @@ import pytest
 
 from launch.launcher import estimates, recipes
 from megatron_lion.config import LionError
-from tools.paper import check_round, report
+from tests.tools.long_records_made_up import finished_pair, run_of, start
+from tools.paper import check_round
 from tools.paper.long_runs import claimed, state
-from tools.paper.reporting import size_findings
 from tools.paper.studies import long_records, long_runs, long_text, plans, run_settings
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS, LongRun
-from tools.paper.studies.megatron_runs import FINISHED
-
-EXHIBITS = ("Figure 2", "Figure 3", "Table A1")
-ITERATION = " iteration {0}/ 50000 | elapsed time per iteration (ms): 5.0 | lm loss: {1:.4E} | grad norm: 1.5 |\n"
-VALIDATION = " validation loss at iteration {0} | lm loss value: {1:.4E} | lm loss PPL: 1 |\n"
-D = 400
-
-
-def run_of(folder: Path, optimizer: str = "lion_paper", seed: int = 1234) -> LongRun:
-    text = long_text.paths(folder / "text", "gpt")
-    return LongRun(model="gpt", optimizer=optimizer, seed=seed, output=folder, text=text)
-
-
-def round_at(step: int, loss: float, ratio: float) -> dict[str, Any]:
-    parts = {"kinds": {"embedding": {"d": 100, "l1": 1.0, "l2": 0.5}}}
-    numbers = {"loss": loss, "l1": 0.25 * ratio, "l2": 0.25, "ratio": ratio, "ratio_over_sqrt_d": ratio / D**0.5}
-    known = {"iteration": step, "d": D, "batches": 100, "snr": 12.0, "converged": True, "tokens": 64, "parts": parts}
-    return known | numbers | {"kkt_residual": 1.0}
-
-
-def start(run: LongRun, name: str = "recipe.json") -> None:
-    """Leave the recipe of a start in the run's folder."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    content = {"settings": run.recipe().settings, "extra": [*run.flags(), run_settings.MINUTES, "50"]}
-    (run.folder / name).write_text(json.dumps(content | {"versions": {"torch": "2"}}))
-
-
-def finish(run: LongRun, loss: float) -> None:
-    """Leave in the run's folder what its three phases would."""
-    run.folder.mkdir(parents=True)
-    steps = range(100, STEPS + 1, 100)
-    log = "".join(ITERATION.format(step, loss) for step in steps)
-    log += "".join(VALIDATION.format(step, loss + 0.1) for step in CHECKPOINTS)
-    (run.folder / "log.txt").write_text(log)
-    rounds = [round_at(step, loss, 8.0) for step in range(1000, STEPS + 1, 1000)]
-    (run.folder / "norm_ratio.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rounds))
-    for step in (0, *CHECKPOINTS):
-        folder = run.folder / f"exact-{step}"
-        folder.mkdir()
-        (folder / "norm_ratio.jsonl").write_text(json.dumps(round_at(step, loss - 0.1, 7.0)) + "\n")
-    start(run)
-    (run.folder / long_runs.PIECES).write_text('{"cpu_seconds": 1800}\n{"cpu_seconds": 900}\n')
-    for name in ("held-out", "wikitext"):
-        folder = run.folder / f"perplexity-{name}"
-        folder.mkdir()
-        on_text = {"log_perplexity": loss, "log_word_perplexity": 2 * loss, "bits_per_byte": loss / 2}
-        (folder / "results.json").write_text(json.dumps({"results": dict.fromkeys(map(str, CHECKPOINTS), on_text)}))
-        (folder / FINISHED).write_text('{"cpu_seconds": 90.0}')
-    run.text.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("text", "fixed"):
-        counts = {part: {"tokens": 1000} for part in ("train", "valid", "test", "all")}
-        (run.text.folder / f"{name}_manifest.json").write_text(json.dumps({"counts": counts}))
 
 
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
     """Records of two seeds of Lion and of SGD with momentum."""
-    folder = tmp_path / "records"
-    folder.mkdir()
-    for optimizer, loss in (("lion_paper", 5.0), ("sgd_paper", 7.0)):
-        for seed in (1234, 1235):
-            run = run_of(tmp_path / "runs", optimizer, seed)
-            finish(run, loss + 0.01 * (seed - 1234))
-            (folder / f"{run.name}.json").write_text(json.dumps(long_records.record(run)))
-    return folder
+    return finished_pair(tmp_path / "runs", tmp_path / "records")
 
 
 def test_a_run_is_the_papers_recipe_but_for_size_batch_text_and_device(tmp_path: Path) -> None:
@@ -224,73 +165,6 @@ def test_a_file_that_is_no_record_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(LionError, match=r"x\.json is not a record"):
         long_records.read(tmp_path)
-
-
-def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> None:
-    """r = d^0.5 of the other layers; the embedding's share of l1 falls as it grows."""
-    records = []
-    for width in (1, 4, 16, 64):
-        kinds = {"mlp": {"d": 100 * width, "l1": 10.0 * width**0.5, "l2": 1.0}}
-        kinds["embedding"] = {"d": 300 * width, "l1": 3.0, "l2": 1.0}
-        records.append({"optimizer": "lion_paper", "exact": {"0": {"kinds": kinds}, "1000": {"kinds": kinds}}})
-    found = size_findings.points(records)
-    assert set(found) == {
-        (optimizer, step, name)
-        for optimizer, step in (("start", 0), ("lion_paper", 1000))
-        for name in (size_findings.WHOLE, size_findings.WITHOUT, "mlp", "embedding")
-    }
-    assert found["start", 0, size_findings.WHOLE][400] == pytest.approx(13.0 / 2**0.5)
-    rows = {(row[0], row[2]): row for row in size_findings.exponents(records, "").tables[0][1:]}
-    without = rows["LION", size_findings.WITHOUT]
-    assert without[3:] == ["4", "0.500 [0.500, 0.500]", "yes", "1.000 to 1.000"]
-    assert rows["LION", size_findings.WHOLE][5] == "no" and rows["LION", "embedding"][4].startswith("0.000")
-
-
-def test_the_report_says_what_is_finished_and_what_the_runs_confirm(records: Path, tmp_path: Path) -> None:
-    rows = report.write_report(tmp_path / "none", tmp_path / "page", "a test", records, EXHIBITS)
-    by_name = {row.exhibit.name: row.findings[0] for row in rows}
-    assert [row.exhibit.name for row in rows] == list(EXHIBITS) and not any(row.problems for row in rows)
-    bert, gpt, table = (by_name[name] for name in EXHIBITS)
-    assert rows[1].findings[1].verdict == "Long runs at each optimizer's best rate: none is finished."
-    assert bert.missing == ["0 of 3 long runs are finished"] and not bert.tables
-    assert gpt.missing == table.missing == ["4 of 9 long runs are finished"]
-    assert gpt.verdict.startswith(
-        "Confirmed at the paper's rates, for the exact training loss at step 50,000: LION 4.9"
-    )
-    losses = ["5.005 (5.000 to 5.010)", "5.105 (5.100 to 5.110)", "4.905 (4.900 to 4.910)"]
-    assert gpt.tables[0][1] == ["LION", "2", *losses, "0.350 (0.350 to 0.350)", "0.350 to 0.350"]
-    assert table.verdict.startswith("Confirmed against SGD, momentum 0.9 at the paper's rates: Lion's first checkpoint")
-    assert "LION 1e-05 (2 seeds), SGD, momentum 0.9 0.0001 (2 seeds); 3.0 hours of one core" in gpt.made
-    page = (tmp_path / "page" / "report.md").read_text()
-    assert "<unk>" in page and "ln perplexity on held-out text | 10k | 20k | 30k | 40k | 50k" in page
-    assert (tmp_path / "page" / "figures" / "figure-3-0-0.svg").is_file()
-
-
-def test_the_report_says_which_part_of_the_gap_is_the_learning_rates(records: Path, tmp_path: Path) -> None:
-    """2 nats at the paper's rates, 0.5 at the best ones."""
-    for path in list(records.iterdir()):
-        one = json.loads(path.read_text())
-        if one["optimizer"] == "sgd_paper":
-            one["exact"][str(STEPS)]["loss"] -= 1.5
-        (records / f"tuned-{path.name}").write_text(json.dumps(one | {"study": "tuned"}))
-    rows = report.write_report(tmp_path / "none", tmp_path / "page", "a test", records, ("Figure 3", "Figure A3"))
-    at_papers, at_tuned = rows[0].findings
-    expected = "2.000 (+- 0.030) at the paper's rates and 0.500 (+- 0.030) at each one's best rate: 75% of the gap"
-    assert expected in at_tuned.verdict and "of the gap" not in at_papers.verdict
-    constants = rows[1].findings[0]
-    # l1 is 2 at each of 50 rounds and sqrt(d) 20: the running mean times 50,000^(1/4) is largest at the last.
-    assert constants.tables[0][1][1] == f"{2.0 * STEPS**0.25 / 20:.4f}" and constants.tables[0][1][4] == str(STEPS)
-    assert constants.tables[0][2][1] == f"{0.25 * STEPS**0.25:.4f}"
-
-
-@pytest.mark.slow
-def test_the_same_records_give_the_same_page(records: Path, tmp_path: Path) -> None:
-    pages = []
-    for name in ("a", "b"):
-        report.write_report(tmp_path / "none", tmp_path / name, "a test", records, EXHIBITS)
-        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
-        pages.append([path.read_bytes() for path in files])
-    assert pages[0] == pages[1]
 
 
 def test_two_processes_do_not_take_one_run(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
 def test_verdicts_follow_the_numbers(tmp_path: Path) -> None:
     rates_result(tmp_path / "a" / "rates", 0.5, 1.0)
     held = rows(tmp_path / "a", tmp_path / "out")
-    assert held["Figure A3"].findings[0].verdict.startswith("Held: c_LION = 0.500, c_SGD = 1.000.")
+    assert held["Figure A3"].findings[0].verdict.startswith("Not established: c_LION = 0.500, c_SGD = 1.000.")
     assert "in l2, as c_SGD is, Lion's is 1.200." in held["Figure A3"].findings[0].verdict
     assert "c_SGD is decided by the last step" in held["Figure A3"].findings[0].verdict
     (table_a1,) = held["Table A1"].findings
@@ -81,8 +81,10 @@ def test_verdicts_follow_the_numbers(tmp_path: Path) -> None:
     assert table_a1.verdict == f"{said} on."
     assert table_a1.tables[0][1:] == [["SGD, mean", "3.300", "3.100"], ["LION, mean", "3.050", "2.900"]]
     assert table_a1.tables[1][1:] == [["1", "3.000", "3.200"], ["2", "3.100", "3.000"]]
-    rates_result(tmp_path / "b" / "rates", 1.5, 1.0)
+    rates_result(tmp_path / "b" / "rates", 1.5, 1.0, at_step=20)
     assert rows(tmp_path / "b", tmp_path / "out")["Figure A3"].findings[0].verdict.startswith("Not held")
+    rates_result(tmp_path / "c" / "rates", 1.1, 1.3, at_step=20)
+    assert rows(tmp_path / "c", tmp_path / "out")["Figure A3"].findings[0].verdict.startswith("Held")
 
 
 def test_either_proportion_of_learning_rates_stands_beside_the_papers(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
-"""How far Lion is ahead of SGD, with an interval over the seeds, and how much of it is the learning rate's."""
+"""Differences between optimizers, paired by seed, with intervals; and how much of one the learning rate explains.
+
+Runs of one seed have the same initial weights and the same order of data, so their losses are not independent:
+differences are taken within a seed, and the interval is over the seeds.
+"""
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy.special import stdtrit
@@ -11,41 +15,103 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gap:
-    """A difference of two means."""
+class Interval:
+    """A mean over seeds and its 95 % interval."""
 
     mean: float
     half_width: float | None
-    """of the 95 % interval; None where a group has one seed"""
+    """None for one seed"""
+    seeds: int
 
     def __str__(self) -> str:
-        interval = "one seed" if self.half_width is None else f"+- {self.half_width:.3f}"
-        return f"{self.mean:.3f} ({interval})"
+        return f"{self.mean:.3f} ({'one seed' if self.half_width is None else f'+- {self.half_width:.3f}'})"
+
+    @property
+    def is_above_zero(self) -> bool:
+        """Whether the whole interval is above 0; of one seed, whether its value is."""
+        return self.mean - (self.half_width or 0.0) > 0.0
+
+    @property
+    def is_below_zero(self) -> bool:
+        return self.mean + (self.half_width or 0.0) < 0.0
 
 
-def gap(sgd: Sequence[float], lion: Sequence[float]) -> Gap:
-    """SGD's mean loss minus Lion's: above 0 where Lion is better.
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The part of a gap that the learning rate explains: 1 - gap at the best rates / gap at the paper's."""
 
-    The interval is t sqrt(s_1^2 / n_1 + s_2^2 / n_2) with n_1 + n_2 - 2 degrees of freedom, over independent seeds.
+    value: float
+    low: float
+    high: float
+    by_seed: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]"
+
+
+def quantile(seeds: int) -> float:
+    """Student's t for an interval over ``seeds`` values, n - 1 degrees of freedom."""
+    return float(stdtrit(seeds - 1, 0.5 + CONFIDENCE / 2))
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean of one value a seed, +- t s / sqrt(n) with n - 1 degrees of freedom.
 
     Example:
-        >>> str(gap([7.0, 7.2, 7.1], [5.0, 5.2, 5.1]))
-        '2.000 (+- 0.227)'
+        >>> str(interval([2.0, 2.1, 1.9]))
+        '2.000 (+- 0.248)'
     """
-    mean = statistics.fmean(sgd) - statistics.fmean(lion)
-    if min(len(sgd), len(lion)) < 2:
-        return Gap(mean=mean, half_width=None)
-    error = math.sqrt(sum(statistics.variance(group) / len(group) for group in (sgd, lion)))
-    quantile = float(stdtrit(len(sgd) + len(lion) - 2, 0.5 + CONFIDENCE / 2))
-    return Gap(mean=mean, half_width=quantile * error)
+    count = len(values)
+    half = quantile(count) * statistics.stdev(values) / math.sqrt(count) if count > 1 else None
+    return Interval(mean=statistics.fmean(values), half_width=half, seeds=count)
 
 
-def share_of_rate(at_papers: Gap, at_tuned: Gap) -> str:
-    """Which part of the gap at the paper's rates the learning rate explains, in a sentence."""
-    if at_papers.mean <= 0.0:
-        return f"There is no gap at the paper's rates ({at_papers}), so no part of it is the learning rate's."
-    part = 1.0 - at_tuned.mean / at_papers.mean
-    return (
-        f"SGD's loss minus Lion's is {at_papers} at the paper's rates and {at_tuned} at each one's best rate: "
-        f"{part:.0%} of the gap is the learning rate's."
+def differences(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
+    """``first`` minus ``second`` of each seed that both have."""
+    return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
+
+
+def share_of_rate(at_papers: Mapping[int, float], at_best: Mapping[int, float]) -> Share | None:
+    """The share from the gaps of each seed at the paper's rates and at the best ones.
+
+    It is 1 - mean(b) / mean(p), with Fieller's interval for the ratio q of two paired means: all q for which the
+    differences b - q p have a t interval (n - 1 degrees of freedom) that includes 0. It is finite only where the
+    interval of the gap at the paper's rates is above 0.
+
+    Returns:
+        None with fewer than two common seeds, or where the gap's interval at the paper's rates is not above 0.
+
+    Example:
+        >>> str(share_of_rate({1: 2.0, 2: 2.0, 3: 2.0}, {1: 0.5, 2: 0.6, 3: 0.4}))
+        '75% [69%, 81%]'
+    """
+    seeds = sorted(at_papers.keys() & at_best.keys())
+    if len(seeds) < 2:
+        return None
+    p, b = [at_papers[seed] for seed in seeds], [at_best[seed] for seed in seeds]
+    if not interval(p).is_above_zero:
+        return None
+    factor = quantile(len(seeds)) ** 2 / len(seeds)
+    mean_p, mean_b = statistics.fmean(p), statistics.fmean(b)
+    # (mean_b - q mean_p)^2 = factor (var_b - 2 q cov + q^2 var_p), as square q^2 - 2 middle q + constant = 0
+    square = mean_p**2 - factor * statistics.variance(p)
+    middle = mean_p * mean_b - factor * statistics.covariance(p, b)
+    constant = mean_b**2 - factor * statistics.variance(b)
+    root = math.sqrt(max(middle**2 - square * constant, 0.0))
+    return Share(
+        value=1.0 - mean_b / mean_p,
+        low=1.0 - (middle + root) / square,
+        high=1.0 - (middle - root) / square,
+        by_seed=tuple(1.0 - best / papers for papers, best in zip(p, b, strict=True)),
     )
+
+
+def judged[Key: Hashable](gaps: Mapping[Key, Interval]) -> tuple[str, list[Key]]:
+    """Whether all of ``gaps`` are above 0, as the start of a verdict, and the keys of those that are not."""
+    one_seed = max(gap.seeds for gap in gaps.values()) == 1
+    not_above = [key for key, gap in gaps.items() if not gap.is_above_zero]
+    if not not_above:
+        return ("Seen in one seed" if one_seed else "Confirmed"), []
+    if all(gap.is_below_zero for gap in gaps.values()):
+        return ("The opposite is seen in one seed" if one_seed else "The opposite is found"), not_above
+    return ("Not seen in one seed" if one_seed else "Not confirmed"), not_above

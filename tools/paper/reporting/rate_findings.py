@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import LionError
-from tools.paper.reporting.findings import Finding, read_json, read_svg
+from tools.paper.reporting.findings import Finding, Judgement, read_json, read_svg
 from tools.paper.reporting.paper import Table
 from tools.paper.studies.rates import below_from, rate_of, trusted
 
 RECORD = "rates.json"
 PAPERS = {"lion": "0.701", "sgd": "1.365"}
+CLAIM = "c_LION is below c_SGD"
 
 
 def constants(folder: Path, hardware: str) -> Finding:
@@ -28,17 +29,37 @@ def constants(folder: Path, hardware: str) -> Finding:
 
 
 def compared(found: dict[str, Any], made: str, pictures: dict[str, str]) -> Finding:
-    """c_LION and c_SGD as :func:`tools.paper.studies.rates.constants` gives them, beside the paper's."""
+    """c_LION and c_SGD as :func:`tools.paper.studies.rates.constants` gives them, and the paper's."""
     lion, sgd = found["lion"], found["sgd"]
-    verb = "Held" if lion["constant"] < sgd["constant"] else "Not held"
+    verb = _verdict(lion, sgd)
+    numbers = f"c_LION = {lion['constant']:.3f}, c_SGD = {sgd['constant']:.3f}"
     norms = "c_LION is of the l1 norm over sqrt(d), which is never above the l2 norm; in l2, as c_SGD is, Lion's is"
     return Finding(
-        verdict=f"{verb}: c_LION = {lion['constant']:.3f}, c_SGD = {sgd['constant']:.3f}. {norms} "
-        f"{lion['l2_constant']:.3f}. {_reservations(lion, sgd)}",
+        verdict=f"{verb}: {numbers}. {norms} {lion['l2_constant']:.3f}. {_reservations(lion, sgd)}",
         made=made,
         pictures=pictures,
         tables=[_constants_table(found)],
+        judgements=[
+            Judgement(
+                claim=CLAIM,
+                verdict=verb,
+                basis=made,
+                numbers=f"{numbers}; Lion's in the l2 norm {lion['l2_constant']:.3f}",
+            )
+        ],
     )
+
+
+def _verdict(lion: dict[str, Any], sgd: dict[str, Any]) -> str:
+    """Established only where both norms of Lion have the same order and no constant is decided by the last step."""
+    orders = {lion[key] < sgd["constant"] for key in ("constant", "l2_constant")}
+    if len(orders) > 1 or any(_is_of_last_step(entry) for entry in (lion, sgd)):
+        return "Not established"
+    return "Held" if orders == {True} else "Not held"
+
+
+def _is_of_last_step(entry: dict[str, Any]) -> bool:
+    return bool(entry["at_step"] == entry["steps"][-1])
 
 
 def _constants_table(found: dict[str, Any]) -> Table:
@@ -56,7 +77,7 @@ def _reservations(lion: dict[str, Any], sgd: dict[str, Any]) -> str:
         text = "Each norm is that of the whole training set's gradient, after each epoch."
     else:
         text = "Noise adds to the norms of rounds that did not converge: the constants are estimates from above."
-    at_end = [name for name, entry in (("LION", lion), ("SGD", sgd)) if entry["at_step"] == entry["steps"][-1]]
+    at_end = [name for name, entry in (("LION", lion), ("SGD", sgd)) if _is_of_last_step(entry)]
     return text + "".join(
         f" c_{name} is decided by the last step: a longer run can have a larger one." for name in at_end
     )
@@ -81,9 +102,12 @@ def perplexities(folder: Path, hardware: str) -> Finding:
     verb = "Held" if found["lion_lower"] == found["seeds"] else "Not held"
     lrs = [result["rates"][name].get("lr") for name in ("sgd", "lion")]
     rates = f" SGD's rate is {lrs[0] / lrs[1]:.0f} times Lion's here, in the paper 10 times." if all(lrs) else ""
+    numbers = f"Lion's first is below SGD's last in {found['lion_lower']} of {found['seeds']} seeds"
+    made = f"tiny GPT, ln perplexity per token, {found['seeds']} seeds; {hardware}"
+    claim = "LION's first checkpoint has a lower perplexity than SGD's last"
     return Finding(
-        verdict=f"{verb}: Lion's first is below SGD's last in {found['lion_lower']} of {found['seeds']} seeds; "
-        f"Lion is below it {below_from(found)}.{rates}",
-        made=f"tiny GPT, ln perplexity per token, {found['seeds']} seeds; {hardware}",
+        verdict=f"{verb}: {numbers}; Lion is below it {below_from(found)}.{rates}",
+        made=made,
         tables=[table, each],
+        judgements=[Judgement(claim=claim, verdict=verb, basis=made, numbers=numbers)],
     )

@@ -1,77 +1,202 @@
 """What the long runs of several sizes left: the exponent of r against d, with and without the embedding."""
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 from tools.paper import theory
-from tools.paper.reporting.findings import Finding
+from tools.paper.reporting import size_drawing
+from tools.paper.reporting.findings import Finding, Judgement
 from tools.paper.reporting.paper import Table
-from tools.paper.studies.plans import LARGE, RATES, WIDTHS
+from tools.paper.reporting.study_runs import NAMES as OPTIMIZER_NAMES
+from tools.paper.reporting.study_runs import Record, Records, StudyRuns, span_of
+from tools.paper.studies.long_runs import SHAPE
 
-Records = list[dict[str, Any]]
-NAMES = {"lion_paper": "LION", "sgd_paper": "SGD, momentum 0.9", "adamw": "AdamW", "start": "before the first step"}
-WHOLE, WITHOUT = "all parameters", "without the embedding"
-WIDEST = 0.15  # of an interval that says something
+START = "start"
+NAMES = {START: "before the first step"} | OPTIMIZER_NAMES
+WHOLE, WITHOUT, EMBEDDING = "all parameters", "without the embedding", "embedding"
+WIDEST = 0.15  # of an interval that decides something
+FALL = 0.1  # nats that the loss of a run falls at least
+FEWEST = 3  # sizes of a fit
+INSIDE, OUTSIDE, UNDECIDED = "inside", "outside", "undecided"
+Key = tuple[str, int, str]  # optimizer, step, set of parameters
 
 
-def points(records: Records) -> dict[tuple[str, int, str], dict[int, float]]:
-    """r by d, for each optimizer, step and set of parameters, from exact rounds.
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """r of each run against d, for one optimizer, step and set of parameters."""
+
+    d: list[int]
+    r: list[float]
+
+    @property
+    def fit(self) -> theory.PowerLaw | None:
+        """The power law through all points; None for too few sizes."""
+        return theory.fit_power_law(self.d, self.r) if len(set(self.d)) >= FEWEST else None
+
+    @property
+    def span(self) -> str:
+        """The smallest and the largest r / sqrt(d)."""
+        shares = [r / math.sqrt(d) for d, r in zip(self.d, self.r, strict=True)]
+        return f"{min(shares):.3f} to {max(shares):.3f}"
+
+
+def points(records: Records) -> dict[Key, Points]:
+    """One point a run from exact rounds, for each optimizer, step and set of parameters, in the order of the tables.
 
     The sets are all parameters, all but the embedding, and each kind of layer. d counts the parameters of the set.
-    Before the first step the optimizers do not differ: these points are of ``start``.
+    Before the first step the runs of one size and seed are the same for all optimizers: they are one point
+    of ``start``.
     """
-    found: dict[tuple[str, int, str], dict[int, float]] = {}
+    found: dict[Key, dict[tuple[int, int, str], tuple[int, float]]] = {}
     for record in records:
         for step, exact in record["exact"].items():
-            optimizer = "start" if step == "0" else record["optimizer"]
-            kinds = exact["kinds"]
-            sets = {WHOLE: list(kinds), WITHOUT: [kind for kind in kinds if kind != "embedding"]}
-            for name, members in (sets | {kind: [kind] for kind in kinds}).items():
-                d = sum(kinds[kind]["d"] for kind in members)
-                l1 = sum(kinds[kind]["l1"] for kind in members)
-                l2 = math.sqrt(sum(kinds[kind]["l2"] ** 2 for kind in members))
-                if l2 > 0.0:
-                    found.setdefault((optimizer, int(step), name), {})[d] = l1 / l2
+            optimizer = START if step == "0" else record["optimizer"]
+            run = (record["d"], record["seed"], optimizer)
+            for name, (d, r) in _ratios(exact["kinds"]).items():
+                found.setdefault((optimizer, int(step), name), {})[run] = (d, r)
+    ordered = sorted(found.items(), key=_order)
+    return {key: Points(d=[d for d, _ in each.values()], r=[r for _, r in each.values()]) for key, each in ordered}
+
+
+def _ratios(kinds: dict[str, dict[str, float]]) -> dict[str, tuple[int, float]]:
+    """d and r of each set of parameters with a gradient."""
+    sets = {WHOLE: list(kinds), WITHOUT: [kind for kind in kinds if kind != EMBEDDING]}
+    found = {}
+    for name, members in (sets | {kind: [kind] for kind in kinds}).items():
+        l2 = math.sqrt(sum(kinds[kind]["l2"] ** 2 for kind in members))
+        if l2 > 0.0:
+            d = int(sum(kinds[kind]["d"] for kind in members))
+            found[name] = (d, sum(kinds[kind]["l1"] for kind in members) / l2)
     return found
 
 
-def exponents(records: Records, where: str) -> Finding:
-    """Section 5: exponents with intervals, and r / sqrt(d) by kind of layer."""
-    found = points(records)
-    fits = {key: theory.fit_power_law(list(by_d), list(by_d.values())) for key, by_d in found.items() if len(by_d) > 2}
-    table: Table = [["optimizer", "step", "parameters", "sizes", "exponent [95 %]", "0.5 inside", "r / sqrt(d)"]]
-    for (optimizer, step, name), by_d in sorted(found.items(), key=_order):
-        shares = [r / math.sqrt(d) for d, r in by_d.items()]
-        span = f"{min(shares):.3f} to {max(shares):.3f}"
-        fit = fits.get((optimizer, step, name))
-        interval = f"{fit.exponent:.3f} [{fit.low:.3f}, {fit.high:.3f}]" if fit else "-"
-        inside = ("yes" if fit.low <= 0.5 <= fit.high else "no") if fit else "-"
-        table.append([NAMES[optimizer], str(step), name, str(len(by_d)), interval, inside, span])
-    wide = sum(fit.high - fit.low > WIDEST for fit in fits.values())
-    whole = [fit for (_, _, name), fit in fits.items() if name == WHOLE]
-    without = [fit for (_, _, name), fit in fits.items() if name == WITHOUT]
-    return Finding(
-        verdict=f"Exponent of all parameters: {_span(whole)}; without the embedding: {_span(without)}. {wide} of "
-        f"{len(fits)} intervals are wider than {WIDEST}.",
-        made="",
-        tables=[table],
-    )
-
-
-def planned() -> int:
-    """Runs that the study of sizes has."""
-    large = sum(d > LARGE for d in WIDTHS.values())
-    return len(RATES) * (len(WIDTHS) - large) + large
-
-
-def _order(entry: tuple[tuple[str, int, str], Any]) -> tuple[int, int, bool, bool, str]:
+def _order(entry: tuple[Key, object]) -> tuple[int, int, bool, bool, str]:
     (optimizer, step, name), _ = entry
     return list(NAMES).index(optimizer), step, name != WHOLE, name != WITHOUT, name
 
 
-def _span(fits: list[theory.PowerLaw]) -> str:
-    if not fits:
-        return "not enough sizes"
-    exponents = [fit.exponent for fit in fits]
-    half = sum(fit.low <= 0.5 <= fit.high for fit in fits)
-    return f"{min(exponents):.3f} to {max(exponents):.3f}, 0.5 inside {half} of {len(fits)} intervals"
+def has_learned(record: Record) -> bool:
+    """Whether the exact training loss fell by ``FALL`` from the start to the last measured step."""
+    losses = {int(step): exact["loss"] for step, exact in record["exact"].items()}
+    return bool(losses[0] - losses[max(losses)] >= FALL)
+
+
+def decided(fit: theory.PowerLaw) -> str:
+    """Whether 0.5 is inside the interval, or the interval is too wide to say."""
+    if fit.high - fit.low > WIDEST:
+        return UNDECIDED
+    return INSIDE if fit.low <= 0.5 <= fit.high else OUTSIDE
+
+
+def exponents(runs: StudyRuns) -> Finding:
+    """Section 5: exponents with intervals, a verdict for each optimizer and step, and r / sqrt(d) by kind of layer."""
+    kept = [one for one in runs.records if has_learned(one)]
+    left_out = [one["name"] for one in runs.records if not has_learned(one)]
+    missing = [f"left out, because the training loss did not fall by {FALL}: {', '.join(left_out)}"] if left_out else []
+    if not kept:
+        return Finding(verdict="Cannot be said: the loss of no run fell.", made="", missing=missing)
+    found = points(kept)
+    keys = list(dict.fromkeys((optimizer, step) for optimizer, step, _ in found))
+    fits = {key: fit for key, each in found.items() if (fit := each.fit)}
+    said = "; ".join(f"{NAMES[optimizer]}{_at(step)}: {_in_words(fits, optimizer, step)}" for optimizer, step in keys)
+    of_rates = f"Every width has the rates that are best at width {SHAPE['hidden-size']}."
+    return Finding(
+        verdict=f"{runs.mark}Exponents of r against d: {said}. Undecided is an interval wider than {WIDEST}. "
+        f"{_about_embedding(kept)}{_without_embedding(fits)} {of_rates}",
+        made="",
+        tables=[_exponents_table(found), _layers_table(found)],
+        pictures={
+            "r against d, one point a run; lines are the fits": size_drawing.draw(found, (WHOLE, WITHOUT), NAMES)
+        },
+        missing=missing,
+        judgements=[_judgement(runs, kept, fits, optimizer, step) for optimizer, step in keys],
+    )
+
+
+def _at(step: int) -> str:
+    return f" at step {step:,}" if step else ""
+
+
+def _in_words(fits: dict[Key, theory.PowerLaw], optimizer: str, step: int) -> str:
+    """The verdict on all parameters, and the exponent without the embedding."""
+    whole, without = (fits.get((optimizer, step, name)) for name in (WHOLE, WITHOUT))
+    if whole is None:
+        return f"fewer than {FEWEST} sizes"
+    said = f"{WHOLE} {_verdict(whole)}"
+    return f"{said}, {WITHOUT} {_verdict(without)}" if without else said
+
+
+def _verdict(fit: theory.PowerLaw) -> str:
+    """``0.483 [0.450, 0.520] (0.5 inside)``."""
+    state = decided(fit)
+    words = state if state == UNDECIDED else f"0.5 {state}"
+    return f"{fit.exponent:.3f} [{fit.low:.3f}, {fit.high:.3f}] ({words})"
+
+
+def _exponents_table(found: dict[Key, Points]) -> Table:
+    table = [["optimizer", "step", "parameters", "sizes", "runs", "exponent [95 %]", "0.5 inside", "r / sqrt(d)"]]
+    for (optimizer, step, name), each in found.items():
+        if name in (WHOLE, WITHOUT):
+            fit = each.fit
+            cells = [f"{fit.exponent:.3f} [{fit.low:.3f}, {fit.high:.3f}]", _yes(fit)] if fit else ["-", "-"]
+            counts = [str(len(set(each.d))), str(len(each.d))]
+            table.append([NAMES[optimizer], str(step), name, *counts, *cells, each.span])
+    return table
+
+
+def _yes(fit: theory.PowerLaw) -> str:
+    return {INSIDE: "yes", OUTSIDE: "no", UNDECIDED: UNDECIDED}[decided(fit)]
+
+
+def _layers_table(found: dict[Key, Points]) -> Table:
+    """r / sqrt(d) and the exponent of each kind of layer, against that layer's own d."""
+    table = [["optimizer", "step", "kind of layer", "r / sqrt(d)", "exponent [95 %]"]]
+    for (optimizer, step, name), each in found.items():
+        if name not in (WHOLE, WITHOUT):
+            fit = each.fit
+            interval = f"{fit.exponent:.3f} [{fit.low:.3f}, {fit.high:.3f}]" if fit else "-"
+            table.append([NAMES[optimizer], str(step), name, each.span, interval])
+    return table
+
+
+def _about_embedding(records: Records) -> str:
+    """How much of the parameters and of the gradient is the embedding's."""
+    of_d, of_l2 = [], []
+    for record in records:
+        for exact in record["exact"].values():
+            kinds = exact["kinds"]
+            own = kinds.get(EMBEDDING, {"d": 0, "l2": 0.0})
+            of_d.append(own["d"] / sum(kind["d"] for kind in kinds.values()))
+            of_l2.append(own["l2"] ** 2 / sum(kind["l2"] ** 2 for kind in kinds.values()))
+    parts = [f"{min(shares):.0%} to {max(shares):.0%}" for shares in (of_d, of_l2)]
+    return f"The embedding is {parts[0]} of the parameters and {parts[1]} of the squared l2 norm of the gradient."
+
+
+def _without_embedding(fits: dict[Key, theory.PowerLaw]) -> str:
+    """How much the exponent changes where the embedding is left out."""
+    changes = [
+        fits[optimizer, step, WITHOUT].exponent - fit.exponent
+        for (optimizer, step, name), fit in fits.items()
+        if name == WHOLE and (optimizer, step, WITHOUT) in fits
+    ]
+    span = f"{min(changes):+.3f} to {max(changes):+.3f}" if changes else ""
+    return f" Leaving it out changes the exponent by {span}." if changes else ""
+
+
+def _judgement(
+    runs: StudyRuns, records: Records, fits: dict[Key, theory.PowerLaw], optimizer: str, step: int
+) -> Judgement:
+    own = records if optimizer == START else [one for one in records if one["optimizer"] == optimizer]
+    whole = fits.get((optimizer, step, WHOLE))
+    sizes = len({one["d"] for one in own})
+    basis = (
+        f"{runs.model.upper()}s of {sizes} sizes, d = {span_of(own, 'd')}, {NAMES[optimizer]}{_at(step)}, exact rounds"
+    )
+    state = f"fewer than {FEWEST} sizes" if whole is None else decided(whole)
+    return Judgement(
+        claim="r grows as sqrt(d): exponent 0.5",
+        verdict=f"{runs.mark}{'0.5 ' if state in (INSIDE, OUTSIDE) else ''}{state}"
+        + (f" [{whole.low:.3f}, {whole.high:.3f}]" if whole else ""),
+        basis=basis,
+        numbers=_in_words(fits, optimizer, step),
+    )

@@ -1,0 +1,363 @@
+"""What the report says of the long runs: differences paired by seed, verdicts with their basis, any subset of runs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tools import long_records_made_up as made_up
+from tools.paper import report
+from tools.paper.reporting import (
+    constant_findings,
+    curve_findings,
+    gap_findings,
+    gaps,
+    long_findings,
+    perplexity_findings,
+    search_findings,
+    study_runs,
+)
+from tools.paper.reporting.constant_findings import CORRECTED, IN_L1, IN_L2, RAW
+from tools.paper.reporting.findings import Finding
+from tools.paper.studies import plans
+from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
+
+EXHIBITS = ("Figure 2", "Figure 3", "Figure A3", "Table A1", "Section 5")
+Record = dict[str, Any]
+LAST = str(STEPS)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take most of the time, and most tests are about numbers."""
+    monkeypatch.setattr("tools.paper.reporting.drawings.long_runs", lambda *_: "<svg></svg>")
+    monkeypatch.setattr("tools.paper.reporting.size_drawing.draw", lambda *_: "<svg></svg>")
+
+
+@pytest.fixture(scope="module")
+def search() -> list[Record]:
+    return made_up.planned("search")
+
+
+@pytest.fixture(scope="module")
+def everything(search: list[Record]) -> list[Record]:
+    """Records of all studies and both families."""
+    found = [*made_up.planned("paper"), *made_up.planned("paper", "bert"), *search]
+    return [*found, *made_up.planned("tuned", records=search), *made_up.planned("sizes", records=search)]
+
+
+def runs_of(records: list[Record], study: str = "paper", model: str = "gpt") -> study_runs.StudyRuns:
+    return study_runs.select(json.loads(json.dumps(records)), study, model)
+
+
+def of(records: list[Record], *, optimizers: tuple[str, ...] = (), seeds: int = 3) -> list[Record]:
+    """Those of the paper study with ``optimizers`` and the first ``seeds``."""
+    last = plans.FIRST_SEED + seeds
+    return [one for one in records if one["study"] == "paper" and one["optimizer"] in optimizers and one["seed"] < last]
+
+
+def subset(name: str, everything: list[Record]) -> list[Record]:
+    pair, bert = ("lion_paper", "sgd_paper"), [one for one in everything if one["model"] == "bert"]
+    gpt = [one for one in everything if one["model"] == "gpt"]
+    return {
+        "none": [],
+        "one Lion run": of(gpt, optimizers=("lion_paper",), seeds=1),
+        "both with one seed": of(gpt, optimizers=pair, seeds=1),
+        "three SGDs": of(gpt, optimizers=("sgd_paper",)),
+        "other seeds": [
+            *of(gpt, optimizers=("lion_paper",), seeds=1),
+            *(one for one in of(gpt, optimizers=("sgd_paper",)) if one["seed"] > plans.FIRST_SEED),
+        ],
+        "part of the search": [one for one in gpt if one["study"] == "search"][:3],
+        "tuned without a search": [one for one in gpt if one["study"] == "tuned"],
+        "one size": [one for one in gpt if one["study"] == "sizes"][:1],
+        "the paper's": [one for one in everything if one["study"] == "paper"],
+        "BERT": bert,
+        "all": everything,
+    }[name]
+
+
+SUBSETS = ("none", "one Lion run", "both with one seed", "three SGDs", "other seeds", "part of the search")
+SUBSETS += ("tuned without a search", "one size", "the paper's", "BERT", "all")
+
+
+@pytest.mark.parametrize("name", SUBSETS)
+@pytest.mark.usefixtures("no_pictures")
+def test_any_subset_of_runs_is_a_report(tmp_path: Path, name: str, everything: list[Record]) -> None:
+    chosen = subset(name, everything)
+    folder = made_up.write(tmp_path / "records", chosen)
+    by_exhibit = {exhibit: long_findings.find(exhibit, folder, "a test") for exhibit in EXHIBITS}
+    for exhibit, found in by_exhibit.items():
+        assert len(found) >= len(long_findings.MAKERS[exhibit]), exhibit
+        for one in found:
+            assert one.verdict and one.made and "nan" not in one.verdict
+            assert all(len(row) == len(table[0]) for table in one.tables for row in table)
+            provisional = [judgement.verdict.startswith("Provisional: ") for judgement in one.judgements]
+            finished = not any("long runs are finished" in entry for entry in one.missing)
+            assert not any(provisional) if finished else all(provisional)
+            assert all(judgement.basis and judgement.numbers for judgement in one.judgements)
+    assert (name == "none") == (not any(one.tables for found in by_exhibit.values() for one in found))
+    if name == "all":
+        assert not any(one.missing for found in by_exhibit.values() for one in found)
+        assert all(one.judgements for found in by_exhibit.values() for one in found)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_records_of_finished_runs_make_the_page(tmp_path: Path) -> None:
+    records = made_up.finished_pair(tmp_path / "runs", tmp_path / "records")
+    rows = report.write_report(tmp_path / "none", tmp_path / "page", "a test", records, EXHIBITS[1:])
+    assert not any(row.problems for row in rows)
+    gpt, _, _, gap = rows[0].findings
+    assert gpt.missing == ["4 of 9 long runs are finished"]
+    assert gpt.verdict.startswith("Provisional: Confirmed at the paper's rates (GPT, d = 400, LION at 1e-05 and SGD (")
+    assert gpt.tables[0][1][:4] == ["LION", "2", "4.905 (4.900 to 4.910)", "5.105 (5.100 to 5.110)"]
+    assert "learning rates: LION 1e-05 (2 seeds), SGD (momentum 0.9) 0.0001 (2 seeds); 3.0 hours" in gpt.made
+    assert "no share of the rate is given, because two seeds with all four runs are needed, 0 finished" in gap.verdict
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert "<unk>" in page and "ln perplexity per token | LION | " in page
+    assert (tmp_path / "page" / "figures" / "figure-3-0-0.svg").is_file()
+
+
+def test_bands_of_the_gap_are_over_differences_of_the_same_seed() -> None:
+    """Both losses vary by 1 from seed to seed, their difference by 0.01."""
+    sgd, lion = {1: 7.0, 2: 8.0, 3: 9.0, 4: 1.0}, {1: 5.0, 2: 6.01, 3: 6.99}
+    by_seed = gaps.differences(sgd, lion)
+    assert list(by_seed) == [1, 2, 3]
+    found = gaps.interval(list(by_seed.values()))
+    assert found.mean == pytest.approx(2.0) and found.half_width == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-5)
+    assert found.is_above_zero and not found.is_below_zero
+    assert not gaps.interval([1.0, -0.2]).is_above_zero  # t has one degree of freedom: 12.7
+    assert gaps.interval([0.1]).half_width is None
+
+
+def test_fiellers_interval_is_where_the_differences_include_zero() -> None:
+    papers, best = {1: 2.0, 2: 2.1, 3: 1.8}, {1: 0.5, 2: 0.6, 3: 0.55}
+    share = gaps.share_of_rate(papers, best)
+    assert share and share.by_seed == pytest.approx((0.75, 1 - 0.6 / 2.1, 1 - 0.55 / 1.8))
+    assert share.low < share.value < share.high
+    for end in (share.low, share.high):
+        scaled = gaps.interval([best[seed] - (1.0 - end) * papers[seed] for seed in papers])
+        assert scaled.half_width is not None and abs(scaled.mean) == pytest.approx(scaled.half_width)
+    # Without a spread of the gap at the paper's rates it is Student's interval of the other one.
+    even = gaps.share_of_rate(dict.fromkeys(best, 2.0), best)
+    half = gaps.interval([value / 2.0 for value in best.values()]).half_width
+    assert even and half and (even.high - even.low) / 2 == pytest.approx(half)
+
+
+@pytest.mark.parametrize(
+    ("papers", "best", "said"),
+    [
+        ([2.0], [0.5], "no share of the rate is given, because two seeds with all four runs are needed, 1 finished."),
+        ([0.1, -0.1, 0.3], [0.1, 0.1, 0.1], "0.100 (+- 0.497), is not above 0."),
+        ([2.0, 2.1, 1.9], [-0.5, -0.6, -0.5], "SGD's mean loss is below LION's."),
+        ([2.0, 2.1, 1.9], [3.0, 3.1, 3.0], "the gap is wider at the best rates."),
+        ([2.0, 2.1, 1.9], [0.1, -0.1, 0.1], "The interval includes 100%: at the best rates there may be no gap."),
+        ([2.0, 2.1, 1.9], [1.8, 2.2, 1.8], "The interval includes 0%: the rate may explain nothing."),
+        ([2.0, 2.1, 1.9], [0.5, 0.5, 0.5], "of the gap (3 seeds)."),
+    ],
+)
+def test_a_share_is_said_in_clear_words(papers: list[float], best: list[float], said: str) -> None:
+    words = gap_findings.share_in_words("held-out loss", dict(enumerate(papers)), dict(enumerate(best)))
+    assert words.startswith("For the held-out loss ") and words.endswith(said), words
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_gap_is_of_gpt_only_and_for_both_losses(tmp_path: Path, everything: list[Record]) -> None:
+    """BERT's records have losses that are 1 higher, and SGD's best rate halves the gap."""
+    folder = made_up.write(tmp_path / "records", everything)
+    gap = long_findings.find("Figure 3", folder, "")[-1]
+    shares, gains = gap.tables
+    # SGD's gap is 2.00, 2.01, 2.02 at the paper's rates and 1 lower at the best.
+    assert shares[1][:5] == ["loss on the fixed training split", "2.010 (+- 0.025)", "3", "1.010 (+- 0.025)", "3"]
+    assert [row[0] for row in shares[1:]] == [curve_findings.FIXED, curve_findings.HELD_OUT]
+    assert shares[1][5].startswith("50% [49%, 50%]") and shares[1][6] == "50%, 50%, 50%"
+    sgd, lion = gains[1:]
+    assert sgd[:2] == ["SGD (momentum 0.9)", "0.0001 -> 0.1"] and sgd[3].startswith("1.000")
+    assert lion[0] == "LION" and lion[3].startswith("0.000")
+    without = [one for one in everything if one["model"] == "gpt"]
+    alone = long_findings.find("Figure 3", made_up.write(tmp_path / "gpt", without), "")[-1]
+    assert (alone.verdict, alone.tables) == (gap.verdict, gap.tables)
+
+
+def test_what_else_differs_between_the_studies_is_named(everything: list[Record]) -> None:
+    changed = json.loads(json.dumps(everything))
+    for one in changed:
+        if one["study"] == "tuned":
+            one["settings"]["weight-decay"] = 0.0
+    paper, tuned = runs_of(changed), runs_of(changed, "tuned")
+    found = gap_findings.gap(paper, tuned)
+    assert found and "differ in more than the rate: weight-decay 0.01 -> 0.0." in found.verdict
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_better_throughout_is_asked_at_each_checkpoint_and_of_each_sgd(everything: list[Record]) -> None:
+    found = curve_findings.curves(runs_of(everything))
+    by_claim = {judgement.claim: judgement for judgement in found.judgements}
+    for name in ("SGD (momentum 0.9)", "SGD (no momentum)"):
+        one = by_claim[f"LION's loss is below that of {name} throughout, at the paper's rates"]
+        assert one.verdict == "Confirmed"
+        assert one.basis == f"GPT, d = 322,560, LION at 1e-05 and {name} at 0.0001, 50,000 steps, 3 seeds"
+    assert "below in every seed in 50 of 50 windows" in found.verdict
+    assert found.tables[1][0][2:] == ["seeds", "0", "10k", "20k", "30k", "40k", "50k"]
+    assert found.tables[1][1][1:4] == [curve_findings.FIXED, "3", "0.000 (+- 0.000)"]
+    assert found.tables[1][2][3] == "-" and found.tables[1][2][4].startswith("2.010 (+- ")
+    changed = json.loads(json.dumps(everything))
+    for one in of(changed, optimizers=("sgd_paper",)):
+        if one["model"] == "gpt":
+            one["validation_loss"]["20000"] = 4.0
+    late = curve_findings.curves(runs_of(changed))
+    assert [judgement.verdict for judgement in late.judgements[:2]] == ["Not confirmed", "Confirmed"]
+    assert "95 % interval: held-out loss at 20k." in late.verdict
+    tuned = curve_findings.curves(runs_of(everything, "tuned"))
+    assert any(
+        "AdamW throughout, at each optimizer's best rate (not in the paper)" in j.claim for j in tuned.judgements
+    )
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_one_seed_is_only_seen(everything: list[Record]) -> None:
+    records = subset("both with one seed", everything)
+    for found in (curve_findings.curves(runs_of(records)), perplexity_findings.perplexities(runs_of(records))):
+        assert found.judgements[0].verdict == "Provisional: Seen in one seed"
+        assert found.judgements[0].basis.endswith("one seed") and "Confirmed" not in found.verdict
+    constants = constant_findings.constants(runs_of(records))
+    assert constants.judgements[0].verdict.endswith(" in one seed")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_rounds_that_converged_and_clipped_steps_are_in_the_table(everything: list[Record]) -> None:
+    records = [one for one in json.loads(json.dumps(everything)) if one["study"] == "paper"]
+    records[0]["rounds"]["converged"][:2] = [True, True]
+    records[0]["clipped"]["share"] = 0.2
+    found = curve_findings.curves(runs_of(records))
+    assert found.tables[-1][1][3:5] == ["2 of 150", "20 to 90 %"]
+    assert "r is judged only by exact rounds: 2 of 450 rounds of 100 batches converged" in found.verdict
+    assert (
+        "above clip-grad 1 in this part of the logged steps: LION 20 to 90 %, SGD (momentum 0.9) 90 %" in found.verdict
+    )
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_diverged_run_is_named_and_left_out(everything: list[Record]) -> None:
+    records = [one for one in json.loads(json.dumps(everything)) if one["study"] == "paper"]
+    records[0]["exact"][LAST]["l1"] = None
+    records[1]["training_loss"][LAST] = math.nan
+    runs = runs_of(records)
+    assert runs.missing == [f"left out, because they diverged: {records[0]['name']}, {records[1]['name']}"]
+    assert len(runs.records) == 7 and not runs.provisional
+    assert "3 seeds" not in curve_findings.curves(runs).judgements[0].basis
+
+
+def test_perplexities_are_also_per_byte_and_per_word(everything: list[Record]) -> None:
+    found = perplexity_findings.perplexities(runs_of(everything))
+    table = found.tables[0]
+    assert table[0] == ["held-out text", "optimizer", "10k", "20k", "30k", "40k", "50k"]
+    assert [row[0] for row in table[1:]] == [words for words in perplexity_findings.VALUES.values() for _ in range(3)]
+    assert "ln 2048 = 7.62 here and 10.82 there" in found.verdict
+    assert [judgement.verdict for judgement in found.judgements] == ["Confirmed", "Confirmed"]
+
+
+def constants_of(
+    l1: float = 1.0, l2: float = 1.0, snr: float = math.inf, exact: float = 1.0, fall: float = 2.0
+) -> dict[constant_findings.Source, constant_findings.Constant]:
+    """Of one seed with d = 1 and norms that fall as k^(-fall)."""
+    steps = [1, 2, 3]
+    norms = {"l1": [l1 * step**-fall for step in steps], "l2": [l2 * step**-fall for step in steps]}
+    rounds = {"iteration": steps, "snr": [None if math.isinf(snr) else snr] * 3, **norms}
+    exacts = {str(step): {"l1": exact * step**-fall, "l2": exact * step**-fall} for step in steps}
+    return constant_findings.measure([{"d": 1, "seed": 1, "rounds": rounds, "exact": exacts}])
+
+
+def test_noise_is_taken_out_of_the_norm() -> None:
+    """||mean||^2 = ||grad f||^2 + noise: with 16 + 9 the snr is 16 / 9, and 4 is left of 5."""
+    assert 5.0 * constant_findings.noise_factor(16 / 9) == pytest.approx(4.0)
+    assert constant_findings.noise_factor(-0.5) == 0.0 and constant_findings.noise_factor(None) == 1.0
+    found = constants_of(l2=5.0, snr=16 / 9)
+    assert found[IN_L2, CORRECTED].value == pytest.approx(0.8 * found[IN_L2, RAW].value)
+
+
+@pytest.mark.parametrize(
+    ("lion", "sgd", "expected", "reason"),
+    [
+        ({}, {"l2": 2.0, "exact": 2.0}, "holds", "The order is the same however it is measured."),
+        ({"l1": 2.0, "l2": 2.0, "exact": 2.0}, {}, "does not hold", "The order is the same"),
+        (
+            {"l2": 3.0},
+            {"l2": 2.0, "exact": 2.0},
+            "not established",
+            "c_LION is above in l2 (all rounds, corrected for noise)",
+        ),
+        ({}, {"l2": 2.0}, "not established", "The seeds' ranges overlap in l1 / sqrt(d) (exact rounds)"),
+        (
+            {},
+            {"l2": 2.0, "exact": 2.0, "snr": 0.1},
+            "not established",
+            "c_LION is above in l1 / sqrt(d) (corrected for noise)",
+        ),
+        ({"fall": 0.0}, {"l2": 9.0, "exact": 9.0}, "not established", "The last step decides c_LION: a longer run"),
+    ],
+)
+def test_constants_are_established_only_if_every_way_agrees(
+    lion: dict[str, float], sgd: dict[str, float], expected: str, reason: str
+) -> None:
+    word, reasons = constant_findings.verdict(constants_of(**lion), constants_of(**sgd))
+    assert word == expected and reason in reasons
+
+
+def test_constants_are_of_both_sgds_with_the_seeds_range(everything: list[Record]) -> None:
+    found = constant_findings.constants(runs_of(everything))
+    rows = found.tables[0][1:]
+    named = [(row[0], row[1]) for row in rows]
+    assert named == [("LION", IN_L1), ("LION", IN_L2), ("SGD (momentum 0.9)", IN_L2), ("SGD (no momentum)", IN_L2)]
+    # l1 / sqrt(d) is 0.03 sqrt(322,560) at each of 50 rounds.
+    expected = 0.03 * 322_560**0.5 * STEPS**0.25
+    assert rows[0][2] == f"{expected:.3f} ({expected:.3f} to {expected:.3f})"
+    assert rows[0][3].startswith(f"{expected / 2**0.5:.3f}")  # snr = 1
+    assert rows[0][5] == f"{STEPS}, {STEPS}, {STEPS}" and rows[0][-1] == "0 of 150"
+    assert [judgement.verdict for judgement in found.judgements] == ["not established"] * 2
+
+
+def searched(search: list[Record], losses: dict[str, dict[str, float]]) -> Finding:
+    """The finding of a search with these held-out losses."""
+    records = json.loads(json.dumps(search))
+    for one in records:
+        one["validation_loss"][str(plans.SHORT)] = losses.get(one["optimizer"], {}).get(
+            f"{one['settings']['lr']:g}", 6.0
+        )
+    return search_findings.search(runs_of(records, "search"))
+
+
+def test_the_search_marks_diverged_rates_and_a_best_at_an_edge(search: list[Record]) -> None:
+    losses = {"lion_paper": {"0.0003": 4.0, "0.001": math.nan}, "sgd_paper": {"1": 4.5}, "adamw": {"0.001": 7.7}}
+    found = searched(search, losses)
+    rows = {(row[0], row[1]): row[2:] for row in found.tables[0][1:]}
+    assert rows["LION", "0.0003"] == ["4.000", "best"] and rows["LION", "0.001"] == ["-", "diverged"]
+    assert rows["SGD (momentum 0.9)", "1"] == ["4.500", "best, at an edge"]
+    assert rows["AdamW", "0.001"] == ["7.700", "diverged"]
+    assert "LION 0.0003 (4.000), not at an edge" in found.verdict
+    assert "SGD (momentum 0.9) 1 (4.500), the largest rate tried: a larger one may be better" in found.verdict
+    assert found.judgements[0].verdict == "Provisional: seen in one seed", "the search goes on at the edge"
+
+
+def test_the_search_is_with_the_tuned_runs(tmp_path: Path, search: list[Record]) -> None:
+    found = long_findings.find("Figure 3", made_up.write(tmp_path / "records", search), "")
+    assert found[0].verdict == "Long runs at the paper's rates: none is finished."
+    assert found[1].verdict.startswith("Best learning rates by held-out loss at step 5,000")
+    assert found[2].missing == ["0 of 9 long runs are finished"]
+
+
+@pytest.mark.slow
+def test_the_same_records_give_the_same_page(tmp_path: Path, everything: list[Record]) -> None:
+    records, pages = made_up.write(tmp_path / "records", everything), []
+    for name in ("a", "b"):
+        report.write_report(tmp_path / "none", tmp_path / name, "a test", records, EXHIBITS)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        pages.append([path.read_bytes() for path in files])
+    assert pages[0] == pages[1]
+
+
+def test_checkpoints_are_in_every_made_up_record(everything: list[Record]) -> None:
+    measured = {tuple(one["exact"]) for one in everything if one["study"] in ("paper", "tuned")}
+    assert measured == {("0", *map(str, CHECKPOINTS))}

@@ -1,0 +1,81 @@
+"""What the report says of the long runs of several sizes: exponents, their verdicts and the picture."""
+
+from typing import Any
+
+import pytest
+
+from tools.paper.reporting import size_drawing, size_findings, study_runs
+
+Record = dict[str, Any]
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture takes most of the time."""
+    monkeypatch.setattr("tools.paper.reporting.size_drawing.draw", lambda *_: "<svg></svg>")
+
+
+def sized(
+    width: int, *, optimizer: str = "lion_paper", seed: int = 1, exponent: float = 0.5, fell: bool = True
+) -> Record:
+    """r = d^exponent of the layers; the embedding's share of l1 falls as it grows."""
+    kinds = {"mlp": {"d": 100 * width, "l1": 10.0 * width**exponent, "l2": 1.0}}
+    kinds["embedding"] = {"d": 300 * width, "l1": 3.0, "l2": 1.0}
+    exact = {step: {"kinds": kinds, "loss": loss} for step, loss in (("0", 7.7), ("1000", 6.0 if fell else 7.65))}
+    return {"name": f"width-{width}-{optimizer}-{seed}", "optimizer": optimizer, "seed": seed, "d": 400 * width} | {
+        "exact": exact
+    }
+
+
+def sizes_of(records: list[Record]) -> study_runs.StudyRuns:
+    return study_runs.StudyRuns(study="sizes", model="gpt", records=records, missing=[], provisional=False)
+
+
+WIDTHS = (1, 4, 16, 64)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> None:
+    records = [sized(width) for width in WIDTHS]
+    found = size_findings.points(records)
+    assert set(found) == {
+        (optimizer, step, name)
+        for optimizer, step in (("start", 0), ("lion_paper", 1000))
+        for name in (size_findings.WHOLE, size_findings.WITHOUT, "mlp", "embedding")
+    }
+    assert found["start", 0, size_findings.WHOLE].r[0] == pytest.approx(13.0 / 2**0.5)
+    finding = size_findings.exponents(sizes_of(records))
+    rows = {(row[0], row[2]): row for row in finding.tables[0][1:]}
+    assert rows["LION", size_findings.WITHOUT][3:] == ["4", "4", "0.500 [0.500, 0.500]", "yes", "1.000 to 1.000"]
+    assert rows["LION", size_findings.WHOLE][6] == "no"
+    layers = {(row[0], row[2]): row for row in finding.tables[1][1:]}
+    assert layers["LION", "embedding"][4].startswith("0.000") and layers["LION", "mlp"][3] == "1.000 to 1.000"
+    assert "without the embedding 0.500 [0.500, 0.500] (0.5 inside)" in finding.verdict
+    assert "The embedding is 75% to 75% of the parameters" in finding.verdict
+    assert "Leaving it out changes the exponent by +0.054 to +0.054." in finding.verdict
+    assert finding.judgements[1].verdict.startswith("0.5 outside [0.")
+
+
+def test_every_run_is_one_point_and_the_start_is_one_for_all_optimizers() -> None:
+    records = [sized(4, seed=seed, optimizer=name) for seed in (1, 2) for name in ("lion_paper", "sgd_paper")]
+    found = size_findings.points(records)
+    assert found["lion_paper", 1000, size_findings.WHOLE].d == [1600, 1600]
+    assert found["start", 0, size_findings.WHOLE].d == [1600, 1600]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_wide_interval_is_undecided_and_a_run_that_did_not_learn_is_left_out() -> None:
+    records = [sized(width, exponent=0.5 + 0.2 * (width == 16)) for width in WIDTHS]
+    found = size_findings.exponents(sizes_of([*records, sized(9, fell=False)]))
+    assert found.missing == ["left out, because the training loss did not fall by 0.1: width-9-lion_paper-1"]
+    assert found.judgements[0].verdict.startswith("undecided [")
+    assert found.tables[0][1][3:5] == ["4", "4"]
+    assert size_findings.exponents(sizes_of(records[:2])).judgements[0].verdict == "fewer than 3 sizes"
+    assert size_findings.exponents(sizes_of([sized(9, fell=False)])).verdict.startswith("Cannot be said")
+
+
+def test_r_is_drawn_against_d() -> None:
+    """Only one set, because a picture of all takes seconds."""
+    found = size_findings.points([sized(width) for width in WIDTHS])
+    svg = size_drawing.draw(found, (size_findings.WHOLE,), size_findings.NAMES)
+    assert svg.startswith("<svg") and svg.count('<g id="axes_') == 2

@@ -1,0 +1,167 @@
+"""Figure A3 from the long runs: c_LION and c_SGD, with and without the noise of a round."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from tools.paper import theory
+from tools.paper.reporting.curve_findings import converged
+from tools.paper.reporting.findings import Finding, Judgement
+from tools.paper.reporting.paper import Table
+from tools.paper.reporting.rate_findings import PAPERS
+from tools.paper.reporting.study_runs import NAMES, SGDS, Record, Records, StudyRuns, in_seeds, listed_rates
+
+RAW, CORRECTED, EXACT = "all rounds", "corrected for noise", "exact rounds"
+IN_L1, IN_L2 = "l1 / sqrt(d)", "l2"
+SOURCES = (RAW, CORRECTED, EXACT)
+Source = tuple[str, str]  # norm, and which rounds
+BELOW, ABOVE, MIXED = "c_LION is below", "c_LION is above", "The seeds' ranges overlap"
+NOISE = (
+    "Noise adds to the norm of a mean gradient. Corrected for noise, ||grad f||_2 is l2 sqrt(snr / (1 + snr)), and 0 "
+    "for snr <= 0. l1 gets the same factor, which tends to leave it too large, because noise raises r. (A1) is "
+    "about SGD without momentum."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """A constant of the seeds' mean norm, as the theorems have it, and of each seed."""
+
+    value: float
+    at_step: int
+    last_step: int
+    by_seed: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        span = f" ({min(self.by_seed):.3f} to {max(self.by_seed):.3f})" if len(self.by_seed) > 1 else ""
+        return f"{self.value:.3f}{span}"
+
+    @property
+    def is_of_last_step(self) -> bool:
+        return self.at_step == self.last_step
+
+
+def constants(runs: StudyRuns) -> Finding:
+    """Both constants of each optimizer, and whether c_LION is below c_SGD however they are measured."""
+    groups = {name: of_one for name, of_one in runs.by_optimizer().items() if name in ("lion_paper", *SGDS)}
+    if "lion_paper" not in groups or len(groups) < 2:
+        return Finding(verdict=f"Cannot be said {runs.where}: LION and SGD are needed.", made="")
+    found = {name: measure(of_one) for name, of_one in groups.items()}
+    words = {name: verdict(found["lion_paper"], found[name]) for name in groups if name in SGDS}
+    seeds = {name: min(len(groups["lion_paper"]), len(groups[name])) for name in words}
+    said = [
+        f"{runs.mark}c_LION below c_SGD of {NAMES[name]}: {word}{_of_one_seed(seeds[name])} {runs.where} "
+        f"({runs.basis('lion_paper', name, seeds=seeds[name])}). {reasons}"
+        for name, (word, reasons) in words.items()
+    ]
+    judgements = [
+        Judgement(
+            claim=f"c_LION is below c_SGD ({NAMES[name]}), {runs.where}",
+            verdict=f"{runs.mark}{word}{_of_one_seed(seeds[name])}",
+            basis=runs.basis("lion_paper", name, seeds=seeds[name]),
+            numbers=f"{RAW}: c_LION {found['lion_paper'][IN_L1, RAW]}, in l2 {found['lion_paper'][IN_L2, RAW]}; "
+            f"c_SGD {found[name][IN_L2, RAW]}. {EXACT}: {found['lion_paper'][IN_L1, EXACT]}, "
+            f"{found['lion_paper'][IN_L2, EXACT]}; {found[name][IN_L2, EXACT]}",
+        )
+        for name, (word, _) in words.items()
+    ]
+    return Finding(verdict=" ".join([*said, NOISE]), made="", tables=[_table(groups, found)], judgements=judgements)
+
+
+def _of_one_seed(seeds: int) -> str:
+    return f" in {in_seeds(1)}" if seeds == 1 else ""
+
+
+def measure(records: Records) -> dict[Source, Constant]:
+    """The constant in each norm from each kind of rounds."""
+    d = records[0]["d"]
+    return {
+        (norm, source): _constant(records, reader, math.sqrt(d) if norm == IN_L1 else 1.0)
+        for norm, key in ((IN_L1, "l1"), (IN_L2, "l2"))
+        for source, reader in _readers(key).items()
+    }
+
+
+def _readers(key: str) -> dict[str, Callable[[Record], dict[int, float]]]:
+    """What reads the norm ``key`` of each round of a record, by step."""
+    return {
+        RAW: lambda one: dict(zip(one["rounds"]["iteration"], one["rounds"][key], strict=True)),
+        CORRECTED: lambda one: {
+            step: norm * noise_factor(snr)
+            for step, norm, snr in zip(*(one["rounds"][name] for name in ("iteration", key, "snr")), strict=True)
+        },
+        EXACT: lambda one: {int(step): exact[key] for step, exact in one["exact"].items() if step != "0"},
+    }
+
+
+def noise_factor(snr: float | None) -> float:
+    """||grad f||_2 / ||mean gradient||_2 from the signal-to-noise ratio of the mean; 1 where there is no noise.
+
+    A record has None for an infinite snr.
+    """
+    if snr is None or math.isinf(snr):
+        return 1.0
+    return math.sqrt(snr / (1.0 + snr)) if snr > 0.0 else 0.0
+
+
+def _constant(records: Records, read: Callable[[Record], dict[int, float]], scale: float) -> Constant:
+    """As (A1) has it: the largest K^(1/4) times the running mean of the seeds' mean norm, over ``scale``."""
+    by_seed = [read(one) for one in records]
+    steps = sorted(by_seed[0])
+    norms = torch.tensor([[one[step] for step in steps] for one in by_seed], dtype=torch.float64) / scale
+    of_all = theory.sgd_rate_constant(norms, steps=steps)
+    each = [theory.sgd_rate_constant(row, steps=steps).value for row in norms]
+    return Constant(value=of_all.value, at_step=of_all.at_step, last_step=steps[-1], by_seed=each)
+
+
+def _order(lion: Constant, sgd: Constant) -> str:
+    """Where Lion's seeds are all below or above all of SGD's."""
+    if max(lion.by_seed) < min(sgd.by_seed):
+        return BELOW
+    return ABOVE if min(lion.by_seed) > max(sgd.by_seed) else MIXED
+
+
+def verdict(lion: dict[Source, Constant], sgd: dict[Source, Constant]) -> tuple[str, str]:
+    """``holds``, ``does not hold`` or ``not established``, and why.
+
+    It is established where the order is the same in both norms of Lion and from all kinds of rounds, and where no
+    constant is decided by the last step: a longer run could have a larger one.
+    """
+    orders = {(norm, source): _order(lion[norm, source], sgd[IN_L2, source]) for norm, source in lion}
+    listed = [
+        f"{order} in {_named(norm, sources)}"
+        for order in (BELOW, ABOVE, MIXED)
+        for norm in (IN_L1, IN_L2)
+        if (sources := [source for source in SOURCES if orders[norm, source] == order])
+    ]
+    reasons = [f"{one}." for one in listed] if len(set(orders.values())) > 1 else []
+    late = [
+        _named(name, sources)
+        for name, own, norm in (("c_LION", lion, IN_L1), ("c_SGD", sgd, IN_L2))
+        if (sources := [source for source in SOURCES if own[norm, source].is_of_last_step])
+    ]
+    if late:
+        reasons.append(f"The last step decides {' and '.join(late)}: a longer run can have a larger one.")
+    if reasons or MIXED in orders.values():
+        return "not established", " ".join(reasons or [f"{MIXED}."])
+    return ("holds" if BELOW in orders.values() else "does not hold"), "The order is the same however it is measured."
+
+
+def _named(what: str, sources: list[str]) -> str:
+    """``what``, with the kinds of rounds if they are not all."""
+    return what if len(sources) == len(SOURCES) else f"{what} ({', '.join(sources)})"
+
+
+def _table(groups: dict[str, Records], found: dict[str, dict[Source, Constant]]) -> Table:
+    head = ["constant (range over seeds)", "norm", *SOURCES, "decided at step"]
+    table = [[*head, "the paper's", "learning rate", "rounds that converged"]]
+    for name, of_one in groups.items():
+        kind = "lion" if name == "lion_paper" else "sgd"
+        for norm in (IN_L1, IN_L2) if kind == "lion" else (IN_L2,):
+            each = [found[name][norm, source] for source in SOURCES]
+            own = kind == "sgd" or norm == IN_L1
+            cells = [*map(str, each), ", ".join(str(one.at_step) for one in each), PAPERS[kind] if own else "-"]
+            table.append([NAMES[name], norm, *cells, listed_rates(of_one), "{} of {}".format(*converged(of_one))])
+    return table

@@ -1,0 +1,80 @@
+"""Table A1 from the long runs: perplexities of five checkpoints."""
+
+import math
+
+from tools.paper.reporting import gaps
+from tools.paper.reporting.findings import Finding, Judgement
+from tools.paper.reporting.paper import Table
+from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, spread, steps_in_thousands
+from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
+
+TEXTS = {"held-out": "held-out text", "wikitext": "WikiText-2's test tokens"}
+WIKITEXT = "WikiText-2's test tokens are WikiText-103's test articles with more words replaced by <unk>."
+VALUES = {
+    "log_perplexity": "ln perplexity per token",
+    "bits_per_byte": "bits per byte",
+    "log_word_perplexity": "ln perplexity per word",
+}
+PAPERS_VOCABULARY = 50_257
+
+
+def perplexities(runs: StudyRuns) -> Finding:
+    """Each text's perplexities, and whether Lion's first checkpoint is below SGD's last."""
+    text = "wikitext" if all("wikitext" in one["log_perplexity"] for one in runs.records) else "held-out"
+    compared = {name: found for name in SGDS if (found := _first_below_last(runs, name, text))}
+    sentences = [_sentence(runs, name, found, text) for name, found in compared.items()]
+    sentences = sentences or ["Cannot be said: no seed has LION and SGD."]
+    return Finding(
+        verdict=" ".join([*sentences, WIKITEXT, _about_vocabularies(runs.records[0])]),
+        made="",
+        tables=[_table(runs, text) for text in TEXTS if any(text in one["log_perplexity"] for one in runs.records)],
+        judgements=[_judgement(runs, name, found, text) for name, found in compared.items()],
+    )
+
+
+def _first_below_last(runs: StudyRuns, other: str, text: str) -> gaps.Interval | None:
+    """SGD's last minus Lion's first value of each common seed; None without one."""
+    last = runs.by_seed(other, lambda one: one["log_perplexity"][text][str(STEPS)])
+    first = runs.by_seed("lion_paper", lambda one: one["log_perplexity"][text][str(CHECKPOINTS[0])])
+    by_seed = gaps.differences(last, first)
+    return gaps.interval(list(by_seed.values())) if by_seed else None
+
+
+def _sentence(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> str:
+    word, _ = gaps.judged({"": found})
+    return (
+        f"{runs.mark}{word} {runs.where} ({runs.basis('lion_paper', other, seeds=found.seeds)}): LION's checkpoint at "
+        f"{CHECKPOINTS[0]:,} steps is below that of {NAMES[other]} at {STEPS:,}. SGD's ln perplexity per token on "
+        f"{TEXTS[text]} minus LION's is {found}."
+    )
+
+
+def _judgement(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> Judgement:
+    word, _ = gaps.judged({"": found})
+    return Judgement(
+        claim=f"LION's first checkpoint has a lower perplexity than the last of {NAMES[other]}, {runs.where}",
+        verdict=f"{runs.mark}{word}",
+        basis=runs.basis("lion_paper", other, seeds=found.seeds),
+        numbers=f"ln perplexity per token on {TEXTS[text]}, SGD minus LION: {found}",
+    )
+
+
+def _table(runs: StudyRuns, text: str) -> Table:
+    """Each optimizer's values on ``text``; those that its records have."""
+    table = [[TEXTS[text], "optimizer", *steps_in_thousands(CHECKPOINTS)]]
+    for key, words in VALUES.items():
+        for name, of_one in runs.by_optimizer().items():
+            known = [one[key][text] for one in of_one if text in one[key]]
+            if known:
+                table.append([words, NAMES[name], *(spread(one[str(step)] for one in known) for step in CHECKPOINTS)])
+    return table
+
+
+def _about_vocabularies(first: Record) -> str:
+    ours = first["settings"]["vocab-size"]
+    return (
+        f"A value per token of a vocabulary of {ours:,} entries is not comparable with the paper's of "
+        f"{PAPERS_VOCABULARY:,}: a uniform prediction has ln {ours} = {math.log(ours):.2f} here and "
+        f"{math.log(PAPERS_VOCABULARY):.2f} there. Bits per byte and perplexity per word do not depend on "
+        "the vocabulary."
+    )

@@ -1,0 +1,43 @@
+"""The picture of r against d: a panel for each step and set of parameters, with the fits."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tools.paper.reporting import drawings
+from tools.paper.studies import figures
+
+if TYPE_CHECKING:
+    from tools.paper.reporting.size_findings import Key, Points
+
+COLORS = drawings.LONG_COLORS | {"start": "#555555"}
+
+
+def draw(found: "Mapping[Key, Points]", sets: Sequence[str], names: Mapping[str, str]) -> str:
+    """r against d of each of ``sets`` (rows) and at each step (columns), both axes logarithmic, as SVG text."""
+    steps = sorted({step for _, step, _ in found})
+    size = (3.4 * len(steps), 3.1 * len(sets))
+    shared: dict[str, Any] = {"squeeze": False, "sharex": "row", "sharey": "row"}
+    figure, panels = figures.pyplot().subplots(len(sets), len(steps), figsize=size, **shared)
+    for row, name in zip(panels, sets, strict=True):
+        for axes, step in zip(row, steps, strict=True):
+            axes.set(xscale="log", yscale="log", xlabel="d", ylabel="r")
+            axes.set_title(f"{name}, step {step:,}", fontsize=9)
+            axes.tick_params(axis="x", which="minor", labelbottom=False)
+            axes.grid(alpha=0.3, which="both", linewidth=0.5)
+            for (optimizer, at, of), points in found.items():
+                if (at, of) == (step, name):
+                    _draw_one(axes, points, COLORS[optimizer], names[optimizer])
+            if axes.has_data():
+                axes.legend(fontsize=7)
+    return drawings._svg(figure)
+
+
+def _draw_one(axes: Any, points: "Points", color: str, label: str) -> None:
+    """Points, their fit, and sqrt(d) through the fit's middle as a dotted line."""
+    axes.plot(points.d, points.r, "o", color=color, markersize=4, label=label)
+    if fit := points.fit:
+        ends = [min(points.d), max(points.d)]
+        axes.plot(ends, [fit.coefficient * d**fit.exponent for d in ends], "-", color=color, linewidth=1.0)
+        middle = (ends[0] * ends[1]) ** 0.5
+        level = fit.coefficient * middle**fit.exponent
+        axes.plot(ends, [level * (d / middle) ** 0.5 for d in ends], ":", color=color, linewidth=0.8)
