@@ -83,21 +83,35 @@ def perplexities(runs: list[MegatronRun], steps: list[int]) -> dict[str, Any]:
     return {"steps": steps, **values, **rates.early_against_late(steps, values["lion"], values["sgd"])}
 
 
+def panel(axes: Any, optimizer: str, entry: dict[str, Any], title: str) -> None:
+    """One panel of figure A3: the running mean of the norm (solid) and the smallest constant times the rate (dashed).
+
+    Args:
+        axes: matplotlib's, drawn on.
+        optimizer: ``lion``, in the l1 norm, or ``sgd``, in the l2 norm.
+        entry: of the optimizer, from :func:`tools.paper.studies.rates.constants`.
+        title: of the panel.
+    """
+    norm, bound = ("1", r"\sqrt{d}\,") if optimizer == "lion" else ("2", "")
+    label = rf"running mean of $\|\nabla f\|_{norm}$"
+    axes.loglog(entry["steps"], entry["left"], "o-", color=figures.COLORS[optimizer], markersize=3.5, label=label)
+    label = rf"smallest constant: ${entry['constant']:.3f}\,{bound}K^{{-1/4}}$"
+    axes.loglog(entry["steps"], entry["right"], "--", color="black", label=label)
+    axes.set(xlabel="K, steps", title=title)
+    ticks = [step for step in entry["steps"] if math.log2(step / entry["steps"][0]).is_integer()]
+    axes.set_xticks(ticks, [f"{step:,}" for step in ticks])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")
+    axes.grid(alpha=0.3, which="both", linewidth=0.5)
+    axes.legend()
+
+
 def draw(found: dict[str, Any], folder: Path) -> Path:
-    """Figure A3: the running mean of the norm (solid) against the rate with the smallest constant (dashed)."""
-    plt = figures.pyplot()
-    figure, panels = plt.subplots(1, len(found), figsize=(4.6 * len(found), 3.7), squeeze=False)
+    """Figure A3, a panel for each optimizer."""
+    figure, panels = figures.pyplot().subplots(1, len(found), figsize=(4.6 * len(found), 3.7), squeeze=False)
     for axes, (name, entry) in zip(panels[0], found.items(), strict=True):
-        norm, bound = (r"\ell_1", r"\sqrt{d}\,") if name == "lion" else (r"\ell_2", "")
-        axes.loglog(entry["steps"], entry["left"], "o-", color=figures.COLORS[name], label=f"mean ${norm}$ norm")
-        label = rf"${entry['constant']:.3f}\,{bound}K^{{-1/4}}$"
-        axes.loglog(entry["steps"], entry["right"], "--", color="black", label=label)
-        axes.set(xlabel="K, steps", title=f"{figures.NAMES[name]}, mean of {entry['repeats']} runs")
-        ticks = [step for step in entry["steps"] if math.log2(step / entry["steps"][0]).is_integer()]
-        axes.set_xticks(ticks, map(str, ticks))
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.3, which="both", linewidth=0.5)
-        axes.legend()
+        panel(axes, name, entry, f"{figures.NAMES[name]}, mean of {entry['repeats']} runs")
     return figures.save(figure, folder / "A3.svg")
 
 

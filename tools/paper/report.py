@@ -1,16 +1,17 @@
-"""Every figure and table of the paper beside ours, on one page, from what runs left behind.
+"""Every figure and table of the paper and ours, after a summary of one page, from what runs left behind.
 
     python -m tools.paper.report --runs runs --output report
 
 Reads runs/toy (tools/paper/toy_convergence.py), runs/scaling and runs/scaling-bert, runs/rates, runs/rates-10to1 and
-runs/rates-vision (the tools of these names), runs/vision/DATASET (tools/paper/vision_study.py), runs/demo
-(launch/demo.sh) and every folder in runs with a recipe.json (launch/launch.py). With --long-runs also the committed
-records of tools/paper/long_runs.py; with --exhibits only some figures and tables:
+runs/rates-vision (the tools of these names), runs/vision/DATASET and runs/vision/digits-100 (of
+tools/paper/vision_study.py, the latter with --dataset digits), runs/demo (launch/demo.sh) and every folder in runs with
+a recipe.json (launch/launch.py). With --long-runs also the committed records of tools/paper/long_runs.py; with
+--exhibits only some figures and tables:
 
     python -m tools.paper.report --long-runs DIR --exhibits "Figure 2" "Figure 3" "Table A1" --output report
 
-What is missing or damaged is said in its place, with the command that makes it. Leaves report.html, which holds all
-that it needs, and report.md with its pictures in figures/.
+What is missing or damaged is said in its place, with the command that makes it. A table at the end says how long each
+long run took. Leaves report.html, which holds all that it needs, and report.md with its pictures in figures/.
 """
 
 import argparse
@@ -23,9 +24,12 @@ from pathlib import Path
 
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
-from tools.paper.reporting import findings, long_findings, rate_findings, vision_findings
-from tools.paper.reporting.pages import Row, to_html, to_markdown
+from tools.paper.reporting import findings, long_findings, rate_findings, run_times, vision_findings
+from tools.paper.reporting.html_page import to_html
+from tools.paper.reporting.markdown_page import to_markdown
+from tools.paper.reporting.pages import Page, Row
 from tools.paper.reporting.paper import EXHIBITS, Exhibit
+from tools.paper.studies import long_records
 
 Maker = Callable[[Path, str], findings.Finding]
 STUDIED_RATES = ("rates", "rates-10to1")  # SGD at its best rate, and at the paper's 10 times Lion's
@@ -35,11 +39,12 @@ RECORDS: dict[str, list[tuple[str, str, Maker]]] = {
     "Figure A1": [("toy", "result.json", findings.toy_pictures)],
     "Figure A2": [("toy", "result.json", findings.toy_bound)],
     "Figure A3": [
-        (folder, rate_findings.RECORD, rate_findings.constants) for folder in (*STUDIED_RATES, "rates-vision")
+        *((folder, rate_findings.RECORD, rate_findings.constants) for folder in (*STUDIED_RATES, "rates-vision")),
+        *((f"vision/{data}", "", vision_findings.constants) for data in ("cifar100", "digits-100")),
     ],
     "Table A1": [(folder, rate_findings.RECORD, rate_findings.perplexities) for folder in STUDIED_RATES],
     "Section 5": [(folder, "scaling.json", findings.scaling) for folder in ("scaling", "scaling-bert")],
-    "Figure 1": [(f"vision/{data}", "", vision_findings.curves) for data in ("cifar100", "digits")],
+    "Figure 1": [(f"vision/{data}", "", vision_findings.curves) for data in ("cifar100", "digits", "digits-100")],
     "Figure A4": [("vision/cifar10", "", vision_findings.curves)],
     "Figure A5": [("vision/imagenet", "", vision_findings.curves)],
     "Table A2": [
@@ -98,17 +103,23 @@ def make_row(
     return Row(exhibit=exhibit, findings=found, problems=problems)
 
 
-def introduction(rows: list[Row], runs: Path, hardware: str) -> list[str]:
-    """The title, and what the page is."""
+def make_page(rows: list[Row], runs: Path, hardware: str, long_runs: Path | None) -> Page:
+    """The whole report: its title, what it is, the rows, and how long the long runs took."""
     there = [row.exhibit.name for row in rows if row.was_run]
-    return [
-        "Convergence Rate Analysis of LION: the paper beside our runs",
+    command = f"tools/paper/report.py --runs {runs}" + f" --long-runs {long_runs}" * (long_runs is not None)
+    intro = [
         "Dong, Li, Lin (2025), DOI 10.11897/SP.J.1016.2025.02008. The paper's pictures are described, not copied; its "
-        "tables and numbers are its own. Ours are smaller unless they say otherwise: whether a claim held is said of "
-        "our model, data and steps alone.",
+        "tables and numbers are its own. Ours are smaller unless they say otherwise: a verdict is about our model, "
+        "data and steps only.",
         f"{len(there)} of {len(rows)} were run here ({', '.join(there) or 'none'}). Hardware: {hardware}. Made by "
-        f"tools/paper/report.py --runs {runs}.",
+        f"{command}.",
     ]
+    try:
+        times = run_times.table(long_records.read(long_runs) if long_runs else [])
+    except BAD_RECORD:  # which the exhibits that read it say in words
+        times = run_times.table([])
+    title = "Convergence Rate Analysis of LION: the paper and our runs"
+    return Page(title=title, intro=intro, rows=rows, times=times, hardware=hardware)
 
 
 def this_machine() -> str:
@@ -128,10 +139,10 @@ def write_report(
     pairs = language_pairs(runs)
     chosen = [exhibit for exhibit in EXHIBITS if exhibit.name in (exhibits or [exhibit.name])]
     rows = [make_row(exhibit, runs, hardware, pairs, long_runs) for exhibit in chosen]
-    intro = introduction(rows, runs, hardware)
+    page = make_page(rows, runs, hardware, long_runs)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "report.html").write_text(to_html(rows, intro), encoding="utf-8")
-    (output / "report.md").write_text(to_markdown(rows, intro, output), encoding="utf-8")
+    (output / "report.html").write_text(to_html(page), encoding="utf-8")
+    (output / "report.md").write_text(to_markdown(page, output), encoding="utf-8")
     return rows
 
 

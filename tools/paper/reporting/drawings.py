@@ -1,14 +1,28 @@
-"""Pictures that the report draws itself, as SVG text: a row for each run's loss and ratio, as in the paper."""
+"""Pictures that the report draws itself, as SVG text, in the paper's layout: losses on the left, r on the right.
+
+A legend below each picture says in words what every mark is.
+"""
 
 import io
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from megatron_lion.training_log import TrainingLog
+from tools.paper import rate_constants, theory
 from tools.paper.studies import figures
+from tools.paper.studies.rates import NORMS
 
 LONG_COLORS = {"lion_paper": "#1f5fa8", "sgd_paper": "#c0392b", "sgd_paper_no_momentum": "#d98b1f", "adamw": "#2e8b57"}
-LINES = ("-", "--", ":")  # by model; colors are the optimizers'
+# Of the open marks, in points: those of two optimizers at one place are inside each other.
+MARK_SIZES = {"lion_paper": 3.0, "sgd_paper": 5.0, "sgd_paper_no_momentum": 7.0, "adamw": 9.0}
+WIDTH = 9.2  # inches
+RATIO = r"$r = \|\nabla f\|_1 \,/\, \|\nabla f\|_2$"
+ROOT = r"$\sqrt{d}$"
 Records = list[dict[str, Any]]
+Mark = tuple[str, dict[str, Any]]  # words, and how it looks
 
 
 def _svg(figure: Any) -> str:
@@ -19,81 +33,178 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
+def _legend(figure: Any, colors: Mapping[str, str], marks: Sequence[Mark]) -> None:
+    """Below the panels: a row of the colors' names, and the marks in gray with what they are."""
+    from matplotlib.lines import Line2D
+
+    named = [Line2D([], [], color=color, linewidth=3, label=name) for name, color in colors.items()]
+    gray = [Line2D([], [], **({"color": "#555555", "linestyle": ""} | look), label=words) for words, look in marks]
+    figure.legend(handles=gray, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+    figure.legend(handles=named, loc="outside upper center", ncols=len(named), frameon=False)
+
+
+def _finish(loss: Any, ratio: Any, d: int, xlabel: str) -> None:
+    """The axes' names, and the largest value that r can have."""
+    ratio.axhline(d**0.5, color="black", linewidth=0.8)
+    ratio.annotate(ROOT, (1.0, d**0.5), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    loss.set(xlabel=xlabel, ylabel="loss (nats)")
+    ratio.set(xlabel=xlabel, ylabel=RATIO, ylim=(0, 1.12 * d**0.5))
+    for axes in (loss, ratio):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
 def loss_and_ratio(logs: dict[str, TrainingLog], rounds: dict[str, Records]) -> str:
-    """Training loss and that of the rounds on the left, r on the right (open: not converged)."""
-    figure, (loss, ratio) = figures.pyplot().subplots(1, 2, figsize=(9.2, 3.6))
+    """Training loss and that of the test set on the left, r on the right (open: not converged)."""
+    figure, (loss, ratio) = figures.pyplot().subplots(1, 2, figsize=(WIDTH, 4.2))
     for name, log in logs.items():
         color = {"color": figures.COLORS.get(name)}
         steps = sorted(log.loss)
-        loss.plot(steps, [log.loss[step] for step in steps], label=figures.NAMES.get(name, name), **color)
+        loss.plot(steps, [log.loss[step] for step in steps], **color)
         if log.validation:
             tested = sorted(log.validation)
-            loss.plot(tested, [log.validation[step] for step in tested], "s", markersize=3, **color)
+            loss.plot(tested, [log.validation[step] for step in tested], "s", markersize=4, **color)
         records = [record for record in rounds[name] if record["ratio"] is not None]
         at = [record["iteration"] for record in records]
         ratio.plot(at, [record["ratio"] for record in records], linewidth=1.0, **color)
         for record in records:
             face = color["color"] if record["converged"] else "white"
             ratio.plot(record["iteration"], record["ratio"], "o", markerfacecolor=face, **color)
-    d = next(iter(rounds.values()))[0]["d"]
-    ratio.axhline(d**0.5, color="black", linewidth=0.8, label=r"$\sqrt{d}$")
-    loss.set(xlabel="step", ylabel="loss (nats)")
-    ratio.set(xlabel="step", ylabel=r"$r = \|g\|_1 / \|g\|_2$", ylim=(0, 1.1 * d**0.5))
-    for axes in (loss, ratio):
-        axes.grid(alpha=0.3)
-        axes.legend()
+    _finish(loss, ratio, next(iter(rounds.values()))[0]["d"], "step")
+    marks = [
+        ("left: training loss", {"linestyle": "-"}),
+        ("right: round that converged", {"marker": "o"}),
+        ("left: loss on held-out text", {"marker": "s", "markersize": 4}),
+        ("right: round that did not converge (noise in r)", {"marker": "o", "markerfacecolor": "white"}),
+    ]
+    _legend(figure, {figures.NAMES.get(name, name): figures.COLORS.get(name, "C0") for name in logs}, marks)
     return _svg(figure)
 
 
 def epochs(runs: dict[str, Records]) -> str:
-    """Training loss, top-1 and r / sqrt(d) over epochs."""
-    figure, panels = figures.pyplot().subplots(1, 3, figsize=(10.5, 3.4))
-    titles = {"loss": "training loss", "top1": "top-1 accuracy", "ratio_over_sqrt_d": r"$r / \sqrt{d}$"}
+    """A row for each model: training loss and top-1 accuracy on the left, r on the right, over epochs."""
     models = list(dict.fromkeys(rows[0]["model"] for rows in runs.values()))
-    for axes, (key, title) in zip(panels, titles.items(), strict=True):
-        for name, rows in runs.items():
-            line = "o" + LINES[models.index(rows[0]["model"])]
-            (drawn,) = axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], line, markersize=3)
-            drawn.set(color=figures.COLORS.get(rows[0]["optimizer"]), label=name)
-        axes.set(xlabel="epoch", title=title)
-        axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
+    size = (WIDTH, 3.6 * len(models) + 0.7)
+    figure, panels = figures.pyplot().subplots(len(models), 2, figsize=size, squeeze=False)
+    colors = {}
+    for (loss, ratio), model in zip(panels, models, strict=True):
+        accuracy = loss.twinx()
+        accuracy.set(ylabel="top-1 accuracy", ylim=(0, 1))
+        of_model = [rows for rows in runs.values() if rows[0]["model"] == model]
+        for rows in of_model:
+            optimizer, at = rows[0]["optimizer"], [row["epoch"] for row in rows]
+            color = colors[figures.NAMES.get(optimizer, optimizer)] = figures.COLORS.get(optimizer, "C0")
+            loss.plot(at, [row["loss"] for row in rows], color=color)
+            accuracy.plot(at, [row["top1"] for row in rows], "--", color=color)
+            ratio.plot(at, [_ratio(row) for row in rows], "D-", markersize=3, linewidth=1.0, color=color)
+        _finish(loss, ratio, of_model[0][0]["d"], "epoch")
+        loss.set(title=model)
+    marks = [
+        ("left: loss over the whole training set", {"linestyle": "-"}),
+        ("right: exact gradient over the whole training set", {"marker": "D", "markersize": 3, "linestyle": "-"}),
+        ("left: top-1 accuracy on the test set (right scale)", {"linestyle": "--"}),
+        ("right: the largest value that r can have", {"linestyle": "-", "color": "black", "linewidth": 0.8}),
+    ]
+    _legend(figure, colors, marks)
     return _svg(figure)
+
+
+def _ratio(epoch: dict[str, Any]) -> float:
+    return float(epoch["ratio_over_sqrt_d"] * epoch["d"] ** 0.5)
 
 
 def long_runs(groups: dict[str, Records], names: dict[str, str]) -> str:
-    """Training loss (squares: held-out) on the left, r on the right (diamonds: exact), a band over the seeds."""
-    figure, (loss, ratio) = figures.pyplot().subplots(1, 2, figsize=(9.2, 3.8))
+    """Figure 2 or 3: losses on the left, r on the right, a line and a band over the seeds of each optimizer.
+
+    Exact rounds are diamonds on a strong line. Rounds of some batches are faint in comparison: dots where they
+    converged, open circles where they did not. Open marks of different optimizers have different sizes.
+
+    Args:
+        groups: records of ``tools.paper.studies.long_records`` by optimizer, one for each seed.
+        names: what the legend calls an optimizer.
+    """
+    figure, (loss, ratio) = figures.pyplot().subplots(1, 2, figsize=(WIDTH, 4.9))
     for name, records in groups.items():
-        color = LONG_COLORS[name]
-        steps = [int(step) for step in records[0]["training_loss"]]
-        _band(loss, steps, [list(one["training_loss"].values()) for one in records], color, names[name])
+        look = {"color": LONG_COLORS[name], "markersize": MARK_SIZES[name]}
+        _band(loss, [_points(one["training_loss"]) for one in records], look, alpha=0.7, linewidth=1.0)
         for one in records:
-            tested = one["validation_loss"]
-            loss.plot([int(step) for step in tested], list(tested.values()), "s", markersize=3, color=color)
-        rounds = [_ratios(one["rounds"]) for one in records]
-        _band(ratio, records[0]["rounds"]["iteration"], rounds, color, names[name])
-        for one in records:
-            exact = {int(step): entry["ratio"] for step, entry in one["exact"].items()}
-            ratio.plot(list(exact), list(exact.values()), "D", markersize=4, color=color)
-    d = next(iter(groups.values()))[0]["d"]
-    ratio.axhline(d**0.5, color="black", linewidth=0.8, label=r"$\sqrt{d}$")
-    loss.set(xlabel="step", ylabel="loss (nats)", title="training loss; squares: held-out text")
-    ratio.set(
-        xlabel="step", ylabel=r"$r = \|g\|_1 / \|g\|_2$", ylim=(0, 1.1 * d**0.5), title="diamonds: exact gradient"
-    )
-    for axes in (loss, ratio):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+            for mark, losses in (("s", _points(one["validation_loss"])), ("D", _exact(one, "loss"))):
+                loss.plot(list(losses), list(losses.values()), mark, fillstyle="none", markeredgewidth=1.0, **look)
+        exact = [_exact(one, "ratio") for one in records]
+        _band(ratio, exact, look, marker="D", linewidth=1.6, fillstyle="none", markeredgewidth=1.2)
+        _rounds(ratio, [one["rounds"] for one in records], look["color"])
+    _finish(loss, ratio, next(iter(groups.values()))[0]["d"], "step")
+    faint = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.5}
+    marks = [
+        ("left: training loss, mean of each 1,000 steps", {"linestyle": "-", "linewidth": 1.0, "alpha": 0.7}),
+        ("left: loss on held-out text", {"marker": "s", "fillstyle": "none"}),
+        ("left: loss, right: r of the exact gradient, over the fixed split", {"marker": "D", "fillstyle": "none"}),
+        ("lines: mean of the seeds; bands: smallest to largest", {"linestyle": "-", "linewidth": 7, "alpha": 0.2}),
+        ("right: round of some batches that converged", {"marker": ".", **faint}),
+        (
+            "right: round that did not converge (noise in r)",
+            {"marker": "o", "markersize": 3, "fillstyle": "none", **faint},
+        ),
+    ]
+    _legend(figure, {names[name]: LONG_COLORS[name] for name in groups}, marks)
     return _svg(figure)
 
 
-def _ratios(rounds: dict[str, list[float]]) -> list[float]:
-    return [l1 / l2 for l1, l2 in zip(rounds["l1"], rounds["l2"], strict=True)]
+def _points(by_step: dict[str, float]) -> dict[int, float]:
+    return {int(step): value for step, value in by_step.items()}
 
 
-def _band(axes: Any, steps: list[int], values: list[list[float]], color: str, label: str) -> None:
-    """The mean over the seeds, and the area between the smallest and the largest."""
-    each = list(zip(*values, strict=True))
-    axes.plot(steps, [sum(at) / len(at) for at in each], color=color, linewidth=1.2, label=label)
-    axes.fill_between(steps, [min(at) for at in each], [max(at) for at in each], color=color, alpha=0.25, linewidth=0)
+def _exact(record: dict[str, Any], key: str) -> dict[int, float]:
+    return {int(step): entry[key] for step, entry in record["exact"].items()}
+
+
+def _rounds(axes: Any, seeds: list[dict[str, list[Any]]], color: str) -> None:
+    """r of the rounds of some batches, faint: the mean and band of the seeds, and a mark for each."""
+    found = [
+        dict(zip(rounds["iteration"], map(_quotient, rounds["l1"], rounds["l2"]), strict=True)) for rounds in seeds
+    ]
+    _band(axes, found, {"color": color}, alpha=0.35, shade=0.1, linewidth=0.7)
+    for ratios, rounds in zip(found, seeds, strict=True):
+        marks = list(zip(ratios.items(), rounds["converged"], strict=True))
+        for converged, mark in ((True, {"marker": "."}), (False, {"marker": "o", "fillstyle": "none"})):
+            chosen = [point for point, mark_of in marks if bool(mark_of) == converged]
+            look = {"linestyle": "", "markersize": 3, "markeredgewidth": 0.5, "alpha": 0.35} | mark
+            axes.plot([step for step, _ in chosen], [ratio for _, ratio in chosen], color=color, **look)
+
+
+def _quotient(l1: float | None, l2: float | None) -> float:
+    """r; not a number where a norm was not finite, which leaves a gap in the line."""
+    return l1 / l2 if l1 is not None and l2 else math.nan
+
+
+def _band(
+    axes: Any, seeds: list[dict[int, float]], look: dict[str, Any], alpha: float = 1.0, shade: float = 0.2, **line: Any
+) -> None:
+    """A line through the mean of the seeds, and the area between the smallest and the largest."""
+    steps = list(seeds[0])
+    each = list(zip(*(seed.values() for seed in seeds), strict=True))
+    axes.plot(steps, [sum(at) / len(at) for at in each], alpha=alpha, **(look | line))
+    low, high = [min(at) for at in each], [max(at) for at in each]
+    axes.fill_between(steps, low, high, color=look["color"], alpha=shade, linewidth=0)
+
+
+def constants(groups: Mapping[str, Records], names: Mapping[str, str], found: Mapping[str, dict[str, Any]]) -> str:
+    """Figure A3: (a) the l1 norm with Lion and (b) the l2 norm with SGD against the smallest constant times the rate.
+
+    Args:
+        groups: long-run records by optimizer, one for each seed, of which the band is drawn: ``lion_paper`` and
+            ``sgd_paper``. Without records of an optimizer its panel has no band.
+        names: what the titles call ``lion_paper`` and ``sgd_paper``.
+        found: :func:`tools.paper.studies.rates.constants` of ``lion`` and ``sgd``.
+    """
+    figure, panels = figures.pyplot().subplots(1, len(found), figsize=(WIDTH, 3.9), squeeze=False)
+    for axes, letter, (name, entry) in zip(panels[0], "ab", found.items(), strict=False):
+        records = groups.get(f"{name}_paper", [])
+        if len(records) > 1:
+            norms = torch.tensor([one["rounds"][NORMS[name]] for one in records], dtype=torch.float64)
+            means, look = theory.running_mean(norms), {"color": figures.COLORS[name], "alpha": 0.2, "linewidth": 0}
+            low, high = means.amin(0).tolist(), means.amax(0).tolist()
+            axes.fill_between(entry["steps"], low, high, label="smallest to largest of the seeds", **look)
+        count = f"mean of {entry['repeats']} runs" if entry["repeats"] > 1 else "1 run"
+        rate_constants.panel(axes, name, entry, f"({letter}) {names[f'{name}_paper']}, {count}")
+    return _svg(figure)

@@ -12,6 +12,8 @@ from megatron_lion.training_log import read_training_log
 from tools.paper.reporting import drawings
 from tools.paper.reporting.paper import Table
 
+WIDEST = 0.15  # of an interval that says something about an exponent
+
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
@@ -43,6 +45,16 @@ class Finding:
     """what the report's first page says of it"""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "seed"), counted(2000, "step")
+        ('1 seed', '2,000 steps')
+    """
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises LionError where the file is no JSON object, as one that was cut short."""
     try:
@@ -64,20 +76,30 @@ def read_svg(path: Path) -> str:
 def toy_rates(folder: Path, hardware: str) -> Finding:
     """Table 1: the slope with the corollaries' own hyperparameters."""
     result = read_json(folder / "result.json")
-    table, held = [["problem", "K", "exponent of K [95 %]", "the rate's"]], True
+    table, held, inside = [["problem", "$K$", "exponent of $K$ [95 %]", "the rate's"]], True, 0
     for name in ("constrained", "unconstrained"):
         found = result[name]["corollary"]
         steps = [row["steps"] for row in found["rows"]]
         held &= abs(found["slope"] + 0.25) <= 0.02
+        inside += found["slope_low"] <= -0.25 <= found["slope_high"]
         interval = f"{found['slope']:.4f} [{found['slope_low']:.4f}, {found['slope_high']:.4f}]"
         table.append([name, f"{min(steps):,} to {max(steps):,}", interval, "-0.25"])
     words = "Held on the toy problem" if held else "Not held on the toy problem"
     return Finding(
-        verdict=f"{words}: with the corollaries' own betas and eta, slopes within 0.02 of -0.25 were asked for. A rate "
-        "is a theorem; a run can only agree with it, and two dimensions say nothing about d.",
+        verdict=rf"{words}: with the corollaries' own $\beta_1$, $\beta_2$ and $\eta$, slopes within 0.02 of -0.25 "
+        "were asked for. A rate is a theorem; a run can only agree with it, and two dimensions say nothing about $d$.",
         made=f"the toy problem of appendix A.1.1, its own Gaussian noise; {hardware}",
         tables=[table],
-        pictures={"the corollaries' runs": read_svg(folder / "corollary.svg")},
+        pictures={"The corollaries' runs": read_svg(folder / "corollary.svg")},
+        judgements=[
+            Judgement(
+                claim=r"LION's $\ell_1$ norm falls as $\sqrt{d} K^{-1/4}$",
+                verdict=f"the power of $K$ {'agrees' if held else 'does not agree'} within 0.02 on the toy problem; "
+                f"$-1/4$ is inside {inside} of 2 intervals. Nothing shown about $d$",
+                basis="toy problem, d = 2, the corollaries' hyperparameters",
+                numbers="exponents " + ", ".join(f"{row[0]} {row[2]}" for row in table[1:]),
+            )
+        ],
     )
 
 
@@ -85,31 +107,61 @@ def toy_pictures(folder: Path, hardware: str) -> Finding:
     """Figure A1."""
     minimum, lowest = read_json(folder / "result.json")["minimum"]
     held = round(minimum, 3) == 2.125 and round(lowest, 3) == 1.884
+    numbers = rf"minima at $\pm {minimum:.6f}$, $f^* = {lowest:.6f}$"
     return Finding(
-        verdict=f"{'Held' if held else 'Not held'}: minima at +-{minimum:.6f}, f* = {lowest:.6f}.",
+        verdict=f"{'Held' if held else 'Not held'}: {numbers}.",
         made=f"computed, float64; {hardware}",
-        pictures={"(a)": read_svg(folder / "A1a_surface.svg"), "(b)": read_svg(folder / "A1b_contours.svg")},
+        pictures={
+            "(a) surface": read_svg(folder / "A1a_surface.svg"),
+            "(b) contours": read_svg(folder / "A1b_contours.svg"),
+        },
+        judgements=[
+            Judgement(
+                claim=r"minima at $(0, \pm 2.125)$ and $(\pm 2.125, 0)$ with $f^* = 1.884$",
+                verdict="holds to the digits given" if held else "does not hold",
+                basis="toy problem, float64",
+                numbers=numbers,
+            )
+        ],
     )
 
 
 def toy_bound(folder: Path, hardware: str) -> Finding:
     """Figure A2."""
     result = read_json(folder / "result.json")
-    table, over = [["problem", "largest left / right", "at k", "above the bound for k", "at the end"]], []
+    table, over = [["problem", "largest left / right", "at $k$", "above the bound for $k$", "at the end"]], []
     for name in ("constrained", "unconstrained"):
         share = result[name]["paper"]["averaged"]
         above = "never" if share["over_from"] is None else f"{share['over_from']} to {share['over_to']}"
         over += [name] if share["over_from"] is not None else []
         cells = [f"{share['largest']:.3f}", str(share["at"]), above, f"{share['at_the_end']:.3f}"]
         table.append([name, *cells])
-    verdict = f"Held in part: the left side is above the right for some k ({', '.join(over)})" if over else "Held"
+    verdict = f"Held in part: the left side is above the right for some $k$ ({', '.join(over)})" if over else "Held"
     return Finding(
-        verdict=f"{verdict}. eta = 0.01 and the default betas are not the corollaries', which do not promise the bound "
-        "for them.",
+        verdict=rf"{verdict}. $\eta = 0.01$ and the default $\beta_1$, $\beta_2$ are not the corollaries', which do "
+        "not promise the bound for them.",
         made=f"5 starts x 5 repeats, 2,000 steps, the package's own update rule in float64; {hardware}",
-        pictures={"(a)": read_svg(folder / "A2a_constrained.svg"), "(b)": read_svg(folder / "A2b_unconstrained.svg")},
+        pictures={
+            "(a) in the box": read_svg(folder / "A2a_constrained.svg"),
+            "(b) without it": read_svg(folder / "A2b_unconstrained.svg"),
+        },
         tables=[table],
+        judgements=[
+            Judgement(
+                claim="the left sides of (9) and (13) agree with the theory's rate",
+                verdict=_judged_bound(over, [float(row[-1]) for row in table[1:]]),
+                basis=r"toy problem, d = 2, $\eta = 0.01$, 2,000 steps, 5 starts x 5 repeats",
+                numbers="left / right, largest and at the end: "
+                + ", ".join(f"{name} {largest} and {end}" for name, largest, *_, end in table[1:]),
+            )
+        ],
     )
+
+
+def _judged_bound(over: list[str], at_the_end: list[float]) -> str:
+    if max(at_the_end) > 1.0:
+        return "does not hold at the end"
+    return f"holds at the end, not for every $k$ ({', '.join(over)})" if over else "holds for every $k$"
 
 
 def scaling(folder: Path, hardware: str) -> Finding:
@@ -121,7 +173,7 @@ def scaling(folder: Path, hardware: str) -> Finding:
         interval = f"{fit['exponent']:.3f} [{fit['low']:.3f}, {fit['high']:.3f}]"
         inside = "yes" if fit["holds_half"] else "no"
         table.append([fit["optimizer"], str(fit["iteration"]), str(fit["sizes"]), interval, inside])
-    inside = sum(fit["holds_half"] for fit in result["fits"])
+    inside, of = sum(fit["holds_half"] for fit in result["fits"]), len(result["fits"])
     sizes = sorted({point["d"] for point in result["points"]})
     shares = [point["ratio_over_sqrt_d"] for point in result["points"] if point["converged"]]
     few = f"{len(sizes)} sizes up to {sizes[-1] / sizes[0]:.0f} times the smallest: intervals this wide show little"
@@ -129,15 +181,33 @@ def scaling(folder: Path, hardware: str) -> Finding:
     thin = sum(fit["sizes"] < len(sizes) for fit in result["fits"])
     missing += [f"{thin} of {len(result['fits'])} fits lack sizes whose rounds did not converge"] if thin else []
     return Finding(
-        verdict=f"{model}: 0.5 lies in {inside} of {len(result['fits'])} intervals; r / sqrt(d) of converged rounds "
+        verdict=rf"{model}: 0.5 lies in {inside} of {of} intervals; $r / \sqrt{{d}}$ of converged rounds "
         f"lies between {min(shares):.3f} and {max(shares):.3f}.",
         made=f"{model}s of {len(sizes)} sizes, d = {sizes[0]:,} to {sizes[-1]:,}; {hardware}",
         pictures={
-            f"{model}: r against d": read_svg(folder / "exponent.svg"),
-            f"{model}: r / sqrt(d) over training": read_svg(folder / "ratio_over_sqrt_d.svg"),
+            f"{model}: $r$ against $d$": read_svg(folder / "exponent.svg"),
+            rf"{model}: $r / \sqrt{{d}}$ over training": read_svg(folder / "ratio_over_sqrt_d.svg"),
         },
         tables=[table],
         missing=missing,
+        judgements=[_judged_scaling(result["fits"], f"{model}s of {len(sizes)} sizes", sizes)],
+    )
+
+
+def _judged_scaling(fits: list[dict[str, Any]], models: str, sizes: list[int]) -> Judgement:
+    """Intervals wider than ``WIDEST`` neither confirm nor refute an exponent."""
+    inside = sum(fit["holds_half"] for fit in fits)
+    narrow = sum(fit["high"] - fit["low"] <= WIDEST for fit in fits)
+    if inside < len(fits):
+        verdict = f"does not hold at every step: 0.5 is outside {len(fits) - inside} of {len(fits)} intervals"
+    else:
+        verdict = f"not refuted: 0.5 is inside all of {len(fits)} intervals"
+    exponents = [fit["exponent"] for fit in fits]
+    return Judgement(
+        claim=r"$r = \Theta(\sqrt{d})$ all through training",
+        verdict=f"{verdict}. Narrower than {WIDEST}: {narrow}",
+        basis=f"{models}, d = {sizes[0]:,} to {sizes[-1]:,}, 1 seed",
+        numbers=f"exponents {min(exponents):.3f} to {max(exponents):.3f}",
     )
 
 
@@ -161,7 +231,7 @@ def language(pair: dict[str, Path], model: str, hardware: str) -> Finding:
     both = [name for name in ("lion", "sgd") if name in logs and name in rounds]
     if not both:
         raise LionError("; ".join(missing))
-    table = [["optimizer", "last step", "training loss", "test loss", "r / sqrt(d)", "rounds that converged"]]
+    table = [["optimizer", "last step", "training loss", "test loss", r"$r / \sqrt{d}$", "rounds that converged"]]
     losses = {}
     for name in both:
         log, records = logs[name], rounds[name]
@@ -172,16 +242,34 @@ def language(pair: dict[str, Path], model: str, hardware: str) -> Finding:
         test = f"{log.final['test']:.4f}" if "test" in log.final else "-"
         converged = f"{sum(bool(r['converged']) for r in records)} of {len(records)}"
         table.append([name, str(last[-1]), f"{losses[name]:.4f}", test, span, converged])
+    d, steps = rounds[both[0]][0]["d"], logs[both[0]].iterations
+    judgements = []
     if len(both) < 2:
-        verdict = "Cannot be said: one optimizer alone."
+        verdict = "Cannot be said: only one optimizer."
     else:
-        verb = "Held" if losses["lion"] < losses["sgd"] else "Not held"
-        verdict = f"{verb} for the training loss (mean of the last five logged). One size says nothing about sqrt(d)."
-    d = rounds[both[0]][0]["d"]
+        held = losses["lion"] < losses["sgd"]
+        verb = "Held" if held else "Not held"
+        verdict = (
+            rf"{verb} for the training loss (mean of the last five logged). One size says nothing about $\sqrt{{d}}$."
+        )
+        judgements = [
+            Judgement(
+                claim=r"LION is better throughout, and $r = \Theta(\sqrt{d})$",
+                verdict=f"{'LION' if held else 'SGD'} ends lower in one short run, which shows little; one d says "
+                "nothing about its root",
+                basis=f"{model}, d = {d:,}, {counted(steps, 'step')}, 1 seed",
+                numbers=f"last training loss: LION {losses['lion']:.3f}, SGD {losses['sgd']:.3f}",
+            )
+        ]
     return Finding(
         verdict=verdict,
-        made=f"{model}, d = {d:,}, {logs[both[0]].iterations:,} steps; {hardware}",
-        pictures={model: drawings.loss_and_ratio({n: logs[n] for n in both}, {n: rounds[n] for n in both})},
+        made=f"{model}, d = {d:,}, {counted(steps, 'step')}; {hardware}",
+        pictures={
+            f"{model}: losses on the left, $r$ on the right": drawings.loss_and_ratio(
+                {n: logs[n] for n in both}, {n: rounds[n] for n in both}
+            )
+        },
         tables=[table],
         missing=missing,
+        judgements=judgements,
     )

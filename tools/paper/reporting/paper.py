@@ -1,4 +1,7 @@
-"""Every figure and table of Dong, Li, Lin (2025): what it shows, what it claims, and which command makes ours."""
+"""Every figure and table of Dong, Li, Lin (2025): what it shows, what it claims, and which command makes ours.
+
+Formulas are in ``$...$``, as :mod:`tools.paper.reporting.formulas` reads them.
+"""
 
 from dataclasses import dataclass
 
@@ -24,8 +27,8 @@ LANGUAGE = (
     "for o in lion_paper sgd_paper; do python launch/launch.py {0} $o a100x16; "
     "python launch/launch.py {1} $o a100x16; done"
 )
-TWO_COLUMNS = "Left: mean training loss and {0}, LION against SGD. Right: r = ||g||_1 / ||g||_2 over training. {1}"
-RATIO = "LION is the better one throughout, and r stays of the order of sqrt(d)."
+NORM_RATIO = r"$r = \Vert \nabla f \Vert_1 / \Vert \nabla f \Vert_2$"
+RATIO = r"LION is better throughout, and $r = \Theta(\sqrt{d})$."
 
 LOG_PERPLEXITY: Table = [
     ["model", "optimizer", "10k", "20k", "30k", "40k", "50k"],
@@ -34,21 +37,24 @@ LOG_PERPLEXITY: Table = [
     ["GPT-2 Medium", "SGD", "8.029", "7.807", "7.737", "7.715", "7.712"],
     ["GPT-2 Medium", "LION", "3.221", "3.004", "2.918", "2.882", "2.876"],
 ]
+L1, L2 = r"$\ell_1$", r"$\ell_2$"
+PLAIN_RATE, LOG_RATE = r"$O(K^{-1/4})$", r"$O(\mathrm{polylog}(K) K^{-1/4})$"
+ROOT_RATE = r"$O(\sqrt{d} K^{-1/4})$"
 RATES: Table = [
-    ["optimizer", "work", "norm", "rate", "bound met in K", "best in d"],
-    ["SGD", "Bottou et al.", "l2", "O(K^-1/4)", "yes", "yes"],
-    ["AdaGrad", "Wang et al., Liu et al.", "l2", "O(polylog(K) K^-1/4)", "no", "?"],
-    ["AdaGrad", "Hong et al.", "l2", "O(sqrt(d) polylog(K) K^-1/4)", "no", "?"],
-    ["RMSProp", "Shi et al.", "min{l1, c l2}", "O(polylog(K) K^-1/4)", "no", "?"],
-    ["RMSProp", "Zou et al.", "l2", "O(polylog(K) K^-1/4)", "no", "?"],
-    ["RMSProp", "Li et al.", "l1", "O(sqrt(d) K^-1/4)", "yes", "yes"],
-    ["Adam", "Zhang et al.", "min{l2, c l2^2}", "O(polylog(K) K^-1/4)", "no", "?"],
-    ["Adam", "Zou et al., Wang et al.", "l2", "O(polylog(K) K^-1/4)", "no", "?"],
-    ["SignSGD", "Bernstein et al.", "l1", "O(K^-1/4)", "yes", "?"],
-    ["SignSGD", "Sun et al.", "l1", "O(d K^-1/4)", "yes", "no"],
-    ["SignSGD-EF", "Karimireddy et al.", "l2", "O(K^-1/4)", "yes", "?"],
-    ["SignSGD-CF", "Safaryan et al.", "l1", "O(K^-1/4)", "yes", "?"],
-    ["LION", "this paper", "l1", "O(sqrt(d) K^-1/4)", "yes", "yes"],
+    ["optimizer", "work", "norm", "rate", "bound met in $K$", "best in $d$"],
+    ["SGD", "Bottou et al.", L2, PLAIN_RATE, "yes", "yes"],
+    ["AdaGrad", "Wang et al., Liu et al.", L2, LOG_RATE, "no", "?"],
+    ["AdaGrad", "Hong et al.", L2, r"$O(\sqrt{d} \mathrm{polylog}(K) K^{-1/4})$", "no", "?"],
+    ["RMSProp", "Shi et al.", r"$\min(\ell_1, c \ell_2)$", LOG_RATE, "no", "?"],
+    ["RMSProp", "Zou et al.", L2, LOG_RATE, "no", "?"],
+    ["RMSProp", "Li et al.", L1, ROOT_RATE, "yes", "yes"],
+    ["Adam", "Zhang et al.", r"$\min(\ell_2, c \ell_2^2)$", LOG_RATE, "no", "?"],
+    ["Adam", "Zou et al., Wang et al.", L2, LOG_RATE, "no", "?"],
+    ["SignSGD", "Bernstein et al.", L1, PLAIN_RATE, "yes", "?"],
+    ["SignSGD", "Sun et al.", L1, "$O(d K^{-1/4})$", "yes", "no"],
+    ["SignSGD-EF", "Karimireddy et al.", L2, PLAIN_RATE, "yes", "?"],
+    ["SignSGD-CF", "Safaryan et al.", L1, PLAIN_RATE, "yes", "?"],
+    ["LION", "this paper", L1, ROOT_RATE, "yes", "yes"],
 ]
 RATES_FOUND: Table = [
     ["model", "CIFAR-10 (LION / SGD)", "CIFAR-100 (LION / SGD)"],
@@ -58,11 +64,15 @@ RATES_FOUND: Table = [
 ]
 
 
+def _two_columns(measure: str, setting: str) -> str:
+    return f"Left: mean training loss and {measure}, LION against SGD. Right: {NORM_RATIO} over training. {setting}"
+
+
 def _vision(name: str, title: str, dataset: str, setting: str) -> Exhibit:
     return Exhibit(
         name=name,
         title=f"ResNet18, ResNet50 and ViT-S on {title}",
-        shows=TWO_COLUMNS.format("top-1 accuracy", setting),
+        shows=_two_columns("top-1 accuracy", setting),
         claim=RATIO,
         command=VISION.format(dataset),
     )
@@ -74,8 +84,8 @@ EXHIBITS = (
     Exhibit(
         name="Table 1",
         title="Convergence rates of stochastic methods",
-        shows="Rates by optimizer, the norm that they are in, and whether they are the best known in K and d.",
-        claim="LION's l1 norm falls as sqrt(d) K^(-1/4).",
+        shows="Rates by optimizer, the norm that they are in, and whether they are the best known in $K$ and $d$.",
+        claim=r"LION's $\ell_1$ norm falls as $\sqrt{d} K^{-1/4}$.",
         command="python -m tools.paper.toy_convergence --output runs/toy",
         table=RATES,
     ),
@@ -83,38 +93,39 @@ EXHIBITS = (
     Exhibit(
         name="Figure 2",
         title="BERT-Small and BERT-Base",
-        shows=TWO_COLUMNS.format("test loss", f"Masked words and sentence order. {OPENWEBTEXT}"),
+        shows=_two_columns("test loss", f"Masked words and sentence order. {OPENWEBTEXT}"),
         claim=RATIO,
         command=LANGUAGE.format("bert_small", "bert_base"),
     ),
     Exhibit(
         name="Figure 3",
         title="GPT-2 Small and GPT-2 Medium",
-        shows=TWO_COLUMNS.format("test loss", OPENWEBTEXT),
+        shows=_two_columns("test loss", OPENWEBTEXT),
         claim=RATIO,
         command=LANGUAGE.format("gpt2_small", "gpt2_medium"),
     ),
     Exhibit(
         name="Figure A1",
         title="The toy problem's surface and contours",
-        shows="f = theta_1^2 + theta_2^2 + 5 cos(theta_1) cos(theta_2) as a surface (a) and as contours (b).",
-        claim="L = 7; minima at (0, +-2.125) and (+-2.125, 0) with f* = 1.884.",
+        shows=r"$f = \theta_1^2 + \theta_2^2 + 5 \cos(\theta_1) \cos(\theta_2)$ as a surface (a) and as contours (b).",
+        claim=r"$L = 7$; minima at $(0, \pm 2.125)$ and $(\pm 2.125, 0)$ with $f^* = 1.884$.",
         command="python -m tools.paper.toy_convergence --output runs/toy",
     ),
     Exhibit(
         name="Figure A2",
         title="Lion on the toy problem against the bound",
-        shows="Left side of (9) and of (13) (solid) against the right side (dashed) over k, in the box (a) and without "
-        "it (b); eta = 0.01, K = 2000, 5 starts x 5 repeats.",
-        claim="The measured left sides agree with the theory's rate, for other eta and lambda too.",
+        shows="Left side of (9) and of (13) (solid) against the right side (dashed) over $k$, in the box (a) and "
+        r"without it (b); $\eta = 0.01$, $K = 2000$, 5 starts x 5 repeats.",
+        claim=r"The measured left sides agree with the theory's rate, for other $\eta$ and $\lambda$ too.",
         command="python -m tools.paper.toy_convergence --output runs/toy",
     ),
     Exhibit(
         name="Figure A3",
         title="The constants of the rates",
-        shows="Running mean of the l1 norm with LION (a) and of the l2 norm with SGD (b) against the smallest constant "
-        "times the rate. ResNet18 on CIFAR-100, mean of 5 runs: c_LION = 0.701, c_SGD = 1.365.",
-        claim="c_LION is below c_SGD.",
+        shows=r"Running mean of the $\ell_1$ norm with LION (a) and of the $\ell_2$ norm with SGD (b) against the "
+        r"smallest constant times the rate, $c_{\mathrm{LION}} \sqrt{d} K^{-1/4}$ and $c_{\mathrm{SGD}} K^{-1/4}$. "
+        r"ResNet18 on CIFAR-100, mean of 5 runs: $c_{\mathrm{LION}} = 0.701$, $c_{\mathrm{SGD}} = 1.365$.",
+        claim=r"$c_{\mathrm{LION}} < c_{\mathrm{SGD}}$.",
         command="python -m tools.paper.rate_constants --evaluate wiki.test.tokens --output runs/rates",
     ),
     _vision("Figure A4", "CIFAR-10", "cifar10", CIFAR),
@@ -137,9 +148,9 @@ EXHIBITS = (
     ),
     Exhibit(
         name="Section 5",
-        title="r against d (ours: the paper fits no exponent)",
-        shows="The text says r = Theta(sqrt(d)) all through training; an exponent of 0.5.",
-        claim="r grows as sqrt(d).",
+        title="$r$ against $d$ (ours: the paper fits no exponent)",
+        shows=r"The text says $r = \Theta(\sqrt{d})$ all through training; an exponent of $1/2$.",
+        claim=r"$r$ grows as $\sqrt{d}$.",
         command="python -m tools.paper.scaling_study --output runs/scaling",
     ),
 )

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import LionError
-from tools.paper.reporting import drawings
-from tools.paper.reporting.findings import Finding, read_json
+from tools.paper.reporting import drawings, rate_findings
+from tools.paper.reporting.findings import Finding, Judgement, counted, read_json
+from tools.paper.studies import rates
 
 PAPERS = ("cifar10", "cifar100", "imagenet")
 GRID = "grid.json"
+CONSTANTS_MODEL = "resnet18"  # the paper's figure A3 is about it
+PANELS = {"lion_paper": "LION", "sgd_paper": "SGD"}
+Epochs = list[dict[str, Any]]
 
 
 def curves(folder: Path, hardware: str) -> Finding:
@@ -17,25 +21,28 @@ def curves(folder: Path, hardware: str) -> Finding:
     runs, missing = _read_runs(folder)
     if not runs:
         raise LionError("; ".join(missing) or f"no run in {folder} has finished an epoch")
-    table = [["run", "epochs", "training loss", "top-1", "r / sqrt(d)"]]
+    table = [["run", "epochs", "training loss", "top-1", r"$r / \sqrt{d}$"]]
     for name, epochs in runs.items():
-        shares, last = [epoch["ratio_over_sqrt_d"] for epoch in epochs], epochs[-1]
+        last = epochs[-1]
         cells = [f"{last['epoch']} of {last['epochs']}", f"{last['loss']:.4f}", f"{100 * last['top1']:.2f} %"]
-        table.append([name, *cells, f"{min(shares):.3f} to {max(shares):.3f}"])
+        table.append([name, *cells, _shares(epochs)])
         if last["epoch"] < last["epochs"]:
             missing.append(f"{name} was cut short: {last['epoch']} of {last['epochs']} epochs")
+    pairs = _pairs(runs)
     return Finding(
-        verdict=_stand_in(folder) + (" ".join(_compared(runs)) or "Cannot be said: no model has a run of each."),
+        verdict=_stand_in(folder)
+        + (" ".join(_compared(model, *pair) for model, pair in pairs.items()) or "Cannot be said: no pair of runs."),
         made=f"{_first(runs)['data']}, d = {_first(runs)['d']:,}, exact gradient after each epoch; {hardware}",
-        pictures={"loss, top-1 and r": drawings.epochs(runs)},
+        pictures={"Loss and top-1 accuracy on the left, r on the right": drawings.epochs(runs)},
         tables=[table],
         missing=missing,
+        judgements=[_judged(model, *pair) for model, pair in pairs.items()],
     )
 
 
-def _read_runs(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+def _read_runs(folder: Path) -> tuple[dict[str, Epochs], list[str]]:
     """Epochs by the run's folder, and what was damaged, in words. Of a grid's runs the best alone, as in the paper."""
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, Epochs] = {}
     missing = []
     grid = _grid(folder)
     best = {f"{name}-{row['lr']:g}" for name, row in grid.items()}
@@ -56,22 +63,108 @@ def _grid(folder: Path) -> dict[str, Any]:
     return read_json(folder / GRID) if (folder / GRID).is_file() else {}
 
 
-def _compared(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """A sentence for each model that has a run with Lion and one with SGD."""
-    by_model: dict[str, dict[str, list[dict[str, Any]]]] = {}
+def _pairs(runs: dict[str, Epochs]) -> dict[str, tuple[Epochs, Epochs]]:
+    """The run with Lion and the one with SGD of each model that has both."""
+    by_model: dict[str, dict[str, Epochs]] = {}
     for epochs in runs.values():
         by_model.setdefault(epochs[0]["model"], {})[epochs[0]["optimizer"]] = epochs
-    sentences = []
-    for model, pair in by_model.items():
-        if not {"lion", "sgd"} <= pair.keys():
-            continue
-        both = list(zip(pair["lion"], pair["sgd"], strict=False))
-        lower = sum(lion["loss"] < sgd["loss"] for lion, sgd in both)
-        higher = sum(lion["top1"] > sgd["top1"] for lion, sgd in both)
-        held = "Held" if min(lower, higher) == len(both) else "Held in part" if lower or higher else "Not held"
-        text = f"{held} for {model}: after {lower} of {len(both)} epochs Lion's training loss is the lower, after "
-        sentences.append(f"{text}{higher} its top-1 the higher. One model of a size says nothing about sqrt(d).")
-    return sentences
+    return {model: (pair["lion"], pair["sgd"]) for model, pair in by_model.items() if {"lion", "sgd"} <= pair.keys()}
+
+
+def _ahead(lion: Epochs, sgd: Epochs) -> tuple[int, int, int]:
+    """After how many epochs Lion's loss is the lower, after how many its top-1 the higher, and of how many."""
+    both = list(zip(lion, sgd, strict=False))
+    return sum(x["loss"] < y["loss"] for x, y in both), sum(x["top1"] > y["top1"] for x, y in both), len(both)
+
+
+def _compared(model: str, lion: Epochs, sgd: Epochs) -> str:
+    lower, higher, of = _ahead(lion, sgd)
+    held = "Held" if min(lower, higher) == of else "Held in part" if lower or higher else "Not held"
+    text = f"{held} for {model}: after {lower} of {of} epochs Lion's training loss is the lower, after "
+    return rf"{text}{higher} its top-1 the higher. One model of a size says nothing about $\sqrt{{d}}$."
+
+
+def _judged(model: str, lion: Epochs, sgd: Epochs) -> Judgement:
+    """Of the last epoch that both runs have."""
+    lower, higher, of = _ahead(lion, sgd)
+    held = "holds" if min(lower, higher) == of else "holds in part" if lower or higher else "does not hold"
+    numbers = [
+        rf"{name}: loss {run[of - 1]['loss']:.3f}, top-1 {100 * run[of - 1]['top1']:.1f} %, "
+        rf"$r / \sqrt{{d}}$ {_shares(run)}"
+        for name, run in (("LION", lion), ("SGD", sgd))
+    ]
+    cut = f" ({of} of {lion[0]['epochs']} done)" if of < lion[0]["epochs"] else ""
+    return Judgement(
+        claim=r"LION is better throughout, and $r = \Theta(\sqrt{d})$",
+        verdict=f"{held} in one seed: lower loss after {lower}, higher top-1 after {higher} of {counted(of, 'epoch')}; "
+        "one d says nothing about its root",
+        basis=f"{model}, d = {lion[0]['d']:,}, {lion[0]['data']}, {counted(lion[0]['epochs'], 'epoch')}{cut}, "
+        f"{_rates(lion, sgd)}",
+        numbers=". ".join(numbers),
+    )
+
+
+def _rates(lion: Epochs, sgd: Epochs) -> str:
+    return f"learning rates {lion[0]['lr']:g} and {sgd[0]['lr']:g} (LION, SGD)"
+
+
+def _shares(epochs: Epochs) -> str:
+    shares = [epoch["ratio_over_sqrt_d"] for epoch in epochs]
+    return f"{min(shares):.3f} to {max(shares):.3f}"
+
+
+def constants(folder: Path, hardware: str) -> Finding:
+    """Figure A3 from the epochs of ResNet18 with Lion and with SGD, over the epochs that both have.
+
+    Each norm is that of the exact gradient after an epoch, which stands for the steps of the epoch.
+    """
+    runs, missing = _read_runs(folder)
+    if CONSTANTS_MODEL not in (pairs := _pairs(runs)):
+        words = f"Cannot be said of {_data(folder)}: {CONSTANTS_MODEL} with both optimizers is needed."
+        return Finding(verdict=_stand_in(folder) + words, made=hardware, missing=missing)
+    pair = dict(zip(rates.NORMS, pairs[CONSTANTS_MODEL], strict=True))
+    done = min(map(len, pair.values()))
+    repeats = {name: _repeat(rates.NORMS[name], epochs[:done]) for name, epochs in pair.items()}
+    first = pair["lion"][0]
+    if done < first["epochs"]:
+        missing.append(f"{folder} was cut short: both runs have {done} of {first['epochs']} epochs")
+    made = f"{CONSTANTS_MODEL}, {first['data']}, d = {first['d']:,}, {counted(done, 'epoch')}, {_rates(**pair)}"
+    found = rates.constants(repeats)
+    caption = f"(a) LION and (b) SGD: {CONSTANTS_MODEL} on {_data(folder)}"
+    finding = rate_findings.compared(
+        found, f"{made}, 1 seed; {hardware}", {caption: drawings.constants({}, PANELS, found)}
+    )
+    finding.verdict = f"{_stand_in(folder)}{finding.verdict} One seed, where the paper has the mean of five."
+    finding.missing += missing
+    finding.judgements = [_judged_constants(found, made)]
+    return finding
+
+
+def _repeat(norm: str, epochs: Epochs) -> dict[str, Any]:
+    """What :func:`tools.paper.studies.rates.constants` needs of one run."""
+    return {
+        "steps": [epoch["iteration"] for epoch in epochs],
+        "d": epochs[0]["d"],
+        "norms": [[epoch[norm] for epoch in epochs]],
+        "l2_norms": [[epoch["l2"] for epoch in epochs]],
+        "converged": len(epochs),
+        "rounds": len(epochs),
+        "exact": True,
+        "lr": epochs[0]["lr"],
+    }
+
+
+def _judged_constants(found: dict[str, Any], made: str) -> Judgement:
+    lion, sgd = found["lion"], found["sgd"]
+    held = "holds" if lion["constant"] < sgd["constant"] else "does not hold"
+    in_l2 = "below" if lion["l2_constant"] < sgd["constant"] else "not below"
+    return Judgement(
+        claim=r"$c_{\mathrm{LION}} < c_{\mathrm{SGD}}$",
+        verdict=rf"{held} in one seed (the paper has five); in one norm, $\ell_2$, LION's is {in_l2} SGD's",
+        basis=made,
+        numbers=rf"$c_{{\mathrm{{LION}}}}$ = {lion['constant']:.3f}, in $\ell_2$ {lion['l2_constant']:.3f}; "
+        rf"$c_{{\mathrm{{SGD}}}}$ = {sgd['constant']:.3f}",
+    )
 
 
 def rates_found(folder: Path, hardware: str) -> Finding:
@@ -79,15 +172,29 @@ def rates_found(folder: Path, hardware: str) -> Finding:
     grid = _grid(folder)
     every = list(dict.fromkeys(rate for row in grid.values() for rate in row["tried"]))
     table = [["learning rate", *grid]] + [[rate, *(_top1(row, rate) for row in grid.values())] for rate in every]
-    pairs = [(row, grid[f"{name[:-5]}-sgd"]) for name, row in grid.items() if _has_pair(name, grid)]
-    held = sum(lion["lr"] <= sgd["lr"] for lion, sgd in pairs)
+    pairs = {name[:-5]: (row, grid[f"{name[:-5]}-sgd"]) for name, row in grid.items() if _has_pair(name, grid)}
+    held = sum(lion["lr"] <= sgd["lr"] for lion, sgd in pairs.values())
     first = next(iter(grid.values()))
     at_edge = [name for name, row in grid.items() if row["lr"] >= max(map(float, row["tried"]))]
     edge = f" The largest rate tried was the best of {', '.join(at_edge)}: a larger one may be better." * bool(at_edge)
     return Finding(
         verdict=f"{_stand_in(folder)}LION's best rate is at most SGD's for {held} of {len(pairs)} models.{edge}",
-        made=f"{first['data']}, {first['epochs']} epochs, top-1 by learning rate; {hardware}",
+        made=f"{first['data']}, {counted(first['epochs'], 'epoch')}, top-1 by learning rate; {hardware}",
         tables=[table],
+        judgements=[_judged_rates(pairs, first)] if pairs else [],
+    )
+
+
+def _judged_rates(pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]], first: dict[str, Any]) -> Judgement:
+    held = sum(lion["lr"] <= sgd["lr"] for lion, sgd in pairs.values())
+    edge = any(row["lr"] >= max(map(float, row["tried"])) for pair in pairs.values() for row in pair)
+    numbers = "; ".join(f"{model}: {lion['lr']:g} and {sgd['lr']:g}" for model, (lion, sgd) in pairs.items())
+    return Judgement(
+        claim="LION's best learning rate is at most about SGD's",
+        verdict=f"holds for {held} of {counted(len(pairs), 'model')} in one seed"
+        + "; the largest rate tried was the best of a run, so a larger one may be better" * edge,
+        basis=f"{', '.join(pairs)}, {first['data']}, {counted(first['epochs'], 'epoch')}",
+        numbers=f"best rate of LION and of SGD, {numbers}",
     )
 
 
@@ -102,9 +209,14 @@ def _has_pair(name: str, grid: dict[str, Any]) -> bool:
     return name.endswith("-lion") and f"{name[:-5]}-sgd" in grid
 
 
+def _data(folder: Path) -> str:
+    """The data set's name: ``digits`` of ``digits-100``, the run of 100 epochs."""
+    return folder.name.partition("-")[0]
+
+
 def _stand_in(folder: Path) -> str:
-    return "" if folder.name in PAPERS else f"Not the paper's data: {folder.name} stands in for it. "
+    return "" if folder.name in PAPERS else f"Not the paper's data: {_data(folder)} stands in for it. "
 
 
-def _first(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _first(runs: dict[str, Epochs]) -> dict[str, Any]:
     return next(iter(runs.values()))[0]

@@ -1,0 +1,37 @@
+"""How long the long runs took, from their records."""
+
+import statistics
+from typing import Any
+
+from tools.paper.reporting.paper import Table
+
+HEAD = ["run", "d", "steps", "seeds", "training, CPU hours of a seed", "measuring, CPU hours of a seed", "all seeds"]
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """A row for each run, its seeds together, and one for all of them; only the head without records."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        runs.setdefault(record["name"].removesuffix(f"-{record['seed']}"), []).append(record)
+    rows = [
+        [name, f"{seeds[0]['d']:,}", f"{seeds[0]['steps']:,}", str(len(seeds)), *_hours(seeds)]
+        for name, seeds in runs.items()
+    ]
+    total = ["all", "", "", str(len(records)), "", "", f"{sum(map(_all_hours, records)):.2f}"]
+    return [HEAD, *rows, total] if rows else [HEAD]
+
+
+def _hours(seeds: list[dict[str, Any]]) -> list[str]:
+    """Training, measuring, and both of all seeds. Older records do not have the time of measuring."""
+    measured = [record["measure_cpu_hours"] for record in seeds if record.get("measure_cpu_hours") is not None]
+    both = f"{sum(map(_all_hours, seeds)):.2f}"
+    return [_spread([record["cpu_hours"] for record in seeds]), _spread(measured) if measured else "-", both]
+
+
+def _all_hours(record: dict[str, Any]) -> float:
+    return float(record["cpu_hours"] + (record.get("measure_cpu_hours") or 0.0))
+
+
+def _spread(hours: list[float]) -> str:
+    mean = f"{statistics.fmean(hours):.2f}"
+    return mean if len(hours) == 1 else f"{mean} ({min(hours):.2f} to {max(hours):.2f})"
