@@ -32,7 +32,8 @@ LAST = str(STEPS)
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take most of the time, and most tests are about numbers."""
-    monkeypatch.setattr("tools.paper.reporting.drawings.long_runs", lambda *_: "<svg></svg>")
+    for name in ("long_runs", "constants"):
+        monkeypatch.setattr(f"tools.paper.reporting.drawings.{name}", lambda *_: "<svg></svg>")
     monkeypatch.setattr("tools.paper.reporting.size_drawing.draw", lambda *_: "<svg></svg>")
 
 

@@ -126,12 +126,12 @@ def test_the_search_goes_on_while_the_best_rate_is_at_an_end(tmp_path: Path) -> 
         run.name for run in plans.search(tmp_path, texts, [])
     }
     assert added == {"gpt-search-3-sgd_paper-1234", "gpt-search-3e-05-adamw-1234"}
-    with pytest.raises(LionError, match="2 runs of --study search are not finished: sgd_paper 3, adamw 3e-05"):
+    with pytest.raises(LionError, match="2 of 17 runs of --study search are not finished, the next is sgd_paper at 3"):
         plans.best_rates(found)
     found.append(found[0] | {"optimizer": "sgd_paper", "settings": {"lr": 3.0}, "validation_loss": {"5000": math.nan}})
     found.append(found[0] | {"optimizer": "adamw", "settings": {"lr": 3e-5}, "validation_loss": {"5000": 4.5}})
     assert plans.best_rates(found) == BEST | {"sgd_paper": 1.0, "adamw": 1e-4}, "a run that diverged is not chosen"
-    with pytest.raises(LionError, match="1 runs of --study search are not finished: lion_paper 1e-05"):
+    with pytest.raises(LionError, match="1 of 17 runs"):
         plans.best_rates(found[1:])
 
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 import torch
 
 from tools.paper import theory
+from tools.paper.reporting import drawings
 from tools.paper.reporting.curve_findings import converged
 from tools.paper.reporting.findings import Finding, Judgement
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.rate_findings import PAPERS
 from tools.paper.reporting.study_runs import NAMES, SGDS, Record, Records, StudyRuns, in_seeds, listed_rates
+from tools.paper.studies import rates
+from tools.paper.studies.rates import NORMS
 
 RAW, CORRECTED, EXACT = "all rounds", "corrected for noise", "exact rounds"
 IN_L1, IN_L2 = "l1 / sqrt(d)", "l2"
@@ -67,7 +70,26 @@ def constants(runs: StudyRuns) -> Finding:
         )
         for name, (word, _) in words.items()
     ]
-    return Finding(verdict=" ".join([*said, NOISE]), made="", tables=[_table(groups, found)], judgements=judgements)
+    return Finding(
+        verdict=" ".join([*said, NOISE]),
+        made="",
+        pictures={"from all rounds of 100 batches": _picture(groups)} if "sgd_paper" in groups else {},
+        tables=[_table(groups, found)],
+        judgements=judgements,
+    )
+
+
+def _picture(groups: dict[str, Records]) -> str:
+    """Figure A3 of LION and of SGD with momentum."""
+    repeats = {}
+    for name in ("lion", "sgd"):
+        records = groups[f"{name}_paper"]
+        repeats[name] = {
+            **{"steps": records[0]["rounds"]["iteration"], "d": records[0]["d"]},
+            **{"norms": [one["rounds"][NORMS[name]] for one in records]},
+            **{"l2_norms": [one["rounds"]["l2"] for one in records], "lr": records[0]["settings"]["lr"]},
+        }
+    return drawings.constants(groups, NAMES, rates.constants(repeats))
 
 
 def _of_one_seed(seeds: int) -> str:

@@ -136,11 +136,11 @@ def best_rates(records: Records) -> dict[str, float]:
     """
     losses = search_losses(records)
     rates = {optimizer: searched_rates(optimizer, losses[optimizer]) for optimizer in RATES}
-    missing = [f"{name} {rate:g}" for name in RATES for rate in rates[name] if rate not in losses[name]]
+    missing = [f"{name} at {rate:g}" for name in RATES for rate in rates[name] if rate not in losses[name]]
     if missing:
         raise LionError(
-            f"{len(missing)} runs of --study search are not finished: {', '.join(missing)}. Finish it first: it gives "
-            "the rates, and goes on while the best is the highest or the lowest"
+            f"{len(missing)} of {sum(map(len, rates.values()))} runs of --study search are not finished, the next is "
+            f"{missing[0]}. Finish it first: it gives the rates. It goes on while the best is the highest or lowest"
         )
     return {optimizer: min(rates[optimizer], key=losses[optimizer].__getitem__) for optimizer in RATES}
 
