@@ -21,6 +21,7 @@ from tools.paper.reporting import (
 )
 from tools.paper.reporting.constant_findings import CORRECTED, IN_L1, IN_L2, RAW
 from tools.paper.reporting.findings import Finding
+from tools.paper.reporting.formulas import C_LION
 from tools.paper.studies import plans
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
 
@@ -288,16 +289,16 @@ def test_noise_is_taken_out_of_the_norm() -> None:
             {"l2": 3.0},
             {"l2": 2.0, "exact": 2.0},
             "not established",
-            "c_LION is above in l2 (all rounds, corrected for noise)",
+            f"{C_LION} is above in {IN_L2} (all rounds, corrected for noise)",
         ),
-        ({}, {"l2": 2.0}, "not established", "The seeds' ranges overlap in l1 / sqrt(d) (exact rounds)"),
+        ({}, {"l2": 2.0}, "not established", f"The seeds' ranges overlap in {IN_L1} (exact rounds)"),
         (
             {},
             {"l2": 2.0, "exact": 2.0, "snr": 0.1},
             "not established",
-            "c_LION is above in l1 / sqrt(d) (corrected for noise)",
+            f"{C_LION} is above in {IN_L1} (corrected for noise)",
         ),
-        ({"fall": 0.0}, {"l2": 9.0, "exact": 9.0}, "not established", "The last step decides c_LION: a longer run"),
+        ({"fall": 0.0}, {"l2": 9.0, "exact": 9.0}, "not established", f"The last step decides {C_LION}: a longer run"),
     ],
 )
 def test_constants_are_established_only_if_every_way_agrees(

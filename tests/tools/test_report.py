@@ -9,6 +9,7 @@ import pytest
 
 from megatron_lion.config import LionError
 from tools.paper import report
+from tools.paper.reporting.formulas import C_LION, C_SGD
 from tools.paper.reporting.paper import EXHIBITS
 
 HARDWARE = "a test's machine"
@@ -73,9 +74,9 @@ def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
 def test_verdicts_follow_the_numbers(tmp_path: Path) -> None:
     rates_result(tmp_path / "a" / "rates", 0.5, 1.0)
     held = rows(tmp_path / "a", tmp_path / "out")
-    assert held["Figure A3"].findings[0].verdict.startswith("Not established: c_LION = 0.500, c_SGD = 1.000.")
-    assert "in l2, as c_SGD is, Lion's is 1.200." in held["Figure A3"].findings[0].verdict
-    assert "c_SGD is decided by the last step" in held["Figure A3"].findings[0].verdict
+    assert held["Figure A3"].findings[0].verdict.startswith(f"Not established: {C_LION} = 0.500, {C_SGD} = 1.000.")
+    assert f"in l2, as {C_SGD} is, Lion's is 1.200." in held["Figure A3"].findings[0].verdict
+    assert f"{C_SGD} is decided by the last step" in held["Figure A3"].findings[0].verdict
     (table_a1,) = held["Table A1"].findings
     said = "Not held: Lion's first is below SGD's last in 1 of 2 seeds; Lion is below it in all of them from step 40"
     assert table_a1.verdict == f"{said} on."

@@ -10,6 +10,7 @@ from tools.paper import theory
 from tools.paper.reporting import drawings
 from tools.paper.reporting.curve_findings import converged
 from tools.paper.reporting.findings import Finding, Judgement
+from tools.paper.reporting.formulas import C_LION, C_SGD
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.rate_findings import PAPERS
 from tools.paper.reporting.study_runs import NAMES, SGDS, Record, Records, StudyRuns, in_seeds, listed_rates
@@ -17,14 +18,14 @@ from tools.paper.studies import rates
 from tools.paper.studies.rates import NORMS
 
 RAW, CORRECTED, EXACT = "all rounds", "corrected for noise", "exact rounds"
-IN_L1, IN_L2 = "l1 / sqrt(d)", "l2"
+IN_L1, IN_L2 = r"$\ell_1 / \sqrt{d}$", r"$\ell_2$"
 SOURCES = (RAW, CORRECTED, EXACT)
 Source = tuple[str, str]  # norm, and which rounds
-BELOW, ABOVE, MIXED = "c_LION is below", "c_LION is above", "The seeds' ranges overlap"
+BELOW, ABOVE, MIXED = f"{C_LION} is below", f"{C_LION} is above", "The seeds' ranges overlap"
 NOISE = (
-    "Noise adds to the norm of a mean gradient. Corrected for noise, ||grad f||_2 is l2 sqrt(snr / (1 + snr)), and 0 "
-    "for snr <= 0. l1 gets the same factor, which tends to leave it too large, because noise raises r. (A1) is "
-    "about SGD without momentum."
+    r"Noise adds to the norm of a mean gradient. Corrected for noise, $\Vert \nabla f \Vert_2$ is "
+    r"$\ell_2 \sqrt{s / (1 + s)}$, where $s$ is the signal-to-noise ratio, and 0 for $s \le 0$. $\ell_1$ gets the same "
+    "factor, which tends to leave it too large, because noise raises $r$. (A1) is about SGD without momentum."
 )
 
 
@@ -55,17 +56,17 @@ def constants(runs: StudyRuns) -> Finding:
     words = {name: verdict(found["lion_paper"], found[name]) for name in groups if name in SGDS}
     seeds = {name: min(len(groups["lion_paper"]), len(groups[name])) for name in words}
     said = [
-        f"{runs.mark}c_LION below c_SGD of {NAMES[name]}: {word}{_of_one_seed(seeds[name])} {runs.where} "
+        f"{runs.mark}{C_LION} below {C_SGD} of {NAMES[name]}: {word}{_of_one_seed(seeds[name])} {runs.where} "
         f"({runs.basis('lion_paper', name, seeds=seeds[name])}). {reasons}"
         for name, (word, reasons) in words.items()
     ]
     judgements = [
         Judgement(
-            claim=f"c_LION is below c_SGD ({NAMES[name]}), {runs.where}",
+            claim=f"{C_LION} is below {C_SGD} ({NAMES[name]}), {runs.where}",
             verdict=f"{runs.mark}{word}{_of_one_seed(seeds[name])}",
             basis=runs.basis("lion_paper", name, seeds=seeds[name]),
-            numbers=f"{RAW}: c_LION {found['lion_paper'][IN_L1, RAW]}, in l2 {found['lion_paper'][IN_L2, RAW]}; "
-            f"c_SGD {found[name][IN_L2, RAW]}. {EXACT}: {found['lion_paper'][IN_L1, EXACT]}, "
+            numbers=f"{RAW}: {C_LION} {found['lion_paper'][IN_L1, RAW]}, in {IN_L2} {found['lion_paper'][IN_L2, RAW]}; "
+            f"{C_SGD} {found[name][IN_L2, RAW]}. {EXACT}: {found['lion_paper'][IN_L1, EXACT]}, "
             f"{found['lion_paper'][IN_L2, EXACT]}; {found[name][IN_L2, EXACT]}",
         )
         for name, (word, _) in words.items()
@@ -161,7 +162,7 @@ def verdict(lion: dict[Source, Constant], sgd: dict[Source, Constant]) -> tuple[
     reasons = [f"{one}." for one in listed] if len(set(orders.values())) > 1 else []
     late = [
         _named(name, sources)
-        for name, own, norm in (("c_LION", lion, IN_L1), ("c_SGD", sgd, IN_L2))
+        for name, own, norm in ((C_LION, lion, IN_L1), (C_SGD, sgd, IN_L2))
         if (sources := [source for source in SOURCES if own[norm, source].is_of_last_step])
     ]
     if late:

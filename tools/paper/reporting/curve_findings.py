@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from tools.paper.reporting import drawings, gaps
 from tools.paper.reporting.findings import Finding, Judgement
+from tools.paper.reporting.formulas import SHARE, SQRT_D
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, spread, steps_in_thousands
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
@@ -114,7 +115,7 @@ def _gaps_table(runs: StudyRuns, compared: dict[str, Gaps]) -> Table:
 
 def _rounds_table(runs: StudyRuns) -> Table:
     """What is measured of the gradients: exact r, how many rounds of 100 batches converged, and clipping."""
-    ratios = ["exact r / sqrt(d), step 0", _checkpoints()]
+    ratios = [f"exact {SHARE}, step 0", _checkpoints()]
     table = [["optimizer", *ratios, "rounds that converged", "steps clipped", "mean gradient norm"]]
     for name, of_one in runs.by_optimizer().items():
         clipped = [one["clipped"] for one in of_one]
@@ -142,7 +143,7 @@ def _about_r(runs: StudyRuns) -> str:
     return (
         f"r is judged only by exact rounds: {marked} of {of_all} rounds of {first['round_batches']} batches converged, "
         "the others measure noise as well. Exact rounds and their loss are over a fixed split of the training text "
-        f"({first['tokens']['fixed']:,} tokens), without dropout. One size says nothing about sqrt(d)."
+        f"({first['tokens']['fixed']:,} tokens), without dropout. One size says nothing about {SQRT_D}."
     )
 
 
@@ -170,8 +171,8 @@ def _r_judgement(runs: StudyRuns) -> Judgement:
     spans = "; ".join(f"{NAMES[name]} {_exact_span(of_one)}" for name, of_one in groups.items())
     seeds = len({one["seed"] for one in runs.records})
     return Judgement(
-        claim=f"r stays of the order of sqrt(d) throughout, {runs.where}",
+        claim=f"$r$ stays of the order of {SQRT_D} throughout, {runs.where}",
         verdict=f"{runs.mark}one size cannot decide it",
         basis=f"{runs.basis(*groups, seeds=seeds)}, exact rounds",
-        numbers=f"r / sqrt(d) from 10k to 50k: {spans}",
+        numbers=f"{SHARE} from 10k to 50k: {spans}",
     )

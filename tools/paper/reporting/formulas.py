@@ -21,6 +21,9 @@ LETTERED = (
     (r"\\([A-Za-z]+)", r"\1"),
     (r"\{([^{}]*)\}", r"(\1)"),
 )
+# Formulas of several findings.
+SQRT_D, SHARE = r"$\sqrt{d}$", r"$r / \sqrt{d}$"
+C_LION, C_SGD = r"$c_{\mathrm{LION}}$", r"$c_{\mathrm{SGD}}$"
 FUNCTIONS = ("cos", "sin", "ln", "log", "min", "max")
 
 

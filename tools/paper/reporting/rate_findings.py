@@ -6,12 +6,13 @@ from typing import Any
 
 from megatron_lion.config import LionError
 from tools.paper.reporting.findings import Finding, Judgement, read_json, read_svg
+from tools.paper.reporting.formulas import C_LION, C_SGD, SQRT_D
 from tools.paper.reporting.paper import Table
 from tools.paper.studies.rates import below_from, rate_of, trusted
 
 RECORD = "rates.json"
 PAPERS = {"lion": "0.701", "sgd": "1.365"}
-CLAIM = "c_LION is below c_SGD"
+CLAIM = f"{C_LION} is below {C_SGD}"
 
 
 def constants(folder: Path, hardware: str) -> Finding:
@@ -32,8 +33,10 @@ def compared(found: dict[str, Any], made: str, pictures: dict[str, str]) -> Find
     """c_LION and c_SGD as :func:`tools.paper.studies.rates.constants` gives them, and the paper's."""
     lion, sgd = found["lion"], found["sgd"]
     verb = _verdict(lion, sgd)
-    numbers = f"c_LION = {lion['constant']:.3f}, c_SGD = {sgd['constant']:.3f}"
-    norms = "c_LION is of the l1 norm over sqrt(d), which is never above the l2 norm; in l2, as c_SGD is, Lion's is"
+    numbers = f"{C_LION} = {lion['constant']:.3f}, {C_SGD} = {sgd['constant']:.3f}"
+    norms = (
+        f"{C_LION} is of the l1 norm over {SQRT_D}, which is never above the l2 norm; in l2, as {C_SGD} is, Lion's is"
+    )
     return Finding(
         verdict=f"{verb}: {numbers}. {norms} {lion['l2_constant']:.3f}. {_reservations(lion, sgd)}",
         made=made,
@@ -67,7 +70,7 @@ def _constants_table(found: dict[str, Any]) -> Table:
     for name, theirs in PAPERS.items():
         entry = found[name]
         cells = [f"{entry['constant']:.4f}", theirs, f"{entry['l2_constant']:.4f}", str(entry["at_step"])]
-        table.append([f"c_{name.upper()}", *cells, rate_of(entry), trusted(entry)])
+        table.append([{"lion": C_LION, "sgd": C_SGD}[name], *cells, rate_of(entry), trusted(entry)])
     return table
 
 
@@ -77,9 +80,9 @@ def _reservations(lion: dict[str, Any], sgd: dict[str, Any]) -> str:
         text = "Each norm is that of the whole training set's gradient, after each epoch."
     else:
         text = "Noise adds to the norms of rounds that did not converge: the constants are estimates from above."
-    at_end = [name for name, entry in (("LION", lion), ("SGD", sgd)) if _is_of_last_step(entry)]
+    at_end = [name for name, entry in ((C_LION, lion), (C_SGD, sgd)) if _is_of_last_step(entry)]
     return text + "".join(
-        f" c_{name} is decided by the last step: a longer run can have a larger one." for name in at_end
+        f" {name} is decided by the last step: a longer run can have a larger one." for name in at_end
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from tools.paper import theory
 from tools.paper.reporting import size_drawing
 from tools.paper.reporting.findings import Finding, Judgement
+from tools.paper.reporting.formulas import SHARE, SQRT_D
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.study_runs import NAMES as OPTIMIZER_NAMES
 from tools.paper.reporting.study_runs import Record, Records, StudyRuns, span_of
@@ -134,7 +135,7 @@ def _verdict(fit: theory.PowerLaw) -> str:
 
 
 def _exponents_table(found: dict[Key, Points]) -> Table:
-    table = [["optimizer", "step", "parameters", "sizes", "runs", "exponent [95 %]", "0.5 inside", "r / sqrt(d)"]]
+    table = [["optimizer", "step", "parameters", "sizes", "runs", "exponent [95 %]", "0.5 inside", SHARE]]
     for (optimizer, step, name), each in found.items():
         if name in (WHOLE, WITHOUT):
             fit = each.fit
@@ -150,7 +151,7 @@ def _yes(fit: theory.PowerLaw) -> str:
 
 def _layers_table(found: dict[Key, Points]) -> Table:
     """r / sqrt(d) and the exponent of each kind of layer, against that layer's own d."""
-    table = [["optimizer", "step", "kind of layer", "r / sqrt(d)", "exponent [95 %]"]]
+    table = [["optimizer", "step", "kind of layer", SHARE, "exponent [95 %]"]]
     for (optimizer, step, name), each in found.items():
         if name not in (WHOLE, WITHOUT):
             fit = each.fit
@@ -194,7 +195,7 @@ def _judgement(
     )
     state = f"fewer than {FEWEST} sizes" if whole is None else decided(whole)
     return Judgement(
-        claim="r grows as sqrt(d): exponent 0.5",
+        claim=f"$r$ grows as {SQRT_D}: exponent 0.5",
         verdict=f"{runs.mark}{'0.5 ' if state in (INSIDE, OUTSIDE) else ''}{state}"
         + (f" [{whole.low:.3f}, {whole.high:.3f}]" if whole else ""),
         basis=basis,
