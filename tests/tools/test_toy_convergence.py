@@ -138,6 +138,8 @@ def test_the_result_says_where_the_papers_settings_exceed_the_bound(run: Path) -
         assert paper["averaged"]["largest"] == pytest.approx(max(share))
         assert paper["averaged"]["at_the_end"] == pytest.approx(share[-1])
         for k in (1, 200, 2000):
+            half = paper["left_half_width"][k - 1] / paper["right"][k - 1]
+            assert f"| {share[k - 1] - half:.3f} to {share[k - 1] + half:.3f} |" in text
             assert f"| {k} | {paper['left'][k - 1]:.3f} | {paper['right'][k - 1]:.3f} | {share[k - 1]:.3f} |" in text
     assert len(result["constrained"]["grid"]) == len(toy.GRID_LR) * len(toy.GRID_BOX_DECAY)
 

@@ -204,7 +204,10 @@ def corollary_cases(cases: Sequence[Case], steps: int) -> list[Case]:
 
 
 def paper_run(options: argparse.Namespace, constrained: bool) -> dict[str, Any]:
-    """Figure A2: eta = 0.01, default betas, K = 2000; both sides at every k, averaged over starts and repeats."""
+    """Figure A2: eta = 0.01, default betas, K = 2000; both sides at every k, averaged over starts and repeats.
+
+    The interval is over starts: repeats from one start are not independent of each other.
+    """
     cases = _default_cases(options, constrained)
     corner = replace(cases[0], start=(10.0, 10.0))
     outcome = simulate([*cases, corner], steps=PAPER_STEPS, **_shared(options))
@@ -216,11 +219,17 @@ def paper_run(options: argparse.Namespace, constrained: bool) -> dict[str, Any]:
         "largest_iterate": float(outcome.linf[:-1].max()),
         "gaps": [case.problem.gap for case in cases],
         "left": left_mean.tolist(),
+        "left_half_width": _half_width(outcome.left[:-1]),
         "right": right_mean.tolist(),
         "averaged": _excess(left_mean / right_mean),
         "by_start": [_excess(row) for row in share[:-1]],
         "corner": _excess(share[-1]),
     }
+
+
+def _half_width(left: Tensor) -> list[float] | None:
+    """Of the 95 % interval of the mean over starts, whose repeats are averaged; None for one start."""
+    return theory.half_width(left).tolist() if len(left) > 1 else None
 
 
 def _excess(share: Tensor) -> dict[str, Any]:
@@ -253,6 +262,7 @@ def corollary_runs(options: argparse.Namespace) -> dict[bool, dict[str, Any]]:
         ends = curves[:, steps - 1]
         right = right_sides(cases, steps)[:, -1]
         row = {"steps": steps, "left": float(ends.mean()), "right": float(right.mean())}
+        row["left_half_width"] = None if (width := _half_width(ends[:, None])) is None else width[0]
         found[constrained]["rows"].append(row | {"largest_share": float((ends / right).max())})
     for entry in found.values():
         fit = theory.fit_power_law([row["steps"] for row in entry["rows"]], [row["left"] for row in entry["rows"]])

@@ -69,7 +69,10 @@ def _contours(plt: Any, value: Callable[[torch.Tensor], torch.Tensor], minimum: 
 def _curves(plt: Any, paper: dict[str, Any], name: str, equation: str) -> Any:
     figure, axes = plt.subplots(figsize=(5.2, 4.0))
     steps = range(1, len(paper["left"]) + 1)
-    axes.loglog(steps, paper["left"], color=LEFT, label=f"left side of {equation}, measured")
+    axes.loglog(steps, paper["left"], color=LEFT, label=f"left side of {equation}, mean over the starts")
+    if widths := paper["left_half_width"]:
+        low, high = ([one + sign * width for one, width in zip(paper["left"], widths, strict=True)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, color=LEFT, alpha=0.2, linewidth=0, label="its 95 % interval")
     axes.loglog(steps, paper["right"], "--", color=RIGHT, label=f"right side of {equation}")
     axes.set(
         xlabel="k",
@@ -86,9 +89,12 @@ def _corollary(plt: Any, result: dict[str, Any]) -> Any:
     for axes, (name, (equation, _)) in zip(panels, CASES.items(), strict=True):
         found = result[name]["corollary"]
         steps = [row["steps"] for row in found["rows"]]
-        axes.loglog(steps, [row["left"] for row in found["rows"]], "o-", color=LEFT, label=f"left side of {equation}")
-        axes.loglog(steps, [row["right"] for row in found["rows"]], "s--", color=RIGHT, label="right side")
+        left, widths = [row["left"] for row in found["rows"]], [row["left_half_width"] or 0.0 for row in found["rows"]]
+        label = f"left side of {equation}, 95 % interval of the mean"
+        axes.errorbar(steps, left, widths, fmt="o-", color=LEFT, capsize=3, label=label)
+        axes.plot(steps, [row["right"] for row in found["rows"]], "s--", color=RIGHT, label="right side")
         axes.set(
+            **{"xscale": "log", "yscale": "log"},
             xlabel="K",
             title=f"{name}: slope {found['slope']:.4f} [{found['slope_low']:.4f}, {found['slope_high']:.4f}]",
         )
@@ -108,9 +114,9 @@ def markdown(result: dict[str, Any], shown: Sequence[int]) -> str:
         paper = result[name]["paper"]
         lines += [f"### {name}: the paper's settings (η = 0.01, λ = {paper['weight_decay']:g}, betas 0.9, 0.99)", ""]
         lines += _table(
-            ("k", f"left of {equation}", f"right of {equation}", "left / right"),
+            ("k", f"left of {equation}", f"right of {equation}", "left / right", "95 % interval of left / right"),
             (
-                (k, f"{left:.3f}", f"{right:.3f}", f"{left / right:.3f}")
+                (k, f"{left:.3f}", f"{right:.3f}", f"{left / right:.3f}", _interval(paper, k))
                 for k in shown
                 for left, right in [(paper["left"][k - 1], paper["right"][k - 1])]
             ),
@@ -142,6 +148,14 @@ def markdown(result: dict[str, Any], shown: Sequence[int]) -> str:
             map(_grid_row, result[name]["grid"]),
         )
     return "\n".join(lines)
+
+
+def _interval(paper: dict[str, Any], k: int) -> str:
+    """Of left / right at step ``k``, over the starts."""
+    if not paper["left_half_width"]:
+        return "one start"
+    left, width, right = (paper[key][k - 1] for key in ("left", "left_half_width", "right"))
+    return f"{(left - width) / right:.3f} to {(left + width) / right:.3f}"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

@@ -66,6 +66,23 @@ def running_mean(values: Tensor) -> Tensor:
     return values.double().cumsum(-1) / torch.arange(1, values.shape[-1] + 1, dtype=torch.float64, device=values.device)
 
 
+def half_width(values: Tensor, *, confidence: float = 0.95) -> Tensor:
+    """Half the width of the interval of the mean over the first dimension: t s / sqrt(n), n - 1 degrees of freedom.
+
+    It is of the remaining shape, in float64. Exact where the values are independent and normal. Raises ValueError for
+    fewer than two values.
+
+    Example:
+        >>> half_width(torch.tensor([1.0, 2.0, 3.0])).item()
+        2.484...
+    """
+    count = len(values)
+    if count < 2:
+        raise ValueError(f"an interval of a mean needs two values or more, got {count}")
+    quantile = float(stdtrit(count - 1, 0.5 + confidence / 2))
+    return quantile * values.double().std(0) / math.sqrt(count)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PowerLaw:
     """y = coefficient * x^exponent, and the exponent's confidence interval."""
