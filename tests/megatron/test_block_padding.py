@@ -9,6 +9,7 @@ from megatron_lion.config import LionOptions
 from megatron_lion.integration.flags import state_precision
 from tests.harness import BATCH, CPU, MODEL, RATE, run_ranks
 from tests.rehearse.rehearsals import FLAGS, LION, rehearse
+from tests.versions import since
 
 INT8 = "--lion-momentum-dtype int8"
 
@@ -55,7 +56,14 @@ def test_a_run_of_16_shards_pads_its_buckets_and_says_so(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("saved_on", "saved_as"), [(4, INT8), (8, "--lion-momentum-dtype bf16"), (8, "")])
+@pytest.mark.parametrize(
+    ("saved_on", "saved_as"),
+    [
+        pytest.param(4, INT8, marks=since("0.18")),  # on 0.17 the first loss of 4 and of 8 ranks differ, before a step
+        (8, "--lion-momentum-dtype bf16"),
+        (8, ""),
+    ],
+)
 def test_a_checkpoint_without_the_padding_is_loaded_with_it(tmp_path: Path, saved_on: int, saved_as: str) -> None:
     folder = tmp_path / "saved"
     mock = "--tokenizer-type NullTokenizer --vocab-size 500 --mock-data --bf16 --global-batch-size 16"
