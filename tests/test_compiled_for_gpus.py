@@ -18,7 +18,7 @@ FEW = (
     "fp32/fp32/fp32+copy+scalars",
     "remainder/bf16/int8",
     "remainder/bf16/int8+rest",
-    "bf16/bf16/bf16+telemetry",
+    "fp32/bf16/bf16+copy+telemetry",
     "fp32/fp32/fp32+copy+digits",
 )
 # Instructions per element of a whole block.

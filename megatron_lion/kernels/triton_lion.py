@@ -79,19 +79,19 @@ def _launch(table: LaunchTable, arguments: dict[str, Any]) -> Tensor:
                 sums=sums if is_whole else sums[len(table.whole) :],
                 WHOLE=is_whole,
                 SIZE=SIZE,
-                **compiler_options(is_whole, arguments["DIGITS"]),
+                **compiler_options(is_whole, has_outputs=arguments["TELEMETRY"] or arguments["DIGITS"]),
                 **arguments,
             )
     return sums
 
 
-def compiler_options(is_whole: bool, has_digits: bool) -> dict[str, Any]:
-    """Triton's options for the launch of whole blocks, or for the other one, with or without digits.
+def compiler_options(is_whole: bool, *, has_outputs: bool) -> dict[str, Any]:
+    """Triton's options for the launch of whole blocks, or for the other one; with telemetry or digits, or without.
 
-    Products and sums are rounded separately. Without a limit, ptxas spills a register of some launches with tails or
-    digits to use fewer than it could.
+    Products and sums are rounded separately. Without a limit, ptxas spills registers of some launches with tails,
+    telemetry or digits to use fewer than it could.
     """
-    return {"enable_fp_fusion": False, **({} if is_whole and not has_digits else {"maxnreg": 255})}
+    return {"enable_fp_fusion": False, **({} if is_whole and not has_outputs else {"maxnreg": 255})}
 
 
 def _merge(telemetry: Telemetry, sums: Tensor, skip: Tensor, elements: int) -> None:

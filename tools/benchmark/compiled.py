@@ -138,7 +138,8 @@ def row(variant: Variant, arch: int) -> Row:
         "SIZE": SIZE,
     }
     types = TYPES | (dict.fromkeys(MAY_BE_ON_DEVICE, "*fp32") if variant.scalars else {})
-    aligned, options = {"table", "tensor_of", "sums"}, compiler_options(not variant.rest, variant.digits)
+    aligned = {"table", "tensor_of", "sums"}
+    options = compiler_options(not variant.rest, has_outputs=variant.telemetry or variant.digits)
     found = facts(compile_kernel(lion_kernel, types, constants, aligned, arch, **options))
     elements = SIZE // THREADS
     wide = elements * variant.wide_bytes // 16
