@@ -102,6 +102,7 @@ def test_ours_moves_the_bytes_that_its_state_has() -> None:
     assert read_and_written(traffic.streams_of(optimizer)) == (12 * 1000, 10 * 1000), "and Megatron's norm reads 4"
 
 
+@pytest.mark.slow
 def test_a_small_run_leaves_its_rows_and_a_chart(tmp_path, monkeypatch, capsys) -> None:
     files = ["--json", str(tmp_path / "step.json"), "--plot", str(tmp_path / "step.svg")]
     asked = ["--peers", "torch SGD with momentum, fused", "torch AdamW foreach"]
