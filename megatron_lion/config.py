@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megatron_lion.nearest import did_you_mean
 
-PAPER_BETAS = (0.9, 0.99)
+CHEN_BETAS = (0.9, 0.99)  # Chen et al. (2023), the defaults of plain Lion
 LANGUAGE_MODEL_BETAS = (0.9, 0.95)
 KERNELS = ("auto", "reference", "foreach", "fused")
 MOMENTUM_INITS = ("zero", "gradient")
@@ -43,7 +43,7 @@ def check_betas(betas: tuple[float, float], names: tuple[str, str] = ("beta1", "
     try:
         beta1, beta2 = betas
     except (TypeError, ValueError):
-        raise LionError(f"betas must be two numbers such as {PAPER_BETAS}, got {betas!r}") from None
+        raise LionError(f"betas must be two numbers such as {CHEN_BETAS}, got {betas!r}") from None
     return _check_beta(names[0], beta1, "0.9"), _check_beta(names[1], beta2, "0.95 to 0.99")
 
 

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from megatron_lion import kernels
-from megatron_lion.config import MOMENTUM_INITS, PAPER_BETAS, LionError, check_betas, check_choice, check_non_negative
+from megatron_lion.config import (
+    CHEN_BETAS,
+    MOMENTUM_INITS,
+    LionError,
+    LionOptions,
+    check_betas,
+    check_choice,
+    check_non_negative,
+)
 from megatron_lion.plan import GroupPlan, KernelCall, present
 from megatron_lion.precision import BlockLayout
 from megatron_lion.step import StepScalars
@@ -47,13 +55,14 @@ class Lion(torch.optim.Optimizer):
             ``momentum_init`` and ``maximize``.
         lr: step size, >= 0, usually 3 to 10 times lower than AdamW's. ``lr`` and ``weight_decay`` may be one-element
             tensors. The Triton kernel reads them on the device, so a captured CUDA graph follows later writes to them.
-        betas: (beta1, beta2), each in [0, 1). For language models the paper uses (0.9, 0.95).
+        betas: (beta1, beta2), each in [0, 1); by default (0.9, 0.99), as Chen et al. (2023). For language models Dong,
+            Li and Lin (2025) use (0.9, 0.95).
         weight_decay: decoupled weight decay lambda, >= 0.
         momentum_init: ``"zero"`` starts from m_0 = 0, as is usual; ``"gradient"`` from m_0 = g_1, as in the
             convergence proof (Lemma 6), so that the first step is along sign(g_1).
         maximize: ascend instead of descend.
-        kernel: ``"auto"``, ``"reference"``, ``"foreach"`` or ``"fused"``; all give the same bits. Fused makes one
-            pass over memory. See :func:`megatron_lion.kernels.choose` for what auto selects.
+        kernel: ``"auto"`` (the default), ``"reference"``, ``"foreach"`` or ``"fused"``; all give the same bits. Fused
+            makes one pass over memory. See :func:`megatron_lion.kernels.choose` for what auto selects.
         momentum_dtype: ``"fp32"``, ``"bf16"`` or ``"int8"`` (with one bf16 scale per 32 elements); None for the
             parameter's dtype. The arithmetic is fp32 for each of them.
         master_weights: for 16-bit parameters. ``"fp32"``: fp32 copies. ``"remainder"``: 16 bits that make an fp32
@@ -81,12 +90,12 @@ class Lion(torch.optim.Optimizer):
         self,
         params: ParamsT,
         lr: float = 1e-4,
-        betas: tuple[float, float] = PAPER_BETAS,
+        betas: tuple[float, float] = CHEN_BETAS,
         weight_decay: float = 0.0,
         *,
         momentum_init: str = "zero",
         maximize: bool = False,
-        kernel: str = "auto",
+        kernel: str = LionOptions.kernel,
         momentum_dtype: str | None = None,
         master_weights: str | None = None,
     ) -> None:
@@ -213,7 +222,8 @@ class Lion(torch.optim.Optimizer):
         digits = cast(Sequence[Tensor] | None, self._digits(params))  # of all or of none, as they are of one kind
         tensors = step_tensors(params, grads_here, states, self._block_layout, self._model_copies(params), digits)
         assert tensors.kind is not None  # there are tensors
-        update = kernels.choose(group.get("kernel", "auto"), tensors.kind, digits=tensors.digits is not None)
+        kernel = group.get("kernel", LionOptions.kernel)
+        update = kernels.choose(kernel, tensors.kind, digits=tensors.digits is not None)
         chosen = set(indices)
         return KernelCall(update, tensors, params, states, [index in chosen for index in range(len(grads))])
 

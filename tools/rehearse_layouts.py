@@ -20,16 +20,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from rehearsed import page
+from rehearsed.layouts import LAYOUTS, OTHER_RANKS, REFUSED, STORAGES, Layout
 
-from megatron_lion.config import LionError  # noqa: E402
-from megatron_lion.integration.cpu import run_flags  # noqa: E402
-from tools.rehearsed import page  # noqa: E402
-from tools.rehearsed.layouts import LAYOUTS, OTHER_RANKS, REFUSED, STORAGES, Layout  # noqa: E402
+from megatron_lion.config import LionError
+from megatron_lion.integration.cpu import run_flags
 
 os.environ.update(run_flags.ENVIRONMENT)  # before torch is imported
 
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "launch" / "pretrain_gpt.py"
 RECIPES = ("gpt2_small", "gpt2_medium", "bert_small", "bert_base")
 FEW_STORAGES = ("fp32, fp32", "int8, remainder")

@@ -8,6 +8,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from megatron_lion.config import LionOptions
+
 from .recipes import Recipe
 
 GIB = 1 << 30
@@ -119,9 +121,9 @@ def memory(recipe: Recipe) -> Memory:
 
 def _feedback_bytes(recipe: Recipe) -> float:
     """Bytes of error feedback for each packed parameter."""
-    if recipe.get("lion-reduce", "stock") == "stock":
+    if recipe.get("lion-reduce", LionOptions.reduce) == "stock":
         return 0.0
-    return ERROR_FEEDBACK[recipe.get("lion-error-feedback", "int8")]
+    return ERROR_FEEDBACK[recipe.get("lion-error-feedback", LionOptions.error_feedback)]
 
 
 def _state_bytes(recipe: Recipe, half: bool) -> float:
@@ -129,8 +131,8 @@ def _state_bytes(recipe: Recipe, half: bool) -> float:
     moments = MOMENTS[recipe["optimizer"]] if recipe.get("sgd-momentum", 1.0) else 0.0
     master = 4.0
     if recipe["optimizer"] == "lion":
-        moments = LION_MOMENTUM[recipe.get("lion-momentum-dtype", "fp32")]
-        master = MASTER_WEIGHTS[recipe.get("lion-master-weights", "fp32")]
+        moments = LION_MOMENTUM[recipe.get("lion-momentum-dtype", LionOptions.momentum_dtype)]
+        master = MASTER_WEIGHTS[recipe.get("lion-master-weights", LionOptions.master_weights)]
     return moments + (master if half else 0.0)
 
 
@@ -211,7 +213,7 @@ def gathered_bits(recipe: Recipe, gather: str | None = None) -> float:
     counted: 0.1 bits in training at a learning rate of 1e-3, less at lower ones (docs/exchange.md).
     """
     half = bool(recipe.get("bf16") or recipe.get("fp16"))
-    if (gather or recipe.get("lion-gather", "params")) == "signs":
+    if (gather or recipe.get("lion-gather", LionOptions.gather)) == "signs":
         return 3.2 if half else 1.6
     return 16.0 if half else 32.0
 
@@ -223,7 +225,7 @@ def reduce_bytes(recipe: Recipe, reduce: str | None = None) -> tuple[int, int]:
     fp32. 1-D parameters are counted as packed, which they are not.
     """
     count, dp = max(parameters(recipe)), recipe.dp
-    reduce = reduce or recipe.get("lion-reduce", "stock")
+    reduce = reduce or recipe.get("lion-reduce", LionOptions.reduce)
     if reduce == "stock":
         return round(count * 4 * (dp - 1) / dp), 0
     in_node = _reduced_in_node(recipe)

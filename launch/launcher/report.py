@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_lion.config import GATHERS
+from megatron_lion.config import GATHERS, LionOptions
 
 from . import commands, estimates, extra_flags, recipe_checks
 from .keys import TOPICS
@@ -68,7 +68,7 @@ def _needs(recipe: Recipe) -> str:
     }
     if recipe["optimizer"] == "lion" and recipe.get("use-distributed-optimizer") and recipe.dp > 1:
         rows["gather after a step"] = _gather_row(recipe)
-        if (reduce := recipe.get("lion-reduce", "stock")) != "stock":
+        if (reduce := recipe.get("lion-reduce", LionOptions.reduce)) != "stock":
             inside, packed = estimates.reduce_bytes(recipe)
             first = f" after {_size(inside)} inside the node" if inside else ""
             stock = _size(estimates.reduce_bytes(recipe, "stock")[0])
@@ -100,7 +100,7 @@ def _memory_row(needed: estimates.Memory, there: float) -> str:
 
 def _gather_row(recipe: Recipe) -> str:
     """Bytes and time of the gather in use, then of the other one."""
-    used = recipe.get("lion-gather", "params")
+    used = recipe.get("lion-gather", LionOptions.gather)
     parts = []
     for gather in sorted(GATHERS, key=lambda gather: gather != used):
         seconds = estimates.gather_seconds(recipe, gather)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lion.config import MOMENTUM_INITS, PAPER_BETAS, LionError
+from megatron_lion.config import CHEN_BETAS, MOMENTUM_INITS, LionError
 from megatron_lion.run import readable_errors
 from megatron_lion.update import lion_step
 from tools.paper import theory, toy_figures
@@ -65,8 +65,8 @@ class Case:
     """whether the left side is that of (9), the KKT residual, or that of (13), half the gradient's l1 norm"""
     weight_decay: float
     lr: float = PAPER_LR
-    beta1: float = PAPER_BETAS[0]
-    beta2: float = PAPER_BETAS[1]
+    beta1: float = CHEN_BETAS[0]
+    beta2: float = CHEN_BETAS[1]
 
     @property
     def problem(self) -> theory.Problem:

@@ -48,7 +48,7 @@ def before_step(step: Step, iteration: int) -> None:
     from megatron.training import get_args
 
     args = get_args()
-    if getattr(args, "lion_reduce", "stock") != "stock":
+    if args.lion_reduce != "stock":
         is_due = (iteration + 1) % args.log_interval == 0
         what = "exact" if args.lion_telemetry else "norm"
         for reduce in reduces_of(step.optimizer):
@@ -59,7 +59,7 @@ def after_step(optimizer: Any, iteration: int) -> None:
     """Report the step if it was sampled."""
     from megatron.training import get_args
 
-    if getattr(get_args(), "lion_reduce", "stock") != "stock" and iteration % get_args().log_interval == 0:
+    if get_args().lion_reduce != "stock" and iteration % get_args().log_interval == 0:
         report(reduces_of(optimizer), iteration, metrics.write)
 
 

@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--norm-ratio-interval",
         type=int,
-        default=0,
+        default=NormRatioOptions.interval,
         metavar="N",
         help="After every N iterations run further global batches forward and backward, with the parameters held "
         "fixed, and record ||g||_1 / ||g||_2 of the mean gradient g. 0 is off (default: %(default)s).",
@@ -51,7 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--norm-ratio-file",
         default=None,
         metavar="FILE",
-        help="Where each round is appended as one line of JSON (default: norm_ratio.jsonl in --save, else in "
+        help=f"Where each round is appended as one line of JSON (default: {NormRatioOptions.file} in --save, else in "
         "--tensorboard-dir, else in the working directory).",
     )
     group.add_argument(
@@ -71,13 +71,13 @@ def _batches(text: str) -> int | Literal["all"]:
 
 def options_from(args: Any) -> NormRatioOptions:
     """The flags as options. Raises LionError for invalid values."""
-    batches, file = getattr(args, "norm_ratio_batches", None), getattr(args, "norm_ratio_file", None)
-    folder = getattr(args, "save", None) or getattr(args, "tensorboard_dir", None) or "."
+    batches = args.norm_ratio_batches
+    folder = args.save or args.tensorboard_dir or "."
     return NormRatioOptions(
-        interval=getattr(args, "norm_ratio_interval", 0),
-        at_start=getattr(args, "norm_ratio_at_start", False),
+        interval=args.norm_ratio_interval,
+        at_start=args.norm_ratio_at_start,
         batches=NormRatioOptions.batches if batches is None else batches,
-        file=file or str(Path(folder) / "norm_ratio.jsonl"),
+        file=args.norm_ratio_file or str(Path(folder) / NormRatioOptions.file),
     )
 
 

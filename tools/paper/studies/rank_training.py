@@ -10,7 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from megatron_lion.config import PAPER_BETAS
+from megatron_lion.config import CHEN_BETAS
 from megatron_lion.lion import Lion
 from megatron_lion.update import lion_sign
 from tools.paper.studies.rank_gpt import Shape, gradients, mean_loss
@@ -85,7 +85,7 @@ def train(arm: str, shape: Shape, corpus: Corpus, *, seed: int, steps: int, lr: 
         [param for param in bucket.params.values() if (param.dim() > 1) == is_matrix] for is_matrix in (True, False)
     ]
     groups = [{"params": decay[0], "weight_decay": WEIGHT_DECAY}, {"params": decay[1], "weight_decay": 0.0}]
-    lion = Lion(groups, lr=lr, betas=(0.0, PAPER_BETAS[1]) if votes else PAPER_BETAS)
+    lion = Lion(groups, lr=lr, betas=(0.0, CHEN_BETAS[1]) if votes else CHEN_BETAS)
     of_ranks = torch.zeros(RANKS, bucket.grad_data.numel())
     samples = []
     start = time.process_time()
@@ -134,7 +134,7 @@ def _unlike_signs(lion: Lion, bucket: Bucket, reduced: Tensor, exact: Tensor) ->
     ):
         if param.dim() > 1:
             momentum = lion.state[param]["exp_avg"]
-            signs = (lion_sign(gradient, momentum, PAPER_BETAS[0]) for gradient in (received, uncompressed))
+            signs = (lion_sign(gradient, momentum, CHEN_BETAS[0]) for gradient in (received, uncompressed))
             unlike += int(torch.ne(*signs).sum())
             elements += param.numel()
     return unlike / elements
