@@ -71,6 +71,7 @@ def _launch(table: LaunchTable, arguments: dict[str, Any]) -> Tensor:
     """Launch for whole blocks and for the rest, where there are any. Return the sums of each program."""
     programs = len(table.whole) + len(table.rest) if arguments["TELEMETRY"] else 0
     sums = torch.zeros(programs, 6, dtype=torch.float64, device=table.rows.device)
+    has_more = bool(arguments["TELEMETRY"] or arguments["DIGITS"] or arguments["ON_DEVICE"])
     for is_whole, tensor_of in ((True, table.whole), (False, table.rest)):
         if len(tensor_of):
             lion_kernel[(len(tensor_of),)](
@@ -79,19 +80,19 @@ def _launch(table: LaunchTable, arguments: dict[str, Any]) -> Tensor:
                 sums=sums if is_whole else sums[len(table.whole) :],
                 WHOLE=is_whole,
                 SIZE=SIZE,
-                **compiler_options(is_whole, has_outputs=arguments["TELEMETRY"] or arguments["DIGITS"]),
+                **compiler_options(is_plain=is_whole and not has_more),
                 **arguments,
             )
     return sums
 
 
-def compiler_options(is_whole: bool, *, has_outputs: bool) -> dict[str, Any]:
-    """Triton's options for the launch of whole blocks, or for the other one; with telemetry or digits, or without.
+def compiler_options(*, is_plain: bool) -> dict[str, Any]:
+    """Triton's options for a launch. Plain is one of whole blocks without telemetry, digits and scalars on the device.
 
-    Products and sums are rounded separately. Without a limit, ptxas spills registers of some launches with tails,
-    telemetry or digits to use fewer than it could.
+    Products and sums are rounded separately. Without a limit, ptxas spills registers of some launches that are not
+    plain to use fewer than it could.
     """
-    return {"enable_fp_fusion": False, **({} if is_whole and not has_outputs else {"maxnreg": 255})}
+    return {"enable_fp_fusion": False, **({} if is_plain else {"maxnreg": 255})}
 
 
 def _merge(telemetry: Telemetry, sums: Tensor, skip: Tensor, elements: int) -> None:

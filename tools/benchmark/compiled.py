@@ -139,7 +139,8 @@ def row(variant: Variant, arch: int) -> Row:
     }
     types = TYPES | (dict.fromkeys(MAY_BE_ON_DEVICE, "*fp32") if variant.scalars else {})
     aligned = {"table", "tensor_of", "sums"}
-    options = compiler_options(not variant.rest, has_outputs=variant.telemetry or variant.digits)
+    is_plain = not (variant.rest or variant.telemetry or variant.digits or variant.scalars)
+    options = compiler_options(is_plain=is_plain)
     found = facts(compile_kernel(lion_kernel, types, constants, aligned, arch, **options))
     elements = SIZE // THREADS
     wide = elements * variant.wide_bytes // 16
