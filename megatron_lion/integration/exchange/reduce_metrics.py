@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_lion.config import LionOptions
 from megatron_lion.integration import console
 from megatron_lion.integration.exchange.block_reduce import BlockReduce, reduces_of
 from megatron_lion.integration.loop_callbacks import Step
@@ -48,7 +49,7 @@ def before_step(step: Step, iteration: int) -> None:
     from megatron.training import get_args
 
     args = get_args()
-    if args.lion_reduce != "stock":
+    if getattr(args, "lion_reduce", LionOptions.reduce) != LionOptions.reduce:
         is_due = (iteration + 1) % args.log_interval == 0
         what = "exact" if args.lion_telemetry else "norm"
         for reduce in reduces_of(step.optimizer):
@@ -59,7 +60,10 @@ def after_step(optimizer: Any, iteration: int) -> None:
     """Report the step if it was sampled."""
     from megatron.training import get_args
 
-    if get_args().lion_reduce != "stock" and iteration % get_args().log_interval == 0:
+    if (
+        getattr(get_args(), "lion_reduce", LionOptions.reduce) != LionOptions.reduce
+        and iteration % get_args().log_interval == 0
+    ):
         report(reduces_of(optimizer), iteration, metrics.write)
 
 

@@ -71,13 +71,14 @@ def _batches(text: str) -> int | Literal["all"]:
 
 def options_from(args: Any) -> NormRatioOptions:
     """The flags as options. Raises LionError for invalid values."""
-    batches = args.norm_ratio_batches
-    folder = args.save or args.tensorboard_dir or "."
+    # --yaml-cfg, which is refused, makes arguments without these.
+    batches, file = getattr(args, "norm_ratio_batches", None), getattr(args, "norm_ratio_file", None)
+    folder = getattr(args, "save", None) or getattr(args, "tensorboard_dir", None) or "."
     return NormRatioOptions(
-        interval=args.norm_ratio_interval,
-        at_start=args.norm_ratio_at_start,
+        interval=getattr(args, "norm_ratio_interval", NormRatioOptions.interval),
+        at_start=getattr(args, "norm_ratio_at_start", NormRatioOptions.at_start),
         batches=NormRatioOptions.batches if batches is None else batches,
-        file=args.norm_ratio_file or str(Path(folder) / NormRatioOptions.file),
+        file=file or str(Path(folder) / NormRatioOptions.file),
     )
 
 

@@ -40,7 +40,7 @@ def check(args: Any, options: LionOptions) -> None:
     """Raise LionError for flags that are not supported with state stored as in ``options``."""
     if dtype_name(args.exp_avg_sq_dtype) != "fp32":
         raise LionError(f"--exp-avg-sq-dtype {args.exp_avg_sq_dtype}: Lion has no second moment. Remove the flag")
-    if args.optimizer_cpu_offload and args.lion_telemetry:
+    if args.optimizer_cpu_offload and getattr(args, "lion_telemetry", False):
         raise LionError("--lion-telemetry does not see the steps of --optimizer-cpu-offload: remove one of them")
     refuse_offload_before_0_19(args)
     flags = [f"--{dest.replace('_', '-')}" for dest in QUANTIZED_WEIGHTS if getattr(args, dest, False)]

@@ -35,7 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def check(args: Any) -> None:
     """Raise LionError if the optimizer is not Lion."""
-    if args.lion_telemetry and args.optimizer != "lion":
+    if getattr(args, "lion_telemetry", False) and args.optimizer != "lion":
         raise LionError(f"--lion-telemetry needs --optimizer lion, and this run has {args.optimizer}: remove the flag")
 
 
