@@ -15,7 +15,7 @@ from tools.paper.reporting import drawings, findings, formulas, run_times
 from tools.paper.reporting.findings import Judgement
 from tools.paper.reporting.pages import Row
 from tools.paper.reporting.paper import EXHIBITS
-from tools.paper.studies import rates
+from tools.paper.studies import figures, rates
 
 
 def pages(runs: Path, output: Path, **kwargs: Any) -> tuple[dict[str, Row], str, str]:
@@ -174,7 +174,7 @@ def test_constants_of_one_optimizer_cannot_be_said(tmp_path: Path) -> None:
 
 
 def record(optimizer: str, seed: int, l1: float, **more: Any) -> dict[str, Any]:
-    """A long run's: rounds at 5 steps, of which the last converged; exact rounds at two."""
+    """The record of a long run: rounds at 5 steps (only the last converged), exact rounds at two."""
     rounds = {"iteration": [1, 2, 3, 4, 5], "l1": [l1] * 5, "l2": [2.0] * 5, "converged": [False] * 4 + [True]}
     exact = {step: {"loss": 4.5, "ratio": l1 / 4} for step in ("0", "5")}
     losses = {"training_loss": {str(step): 5.0 for step in range(1, 6)}, "validation_loss": {"5": 5.5}}
@@ -187,7 +187,7 @@ def record(optimizer: str, seed: int, l1: float, **more: Any) -> dict[str, Any]:
 @pytest.fixture
 def figure_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The figure that a drawing makes, instead of its SVG text."""
-    monkeypatch.setattr(drawings, "_svg", lambda figure: figure)
+    monkeypatch.setattr(figures, "svg", lambda figure: figure)
     return lambda draw, *arguments: draw(*arguments)
 
 

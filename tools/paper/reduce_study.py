@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.special import stdtrit
+import torch
 
 from megatron_lion.run import readable_errors
+from tools.paper import theory
 from tools.paper.studies.rank_gpt import Shape
 
 REFERENCE = "fp32"
@@ -139,8 +140,7 @@ def difference(losses: Sequence[float], reference: Sequence[float]) -> tuple[flo
     relative = [loss / exact - 1 for loss, exact in zip(losses, reference, strict=True)]
     if len(relative) == 1:
         return relative[0], math.inf
-    quantile = float(stdtrit(len(relative) - 1, 0.975))
-    return statistics.mean(relative), quantile * statistics.stdev(relative) / math.sqrt(len(relative))
+    return statistics.mean(relative), theory.half_width(torch.tensor(relative, dtype=torch.float64)).item()
 
 
 def verdict(mean: float, half: float, margin: float) -> str:

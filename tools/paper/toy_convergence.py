@@ -227,8 +227,11 @@ def paper_run(options: argparse.Namespace, constrained: bool) -> dict[str, Any]:
     }
 
 
-def _half_width(left: Tensor) -> list[float] | None:
-    """Of the 95 % interval of the mean over starts, whose repeats are averaged; None for one start."""
+def _half_width(left: Tensor) -> Any:
+    """Half the width of the 95 % interval of the mean over starts (the first dimension): a number, or a list of them.
+
+    The repeats of a start are averaged before. None for one start.
+    """
     return theory.half_width(left).tolist() if len(left) > 1 else None
 
 
@@ -262,7 +265,7 @@ def corollary_runs(options: argparse.Namespace) -> dict[bool, dict[str, Any]]:
         ends = curves[:, steps - 1]
         right = right_sides(cases, steps)[:, -1]
         row = {"steps": steps, "left": float(ends.mean()), "right": float(right.mean())}
-        row["left_half_width"] = None if (width := _half_width(ends[:, None])) is None else width[0]
+        row["left_half_width"] = _half_width(ends)
         found[constrained]["rows"].append(row | {"largest_share": float((ends / right).max())})
     for entry in found.values():
         fit = theory.fit_power_law([row["steps"] for row in entry["rows"]], [row["left"] for row in entry["rows"]])

@@ -94,7 +94,8 @@ def _corollary(plt: Any, result: dict[str, Any]) -> Any:
         axes.errorbar(steps, left, widths, fmt="o-", color=LEFT, capsize=3, label=label)
         axes.plot(steps, [row["right"] for row in found["rows"]], "s--", color=RIGHT, label="right side")
         axes.set(
-            **{"xscale": "log", "yscale": "log"},
+            xscale="log",
+            yscale="log",
             xlabel="K",
             title=f"{name}: slope {found['slope']:.4f} [{found['slope_low']:.4f}, {found['slope_high']:.4f}]",
         )

@@ -120,9 +120,9 @@ def _readers(key: str) -> dict[str, Callable[[Record], dict[int, float]]]:
 
 
 def noise_factor(snr: float | None) -> float:
-    """||grad f||_2 / ||mean gradient||_2 from the signal-to-noise ratio of the mean; 1 where there is no noise.
+    """||grad f||_2 / ||mean gradient||_2, from the mean gradient's signal-to-noise ratio. It is 1 without noise.
 
-    A record has None for an infinite snr.
+    A record has None for an infinite ratio.
     """
     if snr is None or math.isinf(snr):
         return 1.0

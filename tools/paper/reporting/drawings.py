@@ -3,7 +3,6 @@
 A legend below each picture says in words what every mark is.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +14,10 @@ from tools.paper import rate_constants, theory
 from tools.paper.studies import figures
 from tools.paper.studies.rates import NORMS
 
-LONG_COLORS = {"lion_paper": "#1f5fa8", "sgd_paper": "#c0392b", "sgd_paper_no_momentum": "#d98b1f", "adamw": "#2e8b57"}
+LONG_COLORS = {
+    **{"lion_paper": figures.COLORS["lion"], "sgd_paper": figures.COLORS["sgd"]},
+    **{"sgd_paper_no_momentum": "#d98b1f", "adamw": figures.COLORS["adam"]},
+}
 # Of the open marks, in points: those of two optimizers at one place are inside each other.
 MARK_SIZES = {"lion_paper": 3.0, "sgd_paper": 5.0, "sgd_paper_no_momentum": 7.0, "adamw": 9.0}
 WIDTH = 9.2  # inches
@@ -23,14 +25,6 @@ RATIO = r"$r = \|\nabla f\|_1 \,/\, \|\nabla f\|_2$"
 ROOT = r"$\sqrt{d}$"
 Records = list[dict[str, Any]]
 Mark = tuple[str, dict[str, Any]]  # words, and how it looks
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    figures.pyplot().close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _legend(figure: Any, colors: Mapping[str, str], marks: Sequence[Mark]) -> None:
@@ -78,7 +72,7 @@ def loss_and_ratio(logs: dict[str, TrainingLog], rounds: dict[str, Records]) -> 
         ("right: round that did not converge (noise in r)", {"marker": "o", "markerfacecolor": "white"}),
     ]
     _legend(figure, {figures.NAMES.get(name, name): figures.COLORS.get(name, "C0") for name in logs}, marks)
-    return _svg(figure)
+    return figures.svg(figure)
 
 
 def epochs(runs: dict[str, Records]) -> str:
@@ -106,7 +100,7 @@ def epochs(runs: dict[str, Records]) -> str:
         ("right: the largest value that r can have", {"linestyle": "-", "color": "black", "linewidth": 0.8}),
     ]
     _legend(figure, colors, marks)
-    return _svg(figure)
+    return figures.svg(figure)
 
 
 def _ratio(epoch: dict[str, Any]) -> float:
@@ -147,7 +141,7 @@ def long_runs(groups: dict[str, Records], names: dict[str, str]) -> str:
         ),
     ]
     _legend(figure, {names[name]: LONG_COLORS[name] for name in groups}, marks)
-    return _svg(figure)
+    return figures.svg(figure)
 
 
 def _points(by_step: dict[str, float]) -> dict[int, float]:
@@ -192,8 +186,8 @@ def constants(groups: Mapping[str, Records], names: Mapping[str, str], found: Ma
     """Figure A3: (a) the l1 norm with Lion and (b) the l2 norm with SGD against the smallest constant times the rate.
 
     Args:
-        groups: long-run records by optimizer, one for each seed, of which the band is drawn: ``lion_paper`` and
-            ``sgd_paper``. Without records of an optimizer its panel has no band.
+        groups: long-run records of ``lion_paper`` and ``sgd_paper``, one for each seed. The band is drawn from them.
+            Without records of an optimizer its panel has no band.
         names: what the titles call ``lion_paper`` and ``sgd_paper``.
         found: :func:`tools.paper.studies.rates.constants` of ``lion`` and ``sgd``.
     """
@@ -207,4 +201,4 @@ def constants(groups: Mapping[str, Records], names: Mapping[str, str], found: Ma
             axes.fill_between(entry["steps"], low, high, label="smallest to largest of the seeds", **look)
         count = f"mean of {entry['repeats']} runs" if entry["repeats"] > 1 else "1 run"
         rate_constants.panel(axes, name, entry, f"({letter}) {names[f'{name}_paper']}, {count}")
-    return _svg(figure)
+    return figures.svg(figure)

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_lion.config import LionError
 from megatron_lion.stats.writer import read_records
-from megatron_lion.training_log import read_training_log
+from megatron_lion.training_log import TrainingLog, read_training_log
 from tools.paper.reporting import drawings
 from tools.paper.reporting.paper import Table
 
@@ -181,8 +181,8 @@ def scaling(folder: Path, hardware: str) -> Finding:
     thin = sum(fit["sizes"] < len(sizes) for fit in result["fits"])
     missing += [f"{thin} of {len(result['fits'])} fits lack sizes whose rounds did not converge"] if thin else []
     return Finding(
-        verdict=rf"{model}: 0.5 lies in {inside} of {of} intervals; $r / \sqrt{{d}}$ of converged rounds "
-        f"lies between {min(shares):.3f} and {max(shares):.3f}.",
+        verdict=rf"{model}: 0.5 is inside {inside} of {of} intervals; $r / \sqrt{{d}}$ of converged rounds "
+        f"is between {min(shares):.3f} and {max(shares):.3f}.",
         made=f"{model}s of {len(sizes)} sizes, d = {sizes[0]:,} to {sizes[-1]:,}; {hardware}",
         pictures={
             f"{model}: $r$ against $d$": read_svg(folder / "exponent.svg"),
@@ -213,20 +213,7 @@ def _judged_scaling(fits: list[dict[str, Any]], models: str, sizes: list[int]) -
 
 def language(pair: dict[str, Path], model: str, hardware: str) -> Finding:
     """Figure 2 or 3 from the folders of one model's runs by optimizer: log.txt and norm_ratio.jsonl in each."""
-    logs, rounds, missing = {}, {}, []
-    for name, folder in pair.items():
-        try:
-            logs[name] = read_training_log(folder / "log.txt")
-            rounds[name] = read_records(folder / "norm_ratio.jsonl")
-        except LionError as error:
-            missing.append(str(error))
-            continue
-        if len(sizes := sorted({record["d"] for record in rounds[name]})) > 1:
-            missing.append(f"{folder}/norm_ratio.jsonl mixes runs: d = {' and '.join(map(str, sizes))}; it is left out")
-            del logs[name], rounds[name]
-        elif max(logs[name].loss) < logs[name].iterations:
-            log = logs[name]
-            missing.append(f"{folder} was cut short: {max(log.loss)} of {log.iterations} steps")
+    logs, rounds, missing = _read_pair(pair)
     missing += [f"no {name} run of {model}" for name in ("lion", "sgd") if name not in pair]
     both = [name for name in ("lion", "sgd") if name in logs and name in rounds]
     if not both:
@@ -243,24 +230,16 @@ def language(pair: dict[str, Path], model: str, hardware: str) -> Finding:
         converged = f"{sum(bool(r['converged']) for r in records)} of {len(records)}"
         table.append([name, str(last[-1]), f"{losses[name]:.4f}", test, span, converged])
     d, steps = rounds[both[0]][0]["d"], logs[both[0]].iterations
-    judgements = []
     if len(both) < 2:
-        verdict = "Cannot be said: only one optimizer."
+        verdict, judgements = "Cannot be said: only one optimizer.", []
     else:
         held = losses["lion"] < losses["sgd"]
-        verb = "Held" if held else "Not held"
         verdict = (
-            rf"{verb} for the training loss (mean of the last five logged). One size says nothing about $\sqrt{{d}}$."
+            rf"{'Held' if held else 'Not held'} for the training loss (mean of the last five logged). One size says "
+            r"nothing about $\sqrt{d}$."
         )
-        judgements = [
-            Judgement(
-                claim=r"LION is better throughout, and $r = \Theta(\sqrt{d})$",
-                verdict=f"{'LION' if held else 'SGD'} ends lower in one short run, which shows little; one d says "
-                "nothing about its root",
-                basis=f"{model}, d = {d:,}, {counted(steps, 'step')}, 1 seed",
-                numbers=f"last training loss: LION {losses['lion']:.3f}, SGD {losses['sgd']:.3f}",
-            )
-        ]
+        basis = f"{model}, d = {d:,}, {counted(steps, 'step')}, 1 seed"
+        judgements = [_judged_pair(losses["lion"], losses["sgd"], basis)]
     return Finding(
         verdict=verdict,
         made=f"{model}, d = {d:,}, {counted(steps, 'step')}; {hardware}",
@@ -272,4 +251,38 @@ def language(pair: dict[str, Path], model: str, hardware: str) -> Finding:
         tables=[table],
         missing=missing,
         judgements=judgements,
+    )
+
+
+def _read_pair(
+    pair: dict[str, Path],
+) -> tuple[dict[str, TrainingLog], dict[str, list[dict[str, Any]]], list[str]]:
+    """Log and rounds by optimizer, without runs that mix sizes, and what was wrong, in words."""
+    logs: dict[str, TrainingLog] = {}
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    missing: list[str] = []
+    for name, folder in pair.items():
+        try:
+            logs[name] = read_training_log(folder / "log.txt")
+            rounds[name] = read_records(folder / "norm_ratio.jsonl")
+        except LionError as error:
+            missing.append(str(error))
+            continue
+        if len(sizes := sorted({record["d"] for record in rounds[name]})) > 1:
+            missing.append(f"{folder}/norm_ratio.jsonl mixes runs: d = {' and '.join(map(str, sizes))}; it is left out")
+            del logs[name], rounds[name]
+        elif max(logs[name].loss) < logs[name].iterations:
+            log = logs[name]
+            missing.append(f"{folder} was cut short: {max(log.loss)} of {log.iterations} steps")
+    return logs, rounds, missing
+
+
+def _judged_pair(lion: float, sgd: float, basis: str) -> Judgement:
+    """Of one short run of each optimizer, by their last training losses."""
+    return Judgement(
+        claim=r"LION is better throughout, and $r = \Theta(\sqrt{d})$",
+        verdict=f"{'LION' if lion < sgd else 'SGD'} ends lower in one short run, which shows little; one d says "
+        "nothing about its root",
+        basis=basis,
+        numbers=f"last training loss: LION {lion:.3f}, SGD {sgd:.3f}",
     )

@@ -13,7 +13,7 @@ TOKEN = re.compile(r"\\[A-Za-z]+|\d+(?:[.,]\d+)*|[A-Za-z]|[^\s]")
 LETTERS = {"theta": "θ", "lambda": "λ", "beta": "β", "eta": "η", "sigma": "σ", "Theta": "Θ", "ell": "ℓ"}  # noqa: RUF001
 OPERATORS = {"le": "≤", "ge": "≥", "pm": "±", "times": "×", "approx": "≈", "nabla": "∇", "ldots": "…", "propto": "∝"}  # noqa: RUF001
 SYMBOLS = LETTERS | OPERATORS
-# How a formula is written where only letters can be: what stands for what, in this order.
+# Replacements that write a formula in plain letters, in this order.
 LETTERED = (
     (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1 / \2"),
     (r"\\mathrm\{([^{}]*)\}", r"\1"),

@@ -9,9 +9,9 @@ import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
+import torch
 
-CONFIDENCE = 0.95
+from tools.paper import theory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +49,15 @@ class Share:
         return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]"
 
 
-def quantile(seeds: int) -> float:
-    """Student's t for an interval over ``seeds`` values, n - 1 degrees of freedom."""
-    return float(stdtrit(seeds - 1, 0.5 + CONFIDENCE / 2))
-
-
 def interval(values: Sequence[float]) -> Interval:
-    """The mean of one value a seed, +- t s / sqrt(n) with n - 1 degrees of freedom.
+    """The mean of one value a seed, with its interval.
 
     Example:
         >>> str(interval([2.0, 2.1, 1.9]))
         '2.000 (+- 0.248)'
     """
-    count = len(values)
-    half = quantile(count) * statistics.stdev(values) / math.sqrt(count) if count > 1 else None
-    return Interval(mean=statistics.fmean(values), half_width=half, seeds=count)
+    half = theory.half_width(torch.tensor(values, dtype=torch.float64)).item() if len(values) > 1 else None
+    return Interval(mean=statistics.fmean(values), half_width=half, seeds=len(values))
 
 
 def differences(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
@@ -91,7 +85,7 @@ def share_of_rate(at_papers: Mapping[int, float], at_best: Mapping[int, float]) 
     p, b = [at_papers[seed] for seed in seeds], [at_best[seed] for seed in seeds]
     if not interval(p).is_above_zero:
         return None
-    factor = quantile(len(seeds)) ** 2 / len(seeds)
+    factor = theory.student_quantile(len(seeds) - 1) ** 2 / len(seeds)
     mean_p, mean_b = statistics.fmean(p), statistics.fmean(b)
     # (mean_b - q mean_p)^2 = factor (var_b - 2 q cov + q^2 var_p), as square q^2 - 2 middle q + constant = 0
     square = mean_p**2 - factor * statistics.variance(p)

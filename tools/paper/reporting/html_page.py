@@ -12,7 +12,7 @@ from tools.paper.reporting.paper import Table
 
 PHONE = 340  # CSS pixels that a picture has there
 # CSS pixels of a picture per point of its SVG: the least that can be read, what two of a row have, the most of one.
-SMALLEST, BESIDE, LARGEST = 0.7, 0.8, 1.6
+SMALLEST, IN_A_PAIR, LARGEST = 0.7, 0.8, 1.6
 SVG_WIDTH = re.compile(r'<svg[^>]* width="([\d.]+)pt"')
 STYLE = """
 :root { color-scheme: light; --line: #d5dae1; --soft: #f4f6f9; --ink: #1d2430; --gray: #5b6675; --blue: #1f5fa8; }
@@ -120,7 +120,7 @@ def _picture(caption: str, svg: str) -> str:
     sizes = f"min-width:{SMALLEST * width:.0f}px;max-width:{LARGEST * width:.0f}px"
     image = f'<img alt="{_literal(to_plain(caption))}" {source} style="{sizes}">'
     content = f"{image}<figcaption>{text(caption)}</figcaption>"
-    return f'<figure{kind} style="flex-basis:{BESIDE * width:.0f}px">{content}</figure>'
+    return f'<figure{kind} style="flex-basis:{IN_A_PAIR * width:.0f}px">{content}</figure>'
 
 
 def _table(table: Table) -> str:

@@ -1,9 +1,9 @@
 """How long the long runs took, from their records."""
 
-import statistics
 from typing import Any
 
 from tools.paper.reporting.paper import Table
+from tools.paper.reporting.study_runs import spread
 
 HEAD = ["run", "d", "steps", "seeds", "training, CPU hours of a seed", "measuring, CPU hours of a seed", "all seeds"]
 
@@ -25,13 +25,8 @@ def _hours(seeds: list[dict[str, Any]]) -> list[str]:
     """Training, measuring, and both of all seeds. Older records do not have the time of measuring."""
     measured = [record["measure_cpu_hours"] for record in seeds if record.get("measure_cpu_hours") is not None]
     both = f"{sum(map(_all_hours, seeds)):.2f}"
-    return [_spread([record["cpu_hours"] for record in seeds]), _spread(measured) if measured else "-", both]
+    return [spread([record["cpu_hours"] for record in seeds], 2), spread(measured, 2) if measured else "-", both]
 
 
 def _all_hours(record: dict[str, Any]) -> float:
     return float(record["cpu_hours"] + (record.get("measure_cpu_hours") or 0.0))
-
-
-def _spread(hours: list[float]) -> str:
-    mean = f"{statistics.fmean(hours):.2f}"
-    return mean if len(hours) == 1 else f"{mean} ({min(hours):.2f} to {max(hours):.2f})"

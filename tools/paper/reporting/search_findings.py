@@ -1,19 +1,18 @@
 """The rate search: each optimizer's held-out loss by learning rate."""
 
 import math
-import statistics
-from typing import Any
 
 from tools.paper.reporting.findings import Finding, Judgement
 from tools.paper.reporting.paper import Table
-from tools.paper.reporting.study_runs import NAMES, Record, StudyRuns, in_seeds, span_of
+from tools.paper.reporting.study_runs import NAMES, StudyRuns, in_seeds, span_of
+from tools.paper.studies import plans
 
 ByRate = dict[float, float]
 
 
 def search(runs: StudyRuns) -> Finding:
     """Held-out loss at the last step for each optimizer and rate, with the best one."""
-    losses = {name: _losses(of_one) for name, of_one in runs.by_optimizer().items()}
+    losses = {name: dict(sorted(found.items())) for name, found in plans.search_losses(runs.records).items() if found}
     uniform = math.log(runs.records[0]["settings"]["vocab-size"])
     best = {name: rate for name, by_rate in losses.items() if (rate := _best(by_rate, uniform)) is not None}
     said = [_sentence(name, by_rate, best.get(name)) for name, by_rate in losses.items()]
@@ -25,16 +24,6 @@ def search(runs: StudyRuns) -> Finding:
         tables=[_table(losses, best, uniform)],
         judgements=_judgements(runs, losses, best),
     )
-
-
-def _losses(records: list[Record]) -> ByRate:
-    """The held-out loss at the last step by rate, the mean over seeds; infinite for a run that is not finite."""
-    found: dict[float, list[float]] = {}
-    for one in records:
-        loss: Any = one["validation_loss"].get(str(one["steps"]))
-        finite = loss is not None and math.isfinite(loss)
-        found.setdefault(one["settings"]["lr"], []).append(loss if finite else math.inf)
-    return {rate: statistics.fmean(found[rate]) for rate in sorted(found)}
 
 
 def _best(by_rate: ByRate, uniform: float) -> float | None:

@@ -9,7 +9,7 @@ from tools.paper.studies import figures
 if TYPE_CHECKING:
     from tools.paper.reporting.size_findings import Key, Points
 
-COLORS = drawings.LONG_COLORS | {"start": "#555555"}
+COLORS = drawings.LONG_COLORS | {"start": figures.COLORS["start"]}
 
 
 def draw(found: "Mapping[Key, Points]", sets: Sequence[str], names: Mapping[str, str]) -> str:
@@ -29,7 +29,7 @@ def draw(found: "Mapping[Key, Points]", sets: Sequence[str], names: Mapping[str,
                     _draw_one(axes, points, COLORS[optimizer], names[optimizer])
             if axes.has_data():
                 axes.legend(fontsize=7)
-    return drawings._svg(figure)
+    return figures.svg(figure)
 
 
 def _draw_one(axes: Any, points: "Points", color: str, label: str) -> None:

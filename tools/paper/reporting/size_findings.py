@@ -131,7 +131,7 @@ def _verdict(fit: theory.PowerLaw) -> str:
     """``0.483 [0.450, 0.520] (0.5 inside)``."""
     state = decided(fit)
     words = state if state == UNDECIDED else f"0.5 {state}"
-    return f"{fit.exponent:.3f} [{fit.low:.3f}, {fit.high:.3f}] ({words})"
+    return f"{fit} ({words})"
 
 
 def _exponents_table(found: dict[Key, Points]) -> Table:
@@ -139,7 +139,7 @@ def _exponents_table(found: dict[Key, Points]) -> Table:
     for (optimizer, step, name), each in found.items():
         if name in (WHOLE, WITHOUT):
             fit = each.fit
-            cells = [f"{fit.exponent:.3f} [{fit.low:.3f}, {fit.high:.3f}]", _yes(fit)] if fit else ["-", "-"]
+            cells = [str(fit), _yes(fit)] if fit else ["-", "-"]
             counts = [str(len(set(each.d))), str(len(each.d))]
             table.append([NAMES[optimizer], str(step), name, *counts, *cells, each.span])
     return table
@@ -154,9 +154,7 @@ def _layers_table(found: dict[Key, Points]) -> Table:
     table = [["optimizer", "step", "kind of layer", SHARE, "exponent [95 %]"]]
     for (optimizer, step, name), each in found.items():
         if name not in (WHOLE, WITHOUT):
-            fit = each.fit
-            interval = f"{fit.exponent:.3f} [{fit.low:.3f}, {fit.high:.3f}]" if fit else "-"
-            table.append([NAMES[optimizer], str(step), name, each.span, interval])
+            table.append([NAMES[optimizer], str(step), name, each.span, str(each.fit or "-")])
     return table
 
 
@@ -180,8 +178,9 @@ def _without_embedding(fits: dict[Key, theory.PowerLaw]) -> str:
         for (optimizer, step, name), fit in fits.items()
         if name == WHOLE and (optimizer, step, WITHOUT) in fits
     ]
-    span = f"{min(changes):+.3f} to {max(changes):+.3f}" if changes else ""
-    return f" Leaving it out changes the exponent by {span}." if changes else ""
+    if not changes:
+        return ""
+    return f" Leaving it out changes the exponent by {min(changes):+.3f} to {max(changes):+.3f}."
 
 
 def _judgement(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import LionError
+from tools.paper.reporting.findings import counted
 from tools.paper.studies import long_text, plans
 
 Record = dict[str, Any]
@@ -139,7 +140,7 @@ def spread(values: Iterable[float], digits: int = 3) -> str:
 
 def in_seeds(count: int) -> str:
     """``one seed`` or ``3 seeds``."""
-    return "one seed" if count == 1 else f"{count} seeds"
+    return "one seed" if count == 1 else counted(count, "seed")
 
 
 def steps_in_thousands(steps: Iterable[int]) -> list[str]:

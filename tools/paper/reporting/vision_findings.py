@@ -116,7 +116,7 @@ def _shares(epochs: Epochs) -> str:
 def constants(folder: Path, hardware: str) -> Finding:
     """Figure A3 from the epochs of ResNet18 with Lion and with SGD, over the epochs that both have.
 
-    Each norm is that of the exact gradient after an epoch, which stands for the steps of the epoch.
+    Each norm is of the exact gradient after an epoch, and counts for all steps of the epoch.
     """
     runs, missing = _read_runs(folder)
     if CONSTANTS_MODEL not in (pairs := _pairs(runs)):

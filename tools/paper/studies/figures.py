@@ -1,5 +1,6 @@
 """How the studies' figures look, and that the same numbers give the same bytes."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ def pyplot() -> Any:
 
     plt.rcParams.update({"svg.hashsalt": "studies", "figure.constrained_layout.use": True, "font.size": 10})
     return plt
+
+
+def svg(figure: Any) -> str:
+    """``figure`` as an SVG element without a date. Closes it."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot().close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
 def save(figure: Any, path: Path) -> Path:

@@ -120,10 +120,10 @@ def build(folder: Path, name: str) -> LongText:
 
 
 def without_copies(documents: Sequence[str], training: Sequence[str]) -> list[str]:
-    """The documents without those of which a training document repeats ``COPIED`` characters or more.
+    """The documents that share no part of ``COPIED`` characters with a training document.
 
-    Parts are compared from every ``COPIED``-th character of a document on, so a common part is found for certain if it
-    has ``2 * COPIED - 1`` characters.
+    Only parts that start at a multiple of ``COPIED`` are compared. So a common part is found for certain if it has
+    ``2 * COPIED - 1`` characters.
     """
     pieces = [{text[at : at + COPIED] for at in range(0, len(text) - COPIED + 1, COPIED)} for text in documents]
     wanted = frozenset().union(*pieces)

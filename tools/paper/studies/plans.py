@@ -140,7 +140,8 @@ def best_rates(records: Records) -> dict[str, float]:
     if missing:
         raise LionError(
             f"{len(missing)} of {sum(map(len, rates.values()))} runs of --study search are not finished, the next is "
-            f"{missing[0]}. Finish it first: it gives the rates. It goes on while the best is the highest or lowest"
+            f"{missing[0]}. Finish the search first, because it chooses the rates. It adds a rate while the best one "
+            "is the highest or the lowest"
         )
     return {optimizer: min(rates[optimizer], key=losses[optimizer].__getitem__) for optimizer in RATES}
 

@@ -30,6 +30,7 @@ from tools.paper.theory.records import (
     lion_rate_constant,
     running_mean,
     sgd_rate_constant,
+    student_quantile,
 )
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "rate",
     "running_mean",
     "sgd_rate_constant",
+    "student_quantile",
     "theorem_2",
     "theorem_4",
 ]

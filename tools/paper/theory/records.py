@@ -66,6 +66,16 @@ def running_mean(values: Tensor) -> Tensor:
     return values.double().cumsum(-1) / torch.arange(1, values.shape[-1] + 1, dtype=torch.float64, device=values.device)
 
 
+def student_quantile(degrees: int, confidence: float = 0.95) -> float:
+    """Student's t for a two-sided interval with so many degrees of freedom.
+
+    Example:
+        >>> round(student_quantile(2), 3)
+        4.303
+    """
+    return float(stdtrit(degrees, 0.5 + confidence / 2))
+
+
 def half_width(values: Tensor, *, confidence: float = 0.95) -> Tensor:
     """Half the width of the interval of the mean over the first dimension: t s / sqrt(n), n - 1 degrees of freedom.
 
@@ -79,8 +89,7 @@ def half_width(values: Tensor, *, confidence: float = 0.95) -> Tensor:
     count = len(values)
     if count < 2:
         raise ValueError(f"an interval of a mean needs two values or more, got {count}")
-    quantile = float(stdtrit(count - 1, 0.5 + confidence / 2))
-    return quantile * values.double().std(0) / math.sqrt(count)
+    return student_quantile(count - 1, confidence) * values.double().std(0) / math.sqrt(count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +101,9 @@ class PowerLaw:
     high: float
     coefficient: float
     points: int
+
+    def __str__(self) -> str:
+        return f"{self.exponent:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float], *, confidence: float = 0.95) -> PowerLaw:
@@ -124,12 +136,11 @@ def fit_power_law(x: Sequence[float], y: Sequence[float], *, confidence: float =
         raise ValueError(f"all x are {x[0]:g}: an exponent needs at least two different ones")
     exponent = float(dx @ dy) / spread
     variance = float((dy - exponent * dx).square().sum()) / (len(x) - 2)
-    quantile = float(stdtrit(len(x) - 2, 0.5 + confidence / 2))
-    half_width = quantile * math.sqrt(variance / spread)
+    half = student_quantile(len(x) - 2, confidence) * math.sqrt(variance / spread)
     return PowerLaw(
         exponent=exponent,
-        low=exponent - half_width,
-        high=exponent + half_width,
+        low=exponent - half,
+        high=exponent + half,
         coefficient=math.exp(float(log_y.mean()) - exponent * float(log_x.mean())),
         points=len(x),
     )
