@@ -49,7 +49,7 @@ def before_step(step: Step, iteration: int) -> None:
     from megatron.training import get_args
 
     args = get_args()
-    if getattr(args, "lion_reduce", LionOptions.reduce) != LionOptions.reduce:
+    if _is_on(args):
         is_due = (iteration + 1) % args.log_interval == 0
         what = "exact" if args.lion_telemetry else "norm"
         for reduce in reduces_of(step.optimizer):
@@ -60,11 +60,14 @@ def after_step(optimizer: Any, iteration: int) -> None:
     """Report the step if it was sampled."""
     from megatron.training import get_args
 
-    if (
-        getattr(get_args(), "lion_reduce", LionOptions.reduce) != LionOptions.reduce
-        and iteration % get_args().log_interval == 0
-    ):
+    args = get_args()
+    if _is_on(args) and iteration % args.log_interval == 0:
         report(reduces_of(optimizer), iteration, metrics.write)
+
+
+def _is_on(args: Any) -> bool:
+    """A script without the project's flags has no ``lion_reduce``."""
+    return bool(getattr(args, "lion_reduce", LionOptions.reduce) != LionOptions.reduce)
 
 
 def report(reduces: list[BlockReduce], iteration: int, write: metrics.Write) -> None:
