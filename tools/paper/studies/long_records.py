@@ -44,7 +44,7 @@ def record(run: LongRun) -> dict[str, Any]:
         "round_batches": rounds[-1]["batches"],
         "rounds": {key: [_rounded(one[key]) for one in rounds] for key in ROUND_KEYS},
         "exact": {step: _exact(one) for step, one in exact.items()},
-        **{key: _on_texts(run, key) for key in ON_TEXT},
+        **_on_texts(run),
     }
 
 
@@ -74,13 +74,14 @@ def _exact(one: dict[str, Any]) -> dict[str, Any]:
     return {key: one[key] for key in EXACT_KEYS} | {"kinds": kinds}
 
 
-def _on_texts(run: LongRun, key: str) -> dict[str, dict[int, float]]:
-    """One of ``ON_TEXT`` by text, then by step."""
-    found = {}
+def _on_texts(run: LongRun) -> dict[str, dict[str, dict[int, float]]]:
+    """Each of ``ON_TEXT`` by text, then by step."""
+    found: dict[str, dict[str, dict[int, float]]] = {key: {} for key in ON_TEXT}
     for path in sorted(run.folder.glob("perplexity-*/results.json")):
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
-        by_step = {step: round(results[str(step)][key], 5) for step in run.checkpoints}
-        found[path.parent.name.removeprefix("perplexity-")] = by_step
+        text = path.parent.name.removeprefix("perplexity-")
+        for key in ON_TEXT:
+            found[key][text] = {step: round(results[str(step)][key], 5) for step in run.checkpoints}
     return found
 
 
