@@ -20,29 +20,34 @@ def tied(line: list[str], **options: Any) -> Iterator["subprocess.Popen[bytes]"]
     torchrun would pass the terminal's Ctrl-C to the ranks, which then end without a save. A second signal would cut
     torchrun's shutdown short. A signal that is ignored when this process starts (``nohup``) stays ignored.
     """
-    process: subprocess.Popen[bytes] | None = None
+    untold: list[subprocess.Popen[bytes]] = []  # the child, until its SIGTERM
     is_asked = False
+
+    def tell() -> None:
+        with contextlib.suppress(IndexError):
+            untold.pop().terminate()  # pop is atomic: a signal in the middle of this line does not send a second one
 
     def end(*_: object) -> None:
         nonlocal is_asked
-        if not is_asked and process is not None:
-            process.terminate()
+        tell()
+        if not is_asked:
+            is_asked = True
             with contextlib.suppress(OSError):
                 os.write(2, NOTICE)  # print is not safe in a signal handler
-        is_asked = True
 
     handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, end) for number in handled}
     try:
         process = subprocess.Popen(line, start_new_session=True, **options)
-        if is_asked:  # a signal arrived before the process existed
-            process.terminate()
-        yield process
-    finally:
-        if process is not None:
-            if process.poll() is None and not is_asked:
-                is_asked = True
-                process.terminate()
+        untold.append(process)
+        try:
+            if is_asked:  # a signal arrived before Popen returned: the child may run already
+                tell()
+            yield process
+        finally:
+            if process.poll() is None:
+                tell()
             process.wait()
+    finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -20,6 +20,22 @@ for _ in {1..200}; do sleep 0.1; done
 """
 # Ends the loop of run_here as a reader that goes away does: launch.py ... | head
 HEAD = "progress_line.readable = lambda *_: sys.exit('the output is closed')"
+# The launcher is ready, and a signal arrives, before Popen has returned to its caller.
+EARLY = """
+import os, signal, subprocess
+from pathlib import Path
+
+def popen(*args, popen=subprocess.Popen, **options):
+    process = popen(*args, **options)
+    if options.get("start_new_session"):
+        while not Path({log!r}).read_text().startswith("ready "):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+    return process
+
+subprocess.Popen = popen
+"""
+NOTICE = "megatron-lion: ending the run; waiting until its ranks have saved\n"
 SCRIPT = """
 import sys
 
@@ -69,7 +85,15 @@ def test_a_signal_to_all_of_a_terminals_job_lets_the_ranks_save_and_waits_for_th
     _, errors = process.communicate(timeout=30)
     assert_saved_and_ended(tmp_path, launcher)
     assert process.returncode == 3
-    assert errors == "megatron-lion: ending the run; waiting until its ranks have saved\n"
+    assert errors == NOTICE
+
+
+def test_a_signal_before_the_start_has_returned_lets_the_ranks_save_too(tmp_path: Path) -> None:
+    process = start(tmp_path, EARLY.format(log=str(tmp_path / "log.txt")))
+    _, errors = process.communicate(timeout=60)
+    assert_saved_and_ended(tmp_path, launcher_of(tmp_path))
+    assert process.returncode == 3
+    assert errors == NOTICE
 
 
 def test_an_error_while_the_run_is_shown_ends_the_run_too(tmp_path: Path) -> None:
