@@ -94,7 +94,7 @@ def test_any_subset_of_runs_is_a_report(tmp_path: Path, name: str, everything: l
         for one in found:
             assert one.verdict and one.made and "nan" not in one.verdict
             assert all(len(row) == len(table[0]) for table in one.tables for row in table)
-            provisional = [judgement.verdict.startswith("Provisional: ") for judgement in one.judgements]
+            provisional = [judgement.verdict.startswith("provisional: ") for judgement in one.judgements]
             finished = not any("long runs are finished" in entry for entry in one.missing)
             assert not any(provisional) if finished else all(provisional)
             assert all(judgement.basis and judgement.numbers for judgement in one.judgements)
@@ -111,7 +111,7 @@ def test_records_of_finished_runs_make_the_page(tmp_path: Path) -> None:
     assert not any(row.problems for row in rows)
     gpt, _, _, gap = rows[0].findings
     assert gpt.missing == ["4 of 9 long runs are finished"]
-    assert gpt.verdict.startswith("Provisional: Confirmed at the paper's rates (GPT, d = 400, LION at 1e-05 and SGD (")
+    assert gpt.verdict.startswith("Provisional: confirmed at the paper's rates (GPT, d = 400, LION at 1e-05 and SGD (")
     assert gpt.tables[0][1][:4] == ["LION", "2", "4.905 (4.900 to 4.910)", "5.105 (5.100 to 5.110)"]
     assert "learning rates: LION 1e-05 (2 seeds), SGD (momentum 0.9) 0.0001 (2 seeds); 3.0 hours" in gpt.made
     assert "no share of the rate is given, because two seeds with all four runs are needed, 0 finished" in gap.verdict
@@ -154,7 +154,7 @@ def test_better_throughout_is_asked_at_each_checkpoint_and_of_each_sgd(everythin
     by_claim = {judgement.claim: judgement for judgement in found.judgements}
     for name in ("SGD (momentum 0.9)", "SGD (no momentum)"):
         one = by_claim[f"LION's loss is below that of {name} throughout, at the paper's rates"]
-        assert one.verdict == "Confirmed"
+        assert one.verdict == "confirmed"
         assert one.basis == f"GPT, d = 322,560, LION at 1e-05 and {name} at 0.0001, 50,000 steps, 3 seeds"
     assert "below in every seed in 50 of 50 windows" in found.verdict
     assert found.tables[1][0][2:] == ["seeds", "0", "10k", "20k", "30k", "40k", "50k"]
@@ -165,7 +165,7 @@ def test_better_throughout_is_asked_at_each_checkpoint_and_of_each_sgd(everythin
         if one["model"] == "gpt":
             one["validation_loss"]["20000"] = 4.0
     late = curve_findings.curves(runs_of(changed))
-    assert [judgement.verdict for judgement in late.judgements[:2]] == ["Not confirmed", "Confirmed"]
+    assert [judgement.verdict for judgement in late.judgements[:2]] == ["not confirmed", "confirmed"]
     assert "95 % interval: held-out loss at 20k." in late.verdict
     tuned = curve_findings.curves(runs_of(everything, "tuned"))
     assert any(
@@ -177,8 +177,8 @@ def test_better_throughout_is_asked_at_each_checkpoint_and_of_each_sgd(everythin
 def test_one_seed_is_only_seen(everything: list[Record]) -> None:
     records = subset("both with one seed", everything)
     for found in (curve_findings.curves(runs_of(records)), perplexity_findings.perplexities(runs_of(records))):
-        assert found.judgements[0].verdict == "Provisional: Seen in one seed"
-        assert found.judgements[0].basis.endswith("one seed") and "Confirmed" not in found.verdict
+        assert found.judgements[0].verdict == "provisional: seen in one seed"
+        assert found.judgements[0].basis.endswith("one seed") and "confirmed" not in found.verdict.lower()
     constants = constant_findings.constants(runs_of(records))
     assert constants.judgements[0].verdict.endswith(" in one seed")
 
@@ -213,7 +213,7 @@ def test_perplexities_are_also_per_byte_and_per_word(everything: list[Record]) -
     assert table[0] == ["held-out text", "optimizer", "10k", "20k", "30k", "40k", "50k"]
     assert [row[0] for row in table[1:]] == [words for words in perplexity_findings.VALUES.values() for _ in range(3)]
     assert "ln 2048 = 7.62 here and 10.82 there" in found.verdict
-    assert [judgement.verdict for judgement in found.judgements] == ["Confirmed", "Confirmed"]
+    assert [judgement.verdict for judgement in found.judgements] == ["confirmed", "confirmed"]
 
 
 def test_constants_are_of_both_sgds_with_the_seeds_range(everything: list[Record]) -> None:
@@ -248,7 +248,7 @@ def test_the_search_marks_diverged_rates_and_a_best_at_an_edge(search: list[Reco
     assert rows["AdamW", "0.001"] == ["7.700", "diverged"]
     assert "LION 0.0003 (4.000), not at an edge" in found.verdict
     assert "SGD (momentum 0.9) 1 (4.500), the largest rate tried: a larger one may be better" in found.verdict
-    assert found.judgements[0].verdict == "Provisional: seen in one seed", "the search adds a rate after its edge"
+    assert found.judgements[0].verdict == "provisional: seen in one seed", "the search adds a rate after its edge"
 
 
 def test_the_search_is_with_the_tuned_runs(tmp_path: Path, search: list[Record]) -> None:

@@ -13,7 +13,7 @@ from tools.paper.reporting.findings import Finding, Judgement
 from tools.paper.reporting.formulas import C_LION, C_SGD
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.rate_findings import PAPERS
-from tools.paper.reporting.study_runs import NAMES, SGDS, Record, Records, StudyRuns, in_seeds, listed_rates
+from tools.paper.reporting.study_runs import NAMES, SGDS, Record, Records, StudyRuns, in_seeds, listed_rates, sentence
 from tools.paper.studies import rates
 from tools.paper.studies.rates import NORMS
 
@@ -56,7 +56,7 @@ def constants(runs: StudyRuns) -> Finding:
     words = {name: verdict(found["lion_paper"], found[name]) for name in groups if name in SGDS}
     seeds = {name: min(len(groups["lion_paper"]), len(groups[name])) for name in words}
     said = [
-        f"{runs.mark}{C_LION} below {C_SGD} of {NAMES[name]}: {word}{_of_one_seed(seeds[name])} {runs.where} "
+        f"{sentence(runs.mark)}{C_LION} below {C_SGD} of {NAMES[name]}: {word}{_of_one_seed(seeds[name])} {runs.where} "
         f"({runs.basis('lion_paper', name, seeds=seeds[name])}). {reasons}"
         for name, (word, reasons) in words.items()
     ]

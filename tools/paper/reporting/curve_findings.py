@@ -6,7 +6,7 @@ from tools.paper.reporting import drawings, gaps
 from tools.paper.reporting.findings import Finding, Judgement
 from tools.paper.reporting.formulas import SHARE, SQRT_D
 from tools.paper.reporting.paper import Table
-from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, spread, steps_in_thousands
+from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, sentence, spread, steps_in_thousands
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
 
 LAST = f"{STEPS:,}"
@@ -59,8 +59,8 @@ def _sentence(runs: StudyRuns, other: str, found: Gaps) -> str:
     """Whether Lion's losses are below those of ``other`` at every checkpoint."""
     word, not_above = gaps.judged(found)
     basis = runs.basis("lion_paper", other, seeds=found[FIXED, STEPS].seeds)
-    said = f"{runs.mark}{word} {runs.where} ({basis}): all three losses of LION are below those of {NAMES[other]} at "
-    said += f"each of {_checkpoints()}."
+    said = f"{sentence(runs.mark + word)} {runs.where} ({basis}): all three losses of LION are below those "
+    said += f"of {NAMES[other]} at each of {_checkpoints()}."
     if not_above:
         exceptions = ", ".join(f"{loss} at {step // 1000}k" for loss, step in not_above)
         said += f" Not below, or not outside the 95 % interval: {exceptions}."

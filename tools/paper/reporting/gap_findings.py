@@ -4,7 +4,7 @@ from tools.paper.reporting import gaps
 from tools.paper.reporting.curve_findings import FIXED, HELD_OUT, LOSSES
 from tools.paper.reporting.findings import Finding, Judgement
 from tools.paper.reporting.paper import Table
-from tools.paper.reporting.study_runs import NAMES, PROVISIONAL, StudyRuns, in_seeds, listed_rates
+from tools.paper.reporting.study_runs import NAMES, PROVISIONAL, StudyRuns, in_seeds, listed_rates, sentence
 from tools.paper.studies.long_runs import STEPS
 
 PAIR = ("sgd_paper", "lion_paper")
@@ -30,7 +30,7 @@ def gap(paper: StudyRuns, tuned: StudyRuns) -> Finding | None:
         tables.append(gains)
         said += _other_differences(paper, tuned)
     return Finding(
-        verdict=f"{mark}SGD with momentum 0.9 minus LION at step {STEPS:,}, paired by seed. {' '.join(said)}",
+        verdict=f"{sentence(mark)}SGD with momentum 0.9 minus LION at step {STEPS:,}, paired by seed. {' '.join(said)}",
         made="the runs above",
         tables=tables,
         judgements=[_judgement(paper, tuned, mark, at_papers, at_best)] if at_best[FIXED] else [],

@@ -105,7 +105,7 @@ def judged[Key: Hashable](gaps: Mapping[Key, Interval]) -> tuple[str, list[Key]]
     one_seed = max(gap.seeds for gap in gaps.values()) == 1
     not_above = [key for key, gap in gaps.items() if not gap.is_above_zero]
     if not not_above:
-        return ("Seen in one seed" if one_seed else "Confirmed"), []
+        return ("seen in one seed" if one_seed else "confirmed"), []
     if all(gap.is_below_zero for gap in gaps.values()):
-        return ("The opposite is seen in one seed" if one_seed else "The opposite is found"), not_above
-    return ("Not seen in one seed" if one_seed else "Not confirmed"), not_above
+        return ("the opposite is seen in one seed" if one_seed else "the opposite is found"), not_above
+    return ("not seen in one seed" if one_seed else "not confirmed"), not_above

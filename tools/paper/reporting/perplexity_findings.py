@@ -5,7 +5,7 @@ import math
 from tools.paper.reporting import gaps
 from tools.paper.reporting.findings import Finding, Judgement
 from tools.paper.reporting.paper import Table
-from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, spread, steps_in_thousands
+from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, sentence, spread, steps_in_thousands
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
 
 TEXTS = {"held-out": "held-out text", "wikitext": "WikiText-2's test tokens"}
@@ -43,9 +43,9 @@ def _first_below_last(runs: StudyRuns, other: str, text: str) -> gaps.Interval |
 def _sentence(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> str:
     word, _ = gaps.judged({"": found})
     return (
-        f"{runs.mark}{word} {runs.where} ({runs.basis('lion_paper', other, seeds=found.seeds)}): LION's checkpoint at "
-        f"{CHECKPOINTS[0]:,} steps is below that of {NAMES[other]} at {STEPS:,}. SGD's ln perplexity per token on "
-        f"{TEXTS[text]} minus LION's is {found}."
+        f"{sentence(runs.mark + word)} {runs.where} ({runs.basis('lion_paper', other, seeds=found.seeds)}): LION's "
+        f"checkpoint at {CHECKPOINTS[0]:,} steps is below that of {NAMES[other]} at {STEPS:,}. SGD's ln perplexity per "
+        f"token on {TEXTS[text]} minus LION's is {found}."
     )
 
 

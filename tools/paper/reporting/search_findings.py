@@ -4,7 +4,7 @@ import math
 
 from tools.paper.reporting.findings import Finding, Judgement
 from tools.paper.reporting.paper import Table
-from tools.paper.reporting.study_runs import NAMES, StudyRuns, in_seeds, span_of
+from tools.paper.reporting.study_runs import NAMES, StudyRuns, in_seeds, sentence, span_of
 from tools.paper.studies import plans
 
 ByRate = dict[float, float]
@@ -17,8 +17,9 @@ def search(runs: StudyRuns) -> Finding:
     best = {name: rate for name, by_rate in losses.items() if (rate := _best(by_rate, uniform)) is not None}
     said = [_sentence(name, by_rate, best.get(name)) for name, by_rate in losses.items()]
     return Finding(
-        verdict=f"{runs.mark}Best learning rates by held-out loss at step {span_of(runs.records, 'steps')}: "
-        f"{'; '.join(said)}. Runs worse than a uniform prediction (ln {runs.records[0]['settings']['vocab-size']} = "
+        verdict=f"{sentence(runs.mark + 'best')} learning rates by held-out loss at step "
+        f"{span_of(runs.records, 'steps')}: {'; '.join(said)}. Runs worse than "
+        f"a uniform prediction (ln {runs.records[0]['settings']['vocab-size']} = "
         f"{uniform:.2f}) are marked as diverged.",
         made="",
         tables=[_table(losses, best, uniform)],

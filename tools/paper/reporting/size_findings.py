@@ -9,7 +9,7 @@ from tools.paper.reporting.findings import Finding, Judgement
 from tools.paper.reporting.formulas import SHARE, SQRT_D
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.study_runs import NAMES as OPTIMIZER_NAMES
-from tools.paper.reporting.study_runs import Record, Records, StudyRuns, span_of
+from tools.paper.reporting.study_runs import Record, Records, StudyRuns, sentence, span_of
 from tools.paper.studies.long_runs import SHAPE
 
 START = "start"
@@ -102,8 +102,8 @@ def exponents(runs: StudyRuns) -> Finding:
     said = "; ".join(f"{NAMES[optimizer]}{_at(step)}: {_in_words(fits, optimizer, step)}" for optimizer, step in keys)
     of_rates = f"Every width has the rates that are best at width {SHAPE['hidden-size']}."
     return Finding(
-        verdict=f"{runs.mark}Exponents of r against d: {said}. Undecided is an interval wider than {WIDEST}. "
-        f"{_about_embedding(kept)}{_without_embedding(fits)} {of_rates}",
+        verdict=f"{sentence(runs.mark + 'exponents')} of r against d: {said}. Undecided is an interval wider than "
+        f"{WIDEST}. {_about_embedding(kept)}{_without_embedding(fits)} {of_rates}",
         made="",
         tables=[_exponents_table(found), _layers_table(found)],
         pictures={

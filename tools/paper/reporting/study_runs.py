@@ -27,7 +27,12 @@ RATES_OF = {
     "tuned": "at each optimizer's best rate",
     "sizes": "of several sizes",
 }
-PROVISIONAL = "Provisional: "
+PROVISIONAL = "provisional: "
+
+
+def sentence(words: str) -> str:
+    """``words`` with a capital letter, as a sentence begins."""
+    return words[:1].upper() + words[1:]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,7 @@ def _compared(model: str, lion: Epochs, sgd: Epochs) -> str:
 def _judged(model: str, lion: Epochs, sgd: Epochs) -> Judgement:
     """Of the last epoch that both runs have."""
     lower, higher, of = _ahead(lion, sgd)
-    held = "holds" if min(lower, higher) == of else "holds in part" if lower or higher else "does not hold"
+    held = "seen" if min(lower, higher) == of else "seen in part" if lower or higher else "not seen"
     numbers = [
         rf"{name}: loss {run[of - 1]['loss']:.3f}, top-1 {100 * run[of - 1]['top1']:.1f} %, "
         rf"$r / \sqrt{{d}}$ {_shares(run)}"
@@ -156,7 +156,7 @@ def _repeat(norm: str, epochs: Epochs) -> dict[str, Any]:
 
 def _judged_constants(found: dict[str, Any], made: str) -> Judgement:
     lion, sgd = found["lion"], found["sgd"]
-    held = "holds" if lion["constant"] < sgd["constant"] else "does not hold"
+    held = "seen" if lion["constant"] < sgd["constant"] else "not seen"
     in_l2 = "below" if lion["l2_constant"] < sgd["constant"] else "not below"
     return Judgement(
         claim=r"$c_{\mathrm{LION}} < c_{\mathrm{SGD}}$",
@@ -191,7 +191,7 @@ def _judged_rates(pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]], first
     numbers = "; ".join(f"{model}: {lion['lr']:g} and {sgd['lr']:g}" for model, (lion, sgd) in pairs.items())
     return Judgement(
         claim="LION's best learning rate is at most about SGD's",
-        verdict=f"holds for {held} of {counted(len(pairs), 'model')} in one seed"
+        verdict=f"seen for {held} of {counted(len(pairs), 'model')} in one seed"
         + "; the largest rate tried was the best of a run, so a larger one may be better" * edge,
         basis=f"{', '.join(pairs)}, {first['data']}, {counted(first['epochs'], 'epoch')}",
         numbers=f"best rate of LION and of SGD, {numbers}",
