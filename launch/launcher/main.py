@@ -101,13 +101,7 @@ def run_here(recipe: Recipe, extra: list[str]) -> int:
             f"{recipe['nodes']} nodes cannot be started from here: use --slurm, or --print and a line on each node"
         )
     if recipe["device"] == "cuda":
-        import torch
-
-        if torch.cuda.device_count() < recipe["gpus-per-node"]:
-            raise LionError(
-                f"gpus-per-node is {recipe['gpus-per-node']}, but torch sees {torch.cuda.device_count()} GPUs here: "
-                "set gpus-per-node, or use the cluster cpu"
-            )
+        recipe_checks.check_gpus(recipe)
     folder = prepare_folder(recipe, extra)
     line = commands.torchrun(recipe, extra, [sys.executable, "-m", "torch.distributed.run"])
     environment = {**os.environ, **recipe.environment}
@@ -188,6 +182,7 @@ def main(arguments: list[str]) -> int:
         overrides.append("device=cpu")
     recipe = recipes.resolve(*names, overrides)
     recipe_checks.check(recipe)
+    recipe_checks.check_flags(recipe, extra)
     if options.dry_run:
         print(report.report(recipe, extra))
         return 0

@@ -1,5 +1,6 @@
 """Checks of a recipe before anything starts. Each error names the key, its value and the fix."""
 
+import importlib.util
 import math
 
 from megatron_lion.config import (
@@ -194,6 +195,40 @@ def _check_device(recipe: Recipe) -> None:
         )
     if on_cpu and recipe.get("transformer-impl") != "local":
         raise LionError(f"transformer-impl {recipe.get('transformer-impl')} needs a GPU: use transformer-impl=local")
+
+
+def check_flags(recipe: Recipe, extra: list[str]) -> None:
+    """Raise LionError if flags after ``--`` cannot work with the recipe's environment."""
+    if "--use-megatron-fsdp" in extra and recipe.environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        raise LionError(
+            f"Megatron-FSDP does not start with CUDA_DEVICE_MAX_CONNECTIONS=1, which the cluster {recipe.names[2]} "
+            "sets under environment: use a copy of its file without that line"
+        )
+
+
+def check_gpus(recipe: Recipe) -> None:
+    """Raise LionError if this machine lacks GPUs, or packages that the recipe needs on one."""
+    import torch
+
+    if torch.cuda.device_count() < recipe["gpus-per-node"]:
+        raise LionError(
+            f"gpus-per-node is {recipe['gpus-per-node']}, but torch sees {torch.cuda.device_count()} GPUs here: "
+            "set gpus-per-node, or use the cluster cpu"
+        )
+    if recipe.get("transformer-impl") == "transformer_engine" and not _is_installed("transformer_engine"):
+        raise LionError(
+            "transformer-impl transformer_engine, but Transformer Engine is not installed here: install it, or use "
+            "transformer-impl=local no-persist-layer-norm=true"
+        )
+    if not (recipe.get("no-gradient-accumulation-fusion") or _is_installed("fused_weight_gradient_mlp_cuda")):
+        raise LionError(
+            "Megatron fuses gradient accumulation with NVIDIA's Apex (its module fused_weight_gradient_mlp_cuda), which "
+            "is not installed here: install it, or use no-gradient-accumulation-fusion=true"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _check_memory(recipe: Recipe) -> None:

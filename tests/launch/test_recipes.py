@@ -281,6 +281,35 @@ def test_several_nodes_are_not_started_from_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_here_names_what_a_gpu_recipe_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+    gpus = [0]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus[0])
+    monkeypatch.setattr(recipe_checks, "_is_installed", found.__contains__)
+
+    def refused(reason: str, *overrides: str) -> None:
+        with pytest.raises(LionError, match=reason):
+            main.run_here(recipe("tiny_gpt", "lion", "one_gpu", f"run={tmp_path}/run", *overrides), [])
+        assert list(tmp_path.iterdir()) == []
+
+    refused("gpus-per-node is 1, but torch sees 0 GPUs here")
+    gpus[0] = 1
+    refused("Transformer Engine is not installed here: install it, or use transformer-impl=local")
+    refused("fuses gradient accumulation with NVIDIA's Apex", "transformer-impl=local")
+    found.append("transformer_engine")
+    refused("is not installed here: install it, or use no-gradient-accumulation-fusion=true")
+    recipe_checks.check_gpus(recipe("tiny_gpt", "lion", "one_gpu", "no-gradient-accumulation-fusion=true"))
+    found.append("fused_weight_gradient_mlp_cuda")
+    recipe_checks.check_gpus(recipe("tiny_gpt", "lion", "one_gpu"))
+
+
+def test_megatron_fsdp_is_refused_with_the_variable_that_it_does_not_start_with() -> None:
+    fsdp = ["--", "--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"]
+    with pytest.raises(LionError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1, which the cluster h100x8 sets under"):
+        main.main(["llama_130m", "lion", "h100x8", "--dry-run", *fsdp])
+    recipe_checks.check_flags(recipe("tiny_gpt", "lion", "cpu"), fsdp[1:])
+
+
 def test_the_printed_lines_meet_at_the_address_given() -> None:
     printed = commands.printed(recipe("gpt2_small", "lion", "a100x16", "master-address=node7", "master-port=1234"), [])
     assert "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint node7:1234 --rdzv-id gpt2_small-lion-a100x16" in printed
