@@ -1,6 +1,6 @@
 """Pretrain a GPT with Megatron's own loop; needs nothing but the megatron-core wheel and this package.
 
-    torchrun --nproc-per-node 8 launch/pretrain_gpt.py --optimizer lion --lr 1e-5 <Megatron's own flags>
+    torchrun --nproc-per-node 8 launch/pretrain_gpt.py --optimizer lion --lr 1e-4 <Megatron's own flags>
 
 Every flag is Megatron's (--help lists them). Sequence packing, SFT, fill-in-the-middle and multi-token prediction are
 for Megatron-LM's own pretrain_gpt.py: run that one with ``torchrun -m megatron_lion.run pretrain_gpt.py``.

@@ -3,8 +3,8 @@
 
     python tools/prepare_text.py --input openwebtext/*.jsonl.zst --output-prefix data/owt --workers 32 --append-eod \\
         --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --split 998,1,1
-    python tools/prepare_text.py --input Skylion007/openwebtext ... a data set of the hub, streamed python
-    tools/prepare_text.py --output-prefix data/owt --verify verify existing output against its manifest
+    python tools/prepare_text.py --input Skylion007/openwebtext ...         a data set of the hub, streamed
+    python tools/prepare_text.py --output-prefix data/owt --verify          compare existing output with its manifest
 
 It writes these files, named as by Megatron's preprocess_data.py:
 

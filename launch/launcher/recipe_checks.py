@@ -222,8 +222,8 @@ def check_gpus(recipe: Recipe) -> None:
         )
     if not (recipe.get("no-gradient-accumulation-fusion") or _is_installed("fused_weight_gradient_mlp_cuda")):
         raise LionError(
-            "Megatron fuses gradient accumulation with NVIDIA's Apex (its module fused_weight_gradient_mlp_cuda), which "
-            "is not installed here: install it, or use no-gradient-accumulation-fusion=true"
+            "Megatron fuses gradient accumulation with NVIDIA's Apex (its module fused_weight_gradient_mlp_cuda), "
+            "which is not installed here: install it, or use no-gradient-accumulation-fusion=true"
         )
 
 

@@ -199,8 +199,8 @@ def resiliency_problem() -> str | None:
         f"megatron-core {megatron_version()} cannot be imported: it reads nvidia_resiliency_ext.__version__, which the "
         f"installed nvidia-resiliency-ext ({', '.join(package.__path__)}) lacks, like all releases up to 0.4.1. "
         "Run pip uninstall nvidia-resiliency-ext, and remove its folder: pip leaves it, and an empty one fails too. "
-        "Or install 0.6.0, which megatron-core 0.19.2 asks for; in a read-only image with pip install --no-deps "
-        "--target DIR, and DIR on PYTHONPATH"
+        "Or install 0.6.0, which megatron-core 0.19.2 asks for, from NVIDIA/nvidia-resiliency-ext on GitHub; in "
+        "a read-only image with pip install --no-deps --target DIR, and DIR on PYTHONPATH"
     )
 
 
