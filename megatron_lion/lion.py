@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from megatron_lion import kernels
-from megatron_lion.config import (
-    CHEN_BETAS,
-    MOMENTUM_INITS,
-    LionError,
-    LionOptions,
-    check_betas,
-    check_choice,
-    check_non_negative,
-)
+from megatron_lion import kernels, param_groups
+from megatron_lion.config import CHEN_BETAS, LionError, LionOptions
 from megatron_lion.plan import GroupPlan, KernelCall, present
 from megatron_lion.precision import BlockLayout
 from megatron_lion.step import StepScalars
@@ -46,6 +38,9 @@ class Lion(torch.optim.Optimizer):
     State per parameter: ``exp_avg`` (m), of the parameter's shape; :mod:`megatron_lion.storage` lists the additional
     tensors of other precisions. Issues no collective, except for a DTensor gradient with other placements than its
     parameter, which is redistributed.
+
+    A NaN or infinity in a gradient stays in ``exp_avg``: sign(NaN) counts as 0, so that element no longer learns, and
+    the loss does not show it. Check gradients before the step. Megatron's loop does.
 
     DTensor parameters (torch FSDP2, Megatron-FSDP) are stepped on each rank's local tensors, with state in DTensors of
     the same placements. ``telemetry`` then has the sums of the local tensors.
@@ -75,7 +70,7 @@ class Lion(torch.optim.Optimizer):
 
     Raises:
         LionError: a hyperparameter is out of range, a parameter is complex or integer, ``kernel="fused"`` does not
-            support a parameter on a GPU, a gradient is sparse, or another optimizer wrote the state dict.
+            support a parameter, a gradient is sparse, or a state dict is another optimizer's or of other shapes.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -109,6 +104,7 @@ class Lion(torch.optim.Optimizer):
             "momentum_dtype": momentum_dtype,
             "master_weights": master_weights,
         }
+        param_groups.refuse_set(params)
         self._forget_plans()
         super().__init__(params, defaults)
 
@@ -123,25 +119,11 @@ class Lion(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. Missing settings get the defaults. Nothing is added if a check fails."""
-        group = {**param_group, **self.defaults, **param_group}  # megatron-fsdp needs "params" first, as torch has it
-        group["betas"] = check_betas(group["betas"])
-        for key in ("lr", "weight_decay"):
-            if not torch.is_tensor(group[key]):  # a tensor is read at each step
-                group[key] = check_non_negative(key, group[key])
-        check_choice("momentum_init", group["momentum_init"], MOMENTUM_INITS)
-        check_choice("kernel", group["kernel"], kernels.KERNELS)
+        group = param_groups.completed(param_group, self.defaults)
         storage = storage_of(group)
-        params = group["params"]
-        group["params"] = [params] if torch.is_tensor(params) else list(params)
-        for entry in group["params"]:
-            param = entry[1] if isinstance(entry, tuple) else entry  # torch also accepts (name, parameter)
-            if torch.is_tensor(param) and not param.is_floating_point():
-                raise LionError(
-                    f"Lion needs real floating-point parameters, got {param.dtype} of shape {tuple(param.shape)}"
-                )
-            if torch.is_tensor(param):
-                storage.check(self._stored(param))
-                kernels.check_parameter(group["kernel"], storage.kind(param, param.dtype), param)
+        for param in param_groups.tensors_of(group):
+            storage.check(self._stored(param))
+            kernels.check_parameter(group["kernel"], storage.kind(param, param.dtype), param)
         super().add_param_group(group)
 
     @torch.no_grad()
@@ -158,13 +140,15 @@ class Lion(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ready = [(group, *self._ready(group)) for group in self.param_groups]  # before anything is updated
-        for group, grads, plan in ready:
-            self._step_group(group, grads, plan)
+        # What can fail comes before the first update: a step is made as a whole or not at all.
+        ready = [(group, *self._ready(group)) for group in self.param_groups]
+        for group, prepared in [(group, self._prepare(group, grads, plan)) for group, grads, plan in ready]:
+            if prepared is not None:
+                self._run(group, *prepared)
         return loss
 
     def _ready(self, group: dict[str, Any]) -> tuple[Grads, GroupPlan | None]:
-        """The group's gradients, and the plan of its last step if that still holds. Updates nothing."""
+        """The group's gradients, and the plan of its last step if that still holds. Changes nothing."""
         params = group["params"]
         grads = self._gradients(params)
         plan = self._plans.get(id(group))
@@ -178,10 +162,14 @@ class Lion(torch.optim.Optimizer):
                 )
         return grads, None
 
-    def _step_group(self, group: dict[str, Any], grads: Grads, plan: GroupPlan | None) -> None:
+    def _prepare(
+        self, group: dict[str, Any], grads: Grads, plan: GroupPlan | None
+    ) -> tuple[GroupPlan, StepScalars] | None:
+        """The plan and the scalars of the group's step, or None for no step. Creates missing state."""
         scalars = self._scalars(group)
-        if plan is None:
-            plan = self._plan(group, grads, scalars)
+        return plan or self._plan(group, grads, scalars), scalars
+
+    def _run(self, group: dict[str, Any], plan: GroupPlan, scalars: StepScalars) -> None:
         for call in plan.calls:
             call.run(scalars, self._telemetry_of(call.params[0]))
             if group.get("momentum_dtype") == "int8" and call.tensors.scales is None:  # loaded in fp32, set_momentum
@@ -280,9 +268,10 @@ class Lion(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the result of ``state_dict()``. The next steps are bit-identical to those of the saved optimizer.
 
-        A state in another precision is converted to this optimizer's. Load hooks see, and may change, the saved state
+        A state in another precision is converted to this optimizer's. **Load the model's weights first**: masters in
+        another format, or missing ones, are made from the parameters. Load hooks see, and may change, the saved state
         before the load and this optimizer's state after it. Raises LionError, changing nothing, if another optimizer
-        wrote the state or if it has master weights that this one would lose.
+        wrote the state, if it is of other shapes, or if it has master weights that this one would lose.
         """
         restored: list[tuple[Tensor, State, Tensor | None]] = []
         kept: list[dict[str, Any]] = []

@@ -44,8 +44,9 @@ class StepKind(NamedTuple):
 class StepTensors:
     """Tensors of one update; entry i of each list belongs to parameter i. Tensors may be empty.
 
-    All tensors are on one device, and each list has one dtype. Tensors of a parameter have the same number of elements
-    (except ``scales``), in any shape and memory layout. Only ``grads`` and ``blocks`` are not modified by an update.
+    All tensors are on one device, and each list has one dtype. Tensors of a parameter have the same shape
+    (except ``scales``), in any memory layout; only their numbers of elements are checked. Only ``grads`` and ``blocks``
+    are not modified by an update.
 
     The constructor checks all of this, once for all kernels. It replaces each DTensor by this rank's local tensor, so
     no kernel sees another one. It issues no collective and does not wait for a device.

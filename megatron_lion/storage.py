@@ -131,13 +131,14 @@ class Storage:
         """Convert ``saved`` to this storage. Return the state and the new value of ``param``, or None to keep it.
 
         The state has the saved tensors where nothing is converted. Modifies nothing. Raises LionError if ``saved`` has
-        no momentum, or has master weights that this storage would lose.
+        no momentum, tensors of other shapes, or master weights that this storage would lose.
         """
         if "exp_avg" not in saved:
             raise LionError(
                 f"the state of a parameter of shape {tuple(param.shape)} has no exp_avg, so Lion did not write it; it "
                 f"has {', '.join(sorted(saved))}. Load only the weights and start Lion's momentum at zero"
             )
+        _check_shapes(saved, param, layout)
         state = {key: value.to(param.device) if torch.is_tensor(value) else value for key, value in saved.items()}
         wanted, master = self._master(param), state.get("master_param")
         if master is not None and wanted is None:
@@ -163,6 +164,18 @@ class Storage:
         if self.master_weights is None or param.dtype not in (torch.bfloat16, torch.float16):
             return None
         return torch.int16 if self.master_weights == "remainder" else torch.float32
+
+
+def _check_shapes(saved: State, param: Tensor, layout: BlockLayout) -> None:
+    shapes = {"exp_avg": param.shape, "master_param": param.shape}
+    shapes["exp_avg_scale"] = torch.Size([layout.count(param.numel())])
+    for key, expected in shapes.items():
+        if key in saved and saved[key].shape != expected:
+            raise LionError(
+                f"the saved {key} of a parameter of shape {tuple(param.shape)} has shape {tuple(saved[key].shape)}, "
+                f"not {tuple(expected)}: it is another model's, or the parameters are in another order. Nothing was "
+                "loaded"
+            )
 
 
 def storage_of(group: dict[str, Any]) -> Storage:

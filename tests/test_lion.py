@@ -354,6 +354,10 @@ BAD_HYPERPARAMETERS = [
     ({"betas": ("a", "b")}, "beta1 .*'a'"),
     ({"momentum_init": "gradiant"}, "momentum_init 'gradiant' .*did you mean 'gradient'.*zero"),
     ({"momentum_init": None}, "momentum_init None .*gradient, zero"),
+    ({"maximize": "false"}, "maximize must be True or False, got 'false'"),
+    ({"lr": torch.tensor(-1.0)}, "lr must be a finite number >= 0, got -1.0"),
+    ({"lr": torch.tensor(float("nan"))}, "lr .*nan"),
+    ({"weight_decay": torch.tensor([1.0, 2.0])}, r"weight_decay .* with one element, got one of shape \(2,\)"),
 ]
 
 
@@ -451,6 +455,39 @@ def test_a_sparse_gradient_in_a_later_group_changes_nothing():
     with pytest.raises(LionError, match="sparse gradients"):
         optimizer.step()
     assert_same(before, snapshot(optimizer, params))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_step_that_fails_in_a_later_group_changes_no_parameter(kernel):
+    """An update is applied whole or not at all, and a retry after the repair is the step that failed."""
+    params = make_params()
+    optimizer = Lion([{"params": [param]} for param in params], kernel=kernel, **HYPER)
+    expected = make_params()
+    twin = Lion(expected, **HYPER)
+    for param in (*params, *expected):
+        param.grad = torch.ones_like(param)
+    broken = optimizer.state[params[-1]] = {"exp_avg": torch.zeros(params[-1].shape, dtype=torch.int8)}
+    for _ in range(2):
+        before = [param.detach().clone() for param in params]
+        with pytest.raises(ValueError, match="exp_avgs must be floating-point"):
+            optimizer.step()
+        assert all(same_bits(a, b) for a, b in zip(before, params, strict=True))
+    broken["exp_avg"] = torch.zeros_like(params[-1])
+    optimizer.step()
+    twin.step()
+    assert all(same_bits(a, b) for a, b in zip(params, expected, strict=True))
+
+
+def test_parameters_in_a_set_are_refused():
+    """Sets have another order in each process, and state is saved by position."""
+    for params in (set(make_params()), [{"params": set(make_params())}]):
+        with pytest.raises(LionError, match="use a list, not a set"):
+            Lion(params)
+
+
+def test_a_parameter_that_the_fused_kernel_cannot_update_is_refused_at_the_start():
+    with pytest.raises(LionError, match=r"fused kernel cannot be used: it supports fp32 and bf16.*float16"):
+        Lion([torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))], kernel="fused")
 
 
 def test_a_checkpoint_does_not_bring_its_kernel():

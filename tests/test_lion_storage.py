@@ -228,6 +228,37 @@ def test_what_cannot_be_stored_is_refused() -> None:
         optimizer.get_unscaled_state(params[0], "exp_avg_sq")
 
 
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_scale", "master_param"])
+def test_state_of_another_shape_is_refused_by_name(key: str) -> None:
+    """Also with as many elements: the fused kernel would train on it, in another order."""
+    params = parameters()
+    optimizer = ShardedLion(params, **HYPER, momentum_dtype="int8", master_weights="fp32")
+    train(optimizer, params, 1)
+    saved = optimizer.state_dict()
+    saved["state"] = {number: dict(state) for number, state in saved["state"].items()}
+    saved["state"][0][key] = saved["state"][0][key].reshape(1, -1)
+    with pytest.raises(LionError, match=rf"saved {key} of a parameter of shape \(3, 70\) has shape \(1, "):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("saved_as", "loaded_as"), [("remainder", "fp32"), ("fp32", "remainder"), (None, "fp32")])
+def test_masters_in_another_format_are_the_saved_ones_if_the_model_is_loaded_first(
+    saved_as: str | None, loaded_as: str
+) -> None:
+    theirs, params = parameters(), [torch.nn.Parameter(torch.zeros_like(param)) for param in parameters()]
+    saving = ShardedLion(theirs, **HYPER, master_weights=saved_as)
+    train(saving, theirs, 3)
+    loading = ShardedLion(params, **HYPER, master_weights=loaded_as)
+    with torch.no_grad():
+        for param, other in zip(params, theirs, strict=True):
+            param.copy_(other)
+    loading.load_state_dict(saving.state_dict())
+    for param, other in zip(params, theirs, strict=True):
+        assert torch.equal(
+            loading.get_unscaled_state(param, "master_param"), saving.get_unscaled_state(other, "master_param")
+        )
+
+
 def more_groups(saved: dict) -> dict:
     return {**saved, "param_groups": saved["param_groups"] * 2}
 
@@ -245,7 +276,11 @@ def a_foreign_state(saved: dict) -> dict:
     return {**saved, "state": {**saved["state"], len(SHAPES) - 1: {"momentum_buffer": torch.ones(())}}}
 
 
-@pytest.mark.parametrize("spoil", [more_groups, fewer_parameters, a_foreign_group, a_foreign_state])
+def a_transposed_state(saved: dict) -> dict:
+    return {**saved, "state": {**saved["state"], 0: {key: value.t() for key, value in saved["state"][0].items()}}}
+
+
+@pytest.mark.parametrize("spoil", [more_groups, fewer_parameters, a_foreign_group, a_foreign_state, a_transposed_state])
 @pytest.mark.parametrize(("momentum", "master"), [("int8", "remainder"), ("fp32", "fp32"), (None, None)])
 def test_a_refused_load_changes_nothing(spoil, momentum: str | None, master: str | None) -> None:
     """Of a state in another storage: with remainders the bf16 parameter is a half of what is loaded."""
@@ -257,7 +292,7 @@ def test_a_refused_load_changes_nothing(spoil, momentum: str | None, master: str
     train(optimizer, params, 1)
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     before = [param.detach().clone() for param in params] + values(optimizer, params)
-    with pytest.raises(ValueError, match=r"parameter group|not written by Lion|no exp_avg"):
+    with pytest.raises(ValueError, match=r"parameter group|not written by Lion|no exp_avg|another model's"):
         optimizer.load_state_dict(spoil(saving.state_dict()))
     assert_equal([param.detach() for param in params] + values(optimizer, params), before)
     assert [{key: group[key] for key in groups[0]} for group in optimizer.param_groups] == groups

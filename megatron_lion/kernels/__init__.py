@@ -46,14 +46,14 @@ def _choose(kernel: str, kind: StepKind) -> LionUpdate:
 
 
 def check_parameter(kernel: str, kind: StepKind, param: torch.Tensor) -> None:
-    """Refuse ``"fused"`` before the first step if it cannot update ``param``, stored as ``kind``, on a GPU.
+    """Refuse ``"fused"`` before the first step if it cannot update ``param``, stored as ``kind``.
 
     Raises:
         LionError: the message has the reason.
     """
-    if kernel == "fused" and kind.device.type == "cuda":
+    if kernel == "fused" and kind.device.type != "meta":  # a rehearsal's
         choose(kernel, kind)
-        if not param.is_contiguous():
+        if kind.device.type == "cuda" and not param.is_contiguous():
             raise LionError(
                 f"the fused kernel cannot be used on a GPU for a parameter that is not contiguous: shape "
                 f"{tuple(param.shape)}, strides {param.stride()}. Make it contiguous, or use auto, foreach or reference"

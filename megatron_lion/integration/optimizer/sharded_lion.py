@@ -90,9 +90,12 @@ class ShardedLion(Lion):
             if param in self.state and "exp_avg_scale" not in self.state[param]
         )
 
-    def _step_group(self, group: dict[str, Any], grads: Grads, plan: GroupPlan | None) -> None:
-        if self.skip is None or not (self._sets_momentum_on_host(group, grads) and bool(self.skip)):
-            super()._step_group(group, grads, plan)
+    def _prepare(
+        self, group: dict[str, Any], grads: Grads, plan: GroupPlan | None
+    ) -> tuple[GroupPlan, StepScalars] | None:
+        if self.skip is not None and self._sets_momentum_on_host(group, grads) and bool(self.skip):
+            return None
+        return super()._prepare(group, grads, plan)
 
     def _sets_momentum_on_host(self, group: dict[str, Any], grads: Grads) -> bool:
         """Whether this step sets momentum outside of the kernel: to the first gradient, or from fp32 to int8."""
