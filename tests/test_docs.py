@@ -7,6 +7,7 @@ import pytest
 
 import megatron_lion
 from tests import doc_commands
+from tools import api_page
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -88,6 +89,10 @@ def test_every_page_is_in_the_navigation_and_the_index() -> None:
 def test_the_api_page_has_every_public_name() -> None:
     headings = re.findall(r"^## (megatron_lion\.\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert {f"megatron_lion.{name}" for name in megatron_lion.__all__} - {"megatron_lion.__version__"} <= set(headings)
+
+
+def test_the_api_page_is_what_its_tool_writes() -> None:
+    assert (DOCS / "api.md").read_text(encoding="utf-8") == api_page.page()
 
 
 def test_commands_are_found_in_blocks_and_in_the_text() -> None:
