@@ -29,14 +29,13 @@ from . import (
     child_process,
     commands,
     extra_flags,
-    progress_line,
     recipe_checks,
     recipe_files,
     recipes,
     rehearsal,
     report,
+    screen,
     slurm,
-    tail,
 )
 from .keys import TOPICS
 from .recipe_files import ROOT
@@ -94,7 +93,9 @@ def prepare_folder(recipe: Recipe, extra: list[str]) -> Path:
 def run_here(recipe: Recipe, extra: list[str]) -> int:
     """Run torchrun on this machine and return its status. Its output goes to log.txt and, step by step, to the screen.
 
-    Ctrl-C, SIGTERM and SIGHUP end the run: the ranks save, and this function returns when torchrun has ended.
+    Ctrl-C, SIGTERM and SIGHUP end the run: the ranks save, and this function returns when torchrun has ended. So does a
+    reader that closes the output (``launch.py ... | head``). Nothing else about the screen ends a run: a line that
+    cannot be read is shown as it is, and other errors of the output turn off the screen.
     """
     if recipe["nodes"] > 1:
         raise LionError(
@@ -111,9 +112,7 @@ def run_here(recipe: Recipe, extra: list[str]) -> int:
         path.open("ab") as log,
         child_process.tied(line, stdout=log, stderr=subprocess.STDOUT, env=environment) as process,
     ):
-        for text in tail.lines_of(path, start, lambda: process.poll() is not None):
-            shown = progress_line.readable(text, recipe)
-            print(text if shown is None else f"{shown}\n", end="", flush=True)
+        screen.follow(process, path, start, recipe)
     return process.returncode
 
 
