@@ -180,7 +180,7 @@ def main(arguments: list[str]) -> int:
     if on_cpu and runs_here and not any(override.startswith("device=") for override in overrides):
         overrides.append("device=cpu")
     recipe = recipes.resolve(*names, overrides)
-    recipe_checks.check(recipe)
+    recipe_checks.check(recipe, extra)
     recipe_checks.check_flags(recipe, extra)
     if options.dry_run:
         print(report.report(recipe, extra))

@@ -90,7 +90,7 @@ class _Settings:
                 self.replace(key, typed(key, value, where), f"{source}: {comment}" if comment else source)
 
     def replace(self, key: str, value: Any, source: str) -> None:
-        if self.values.get(key, value) != value:
+        if key in self.values and self.values[key] != value:
             source += f" (instead of {self.values[key]})"
         self.values[key], self.sources[key] = value, source
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_lion.config import GATHERS, LionOptions
+from megatron_lion.config import GATHERS, LionOptions, NormRatioOptions
 
 from . import commands, estimates, extra_flags, recipe_checks
 from .keys import TOPICS
@@ -76,7 +76,8 @@ def _needs(recipe: Recipe) -> str:
                 f"lion-reduce={reduce} {_size(packed)}{first} (experimental); with lion-reduce=stock {stock}"
             )
     if interval := recipe.get("norm-ratio-interval"):
-        rows["norm-ratio rounds"] = f"{recipe['norm-ratio-batches']} batches every {interval:,} steps"
+        batches = recipe.get("norm-ratio-batches", NormRatioOptions.batches)
+        rows["norm-ratio rounds"] = f"{batches} batches every {interval:,} steps"
     hours = estimates.hours(recipe, UTILIZATION)
     if hours is not None:
         rows[f"time at {UTILIZATION:.0%} of the peak"] = (

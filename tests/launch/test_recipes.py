@@ -69,7 +69,7 @@ BROKEN = {
     "tiny_gpt lion cpu train-iters=0": ("train-iters must be greater than 0",),
     "tiny_gpt lion cpu lr=-1": ("lr must be a finite number >= 0", "-1"),
     "tiny_gpt lion cpu lr=nan": ("lr must be a finite number", "nan"),
-    "tiny_gpt lion cpu lion-beta2=1": ("--lion-beta2 must be in [0, 1)", "got 1"),
+    "tiny_gpt lion cpu lion-beta2=1": ("lion-beta2 must be in [0, 1)", "got 1"),
     "tiny_gpt lion cpu lion-momentum-dtype=int4": ("lion-momentum-dtype", "int4", "int8"),
     "tiny_gpt sgd cpu sgd-momentum=1": ("sgd-momentum must be in [0, 1)", "got 1"),
     "tiny_gpt lion cpu hidden-dropout=1.5": ("hidden-dropout must be in [0, 1)",),
