@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.harness import ROOT, as_in_a_terminal
@@ -147,3 +148,21 @@ def test_an_output_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -
     assert errors.startswith("megatron-lion: warning: no more steps are shown ([Errno 28] No space left on device).")
     assert errors.count("\n") == 1
     assert (tmp_path / "log.txt").read_text(errors="replace").endswith("completed\n")
+
+
+def test_a_second_start_waits_for_the_ranks_also_if_the_first_was_killed(tmp_path: Path) -> None:
+    """The launcher that it leaves behind still trains into the folder."""
+    first = start(tmp_path)
+    launcher = launcher_of(tmp_path)
+    first.kill()
+    first.communicate(timeout=60)
+    second = start(tmp_path, launcher="echo second")
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert f"in use by another start, process {first.pid} on " in errors
+    os.kill(launcher, signal.SIGTERM)
+    while "saved" not in (tmp_path / "log.txt").read_text() or psutil.pid_exists(launcher):
+        time.sleep(0.05)
+    third = start(tmp_path, launcher="echo third")
+    shown, errors = third.communicate(timeout=60)
+    assert (third.returncode, shown, errors) == (0, "third\n", "")
