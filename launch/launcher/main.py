@@ -73,6 +73,9 @@ def submit(recipe: Recipe, extra: list[str], python: str) -> int:
     script = slurm.script(recipe, extra, python)
     with run_folder.claimed(recipe):
         path = run_folder.save_recipe(recipe, extra) / "job.sh"
+        for key, folder in slurm.folders_to_make(recipe).items():
+            with run_folder.writing(key, folder):
+                folder.mkdir(parents=True, exist_ok=True)
         with run_folder.writing("run", path.parent):
             run_folder.write(path, script)
     try:

@@ -70,6 +70,9 @@ def _check_words(recipe: Recipe) -> None:
             check_choice(key, recipe[key], valid)
     for key in DATA_KEYS:
         check_data_prefix(key, recipe.get(key, ""))
+    for key in ("run", "save", "load"):
+        if recipe.get(key) == "":
+            raise LionError(f"{key} is empty: use a folder, or remove the key for its default")
 
 
 def _check_model(recipe: Recipe) -> None:

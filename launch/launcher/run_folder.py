@@ -30,13 +30,15 @@ WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # from file syst
 
 @contextlib.contextmanager
 def claimed(recipe: Recipe) -> Iterator[list[int]]:
-    """Make the run's folder and lock it, so that a second start does not train into it. Yields the lock's descriptors.
+    """Make and lock the run's folder and ``save``, so that a second start does not train into them.
 
-    A child that inherits them keeps the lock while it lives, also if this process is killed. Raises LionError if
-    another start has the lock.
+    Yields the locks' descriptors. A child that inherits them keeps the locks while it lives, also if this process is
+    killed. Raises LionError if another start has one of them.
     """
+    keys = [key for key in ("run", "save") if key in recipe.settings]
+    folders = {os.path.realpath(recipe[key]): key for key in reversed(keys)}  # both may be the same one
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(_locked("run", Path(recipe["run"])))]
+        yield [stack.enter_context(_locked(key, Path(recipe[key]))) for key in reversed(folders.values())]
 
 
 @contextlib.contextmanager
@@ -107,8 +109,8 @@ def save_recipe(recipe: Recipe, extra: list[str]) -> Path:
     folder = Path(recipe["run"])
     with writing("run", folder):
         saved = _saved(folder)
-        if saved and (folder / "checkpoints" / "latest_checkpointed_iteration.txt").is_file():
-            _check_resumes(recipe, json.loads(saved[-1])["settings"])
+        if recipe.tracker.is_file():
+            _check_resumes(recipe, [json.loads(text)["settings"] for text in saved])
         content = commands.record(recipe, extra, versions())
         if not saved or saved[-1] != content:
             names = itertools.chain(["recipe.json"], (f"recipe-{number}.json" for number in itertools.count(2)))
@@ -131,12 +133,15 @@ def _saved(folder: Path) -> list[str]:
     return found
 
 
-def _check_resumes(recipe: Recipe, before: dict[str, Any]) -> None:
-    for key in FIXED:
+def _check_resumes(recipe: Recipe, saved: list[dict[str, Any]]) -> None:
+    """Raise LionError if the last of the ``saved`` settings that wrote to this recipe's checkpoints differs from it."""
+    before = next((settings for settings in reversed(saved) if settings.get("save") == recipe.get("save")), {})
+    place = "save" if "save" in recipe.settings else "run"
+    for key in FIXED if before else ():
         if before.get(key) != recipe.get(key):
             raise LionError(
-                f"{recipe['run']} has checkpoints of a run with {key}={before.get(key)}, not {recipe.get(key)}: use "
-                f"another folder as run=..., or {key}={before.get(key)} to resume that run"
+                f"{recipe[place]} has checkpoints of a run with {key}={before.get(key)}, not {recipe.get(key)}: use "
+                f"another folder as {place}=..., or {key}={before.get(key)} to resume that run"
             )
 
 

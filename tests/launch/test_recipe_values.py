@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.launcher import main, recipe_checks, recipes
+from launch.launcher import commands, main, recipe_checks, recipes
 from launch.launcher.keys import KEYS
 from megatron_lion.config import LionError
 from tests.launch.recipe_cases import recipe
@@ -100,3 +100,25 @@ def test_every_key_of_lion_is_refused_where_another_optimizer_would_ignore_it(op
             recipe_checks.check(recipes.resolve("tiny_gpt", optimizer, "cpu", []), flags)
     defaults = ["lion-beta1=0.9", "lion-momentum-dtype=fp32", "lion-gather=params", "lion-gather-refresh=0"]
     recipe("tiny_gpt", optimizer, "cpu", *defaults)
+
+
+@pytest.mark.parametrize("key", ["run", "save", "load"])
+def test_an_empty_folder_is_refused(key: str) -> None:
+    with pytest.raises(LionError, match=f"^{key} is empty: use a folder, or remove the key for its default"):
+        recipe("tiny_gpt", "lion", "cpu", f"{key}=")
+
+
+@pytest.mark.parametrize(
+    ("given", "save", "load"),
+    [
+        ([], "/r/checkpoints", "/r/checkpoints"),
+        (["save=/s"], "/s", "/s"),
+        (["load=/l"], "/r/checkpoints", "/l"),
+        (["save=/s", "load=/l"], "/s", "/l"),
+    ],
+)
+def test_a_run_resumes_from_where_it_saves_unless_it_loads_from_elsewhere(
+    given: list[str], save: str, load: str
+) -> None:
+    flags = commands.training_flags(recipe("tiny_gpt", "lion", "cpu", "run=/r", *given), [])
+    assert [flags[flags.index(flag) + 1] for flag in ("--save", "--load")] == [save, load]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.launcher import main, run_folder
+from launch.launcher import main, recipes, run_folder
 from megatron_lion.config import LionError
 from tests.launch.recipe_cases import recipe
 
@@ -52,6 +52,22 @@ def test_another_run_does_not_go_on_from_these_checkpoints(saved: Callable[..., 
     ):
         with pytest.raises(LionError, match=re.escape(words)):
             saved(override)
+
+
+def test_another_run_does_not_resume_from_checkpoints_in_another_folder(
+    saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    place = f"save={tmp_path}/saved"
+    saved(place)
+    saved("lr=3e-3")  # a run with its own checkpoints
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("100")
+    saved(place)
+    saved("lr=2e-3")  # checkpoints elsewhere are not in its way
+    with pytest.raises(
+        LionError, match=r"/saved has checkpoints of a run with lr=0.001, not 0.002: use .* save=..., or"
+    ):
+        saved(place, "lr=2e-3")
 
 
 def test_a_recipe_never_replaces_one_that_is_saved(saved: Callable[..., Path]) -> None:
@@ -143,6 +159,22 @@ def test_a_second_start_is_refused_with_the_host_and_the_process_of_the_first(tm
         assert sorted((tmp_path / "run").iterdir()) == before
     with run_folder.claimed(found):
         pass
+
+
+def test_checkpoints_in_another_folder_are_locked_too(tmp_path: Path) -> None:
+    def other(run: str, save: str) -> recipes.Recipe:
+        return recipe("tiny_gpt", "lion", "cpu", f"run={tmp_path}/{run}", f"save={tmp_path}/{save}")
+
+    with run_folder.claimed(other("first", "saved")):
+        with run_folder.claimed(other("second", "own")):
+            pass
+        with (
+            pytest.raises(LionError, match=r"^save .*/saved is in use .* as save="),
+            run_folder.claimed(other("second", "saved")),
+        ):
+            pass
+    with run_folder.claimed(other("first", "first")) as locks:
+        assert len(locks) == 1
 
 
 def test_a_file_system_without_locks_is_a_warning(

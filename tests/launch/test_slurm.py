@@ -140,8 +140,8 @@ def cluster(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def saves(cluster: Path, iteration: int) -> str:
-    folder = cluster / "run" / "checkpoints"
+def saves(cluster: Path, iteration: int, place: str = "run/checkpoints") -> str:
+    folder = cluster / place
     return f"mkdir -p {folder}; printf {iteration} > {folder}/latest_checkpointed_iteration.txt"
 
 
@@ -169,6 +169,19 @@ def test_a_job_that_fails_at_its_start_is_not_queued_again(cluster: Path, act: s
     done = run(cluster, act)
     assert done.returncode == status
     assert not (cluster / "scontrol.log").exists()
+
+
+def test_checkpoints_in_another_folder_are_found_and_resumed(cluster: Path) -> None:
+    text = script("tiny_gpt", "lion", "cpu", run=cluster / "run", save=cluster / "my checkpoints")
+    place = str(cluster / "my checkpoints")
+    done = run(cluster, f"{saves(cluster, 100, 'my\\ checkpoints')}; exit 143", text)
+    assert (done.returncode, (cluster / "scontrol.log").read_text()) == (0, "requeue 42\n"), done.stderr
+    words = (cluster / "srun.log").read_text().splitlines()
+    assert [words[words.index(flag) + 1] for flag in ("--save", "--load")] == [place, place]
+    done = run(cluster, saves(cluster, 300, "my\\ checkpoints"), text)
+    assert done.returncode == 0
+    assert "done: iteration 300 of 300 is saved" in done.stdout
+    assert not (cluster / "run").exists()
 
 
 def meeting(cluster: Path, **job: int) -> list[str]:
