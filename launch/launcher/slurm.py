@@ -172,6 +172,8 @@ def script(recipe: Recipe, extra: list[str], python: str) -> str:
         command=" ".join([shlex.join([*srun, *prefix]), *words]),
         iterations=recipe["train-iters"],
         marker=shlex.quote(str(recipe.tracker)),
+        exit_interval=recipe.get("exit-interval", 0),
+        resumes=str(recipe.paths["load"] == recipe.paths["save"]).lower(),
     )
 
 
