@@ -53,6 +53,11 @@ class Recipe:
         }
 
     @property
+    def has_rounds(self) -> bool:
+        """Whether the run measures the norm ratio."""
+        return bool(self.get("norm-ratio-interval") or self.get("norm-ratio-at-start"))
+
+    @property
     def tracker(self) -> Path:
         """Megatron's file with the iteration of the run's last checkpoint."""
         return Path(self.paths["save"]) / "latest_checkpointed_iteration.txt"

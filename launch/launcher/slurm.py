@@ -243,7 +243,7 @@ def _is_inside(recipe: Recipe, path: Path) -> bool:
 def _reports(recipe: Recipe) -> dict[str, Path]:
     """The folders of what the run reports, by key, if the recipe sets them."""
     found = {"tensorboard-dir": Path(recipe["tensorboard-dir"])} if recipe.get("tensorboard-dir") else {}
-    if recipe.get("norm-ratio-interval") and recipe.get("norm-ratio-file"):
+    if recipe.has_rounds and recipe.get("norm-ratio-file"):
         found["norm-ratio-file"] = Path(recipe["norm-ratio-file"]).parent
     return found
 

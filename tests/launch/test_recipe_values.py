@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.launcher import commands, main, recipe_checks, recipes
+from launch.launcher import commands, estimates, main, recipe_checks, recipes
 from launch.launcher.keys import KEYS
 from megatron_lion.config import LionError
 from tests.launch.recipe_cases import recipe
@@ -42,6 +42,16 @@ def test_zero_is_in_the_range_of_what_can_be_turned_off(key: str) -> None:
 def test_the_number_of_batches_of_a_round_has_megatrons_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["llama_130m", "lion", "h100x8", "--dry-run", "norm-ratio-interval=1000"]) == 0
     assert "100 batches every 1,000 steps" in capsys.readouterr().out
+
+
+def test_a_round_at_the_start_needs_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    at_start = ["norm-ratio-interval=0", "norm-ratio-at-start=true", "norm-ratio-batches=all"]
+    assert main.main(["tiny_gpt", "lion", "cpu", "--dry-run", *at_start]) == 0
+    shown = capsys.readouterr().out
+    assert "all batches before the first step\n" in shown
+    assert " --norm-ratio-interval 0 --norm-ratio-batches all --norm-ratio-at-start --norm-ratio-file " in shown
+    found = [estimates.memory(recipe("tiny_gpt", "lion", "cpu", *some)) for some in (at_start, at_start[:1])]
+    assert found[0].round_copy > 0 == found[1].round_copy
 
 
 # Overrides and flags after --, and the message of LionOptions.
