@@ -140,7 +140,7 @@ def main(arguments: list[str]) -> int:
     recipe_checks.check(recipe, extra)
     recipe_checks.check_flags(recipe, extra)
     if options.dry_run:
-        print(report.report(recipe, extra))
+        screen.show(report.report(recipe, extra))
         return 0
     for note in recipe.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -153,6 +153,6 @@ def main(arguments: list[str]) -> int:
     for warning in recipe_checks.warnings(recipe):  # a run here prints it itself
         print(f"warning: {warning}", file=sys.stderr)
     if options.print:
-        print(slurm.script(recipe, extra, sys.executable) if options.slurm else commands.printed(recipe, extra))
+        screen.show(slurm.script(recipe, extra, sys.executable) if options.slurm else commands.printed(recipe, extra))
         return 0
     return submit(recipe, extra, sys.executable)

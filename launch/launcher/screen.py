@@ -1,4 +1,4 @@
-"""The screen of a run: one line for each step, from the log that its ranks write."""
+"""The launcher's output: what is only printed, and one line for each step of a run, from the log of its ranks."""
 
 import contextlib
 import os
@@ -10,6 +10,14 @@ from . import progress_line, tail
 from .recipes import Recipe
 
 GONE = "megatron-lion: the output is closed: ending the run; waiting until its ranks have saved\n"
+
+
+def show(text: str) -> None:
+    """Print ``text``. A reader that has closed the pipe wants no more of it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _discard_output()
 
 
 def follow(process: "subprocess.Popen[bytes]", log: Path, start: int, recipe: Recipe) -> None:
