@@ -78,6 +78,14 @@ def launcher_of(run: Path) -> int:
     return int(log.read_text().split()[1])
 
 
+def is_running(process: int) -> bool:
+    """Whether a process, of which this one is not the parent, has not ended. Nobody may have collected its status."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def assert_saved_and_ended(run: Path, launcher: int) -> None:
     """The launcher saved, had no other signal, and ended before run_here did."""
     assert (run / "log.txt").read_text() == f"ready {launcher}\nsaved\n"
@@ -161,8 +169,11 @@ def test_a_second_start_waits_for_the_ranks_also_if_the_first_was_killed(tmp_pat
     assert second.returncode == 1
     assert f"in use by another start, process {first.pid} on " in errors
     os.kill(launcher, signal.SIGTERM)
-    while "saved" not in (tmp_path / "log.txt").read_text() or psutil.pid_exists(launcher):
+    deadline = time.monotonic() + 60
+    while is_running(launcher):
+        assert time.monotonic() < deadline, "the launcher that was left behind has not ended"
         time.sleep(0.05)
+    assert (tmp_path / "log.txt").read_text() == f"ready {launcher}\nsaved\n"
     third = start(tmp_path, launcher="echo third")
     shown, errors = third.communicate(timeout=60)
     assert (third.returncode, shown, errors) == (0, "third\n", "")
