@@ -15,15 +15,8 @@ HOST = "MASTER_ADDRESS"  # the reader of --print replaces it
 
 def training_flags(recipe: Recipe, extra: list[str]) -> list[str]:
     """Megatron's flags: the settings that are flags, the paths of the run's files, then ``extra`` as given."""
-    run = Path(recipe["run"])
-    places = {
-        "save": str(run / "checkpoints"),
-        "load": str(run / "checkpoints"),
-        "tensorboard-dir": str(run / "tensorboard"),
-        "norm-ratio-file": str(run / "norm_ratio.jsonl"),
-    }
-    settings = places | recipe.settings
-    if not recipe.get("norm-ratio-interval"):  # the other norm-ratio flags are refused without it
+    settings = recipe.settings | recipe.paths
+    if not recipe.has_rounds:  # the other norm-ratio flags are refused
         settings = {key: value for key, value in settings.items() if not key.startswith("norm-ratio")}
     words: list[str] = []
     for key in MEGATRON_KEYS:

@@ -114,7 +114,7 @@ def memory(recipe: Recipe) -> Memory:
         gradients=count * (2 if recipe.get("grad-reduce-in-bf16") else 4),  # fp32 also for bf16 weights, unless asked
         state=round(shard * _state_bytes(recipe, half)),
         residual=round(_packed_share(recipe) * count * _feedback_bytes(recipe)),
-        round_copy=4 * shard if recipe.get("norm-ratio-interval") else 0,
+        round_copy=4 * shard if recipe.has_rounds else 0,
         activations=_activations(recipe, 2 if half else 4),
     )
 

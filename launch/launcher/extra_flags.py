@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_lion.config import LionError
 from megatron_lion.nearest import hint
@@ -23,12 +24,10 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
     """
     overrides: list[str] = []
     extra: list[str] = []
-    for flag, values in _grouped(words):
-        name, equals, value = flag.removeprefix("--").partition("=")
-        given = [value, *values] if equals else values
+    for name, given, written in _grouped(words):
         if name not in MEGATRON_KEYS:
             _check_name(name)
-            extra += [flag, *values]
+            extra += written
         elif MEGATRON_KEYS[name] is bool and not given:
             overrides.append(f"{name}=true")
         elif MEGATRON_KEYS[name] is not bool and len(given) == 1:
@@ -39,13 +38,20 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
     return overrides, extra
 
 
-def _grouped(words: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each flag with the words up to the next one."""
+def values(extra: list[str]) -> dict[str, Any]:
+    """Each flag of ``extra`` by its name in Megatron's arguments, with its first value. A switch is True."""
+    return {name.replace("-", "_"): given[0] if given else True for name, given, _ in _grouped(extra)}
+
+
+def _grouped(words: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Each flag: its name, its values, and its words as they are written."""
     if words and not words[0].startswith("--"):
         raise LionError(f"{words[0]!r} after -- is not a flag: write --FLAG VALUE")
     starts = [place for place, word in enumerate(words) if word.startswith("--")]
     for start, end in itertools.pairwise([*starts, len(words)]):
-        yield words[start], words[start + 1 : end]
+        name, equals, value = words[start].removeprefix("--").partition("=")
+        values = words[start + 1 : end]
+        yield name, [value, *values] if equals else values, words[start:end]
 
 
 def _check_name(name: str) -> None:

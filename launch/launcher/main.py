@@ -13,88 +13,39 @@ tensorboard/ and norm_ratio.jsonl. The same command resumes from the last checkp
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 from megatron_lion.config import LionError
 from megatron_lion.nearest import did_you_mean
-from megatron_lion.version import __version__
 
 from . import (
     child_process,
     commands,
     extra_flags,
-    progress_line,
     recipe_checks,
     recipe_files,
     recipes,
     rehearsal,
     report,
+    run_folder,
+    screen,
     slurm,
-    tail,
 )
 from .keys import TOPICS
-from .recipe_files import ROOT
 from .recipes import Recipe
 
 OPTIONS = ("--dry-run", "--rehearse", "--print", "--slurm", "--help")
-# Keys that cannot change when a run resumes from its checkpoints.
-FIXED = (
-    "script", "num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size", "max-position-embeddings",
-    "tokenizer-type", "optimizer", "lr", "min-lr", "train-iters", "lr-decay-iters",
-)  # fmt: skip
-
-
-def versions() -> dict[str, str | None]:
-    """Versions that a run depends on. The commit ends in + if the checkout has uncommitted changes."""
-    found: dict[str, str | None] = {"python": sys.version.split()[0], "megatron-lion": __version__}
-    for name in ("torch", "megatron-core", "transformer-engine"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    try:
-        git = ["git", "-C", str(ROOT)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-        found["commit"] = commit + ("+" if changed.strip() else "")
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
-        found["commit"] = None
-    return found
-
-
-def prepare_folder(recipe: Recipe, extra: list[str]) -> Path:
-    """Make the run's folder and save the recipe in it. A start with another recipe or commit writes a new file.
-
-    Raises LionError if the folder has checkpoints of another run.
-    """
-    folder = Path(recipe["run"])
-    saved = sorted(folder.glob("recipe*.json"), key=lambda path: path.stat().st_mtime)
-    if saved and (folder / "checkpoints" / "latest_checkpointed_iteration.txt").is_file():
-        before = json.loads(saved[-1].read_text(encoding="utf-8"))["settings"]
-        for key in FIXED:
-            if before.get(key) != recipe.get(key):
-                raise LionError(
-                    f"{folder} has checkpoints of a run with {key}={before.get(key)}, not {recipe.get(key)}: use "
-                    f"another folder as run=..., or {key}={before.get(key)} to resume that run"
-                )
-    folder.mkdir(parents=True, exist_ok=True)
-    content = commands.record(recipe, extra, versions())
-    if not saved or saved[-1].read_text(encoding="utf-8") != content:
-        name = f"recipe-{len(saved) + 1}.json" if saved else "recipe.json"
-        (folder / name).write_text(content, encoding="utf-8")
-    return folder
 
 
 def run_here(recipe: Recipe, extra: list[str]) -> int:
     """Run torchrun on this machine and return its status. Its output goes to log.txt and, step by step, to the screen.
 
-    Ctrl-C, SIGTERM and SIGHUP end the run: the ranks save, and this function returns when torchrun has ended.
+    Ctrl-C, SIGTERM and SIGHUP end the run: the ranks save, and this function returns when torchrun has ended. So does a
+    reader that closes the output (``launch.py ... | head``). Nothing else about the screen ends a run: a line that
+    cannot be read is shown as it is, and other errors of the output turn off the screen.
     """
     if recipe["nodes"] > 1:
         raise LionError(
@@ -102,26 +53,31 @@ def run_here(recipe: Recipe, extra: list[str]) -> int:
         )
     if recipe["device"] == "cuda":
         recipe_checks.check_gpus(recipe)
-    folder = prepare_folder(recipe, extra)
     line = commands.torchrun(recipe, extra, [sys.executable, "-m", "torch.distributed.run"])
     environment = {**os.environ, **recipe.environment}
-    path = folder / "log.txt"
-    start = path.stat().st_size if path.exists() else 0
-    with (
-        path.open("ab") as log,
-        child_process.tied(line, stdout=log, stderr=subprocess.STDOUT, env=environment) as process,
-    ):
-        for text in tail.lines_of(path, start, lambda: process.poll() is not None):
-            shown = progress_line.readable(text, recipe)
-            print(text if shown is None else f"{shown}\n", end="", flush=True)
+    with run_folder.claimed(recipe) as locks:
+        path = run_folder.save_recipe(recipe, extra) / "log.txt"
+        with run_folder.writing("run", path.parent):
+            log = path.open("ab")
+        start = log.tell()
+        with (
+            log,
+            child_process.tied(line, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=locks) as process,
+        ):
+            screen.follow(process, path, start, recipe)
     return process.returncode
 
 
 def submit(recipe: Recipe, extra: list[str], python: str) -> int:
     """Write the batch script into the run's folder and submit it. Raises LionError if there is no sbatch here."""
     script = slurm.script(recipe, extra, python)
-    path = prepare_folder(recipe, extra) / "job.sh"
-    path.write_text(script, encoding="utf-8")
+    with run_folder.claimed(recipe):
+        path = run_folder.save_recipe(recipe, extra) / "job.sh"
+        for key, folder in slurm.folders_to_make(recipe).items():
+            with run_folder.writing(key, folder):
+                folder.mkdir(parents=True, exist_ok=True)
+        with run_folder.writing("run", path.parent):
+            run_folder.write(path, script)
     try:
         return subprocess.run(["sbatch", str(path)], check=False).returncode
     except FileNotFoundError:
@@ -181,10 +137,10 @@ def main(arguments: list[str]) -> int:
     if on_cpu and runs_here and not any(override.startswith("device=") for override in overrides):
         overrides.append("device=cpu")
     recipe = recipes.resolve(*names, overrides)
-    recipe_checks.check(recipe)
+    recipe_checks.check(recipe, extra)
     recipe_checks.check_flags(recipe, extra)
     if options.dry_run:
-        print(report.report(recipe, extra))
+        screen.show(report.report(recipe, extra))
         return 0
     for note in recipe.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -197,6 +153,6 @@ def main(arguments: list[str]) -> int:
     for warning in recipe_checks.warnings(recipe):  # a run here prints it itself
         print(f"warning: {warning}", file=sys.stderr)
     if options.print:
-        print(slurm.script(recipe, extra, sys.executable) if options.slurm else commands.printed(recipe, extra))
+        screen.show(slurm.script(recipe, extra, sys.executable) if options.slurm else commands.printed(recipe, extra))
         return 0
     return submit(recipe, extra, sys.executable)

@@ -8,29 +8,15 @@ from megatron_lion.config import (
     GATHERS,
     REDUCES,
     LionError,
-    LionOptions,
-    betas_or_default,
     check_choice,
     check_data_prefix,
-    check_non_negative,
     warning_about,
 )
 
-from . import estimates, slurm
-from .keys import WORDS
+from . import estimates, lion_checks, ranges, slurm
 from .recipe_files import ROOT
-from .recipes import SLURM_PORTS, Recipe
+from .recipes import Recipe
 
-POSITIVE = (
-    "num-layers", "hidden-size", "num-attention-heads", "seq-length", "max-position-embeddings", "global-batch-size",
-    "micro-batch-size", "train-iters", "vocab-size", "nodes", "gpus-per-node", "tensor-model-parallel-size",
-    "pipeline-model-parallel-size", "context-parallel-size", "save-interval", "eval-interval", "log-interval",
-    "lr-decay-iters", "norm-ratio-batches", "gpu-memory-gib", "distributed-timeout-minutes", "slurm-cpus",
-    "join-timeout", "num-query-groups", "ffn-hidden-size",
-)  # fmt: skip
-FRACTIONS = (
-    "hidden-dropout", "attention-dropout", "mask-prob", "short-seq-prob", "sgd-momentum", "adam-beta1", "adam-beta2",
-)  # fmt: skip
 CHOICES = {
     "optimizer": tuple(estimates.MOMENTS),
     "device": ("cuda", "cpu"),
@@ -55,8 +41,11 @@ DATA_KEYS = ("train-data-path", "valid-data-path", "test-data-path")
 FILE_KEYS = ("tokenizer-model", "vocab-file", "merge-file")
 
 
-def check(recipe: Recipe) -> None:
-    """Raise LionError for the first setting that cannot work; needs no GPU, no Megatron and none of the files."""
+def check(recipe: Recipe, extra: list[str] | None = None) -> None:
+    """Raise LionError for the first setting that cannot work; needs no GPU, no Megatron and none of the files.
+
+    ``extra`` are the flags after ``--`` that are not keys of a recipe.
+    """
     missing = [key for key in REQUIRED if key not in recipe.settings]
     if missing:
         reasons = "".join(f" {note}" for note in recipe.notes)
@@ -64,7 +53,9 @@ def check(recipe: Recipe) -> None:
             f"the recipe does not set {', '.join(missing)}: add it to a file, or as {missing[0]}=... to the "
             f"command.{reasons}"
         )
-    _check_values(recipe)
+    ranges.check(recipe)
+    _check_words(recipe)
+    lion_checks.check(recipe, extra or [])
     _check_model(recipe)
     _check_layout(recipe)
     _check_schedule(recipe)
@@ -73,36 +64,15 @@ def check(recipe: Recipe) -> None:
     _check_memory(recipe)
 
 
-def _check_values(recipe: Recipe) -> None:
-    for key in POSITIVE:
-        if key in recipe.settings and recipe[key] != WORDS.get(key) and not recipe[key] > 0:
-            raise LionError(f"{key} must be greater than 0, got {recipe[key]:g}")
-    for key in FRACTIONS:
-        if key in recipe.settings and not 0.0 <= recipe[key] < 1.0:
-            raise LionError(f"{key} must be in [0, 1), got {recipe[key]:g}")
+def _check_words(recipe: Recipe) -> None:
     for key, valid in CHOICES.items():
         if key in recipe.settings:
             check_choice(key, recipe[key], valid)
-    last_port = 65536 - SLURM_PORTS
-    if not 1 <= recipe.get("master-port", 1) <= last_port:
-        raise LionError(f"master-port must be in [1, {last_port}], got {recipe['master-port']}")
-    for key in ("lr", "min-lr", "weight-decay", "clip-grad"):
-        check_non_negative(key, recipe.get(key, 0.0))
     for key in DATA_KEYS:
         check_data_prefix(key, recipe.get(key, ""))
-    _check_lion(recipe)
-
-
-def _check_lion(recipe: Recipe) -> None:
-    """The checks of the run itself, so that they fail before a job waits in a queue."""
-    names = ("gather", "gather_refresh", "reduce", "error_feedback", "momentum_dtype", "master_weights")
-    asked = {name: recipe[key] for name in names if (key := f"lion-{name.replace('_', '-')}") in recipe.settings}
-    if recipe["optimizer"] == "lion":
-        LionOptions(betas=betas_or_default(recipe.get("lion-beta1"), recipe.get("lion-beta2")), **asked)
-        return
-    for name in ("gather", "reduce"):
-        if asked.get(name, getattr(LionOptions, name)) != getattr(LionOptions, name):
-            raise LionError(f"lion-{name} {asked[name]} has no effect with optimizer {recipe['optimizer']}: remove it")
+    for key in ("run", "save", "load"):
+        if recipe.get(key) == "":
+            raise LionError(f"{key} is empty: use a folder, or remove the key for its default")
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -176,8 +146,6 @@ def _check_schedule(recipe: Recipe) -> None:
     decay, warmup = recipe.get("lr-decay-iters", recipe["train-iters"]), recipe.get("lr-warmup-iters", 0)
     if warmup >= decay:
         raise LionError(f"lr-warmup-iters {warmup} does not end before lr-decay-iters {decay}: change one of them")
-    if recipe.get("norm-ratio-interval", 0) < 0:
-        raise LionError(f"norm-ratio-interval must be >= 0, got {recipe['norm-ratio-interval']}; 0 turns it off")
 
 
 def _check_device(recipe: Recipe) -> None:
@@ -291,4 +259,5 @@ def _divisors(number: int) -> str:
 
 
 def _divisors_of(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return [*small, *(number // divisor for divisor in reversed(small) if divisor**2 != number)]

@@ -42,6 +42,27 @@ class Recipe:
         return int(self["nodes"] * self["gpus-per-node"])
 
     @property
+    def paths(self) -> dict[str, str]:
+        """Paths of the run's checkpoints and reports, by key. By default they are in its folder, and it resumes."""
+        save = self.get("save", f"{self['run']}/checkpoints")
+        return {
+            "save": save,
+            "load": self.get("load", save),
+            "tensorboard-dir": self.get("tensorboard-dir", f"{self['run']}/tensorboard"),
+            "norm-ratio-file": self.get("norm-ratio-file", f"{self['run']}/norm_ratio.jsonl"),
+        }
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether the run measures the norm ratio."""
+        return bool(self.get("norm-ratio-interval") or self.get("norm-ratio-at-start"))
+
+    @property
+    def tracker(self) -> Path:
+        """Megatron's file with the iteration of the run's last checkpoint."""
+        return Path(self.paths["save"]) / "latest_checkpointed_iteration.txt"
+
+    @property
     def addresses(self) -> list[str]:
         """The nodes' addresses if they are set, in the order of the nodes."""
         return str(self.get("node-addresses", "")).replace(" ", "").split(",") if self.get("node-addresses") else []
@@ -90,7 +111,7 @@ class _Settings:
                 self.replace(key, typed(key, value, where), f"{source}: {comment}" if comment else source)
 
     def replace(self, key: str, value: Any, source: str) -> None:
-        if self.values.get(key, value) != value:
+        if key in self.values and self.values[key] != value:
             source += f" (instead of {self.values[key]})"
         self.values[key], self.sources[key] = value, source
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_lion.config import GATHERS, LionOptions
+from megatron_lion.config import GATHERS, LionOptions, NormRatioOptions
 
 from . import commands, estimates, extra_flags, recipe_checks
 from .keys import TOPICS
@@ -75,8 +75,8 @@ def _needs(recipe: Recipe) -> str:
             rows["reduction of gradients"] = (
                 f"lion-reduce={reduce} {_size(packed)}{first} (experimental); with lion-reduce=stock {stock}"
             )
-    if interval := recipe.get("norm-ratio-interval"):
-        rows["norm-ratio rounds"] = f"{recipe['norm-ratio-batches']} batches every {interval:,} steps"
+    if recipe.has_rounds:
+        rows["norm-ratio rounds"] = _rounds_row(recipe)
     hours = estimates.hours(recipe, UTILIZATION)
     if hours is not None:
         rows[f"time at {UTILIZATION:.0%} of the peak"] = (
@@ -84,6 +84,13 @@ def _needs(recipe: Recipe) -> str:
             f"{_three_digits(hours * recipe.ranks)} GPU-hours (without evaluation, checkpoints and rounds)"
         )
     return "\n".join(["estimates", *(f"  {name:26} {value}" for name, value in rows.items())])
+
+
+def _rounds_row(recipe: Recipe) -> str:
+    interval = recipe.get("norm-ratio-interval")
+    moments = [f"every {interval:,} steps"] if interval else []
+    moments += ["before the first step"] if recipe.get("norm-ratio-at-start") else []
+    return f"{recipe.get('norm-ratio-batches', NormRatioOptions.batches)} batches {' and '.join(moments)}"
 
 
 def _three_digits(value: float) -> str:

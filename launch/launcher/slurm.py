@@ -171,7 +171,9 @@ def script(recipe: Recipe, extra: list[str], python: str) -> str:
         folder=shlex.quote(str(Path.cwd())),
         command=" ".join([shlex.join([*srun, *prefix]), *words]),
         iterations=recipe["train-iters"],
-        marker=shlex.quote(str(run / "checkpoints" / "latest_checkpointed_iteration.txt")),
+        marker=shlex.quote(str(recipe.tracker)),
+        exit_interval=recipe.get("exit-interval", 0),
+        resumes=str(recipe.paths["load"] == recipe.paths["save"]).lower(),
     )
 
 
@@ -219,9 +221,11 @@ def _mounts(recipe: Recipe) -> list[str]:
     given = _mounted(recipe)
     mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in _given_mounts(recipe)]
     same = [source for source, target in given if source == target]
-    files = {Path(recipe[key]).parent for key in FILE_KEYS if recipe.get(key)}
-    files = {path for path in files if not any(path.is_relative_to(target) for _, target in given)}
-    own = {ROOT, Path.cwd(), Path(recipe["run"])} - {target for _, target in given}
+    files = {Path(recipe[key]).parent for key in FILE_KEYS if recipe.get(key)} | set(_reports(recipe).values())
+    files |= {Path(recipe["load"])} if "load" in recipe.settings else set()
+    files = {path for path in files if not _is_inside(recipe, path)}
+    own = {ROOT, Path.cwd(), *(Path(recipe[key]) for key in ("run", "save") if key in recipe.settings)}
+    own -= {target for _, target in given}
     for path in sorted(files | own):
         if not any(path.is_relative_to(mounted) for mounted in same):
             if re.search("[:,]", str(path)):
@@ -229,6 +233,29 @@ def _mounts(recipe: Recipe) -> list[str]:
             same.append(path)
             mounts.append(f"{path}:{path}")
     return mounts
+
+
+def _is_inside(recipe: Recipe, path: Path) -> bool:
+    """Whether ``path`` is in the target of one of the recipe's mounts."""
+    return any(path.is_relative_to(target) for _, target in _mounted(recipe))
+
+
+def _reports(recipe: Recipe) -> dict[str, Path]:
+    """The folders of what the run reports, by key, if the recipe sets them."""
+    found = {"tensorboard-dir": Path(recipe["tensorboard-dir"])} if recipe.get("tensorboard-dir") else {}
+    if recipe.has_rounds and recipe.get("norm-ratio-file"):
+        found["norm-ratio-file"] = Path(recipe["norm-ratio-file"]).parent
+    return found
+
+
+def folders_to_make(recipe: Recipe) -> dict[str, Path]:
+    """Folders besides ``run`` and ``save`` that must exist before the job, by key, because its container mounts them.
+
+    Without a container the job makes them itself.
+    """
+    if "container" not in recipe.settings:
+        return {}
+    return {key: path for key, path in _reports(recipe).items() if not _is_inside(recipe, path)}
 
 
 def _mounted(recipe: Recipe) -> list[tuple[Path, Path]]:

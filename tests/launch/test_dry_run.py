@@ -1,5 +1,8 @@
 """launch.py's dry run and its command line: recipes of one sweep, notes, sources, costs, flags after ``--``."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +10,7 @@ import pytest
 from launch.launcher import estimates, extra_flags, main, report
 from launch.launcher.keys import KEYS
 from megatron_lion.config import LionError
-from tests.launch.recipe_cases import recipe
+from tests.launch.recipe_cases import ROOT, recipe
 
 
 @pytest.fixture
@@ -240,6 +243,17 @@ def test_the_cpu_variable_is_enough(
     assert "--distributed-backend nccl" in dry_run("tiny_gpt lion one_gpu device=cuda", capsys)
     assert main.main(["tiny_gpt", "lion", "one_gpu", "--slurm", "--print"]) == 0
     assert "--distributed-backend nccl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--print"])
+def test_a_reader_that_wants_only_the_first_lines_is_no_error(option: str) -> None:
+    """launch.py ... --dry-run | head"""
+    read, write = os.pipe()
+    os.close(read)
+    line = [sys.executable, "launch/launch.py", "tiny_gpt", "adamw", "cpu", option]
+    done = subprocess.run(line, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_three_digits() -> None:

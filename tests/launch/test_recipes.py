@@ -1,10 +1,8 @@
 """Recipes as files and as command lines: the paper's values, what is refused before anything starts."""
 
-import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,7 +67,7 @@ BROKEN = {
     "tiny_gpt lion cpu train-iters=0": ("train-iters must be greater than 0",),
     "tiny_gpt lion cpu lr=-1": ("lr must be a finite number >= 0", "-1"),
     "tiny_gpt lion cpu lr=nan": ("lr must be a finite number", "nan"),
-    "tiny_gpt lion cpu lion-beta2=1": ("--lion-beta2 must be in [0, 1)", "got 1"),
+    "tiny_gpt lion cpu lion-beta2=1": ("lion-beta2 must be in [0, 1)", "got 1"),
     "tiny_gpt lion cpu lion-momentum-dtype=int4": ("lion-momentum-dtype", "int4", "int8"),
     "tiny_gpt sgd cpu sgd-momentum=1": ("sgd-momentum must be in [0, 1)", "got 1"),
     "tiny_gpt lion cpu hidden-dropout=1.5": ("hidden-dropout must be in [0, 1)",),
@@ -323,40 +321,3 @@ def test_every_node_gets_its_own_address_and_the_first_is_the_host() -> None:
     assert [" --rdzv-endpoint 10.0.0.1:1234 " in line for line in lines] == [True, True]
     assert " --local-addr 10.0.0.1 --rdzv-conf join_timeout=600,is_host=true " in lines[0]
     assert " --local-addr 10.0.0.2 --rdzv-conf join_timeout=600,is_host=false " in lines[1]
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[..., Path]:
-    """Prepare the run's folder for a recipe with overrides."""
-
-    def prepare(*overrides: str) -> Path:
-        return main.prepare_folder(recipe("tiny_gpt", "lion", "cpu", f"run={tmp_path}/run", *overrides), ["--x"])
-
-    return prepare
-
-
-def test_the_resolved_recipe_is_saved_with_versions_and_each_other_start_beside_it(saved: Callable[..., Path]) -> None:
-    folder = saved()
-    content = json.loads((folder / "recipe.json").read_text())
-    assert content["names"] == {"model": "tiny_gpt", "optimizer": "lion", "cluster": "cpu"}
-    assert content["settings"]["lr"] == 1e-3
-    assert content["extra"] == ["--x"]
-    assert content["command"].endswith("--x")
-    assert content["versions"]["megatron-core"]
-    assert re.fullmatch(r"[0-9a-f]{40}\+?", content["versions"]["commit"])
-    saved()
-    assert [path.name for path in folder.iterdir()] == ["recipe.json"]
-    saved("log-interval=5")
-    assert sorted(path.name for path in folder.iterdir()) == ["recipe-2.json", "recipe.json"]
-
-
-def test_another_run_does_not_go_on_from_these_checkpoints(saved: Callable[..., Path]) -> None:
-    (saved() / "checkpoints").mkdir()
-    (saved() / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("100")
-    saved("log-interval=5")
-    for override, words in (
-        ("hidden-size=64", "hidden-size=128, not 64: use another folder as run=..., or hidden-size=128"),
-        ("lr=2e-3", "lr=0.001, not 0.002"),
-    ):
-        with pytest.raises(LionError, match=re.escape(words)):
-            saved(override)

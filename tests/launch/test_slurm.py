@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.launcher import main
 from megatron_lion.config import LionError
 from tests.launch.recipe_cases import CASES, ROOT
 from tests.launch.slurm_stubs import install, run, script
@@ -140,8 +141,8 @@ def cluster(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def saves(cluster: Path, iteration: int) -> str:
-    folder = cluster / "run" / "checkpoints"
+def saves(cluster: Path, iteration: int, place: str = "run/checkpoints") -> str:
+    folder = cluster / place
     return f"mkdir -p {folder}; printf {iteration} > {folder}/latest_checkpointed_iteration.txt"
 
 
@@ -169,6 +170,63 @@ def test_a_job_that_fails_at_its_start_is_not_queued_again(cluster: Path, act: s
     done = run(cluster, act)
     assert done.returncode == status
     assert not (cluster / "scontrol.log").exists()
+
+
+def test_checkpoints_in_another_folder_are_found_and_resumed(cluster: Path) -> None:
+    text = script("tiny_gpt", "lion", "cpu", run=cluster / "run", save=cluster / "my checkpoints")
+    place = str(cluster / "my checkpoints")
+    done = run(cluster, f"{saves(cluster, 100, 'my\\ checkpoints')}; exit 143", text)
+    assert (done.returncode, (cluster / "scontrol.log").read_text()) == (0, "requeue 42\n"), done.stderr
+    words = (cluster / "srun.log").read_text().splitlines()
+    assert [words[words.index(flag) + 1] for flag in ("--save", "--load")] == [place, place]
+    done = run(cluster, saves(cluster, 300, "my\\ checkpoints"), text)
+    assert done.returncode == 0
+    assert "done: iteration 300 of 300 is saved" in done.stdout
+    assert not (cluster / "run").exists()
+
+
+EXIT_INTERVAL = {"exit-interval": 100}
+
+
+@pytest.mark.parametrize(
+    ("act", "settings", "is_done"),
+    [
+        ("{saved}", EXIT_INTERVAL, True),
+        ("{saved}; exit 143", EXIT_INTERVAL, False),  # a signal
+        ("{saved}", {"exit-interval": 30}, False),  # another reason, such as --exit-duration-in-mins
+        ("{saved}", {"exit-interval": 0}, False),
+        ("{saved}", {}, False),
+    ],
+)
+def test_a_job_that_ends_at_its_exit_interval_is_done(
+    cluster: Path, act: str, settings: dict[str, int], is_done: bool
+) -> None:
+    text = script("tiny_gpt", "lion", "cpu", run=cluster / "run", **settings)
+    done = run(cluster, act.format(saved=saves(cluster, 200)), text)
+    assert done.returncode == 0, done.stderr
+    assert ("done: iteration 200 of 300 is saved, a multiple of exit-interval 100" in done.stdout) == is_done
+    assert (cluster / "scontrol.log").exists() != is_done
+    again = run(cluster, "true", text)
+    assert again.returncode == 1, "nothing was saved, which is not an end at the interval"
+
+
+def test_the_exit_interval_may_be_a_flag(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--exit-interval", "1"], ["--exit-interval=1"]):
+        words = ["tiny_gpt", "lion", "cpu", f"run={cluster}/run", "--slurm", "--print", "--", *flags]
+        assert main.main(words) == 0
+        shutil.rmtree(cluster / "run", ignore_errors=True)
+        done = run(cluster, saves(cluster, 1), capsys.readouterr().out)
+        assert "done: iteration 1 of 300 is saved, a multiple of exit-interval 1" in done.stdout, done.stderr
+    assert not (cluster / "scontrol.log").exists()
+
+
+def test_a_job_that_would_not_resume_what_it_saved_is_not_queued_again(cluster: Path) -> None:
+    text = script("tiny_gpt", "lion", "cpu", run=cluster / "run", load=cluster / "other")
+    done = run(cluster, f"{saves(cluster, 100)}; exit 143", text)
+    assert done.returncode == 143
+    assert "not queued again, because it would start from load instead of what it saved. Remove load" in done.stderr
+    assert not (cluster / "scontrol.log").exists()
+    assert run(cluster, saves(cluster, 300), text).returncode == 0
 
 
 def meeting(cluster: Path, **job: int) -> list[str]:

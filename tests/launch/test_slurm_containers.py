@@ -131,6 +131,35 @@ def test_a_folder_of_this_machine_is_mounted_also_inside_the_target_of_a_mount()
         assert ("/lab/runs/1:/lab/runs/1" in given) == added
 
 
+def test_checkpoints_and_reports_in_other_folders_are_mounted() -> None:
+    paths = {
+        "save": "/scratch/saved", "load": "/old/checkpoints", "tensorboard-dir": "/lab/boards",
+        "norm-ratio-file": "/lab/ratios/a.jsonl",
+    }  # fmt: skip
+    given = mounts_of(run="/lab/run", **paths)
+    for path in ("/lab/run", "/scratch/saved", "/old/checkpoints", "/lab/boards", "/lab/ratios"):
+        assert f"{path}:{path}" in given
+    # The script reads what is saved from outside. The others may be paths in the target of a mount.
+    inside = {"container-mounts": "/a:/scratch,/b:/old,/c:/lab"}
+    assert [mount for mount in mounts_of(run="/run", **paths, **inside) if mount.split(":")[0] in paths.values()] == [
+        "/scratch/saved:/scratch/saved"
+    ]
+    off = mounts_of(run="/lab/run", **paths, **{"norm-ratio-interval": 0})
+    assert "/lab/ratios:/lab/ratios" not in off
+
+
+def test_folders_that_a_container_mounts_are_made_before_the_job(cluster: Path) -> None:
+    (cluster / "bin" / "sbatch").write_text("#!/bin/sh\n")
+    paths = {"save": "saved", "tensorboard-dir": "boards/a", "norm-ratio-file": "ratios/a.jsonl", "run": "run"}
+    settings = [f"{key}={cluster}/{path}" for key, path in paths.items()] + [f"{k}={v}" for k, v in PYXIS.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{cluster}/bin")
+        (cluster / "bin" / "sbatch").chmod(0o755)
+        assert main.submit(recipe("tiny_gpt", "lion", "cpu", *settings), [], "python3") == 0
+    for folder in ("saved", "boards/a", "ratios", "run"):
+        assert (cluster / folder).is_dir()
+
+
 def test_files_are_looked_for_where_a_mount_has_them(tmp_path: Path) -> None:
     for name in ("tokenizer.model", *(f"{split}_text_document.{end}" for split in SPLITS for end in ("bin", "idx"))):
         (tmp_path / name).write_text("x")
