@@ -23,7 +23,7 @@ from megatron_lion.integration.cpu import run_flags, torch_cuda
 from megatron_lion.integration.exchange import refusals as exchange
 from megatron_lion.integration.flags import norm_ratio_arguments as norm_ratio
 from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import config_fields, fast_norm, refusals
+from megatron_lion.integration.optimizer import config_fields, fast_norm, muon_scalar, refusals
 from megatron_lion.integration.rehearsal import fake_ranks
 from megatron_lion.integration.reporting import step_telemetry
 from megatron_lion.nearest import did_you_mean, hint
@@ -57,17 +57,21 @@ def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]
 
 
 def _validate_another(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]) -> Any:
+    _refuse_options_of_lion(args)
     config_fields.fill_betas(args)
-    fast_norm.refuse_without_lion(args)
-    asked = {
-        f"--lion-init-from {args.lion_init_from}": args.lion_init_from,
-        f"--lion-gather {args.lion_gather}": args.lion_gather != LionOptions.gather,
-        f"--lion-reduce {args.lion_reduce}": args.lion_reduce != LionOptions.reduce,
-        f"--lion-error-feedback {args.lion_error_feedback}": args.lion_error_feedback != LionOptions.error_feedback,
-    }
-    for flag in (flag for flag, is_asked in asked.items() if is_asked):
-        raise LionError(f"{flag} has no effect with --optimizer {args.optimizer}: remove it, or add --optimizer lion")
     return stock(args, defaults)
+
+
+def _refuse_options_of_lion(args: Any) -> None:
+    """Raise LionError for an option of Lion that has no effect with the optimizer of ``args``."""
+    used = muon_scalar.options_used(args)
+    for dest, (_, default) in config_fields.FIELDS.items():
+        value = getattr(args, dest)
+        if value not in (default, config_fields.stock_beta(dest)) and dest not in used:
+            flag = f"--{dest.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise LionError(
+                f"{flag} has no effect with --optimizer {args.optimizer}: remove it, or add --optimizer lion"
+            )
 
 
 def _validate_lion(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]) -> Any:
