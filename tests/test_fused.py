@@ -1,9 +1,11 @@
 """What is the CPU kernel's own: its storage dtypes, threads, large tensors, and how it is compiled and kept."""
 
 import ctypes
+import errno
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -209,6 +211,37 @@ def test_a_cache_that_cannot_be_used_is_done_without(cache, quick, monkeypatch, 
     assert said in compiler.cache_problem(quick)
     assert not list((cache.parent / "tmp").iterdir())
     assert not (cache.is_dir() and list(cache.iterdir()))
+
+
+def test_a_full_disk_of_the_cache_does_not_cost_the_kernel(cache, quick, monkeypatch):
+    """The linker writes the library, so a full disk looks like a failed compiler. An empty file still has room."""
+    here = compiler._compiler()
+    linker = quick.with_name("c++")
+    linker.write_text(
+        f'#!/bin/sh\ncase "$*" in *" {cache}"*) echo "ld: No space left on device" >&2; exit 1;; esac\n'
+        f'exec {here} "$@"\n'
+    )
+    linker.chmod(0o700)
+    monkeypatch.setenv("CXX", str(linker))
+
+    def no_space(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", no_space)
+    assert compiler.load(quick).answer() == 42
+    assert "No space left on device" in compiler.cache_problem(quick)
+    assert not list(cache.iterdir())
+
+
+def test_a_damaged_library_in_the_cache_is_replaced(cache, quick):
+    cache.mkdir(mode=0o700)
+    damaged = cache / f"quick-{compiler._key(quick, compiler._compiler(), *compiler.FLAGS)}.so"
+    damaged.write_bytes(b"\x7fELF")
+    damaged.chmod(0o700)
+    assert compiler.load(quick).answer() == 42
+    assert compiler.cache_problem(quick) is None
+    assert list(cache.iterdir()) == [damaged]
+    assert len(damaged.read_bytes()) > 1000
 
 
 def test_a_library_that_another_user_could_have_written_is_replaced(cache, quick):

@@ -7,14 +7,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_lion.cli.output_file import append_output_to
+
 
 def become(script: str, arguments: list[str], output: str, environment: Mapping[str, str]) -> None:
     """Run ``script`` as ``__main__`` with ``environment`` added; both output streams are appended to ``output``."""
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    append_output_to(output)
     os.environ.update(environment)
     # A process of the fork server starts its own processes from it too. A script has the platform's default.
     multiprocessing.set_start_method(None, force=True)

@@ -49,13 +49,6 @@ class Run(NamedTuple):
         return self._replace(start=first - start, stop=max(last, first) - start)
 
 
-class Header(NamedTuple):
-    """What a message says about itself."""
-
-    exceptions: int
-    checksum: int
-
-
 class Sections(NamedTuple):
     """Views of the parts of a message. fp32 parameters have only ``header`` and ``signs``; the rest is empty."""
 
@@ -158,12 +151,6 @@ def check_runs(runs: Sequence[Run], numel: int) -> None:
         if not end <= run.start <= run.stop <= numel:
             raise ValueError(f"runs must ascend within {numel} elements and not overlap, but {run} follows {end}")
         end = run.stop
-
-
-def read_header(message: Tensor) -> Header:
-    """The header of ``message``, read on the host."""
-    exceptions, checksum = message[:HEADER_BYTES].view(torch.int64).tolist()
-    return Header(exceptions, checksum)
 
 
 def checksum(params: Tensor) -> Tensor:

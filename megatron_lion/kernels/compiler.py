@@ -38,9 +38,10 @@ def load(source: Path = SOURCE, *macros: str) -> ctypes.CDLL:
 
     The cache is ``$XDG_CACHE_HOME/megatron_lion`` (``~/.cache/megatron_lion``). The file's name is a hash of the source
     and the headers next to it, the compiler, the flags and the CPU. Several processes may call this at once: each
-    compiles to a separate file and renames it, so that no process sees a partial library. If the cache cannot be
-    written, or another user could have written it, the library is compiled in a temporary folder, for this process only
-    (:func:`cache_problem` says why). A compiler that fails runs once per process. Issues no collective.
+    compiles in its own temporary folder and renames a copy into the cache, so that no process sees a partial library.
+    If the cache cannot be written, or another user could have written it, the library is loaded from that folder, for
+    this process only (:func:`cache_problem` says why). A compiler that fails runs once per process. Issues no
+    collective.
 
     Raises:
         CompilerUnavailable: no compiler, or one that fails; the message names it and has its error.
@@ -77,18 +78,23 @@ def _load_once(source: Path, *macros: str) -> _Outcome:
 
 def _load(source: Path, flags: Sequence[str]) -> _Outcome:
     compiler = _compiler()
-    command = [compiler, *flags, str(source)]
     name = f"{source.stem}-{_key(source, compiler, *flags)}.so"
+    cached, problem = None, ""
     try:
-        library = cache_folder() / name
-        if not (library.is_file() and is_private(library)):
-            _compile(command, library)
-        return _Outcome(ctypes.CDLL(str(library)), "")
+        cached = cache_folder() / name
+        if cached.is_file() and is_private(cached):
+            return _Outcome(ctypes.CDLL(str(cached)), "")
     except OSError as error:
         problem = str(error)
     with tempfile.TemporaryDirectory(prefix="megatron_lion-") as folder:  # a loaded library no longer needs its file
         library = Path(folder) / name
-        _compile(command, library)
+        _compile([compiler, *flags, str(source), "-o", str(library)])
+        if cached is not None:  # also over a library that did not load, which may be damaged
+            try:
+                _copy(library, cached)
+                return _Outcome(ctypes.CDLL(str(cached)), "")
+            except OSError as error:
+                problem = str(error)
         return _Outcome(ctypes.CDLL(str(library)), problem)
 
 
@@ -140,18 +146,24 @@ def is_private(path: Path) -> bool:
     return status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
 
 
-def _compile(command: Sequence[str], library: Path) -> None:
-    """Run ``command`` into ``library``. Raises OSError if its folder cannot be written."""
-    handle, name = tempfile.mkstemp(suffix=".so", prefix=f"{library.stem}-", dir=library.parent)
+def _compile(command: Sequence[str]) -> None:
+    """Run ``command``. Raises CompilerUnavailable with its first message if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompilerUnavailable(f"{command[0]} failed: {error}") from error
+    if done.returncode != 0:
+        raise CompilerUnavailable(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+
+
+def _copy(library: Path, cached: Path) -> None:
+    """Put a copy of ``library`` at ``cached`` with one atomic rename. Raises OSError if there is no room."""
+    handle, name = tempfile.mkstemp(suffix=".so", prefix=f"{cached.stem}-", dir=cached.parent)
     os.close(handle)
     partial = Path(name)
     try:
-        done = subprocess.run([*command, "-o", name], capture_output=True, text=True, errors="replace", timeout=SECONDS)
-        if done.returncode != 0:
-            raise CompilerUnavailable(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
-        partial.chmod(0o700)  # linkers make it group-writable if the umask allows that
-        partial.replace(library)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise CompilerUnavailable(f"{command[0]} failed: {error}") from error
+        shutil.copyfile(library, partial)
+        partial.chmod(0o700)
+        partial.replace(cached)
     finally:
         partial.unlink(missing_ok=True)

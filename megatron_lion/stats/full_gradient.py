@@ -3,18 +3,19 @@
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 from megatron_lion.config import LionError, check_non_negative
 from megatron_lion.stats.convergence import PREFIXES
 from megatron_lion.stats.record import GradientRecord
 from megatron_lion.stats.round import BatchShare, Counted, GradientRound
+from megatron_lion.stats.whole_split import check_gives_each_sample_once
 
 Loss = Tensor | tuple[Tensor, float]
 WeightDecay = float | Sequence[Mapping[str, Any]]
@@ -53,13 +54,14 @@ def full_gradient(
         share: for data-parallel ranks with equal parameters: ``batches`` are this rank's own, and the record, on every
             rank, is that of all of them. It then issues collectives, and every rank must call it.
         exact: ``batches`` are a whole split, each sample once, and the loss draws nothing at random (no dropout): the
-            gradient is that of the split. The record then says so. A DataLoader is checked: it must not leave samples
-            out or draw them twice, and if its last batch is smaller, ``loss_fn`` must return weights.
+            gradient is that of the split. The record then says so. A DataLoader is checked: it must be known to give
+            each sample once, by torch's own samplers or lists of indices. If its batches differ in size, or with
+            ``share``, ``loss_fn`` must return weights. Anything else, such as a list of batches, is not checked.
 
     Raises:
         LionError: for no batches, a loss that is not a scalar, is not finite or has no gradient, a weight that is not
             positive, a parameter in no group, two parameters in one memory, or a ``loss_fn`` that changed one. With
-            ``exact``, for a loader that does not give each sample once with equal weight.
+            ``exact``, for a loader that is not known to give each sample once with equal weight.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -71,9 +73,9 @@ def full_gradient(
     params = list(named.values())
     decays = _decays(named, weight_decay)
     counted = [Counted(name=n, value=p, weight_decay=d) for (n, p), d in zip(named.items(), decays, strict=True)]
-    needs_weight = exact and isinstance(batches, DataLoader) and _last_is_smaller(batches)
+    needs_weight = False
     if exact and isinstance(batches, DataLoader):
-        _check_covers_split(batches)
+        needs_weight = check_gives_each_sample_once(batches, is_shared=share is not None)
     measured = GradientRound(counted, prefixes=prefixes, share=share, exact=exact)
     versions = [param._version for param in params]
     with _undisturbed(model, batches), torch.enable_grad():
@@ -104,24 +106,6 @@ def _counted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
-def _check_covers_split(loader: "DataLoader[Any]") -> None:
-    """Raise LionError for a loader that leaves samples out or draws some twice."""
-    samples, sampler = len(loader.dataset), loader.sampler  # type: ignore[arg-type]
-    if loader.drop_last and _last_is_smaller(loader):
-        raise LionError(f"exact=True needs all {samples} samples, but the loader drops its last batch: drop_last=False")
-    if isinstance(sampler, RandomSampler) and sampler.replacement:
-        raise LionError("exact=True needs each sample once, but the loader draws with replacement: replacement=False")
-    if isinstance(sampler, Sized) and len(sampler) != samples:
-        raise LionError(
-            f"exact=True needs all {samples} samples, but the loader's sampler gives {len(sampler)}: use one that "
-            "gives each once, or exact=False"
-        )
-
-
-def _last_is_smaller(loader: "DataLoader[Any]") -> bool:
-    return loader.batch_size is not None and len(loader.dataset) % loader.batch_size > 0  # type: ignore[arg-type]
-
-
 def _decays(named: Mapping[str, nn.Parameter], weight_decay: WeightDecay) -> list[float]:
     """lambda of each parameter, in order."""
     if isinstance(weight_decay, int | float):
@@ -141,8 +125,8 @@ def _checked_loss(returned: Loss, index: int, *, needs_weight: bool) -> tuple[Te
     """The loss and the batch's weight, or LionError naming the batch."""
     if needs_weight and not isinstance(returned, tuple):
         raise LionError(
-            "the loader's last batch is smaller, so the mean over batches is not the mean over samples: let loss_fn "
-            "return (loss, samples in the batch)"
+            "the loader's batches differ in size, because the last batch is smaller or another rank's may be, so the "
+            "mean over batches is not the mean over samples: let loss_fn return (loss, samples in the batch)"
         )
     loss, weight = returned if isinstance(returned, tuple) else (returned, 1.0)
     where = f"loss_fn of batch {index} (counted from 0)"
@@ -169,7 +153,8 @@ def _undisturbed(model: nn.Module, batches: object) -> Iterator[None]:
         for name, buffer in module._buffers.items()
     ]
     # The generator of a DataLoader shuffles the training that follows, too.
-    owners = (batches, getattr(batches, "sampler", None))
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    owners = (batches, getattr(batches, "sampler", None), getattr(batch_sampler, "sampler", None))
     found = (getattr(owner, "generator", None) for owner in owners)
     generators = [(one, one.get_state()) for one in found if isinstance(one, torch.Generator)]
     numpy = sys.modules.get("numpy")  # not imported for this: who never imported it has no state in it

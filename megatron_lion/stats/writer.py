@@ -67,13 +67,22 @@ class RecordFile:
         return not _split(self.path)[0]
 
     def append(self, line: str) -> None:
-        """Append one line of JSON, and have it on disk before this returns. Ends a last line that has no newline."""
-        with self.path.open("ab+") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        """Append one line of JSON, and have it on disk before this returns. Ends a last line that has no newline.
+
+        Raises OSError where it cannot be written. The file is then as it was, without a part of the line.
+        """
+        with self.path.open("ab+", buffering=0) as file:  # a buffer would be written again where the file is closed
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
             unfinished = file.read() not in (b"", b"\n")
-            file.write(f"{'\n' if unfinished else ''}{line}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
+            rest = f"{'\n' if unfinished else ''}{line}\n".encode()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
 
 
 def _split(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:

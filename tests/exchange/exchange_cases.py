@@ -36,6 +36,11 @@ EVERY_KERNEL = pytest.mark.parametrize("kernels", KERNELS, ids=["reference", "cp
 COMPILED = pytest.mark.parametrize("kernels", KERNELS[1:], ids=["cpu", "triton"][: len(KERNELS) - 1])
 
 
+def exceptions_in(message: torch.Tensor) -> int:
+    """The number of exceptions that ``message`` says it has: the first number of its header."""
+    return int(message[:8].view(torch.int64))
+
+
 def on_device(kernels: ExchangeKernels, *tensors):
     """The tensors where ``kernels`` can read them."""
     device = DEVICE if kernels is TRITON else "cpu"

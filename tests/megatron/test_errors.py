@@ -18,6 +18,8 @@ from tests.versions import since
 ERROR = "megatron-lion: error: "
 FSDP = "--use-megatron-fsdp --data-parallel-sharding-strategy optim"
 LION = "--optimizer lion --lr 1e-4"
+ADAM = "--optimizer adam --lr 1e-4"
+MUON = "--optimizer muon --muon-scalar-optimizer lion --lr 1e-4"
 DISTRIBUTED = "--use-distributed-optimizer"
 RUN = "-m megatron_lion.run"
 ROUNDS = "--norm-ratio-interval 10"
@@ -100,7 +102,15 @@ WRONG = {
     ),
     f"{LION} {DISTRIBUTED} --lion-init-from fresh --finetune": ("--lion-init-from fresh", "--finetune", "remove one"),
     f"{LION} --lion-init-from adam": ("--lion-init-from adam needs --use-distributed-optimizer", "--no-load-optim"),
-    "--optimizer adam --lr 1e-4 --lion-init-from adam": ("no effect with --optimizer adam", "add --optimizer lion"),
+    f"{ADAM} --lion-init-from adam": ("no effect with --optimizer adam", "add --optimizer lion"),
+    f"{ADAM} --lion-momentum-dtype int4": ("dtype int4 has no effect with --optimizer adam: remove it",),
+    f"{ADAM} --lion-master-weights remainder": ("--lion-master-weights remainder has no effect with",),
+    f"{ADAM} --lion-kernel fusd": ("--lion-kernel fusd has no effect with --optimizer adam",),
+    f"{ADAM} --lion-gather-refresh 5": ("--lion-gather-refresh 5 has no effect with --optimizer adam",),
+    f"{ADAM} --lion-beta1 0.9": ("--lion-beta1 0.9 has no effect with --optimizer adam",),
+    "--optimizer sgd --lr 1e-4 --lion-fast-norm": ("--lion-fast-norm has no effect with --optimizer sgd", "remove it"),
+    "--optimizer muon --lr 1e-4 --lion-kernel fused": ("--lion-kernel fused has no effect with --optimizer muon",),
+    f"{MUON} --lion-momentum-dtype bf16": ("--lion-momentum-dtype bf16 has no effect with --optimizer muon",),
     f"{LION} --norm-ratio-interval -1": ("--norm-ratio-interval must be >= 0", "-1"),
     f"{LION} --norm-ratio-interval 10 --norm-ratio-batches 0": ("--norm-ratio-batches must be >= 1", "got 0"),
     f"{LION} --norm-ratio-interval 10 --norm-ratio-batches most": ("whole number or 'all', got 'most'",),
@@ -135,8 +145,8 @@ SIGNS = {
     f"{LION} {DISTRIBUTED} --lion-gather-refresh 5": ("--lion-gather-refresh has no effect without",),
     f"{LION} {DISTRIBUTED} --lion-gather signs --lion-gather-refresh -1": ("must be >= 0 steps", "got -1"),
     f"{LION} --lion-gather signs": ("--lion-gather signs needs --use-distributed-optimizer",),
-    "--optimizer adam --lr 1e-4 --lion-gather signs": ("--lion-gather signs has no effect with --optimizer adam",),
-    "--optimizer adam --lr 1e-4 --lion-error-feedback bf16": ("bf16 has no effect with --optimizer adam: remove it",),
+    f"{ADAM} --lion-gather signs": ("--lion-gather signs has no effect with --optimizer adam",),
+    f"{ADAM} --lion-error-feedback bf16": ("bf16 has no effect with --optimizer adam: remove it",),
     f"{LION} {DISTRIBUTED} --bf16 --lion-gather signs --optimizer-cpu-offload": (
         "--lion-gather signs",
         "--optimizer-cpu-offload",
@@ -161,17 +171,26 @@ RIGHT = {
     f"{LION} --lion-beta1 0.8": ("lion", 0.8, 0.95, False, False),
     f"{LION} --lion-beta1 0 --lion-beta2 0.97": ("lion", 0.0, 0.97, False, False),
     f"{LION} {DISTRIBUTED}": ("lion", 0.9, 0.95, True, False),
-    "--optimizer adam --lr 1e-4": ("adam", 0.95, 0.98, False, False),
-    f"--optimizer adam --lr 1e-4 {DISTRIBUTED}": ("adam", 0.95, 0.98, True, False),
+    ADAM: ("adam", 0.95, 0.98, False, False),
+    f"{ADAM} --lion-kernel auto --lion-gather params": ("adam", 0.95, 0.98, False, False),
+    f"{ADAM} --lion-beta1 0.95": ("adam", 0.95, 0.98, False, False),  # Megatron's default
+    f"{ADAM} {DISTRIBUTED}": ("adam", 0.95, 0.98, True, False),
     "--optimizer muon --lr 1e-4": ("muon", 0.95, 0.98, False, False),
     "--optimizer muon --lr 1e-4 --lion-beta1 0.7 --lion-beta2 0.6": ("muon", 0.7, 0.6, False, False),
+    f"{MUON} --lion-beta1 0.7 --lion-kernel fused": ("muon", 0.7, 0.98, False, False),
     f"--optimizer muon --lr 1e-4 {DISTRIBUTED}": ("muon", 0.95, 0.98, False, True),
     "--optimizer sgd --lr 1e-4 --use-precision-aware-optimizer": ("sgd", 0.95, 0.98, False, False),
 }
 
 
 # 0.17's own parser and validation refuse these.
-NEWER = (f"{LION} {ROUNDS} --cuda-graph-impl full_iteration", f"--optimizer muon --lr 1e-4 {DISTRIBUTED}")
+NEWER = (
+    f"{LION} {ROUNDS} --cuda-graph-impl full_iteration",
+    f"--optimizer muon --lr 1e-4 {DISTRIBUTED}",
+    f"{ADAM} --lion-beta1 0.95",
+    f"{MUON} --lion-momentum-dtype bf16",
+    f"{MUON} --lion-beta1 0.7 --lion-kernel fused",
+)
 
 
 def cases(lines: dict[str, tuple[Any, ...]], *marks: pytest.MarkDecorator) -> list[Any]:

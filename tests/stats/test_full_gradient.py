@@ -185,6 +185,15 @@ def test_one_call_on_a_loader_that_shuffles_by_the_global_state_leaves_it_as_it_
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_one_call_leaves_the_generator_of_a_batch_samplers_own_sampler_as_it_was() -> None:
+    data, generator = TensorDataset(*batches(1, 64)[0]), torch.Generator().manual_seed(3)
+    shuffled = torch.utils.data.RandomSampler(data, generator=generator)
+    loader = DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(shuffled, 16, False))
+    before = generator.get_state()
+    full_gradient(model(), loader, loss_fn)
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_a_record_in_bf16_is_accumulated_in_better_than_bf16() -> None:
     net = nn.Linear(4, 3).bfloat16()
     inputs = [torch.full((1, 4), value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0, 1.0)]

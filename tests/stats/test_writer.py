@@ -1,6 +1,9 @@
 """The file of rounds: each once, in order, none lost to a kill."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -84,3 +87,27 @@ def test_a_file_that_cannot_be_written_is_an_error_before_training(tmp_path: Pat
     (tmp_path / "taken").write_text("")
     with pytest.raises(LionError, match=r"--norm-ratio-file .* cannot be written"):
         RecordFile(tmp_path / "taken" / "norm_ratio.jsonl").resume(0)
+
+
+@contextmanager
+def no_room_beyond(size: int) -> Iterator[None]:
+    """Let the operating system refuse to write beyond ``size`` bytes of a file, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_round_that_does_not_fit_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    """A part of a line would stay in the middle of the file for good."""
+    path = tmp_path / "norm_ratio.jsonl"
+    file = write(path, 10)
+    before = path.read_bytes()
+    for iteration in (20, 30):
+        with no_room_beyond(len(before) + 5), pytest.raises(OSError, match="File too large"):
+            file.append(json.dumps({"iteration": iteration, "ratio": 1.5}))
+        assert path.read_bytes() == before
+    file.append(json.dumps({"iteration": 40}))
+    assert iterations(path) == [10, 40]

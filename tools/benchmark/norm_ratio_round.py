@@ -31,7 +31,7 @@ PAIRS = int(os.environ.get("BENCHMARK_PAIRS", "12"))
 
 def passes(step: Step, datasets: list[Any], batches: int) -> None:
     """As many forward and backward passes as a round makes, and nothing else."""
-    iterator = own_iterator(step, datasets, drawn(datasets, batches, iteration=0))
+    iterator = own_iterator(step, datasets, drawn(datasets, batches, iteration=0), iteration=0)
     for _ in range(batches):
         for chunk in step.model:
             chunk.zero_grad_buffer()

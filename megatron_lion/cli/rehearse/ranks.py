@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion import run
+from megatron_lion.cli.output_file import append_output_to
 from megatron_lion.config import LionError
 from megatron_lion.integration.rehearsal import one_rank
 from megatron_lion.integration.rehearsal.one_rank import RankReport
@@ -63,11 +63,7 @@ def _rehearse_one(rank: int, options: Any) -> RankReport:
 
 def _child(rank: int, options: Any, log: Path, result: Path) -> None:
     """Write the report of ``rank`` to ``result`` and everything that it prints to ``log``."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    append_output_to(log)
     run.GRACE_SECONDS = 0.0  # no other rank prints first
     try:
         report = one_rank.rehearse(

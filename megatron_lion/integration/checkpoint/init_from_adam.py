@@ -1,16 +1,27 @@
 """Lion that continues an Adam checkpoint: ``--lion-init-from``."""
 
+import argparse
 from typing import Any
 
 import torch
 
-from megatron_lion.config import LionError, LionOptions
+from megatron_lion.config import INITS_FROM, LionError, LionOptions
 from megatron_lion.integration import compat, console
 from megatron_lion.integration.optimizer.repaired import RepairedDistributedOptimizer
 from megatron_lion.storage import LION_GROUP_KEYS
 
 # What Lion's momentum starts from.
 MOMENTUM = {"adam": "Adam's exp_avg, bit for bit", "fresh": "zero"}
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the flag to Megatron's parser."""
+    parser.add_argument(
+        "--lion-init-from",
+        metavar=f"{{{','.join(INITS_FROM)}}}",
+        help="If --load has an Adam checkpoint, continue with its weights and Adam's momentum (adam), or zero momentum "
+        "(fresh). Without it such a checkpoint is refused. No effect once the checkpoint is Lion's own.",
+    )
 
 
 def check(args: Any, options: LionOptions) -> None:

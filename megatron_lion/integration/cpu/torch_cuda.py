@@ -10,6 +10,7 @@ There are two halves, because order matters: :func:`replace_cuda` runs before Me
 
 import contextlib
 import functools
+import inspect
 import os
 import sys
 import types
@@ -234,15 +235,19 @@ def _replace_cuda_module() -> None:
 
 
 def _separate_data_loaders() -> None:
-    """Give every data loader its own random generator.
+    """Give every data loader its own random generator, seeded as torch's is.
 
     On a GPU dropout draws from the device's generator and a new loader draws its seed from the CPU's. Here the two are
-    one, so the loader that a resumed run makes after it has restored the generator would shift dropout's draws.
+    one, so the loader that a resumed run makes after it has restored the generator would shift dropout's draws. The
+    seed is read and nothing is drawn. A restored state has the seed of the run that saved it.
     """
     stock_init = torch.utils.data.DataLoader.__init__
+    signature = inspect.signature(stock_init)
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("generator", torch.Generator())
-        stock_init(self, *args, **kwargs)
+    def init(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs)
+        if given.arguments.get("generator") is None:
+            given.arguments["generator"] = torch.Generator().manual_seed(torch.initial_seed())
+        stock_init(*given.args, **given.kwargs)
 
     torch.utils.data.DataLoader.__init__ = init  # type: ignore[method-assign]

@@ -6,24 +6,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from megatron_lion.config import (
-    ERROR_FEEDBACKS,
-    GATHERS,
-    INITS_FROM,
-    KERNELS,
-    REDUCES,
-    LionError,
-    LionOptions,
-    check_data_prefix,
-    check_rates,
-)
+from megatron_lion.config import KERNELS, LionError, LionOptions, check_data_prefix, check_rates
 from megatron_lion.integration import compat, console, exit_signal
 from megatron_lion.integration.checkpoint import formats, init_from_adam, ownership
 from megatron_lion.integration.cpu import run_flags, torch_cuda
 from megatron_lion.integration.exchange import refusals as exchange
+from megatron_lion.integration.flags import exchange_arguments, state_precision
 from megatron_lion.integration.flags import norm_ratio_arguments as norm_ratio
-from megatron_lion.integration.flags import state_precision
-from megatron_lion.integration.optimizer import config_fields, fast_norm, refusals
+from megatron_lion.integration.optimizer import config_fields, fast_norm, muon_scalar, refusals
 from megatron_lion.integration.rehearsal import fake_ranks
 from megatron_lion.integration.reporting import step_telemetry
 from megatron_lion.nearest import did_you_mean, hint
@@ -57,17 +47,21 @@ def validate_args(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]
 
 
 def _validate_another(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]) -> Any:
+    _refuse_options_of_lion(args)
     config_fields.fill_betas(args)
-    fast_norm.refuse_without_lion(args)
-    asked = {
-        f"--lion-init-from {args.lion_init_from}": args.lion_init_from,
-        f"--lion-gather {args.lion_gather}": args.lion_gather != LionOptions.gather,
-        f"--lion-reduce {args.lion_reduce}": args.lion_reduce != LionOptions.reduce,
-        f"--lion-error-feedback {args.lion_error_feedback}": args.lion_error_feedback != LionOptions.error_feedback,
-    }
-    for flag in (flag for flag, is_asked in asked.items() if is_asked):
-        raise LionError(f"{flag} has no effect with --optimizer {args.optimizer}: remove it, or add --optimizer lion")
     return stock(args, defaults)
+
+
+def _refuse_options_of_lion(args: Any) -> None:
+    """Raise LionError for an option of Lion that has no effect with the optimizer of ``args``."""
+    used = muon_scalar.options_used(args)
+    for dest, (_, default) in config_fields.FIELDS.items():
+        value = getattr(args, dest)
+        if value not in (default, config_fields.stock_beta(dest)) and dest not in used:
+            flag = f"--{dest.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise LionError(
+                f"{flag} has no effect with --optimizer {args.optimizer}: remove it, or add --optimizer lion"
+            )
 
 
 def _validate_lion(stock: Callable[..., Any], args: Any, defaults: dict[str, Any]) -> Any:
@@ -130,24 +124,8 @@ TRAINING = (
 
 def _adapt(parser: argparse.ArgumentParser) -> None:
     """Add our flags to the parser and route its errors."""
-    flags = {action.dest: action for action in parser._actions}
-    optimizer = flags["optimizer"]
-    names = tuple(dict.fromkeys([*(optimizer.choices or ()), "lion"]))
-    optimizer.choices = names
-
-    def optimizer_name(value: str) -> str:
-        if value not in names:
-            raise argparse.ArgumentTypeError(f"unknown optimizer {value!r}: {did_you_mean(value, names)}")
-        return value
-
-    optimizer.type = optimizer_name
-    for dest, ours in zip(config_fields.BETAS, LionOptions.betas, strict=True):
-        flag = f"--{dest.replace('_', '-')}"
-        option = flags.get(dest) or parser.add_argument(flag, type=float)  # Megatron has none before 0.17
-        stock = "" if option.default is None else f"; with other optimizers {option.default:g}"
-        option.default = None
-        option.help = f"Lion's {dest.removeprefix('lion_')} (default: {ours:g}{stock})."
-
+    _accept_lion(parser)
+    _replace_betas(parser)
     parser.add_argument(
         "--lion-kernel",
         default=LionOptions.kernel,
@@ -157,59 +135,49 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
         "slow. auto: fused where it can run (on a GPU only after a check of its bits there), else foreach. The "
         "start-up line names the kernel (default: %(default)s).",
     )
-
-    parser.add_argument(
-        "--lion-gather",
-        default=LionOptions.gather,
-        metavar=f"{{{','.join(GATHERS)}}}",
-        help="What data-parallel ranks send each other after a step: the parameters, or the signs of the step, which "
-        "are a fifth of the bytes and give the same bits (docs/exchange.md) (default: %(default)s).",
-    )
-    parser.add_argument(
-        "--lion-gather-refresh",
-        type=int,
-        default=LionOptions.gather_refresh,
-        metavar="N",
-        help="With --lion-gather signs: send the parameters after every N steps; 0: only where they must be (default: "
-        "%(default)s).",
-    )
-
-    parser.add_argument(
-        "--lion-reduce",
-        default=LionOptions.reduce,
-        metavar=f"{{{','.join(REDUCES)}}}",
-        help="EXPERIMENTAL, changes training: how data-parallel ranks send each other gradients. stock: as Megatron "
-        "does. int8, int4, ternary: in blocks of 64 with one scale, 8.3, 4.3 or 1.9 bits per parameter instead of 32 "
-        "(docs/exchange.md) (default: %(default)s).",
-    )
-    parser.add_argument(
-        "--lion-error-feedback",
-        default=LionOptions.error_feedback,
-        metavar=f"{{{','.join(ERROR_FEEDBACKS)}}}",
-        help="With --lion-reduce: how a rank stores its residual, which it adds to its next gradient. int8 and bf16 "
-        "need 1 or 2 bytes for each parameter on every rank; none drops it (default: %(default)s).",
-    )
-
+    exchange_arguments.add(parser)
     state_precision.add(parser)
     step_telemetry.add(parser)
     fast_norm.add(parser)
-
-    parser.add_argument(
-        "--lion-init-from",
-        metavar=f"{{{','.join(INITS_FROM)}}}",
-        help="If --load has an Adam checkpoint, continue with its weights and Adam's momentum (adam), or zero momentum "
-        "(fresh). Without it such a checkpoint is refused. No effect once the checkpoint is Lion's own.",
-    )
+    init_from_adam.add(parser)
     parser.set_defaults(lion_rates_from_run=LionOptions.rates_from_run, lion_saves_stacks=LionOptions.saves_stacks)
-
-    def error(message: str) -> None:
-        raise LionError(f"{message}. {_nearest_flags(message, parser)}All flags: --help")
 
     for action in parser._actions:  # --help fails at a single %, which some of Megatron's help texts have
         action.help = action.help and re.sub(r"%%|%(?!\()", "%%", action.help)
 
+    def error(message: str) -> None:
+        raise LionError(f"{message}. {_nearest_flags(message, parser)}All flags: --help")
+
     # argparse would print the message, and all of Megatron's usage, once for every rank.
     parser.error = error  # type: ignore[method-assign, assignment]
+
+
+def _accept_lion(parser: argparse.ArgumentParser) -> None:
+    """Add Lion to the names of ``--optimizer``, and name the nearest one for a name that is not there."""
+    optimizer = _by_dest(parser)["optimizer"]
+    names = tuple(dict.fromkeys([*(optimizer.choices or ()), "lion"]))
+
+    def optimizer_name(value: str) -> str:
+        if value not in names:
+            raise argparse.ArgumentTypeError(f"unknown optimizer {value!r}: {did_you_mean(value, names)}")
+        return value
+
+    optimizer.choices, optimizer.type = names, optimizer_name
+
+
+def _replace_betas(parser: argparse.ArgumentParser) -> None:
+    """Give ``--lion-beta1`` and ``--lion-beta2`` the default None, which each optimizer fills in. Add missing ones."""
+    flags = _by_dest(parser)
+    for dest, ours in zip(config_fields.BETAS, LionOptions.betas, strict=True):
+        flag = f"--{dest.replace('_', '-')}"
+        option = flags.get(dest) or parser.add_argument(flag, type=float)  # Megatron has none before 0.17
+        stock = "" if option.default is None else f"; with other optimizers {option.default:g}"
+        option.default = None
+        option.help = f"Lion's {dest.removeprefix('lion_')} (default: {ours:g}{stock})."
+
+
+def _by_dest(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in parser._actions}
 
 
 def _nearest_flags(message: str, parser: argparse.ArgumentParser) -> str:

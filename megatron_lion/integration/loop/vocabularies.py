@@ -74,8 +74,8 @@ def check_data_manifests(args: Any) -> None:
     """Raise LionError where a manifest of tools/prepare_text.py says that the data is not what it should be.
 
     Compares the tokenizer and the sizes of the files for every prefix that Megatron will read, links followed. Data
-    without a manifest pass. A tokenizer that is not a local file is not compared. A file in a prefix's place is an
-    error, too.
+    without a manifest pass, and so do other files of that name. A tokenizer that is not a local file is not compared. A
+    file in a prefix's place is an error, too.
     """
     named = _data_prefixes(args)
     for prefix in named:
@@ -84,9 +84,30 @@ def check_data_manifests(args: Any) -> None:
     for folder in dict.fromkeys(prefix.parent for prefix in prefixes):
         names = {f"{prefix.name}.bin" for prefix in prefixes if prefix.parent == folder}
         for path in sorted(folder.glob("*_manifest.json")):
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            if concerned := sorted(names & manifest["files"].keys()):
+            manifest = _read_manifest(path, names)
+            if manifest and (concerned := sorted(names & manifest["files"].keys())):
                 _check_manifest(args, path, manifest, concerned)
+
+
+def _read_manifest(path: Path, names: set[str]) -> dict[str, Any] | None:
+    """The manifest at ``path``, or None for a file that is not one of tools/prepare_text.py.
+
+    Raises LionError for a file that cannot be read if its name is that of a manifest for one of the files ``names``.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        prefix = path.name.removesuffix("manifest.json")
+        if not any(name.startswith(prefix) for name in names):
+            return None
+        raise LionError(
+            f"{path} cannot be read: {error}. It should say how the data were made: prepare the text again, or move "
+            "the file if it is not of tools/prepare_text.py"
+        ) from error
+    is_manifest = isinstance(content, dict) and all(
+        isinstance(content.get(key), dict) for key in ("files", "tokenizer")
+    )
+    return content if is_manifest else None
 
 
 def _data_prefixes(args: Any) -> list[str]:
@@ -104,20 +125,25 @@ def _data_prefixes(args: Any) -> list[str]:
 
 
 def _check_manifest(args: Any, path: Path, manifest: dict[str, Any], names: list[str]) -> None:
-    for name in (other for data in names for other in (data, f"{data[:-4]}.idx")):
-        file, entry = path.with_name(name), manifest["files"][name]
+    files = [other for data in names for other in (data, f"{data[:-4]}.idx")]
+    try:
+        sizes = {name: int(manifest["files"][name]["bytes"]) for name in files}
+        sha256, kind, made_with = (manifest["tokenizer"][key] for key in ("sha256", "type", "files"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise LionError(f"{path} is incomplete ({error!r}): prepare the text again") from error
+    for name, expected in sizes.items():
+        file = path.with_name(name)
         size = file.stat().st_size if file.is_file() else 0
-        if size != entry["bytes"]:
+        if size != expected:
             raise LionError(
-                f"{file} has {size:,} bytes, and {path.name} says {entry['bytes']:,}: it was cut short or changed. "
-                "Prepare the text again"
+                f"{file} has {size:,} bytes, and {path.name} says {expected:,}: it was cut short or changed. Prepare "
+                "the text again"
             )
-    made_with = manifest["tokenizer"]
-    if args.tokenizer_type in REQUIRED and tokenizer_sha256(args) != made_with["sha256"]:
+    if args.tokenizer_type in REQUIRED and tokenizer_sha256(args) != sha256:
         raise LionError(
-            f"{path.with_name(names[0])} was made with {made_with['type']} {' and '.join(made_with['files'])} (SHA-256 "
-            f"{made_with['sha256'][:12]}, says {path.name}), but --tokenizer-type {args.tokenizer_type} with the files "
-            "of this run is another tokenizer. Use that tokenizer, or prepare the text with this one"
+            f"{path.with_name(names[0])} was made with {kind} {' and '.join(made_with)} (SHA-256 {sha256[:12]}, says "
+            f"{path.name}), but --tokenizer-type {args.tokenizer_type} with the files of this run is another "
+            "tokenizer. Use that tokenizer, or prepare the text with this one"
         )
 
 

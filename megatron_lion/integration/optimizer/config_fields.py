@@ -81,6 +81,11 @@ def fill_betas(settings: Any) -> None:
             setattr(settings, name, default)
 
 
+def stock_beta(name: str) -> float | None:
+    """Megatron's own default of the field ``name``, which other optimizers have after :func:`fill_betas`, or None."""
+    return _stock_betas.get(name)
+
+
 def post_init(stock: Callable[[Any], None], config: Any) -> None:
     """Fill in the default betas, and let Megatron check the rest.
 

@@ -30,12 +30,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def refuse_without_lion(args: Any) -> None:
-    """Raise LionError for the flag with another optimizer."""
-    if args.lion_fast_norm:
-        raise LionError(f"--lion-fast-norm needs --optimizer lion, and this run has {args.optimizer}: remove the flag")
-
-
 def check(options: LionOptions, model_chunks: list[Any]) -> None:
     """Raise LionError if the fast norm was asked for and this rank cannot compute it."""
     if not options.fast_norm:

@@ -42,6 +42,12 @@ def is_asked(config: Any) -> bool:
     return "muon" in config.optimizer and getattr(config, "muon_scalar_optimizer", None) == "lion"
 
 
+def options_used(config: Any) -> tuple[str, ...]:
+    """The options of Lion that the optimizer of ``config`` may have. Megatron accepts the betas with any Muon."""
+    betas = config_fields.BETAS if "muon" in config.optimizer else ()
+    return (*betas, "lion_kernel") if is_asked(config) else betas
+
+
 def lion_for_the_rest(config: Any) -> contextlib.AbstractContextManager[None]:
     """Let Megatron build this package's Lion next to Muon. Its momentum has the dtype of the masters, fp32.
 

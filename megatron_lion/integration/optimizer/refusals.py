@@ -4,7 +4,9 @@ Scripts on ``megatron.core`` and frameworks around it do not use Megatron's comm
 """
 
 import inspect
+import itertools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_lion.config import LionError, LionOptions, check_rates, dtype_name
@@ -63,51 +65,58 @@ def refuse_fsdp_settings(
 
     ``settings`` and ``ddp_settings`` are the command line, or the configurations of the optimizer and of FSDP.
     """
+    found = itertools.chain(
+        _unsupported_fsdp(settings, ddp_settings),
+        _unsupported_options(options),
+        _unsupported_models(settings, ddp_settings.data_parallel_sharding_strategy, pipeline_stages, is_gated),
+    )
+    for what, why in found:
+        raise LionError(f"{what} is not supported with --optimizer lion and --use-megatron-fsdp: {why}")
+
+
+def _unsupported_fsdp(settings: Any, ddp_settings: Any) -> Iterator[tuple[str, str]]:
+    """Which of Megatron's settings Lion does not support with Megatron-FSDP, and why."""
+    for dest, why in UNSUPPORTED_WITH_FSDP.items():
+        if getattr(settings, dest, False):
+            yield f"--{dest.replace('_', '-')}", why
     release, supported = f"megatron-core {compat.megatron_version()}", compat.installed_traits().fsdp_strategies
-    version = getattr(ddp_settings, "megatron_fsdp_version", 1)
-    masters = dtype_name(getattr(ddp_settings, "megatron_fsdp_main_params_dtype", "fp32"))
-    has_fp32_masters = masters == "fp32" or (masters in ("auto", "None") and not settings.bf16)
+    if not supported:
+        yield release, "it was not run. Use 0.17 to 0.19, or --use-distributed-optimizer"
     strategy = ddp_settings.data_parallel_sharding_strategy
-    found = {
-        f"--{dest.replace('_', '-')}": (getattr(settings, dest, False), why)
-        for dest, why in UNSUPPORTED_WITH_FSDP.items()
-    }
-    found |= {
-        release: (not supported, "it was not run. Use 0.17 to 0.19, or --use-distributed-optimizer"),
-        f"--data-parallel-sharding-strategy {strategy} of {release}": (
-            strategy not in supported,
-            "Megatron fails in the first step, with any optimizer. Use another strategy",
-        ),
-        f"--megatron-fsdp-version {version}": (version != 1, "it cannot save optimizer state. Use 1"),
-        f"--megatron-fsdp-main-params-dtype {masters}": (not has_fp32_masters, "Lion steps fp32 masters. Use fp32"),
-        f"--lion-master-weights {options.master_weights}": (
-            options.master_weights != "fp32",
-            "Megatron-FSDP stores fp32 master weights. Use fp32",
-        ),
-        f"--lion-gather {options.gather}": (
-            options.gather != "params",
-            "Megatron-FSDP gathers parameters itself. Use params",
-        ),
-        f"--lion-reduce {options.reduce}": (
-            options.reduce != "stock",
-            "Megatron-FSDP reduces gradients itself. Use stock",
-        ),
-        f"--data-parallel-sharding-strategy {strategy} with --swiglu": (
-            is_gated and strategy == "no_shard",
-            "Megatron cannot save gated layers that are not sharded. Use another strategy",
-        ),
-        "--swiglu in fp32": (
-            is_gated and not settings.bf16,
-            "Megatron finds gated layers to save only in a 16-bit model. Add --bf16",
-        ),
-        f"--pipeline-model-parallel-size {pipeline_stages}": (
-            pipeline_stages > 1,
-            "in its checkpoints the layers of two stages have the same names. Use tensor parallelism",
-        ),
-    }
-    for what, (is_asked, why) in found.items():
-        if is_asked:
-            raise LionError(f"{what} is not supported with --optimizer lion and --use-megatron-fsdp: {why}")
+    if strategy not in supported:
+        why = "Megatron fails in the first step, with any optimizer. Use another strategy"
+        yield f"--data-parallel-sharding-strategy {strategy} of {release}", why
+    version = getattr(ddp_settings, "megatron_fsdp_version", 1)
+    if version != 1:
+        yield f"--megatron-fsdp-version {version}", "it cannot save optimizer state. Use 1"
+    masters = dtype_name(getattr(ddp_settings, "megatron_fsdp_main_params_dtype", "fp32"))
+    if not (masters == "fp32" or (masters in ("auto", "None") and not settings.bf16)):
+        yield f"--megatron-fsdp-main-params-dtype {masters}", "Lion steps fp32 masters. Use fp32"
+
+
+def _unsupported_options(options: LionOptions) -> Iterator[tuple[str, str]]:
+    """What Megatron-FSDP does not support of Lion's options, and why."""
+    if options.master_weights != "fp32":
+        why = "Megatron-FSDP stores fp32 master weights. Use fp32"
+        yield f"--lion-master-weights {options.master_weights}", why
+    if options.gather != "params":
+        yield f"--lion-gather {options.gather}", "Megatron-FSDP gathers parameters itself. Use params"
+    if options.reduce != "stock":
+        yield f"--lion-reduce {options.reduce}", "Megatron-FSDP reduces gradients itself. Use stock"
+
+
+def _unsupported_models(
+    settings: Any, strategy: str, pipeline_stages: int, is_gated: bool
+) -> Iterator[tuple[str, str]]:
+    """Which models Lion cannot save from Megatron-FSDP, and why."""
+    if is_gated and strategy == "no_shard":
+        why = "Megatron cannot save gated layers that are not sharded. Use another strategy"
+        yield f"--data-parallel-sharding-strategy {strategy} with --swiglu", why
+    if is_gated and not settings.bf16:
+        yield "--swiglu in fp32", "Megatron finds gated layers to save only in a 16-bit model. Add --bf16"
+    if pipeline_stages > 1:
+        why = "in its checkpoints the layers of two stages have the same names. Use tensor parallelism"
+        yield f"--pipeline-model-parallel-size {pipeline_stages}", why
 
 
 def refuse_where_built(config: Any, options: LionOptions, model_chunks: list[Any]) -> None:

@@ -8,8 +8,9 @@ import runpy
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def rehearse(script: str, flags: list[str], *, rank: int, world_size: int, steps
     report.seconds["imports and registration"] = time.monotonic() - started
     sys.path.insert(0, str(Path(script).resolve().parent))
     sys.argv = [script, *flags]
-    with _taking_over(report, steps, started):
+    with _Rehearsal(report, steps, started).taking_over():
         try:
             runpy.run_path(script, run_name="__main__")
         except _Built:
@@ -127,73 +128,85 @@ def rehearse(script: str, flags: list[str], *, rank: int, world_size: int, steps
     raise LionError(f"{script} ended before its first step, without building a model with Megatron's training loop")
 
 
-@contextlib.contextmanager
-def _taking_over(report: RankReport, steps: int, started: float) -> Iterator[None]:
-    """Replace what Megatron's loop does at the flags, the model, the optimizer, the checkpoint and the data."""
-    import megatron.core.datasets.utils as dataset_utils
-    import megatron.training.arguments as arguments
-    import megatron.training.training as training
+class _Rehearsal:
+    """What runs in place of functions of Megatron's loop. Each gets the function that it replaces first, as ``stock``.
 
-    def clock(what: str) -> None:
-        report.seconds[what] = time.monotonic() - started - sum(report.seconds.values())
+    Args:
+        report: is filled in on the way.
+        steps: how many to make; 0 ends the script before the first.
+        started: when, in monotonic seconds.
+    """
 
-    on_meta = contextlib.ExitStack()
-    stock_validate = arguments.validate_args
+    def __init__(self, report: RankReport, steps: int, started: float) -> None:
+        self.report, self.steps, self.started = report, steps, started
+        self._on_meta = contextlib.ExitStack()
 
-    def validate_args(args: Any, *rest: Any, **named: Any) -> Any:
+    @contextlib.contextmanager
+    def taking_over(self) -> Iterator[None]:
+        """Replace what Megatron's loop does at the flags, the model, the optimizer, the checkpoint and the data."""
+        import megatron.core.datasets.utils as dataset_utils
+        import megatron.training.arguments as arguments
+        import megatron.training.training as training
+
+        compat.replace_everywhere(arguments, "validate_args", partial(self._validate_args, arguments.validate_args))
+        setup = partial(self._setup, training.setup_model_and_optimizer)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(compat.temporarily(training, setup_model_and_optimizer=setup))
+            stack.enter_context(compat.temporarily(dataset_utils, compile_helpers=lambda: None))  # no data is read
+            # It computes with activations in real memory, to compile kernels.
+            stack.enter_context(compat.temporarily(training, set_jit_fusion_options=lambda *_, **__: None))
+            if self.steps:
+                stack.enter_context(made_up_steps.taking_over(self.steps, self._finish))
+            yield
+
+    def _validate_args(self, stock: Callable[..., Any], args: Any, *rest: Any, **named: Any) -> Any:
         with local_modules.transformer_engine_of_the_cluster():
-            validated = stock_validate(args, *rest, **named)
+            validated = stock(args, *rest, **named)
         local_modules.refuse(args)
-        report.replaced = local_modules.replace(args)
+        self.report.replaced = local_modules.replace(args)
         _write_nothing(args)
-        if steps:
+        if self.steps:
             made_up_steps.check(args)
         return validated
 
-    compat.replace_everywhere(arguments, "validate_args", validate_args)
-    stock_setup, stock_build, stock_load = (
-        training.setup_model_and_optimizer,
-        training.get_megatron_optimizer,
-        training.load_checkpoint,
-    )
+    def _setup(self, stock: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+        import megatron.training.training as training
 
-    def build(*positional: Any, **named: Any) -> Any:
-        clock("model and buffers")
-        on_meta.close()  # what the optimizer makes for its parameters is on meta as they are
-        return stock_build(*positional, **named)
-
-    def load(*positional: Any, **named: Any) -> Any:
-        result, loaded = checkpoint_plan.load_metadata(training.get_args(), stock_load, *positional, **named)
-        report.loaded = asdict(loaded) if loaded else None
-        return result
-
-    def setup(*positional: Any, **named: Any) -> Any:
-        clock("arguments and process groups")
+        self._clock("arguments and process groups")
         args = training.get_args()
-        report.real_memory = _why_real(args, steps)
-        if not report.real_memory:
-            on_meta.enter_context(torch_cuda.answered_by(torch_cuda.META))
-        with on_meta, compat.temporarily(training, get_megatron_optimizer=build, load_checkpoint=load):
-            model, optimizer, scheduler = stock_setup(*positional, **named)
-        clock("optimizer")
-        _describe(report, args, model, optimizer)
-        if not steps:
+        self.report.real_memory = _why_real(args, self.steps)
+        if not self.report.real_memory:
+            self._on_meta.enter_context(torch_cuda.answered_by(torch_cuda.META))
+        build = partial(self._build, training.get_megatron_optimizer)
+        load = partial(self._load, training.load_checkpoint)
+        with self._on_meta, compat.temporarily(training, get_megatron_optimizer=build, load_checkpoint=load):
+            model, optimizer, scheduler = stock(*positional, **named)
+        self._clock("optimizer")
+        _describe(self.report, args, model, optimizer)
+        if not self.steps:
             raise _Built
-        made_up_steps.prepare(args, steps)
+        made_up_steps.prepare(args, self.steps)
         return model, optimizer, scheduler
 
-    def finish(result: dict[str, Any]) -> None:
-        report.steps = result
+    def _build(self, stock: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+        self._clock("model and buffers")
+        self._on_meta.close()  # what the optimizer makes for its parameters is on meta as they are
+        return stock(*positional, **named)
+
+    def _load(self, stock: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+        import megatron.training.training as training
+
+        result, loaded = checkpoint_plan.load_metadata(training.get_args(), stock, *positional, **named)
+        self.report.loaded = asdict(loaded) if loaded else None
+        return result
+
+    def _finish(self, result: dict[str, Any]) -> None:
+        self.report.steps = result
         raise _Built
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(compat.temporarily(training, setup_model_and_optimizer=setup))
-        stack.enter_context(compat.temporarily(dataset_utils, compile_helpers=lambda: None))  # no data is read
-        # It computes with activations in real memory, to compile kernels.
-        stack.enter_context(compat.temporarily(training, set_jit_fusion_options=lambda *_, **__: None))
-        if steps:
-            stack.enter_context(made_up_steps.taking_over(steps, finish))
-        yield
+    def _clock(self, what: str) -> None:
+        """Note the seconds since the last call as those of ``what``."""
+        self.report.seconds[what] = time.monotonic() - self.started - sum(self.report.seconds.values())
 
 
 def _write_nothing(args: Any) -> None:

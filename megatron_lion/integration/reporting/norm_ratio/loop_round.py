@@ -40,7 +40,7 @@ def run_round(
         parts = [drawn(datasets, batches, iteration)]
     loss = BatchLoss(step.config)
     forward_step = loss.recording(step.forward_step_func)
-    iterators = [own_iterator(step, datasets, part) for part in parts]
+    iterators = [own_iterator(step, datasets, part, iteration) for part in parts]
     queue = [(part, iterator, number) for part, iterator in zip(parts, iterators, strict=True) for number in part]
 
     def run_batch() -> tuple[float | Tensor, float]:
@@ -99,18 +99,22 @@ def _samples(datasets: Sequence[Any]) -> int:
     return int(count)
 
 
-def own_iterator(step: Step, datasets: Sequence[Any], batches: Batches) -> Any:
-    """An iterator over this rank's micro-batches of ``batches``."""
+def own_iterator(step: Step, datasets: Sequence[Any], batches: Batches, iteration: int) -> Any:
+    """An iterator over this rank's micro-batches of ``batches``, for the round after ``iteration``.
+
+    The pipeline stages that read a sample have the same data-parallel rank, so random draws in their workers agree.
+    """
     from megatron.core import parallel_state as mpu
     from megatron.training import get_args
 
+    args, rank = get_args(), mpu.get_data_parallel_rank()
     indices = round_data.micro_batches(
         batches.filled_up(),
         micro_batch_size=batches.micro_batch_size,
-        data_parallel_rank=mpu.get_data_parallel_rank(),
+        data_parallel_rank=rank,
         data_parallel_size=mpu.get_data_parallel_world_size(),
     )
-    return round_data.iterators(datasets, step.data_iterator, indices, get_args())
+    return round_data.iterators(datasets, step.data_iterator, indices, args, seed=(args.seed, iteration, rank))
 
 
 def forward_backward(step: Step, forward_step: Callable[..., Any], iterator: Any) -> None:

@@ -108,7 +108,9 @@ def form_of(data_iterator: Any) -> list[None] | None:
     return [None] * len(data_iterator) if isinstance(data_iterator, list) else None
 
 
-def iterators(datasets: Sequence[Any], like: Any, indices: Sequence[Sequence[int]], args: Any) -> Any:
+def iterators(
+    datasets: Sequence[Any], like: Any, indices: Sequence[Sequence[int]], args: Any, seed: Sequence[int]
+) -> Any:
     """Iterators over ``indices``, in the form of ``like``, the training iterator: one, or one for each model chunk.
 
     Args:
@@ -116,24 +118,27 @@ def iterators(datasets: Sequence[Any], like: Any, indices: Sequence[Sequence[int
         like: :func:`form_of` Megatron's ``data_iterator``.
         indices: those of each micro-batch.
         args: Megatron's arguments, for the number of workers.
+        seed: numbers >= 0 that seed the workers' random draws, if the dataset makes any.
     """
     if isinstance(like, list):
         chunks = list(datasets) if datasets else [None] * len(like)
-        return [_iterator(dataset, indices, args) for dataset in chunks]
-    return _iterator(datasets[0] if datasets else None, indices, args)
+        return [_iterator(dataset, indices, args, seed) for dataset in chunks]
+    return _iterator(datasets[0] if datasets else None, indices, args, seed)
 
 
-def _iterator(dataset: Any, indices: Sequence[Sequence[int]], args: Any) -> Any:
+def _iterator(dataset: Any, indices: Sequence[Sequence[int]], args: Any, seed: Sequence[int]) -> Any:
     from megatron.core.rerun_state_machine import RerunDataIterator
 
     if dataset is None:
         return None
+    # A loader draws its workers' seed. It must not do so from the training's generator.
+    generator = torch.Generator().manual_seed(int(numpy.random.SeedSequence(seed).generate_state(1, numpy.uint64)[0]))
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=indices,  # type: ignore[arg-type]
         num_workers=args.num_workers,
         pin_memory=True,
-        generator=torch.Generator(),  # a loader draws its workers' seed; not from the training's generator
+        generator=generator,
     )
     with exit_signal.processes_live_through_it(args):
         return RerunDataIterator(iter(loader))

@@ -154,10 +154,17 @@ def report(
 ) -> None:
     """Append the record, and what else is ``known`` of the round, to its file, and log it, on rank 0.
 
-    ``write`` receives the values.
+    A file that cannot be written, for example on a full disk, costs the record of the round and not the run. ``write``
+    receives the values.
     """
     if torch.distributed.get_rank() == 0:
-        RecordFile(Path(options.file)).append(record.to_json({"iteration": iteration, **known}))
+        try:
+            RecordFile(Path(options.file)).append(record.to_json({"iteration": iteration, **known}))
+        except OSError as error:
+            console.warn(
+                f"--norm-ratio-file {options.file} cannot be written: {error}. It lacks the round at iteration "
+                f"{iteration}, and training continues. The round's numbers are in the log"
+            )
     console.say(line(record, iteration))
     write({name: getattr(record, key) for name, key in METRICS.items() if getattr(record, key) is not None}, iteration)
 
