@@ -113,7 +113,9 @@ def test_the_skip_flag_leaves_everything_as_it_was(skip):
     assert unchanged == bool(skip)
 
 
-@pytest.mark.parametrize("mix", [(FP32, FP32, FP32), ("remainder", BF16, torch.int8)], ids=str)
+@pytest.mark.parametrize(
+    "mix", [pytest.param((FP32, FP32, FP32), marks=pytest.mark.slow), ("remainder", BF16, torch.int8)], ids=str
+)
 def test_the_sums_of_a_step_are_the_references_and_change_no_bit(mix):
     lists = problem([4099, 0, 33, 1056], FP32, DEVICE)
     lists[1][0][:7] = 0

@@ -40,7 +40,13 @@ def test_fully_reshardable_state_of_several_buckets_is_corrupted_by_stock_and_ke
 @pytest.mark.parametrize(
     ("layout", "other", "flags", "stock_says"),
     [
-        ("DP 4", "DP 1", f"{BUCKETS} 64", "empty bucket encountered"),  # 6191
+        pytest.param(
+            "DP 4",
+            "DP 1",
+            f"{BUCKETS} 64",
+            "empty bucket encountered",
+            marks=pytest.mark.slow,  # 6191
+        ),
         ("PP 2", "PP 2 x DP 2", ODD_SIZES, "out of bounds chunk"),  # 5898
     ],
 )

@@ -25,7 +25,7 @@ DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
     "clipping and the copy to bf16 folded into the step",
     "bit for bit a run in which Megatron does both",
 )
-@pytest.mark.parametrize("precision", ["--bf16", ""])
+@pytest.mark.parametrize("precision", ["--bf16", pytest.param("", marks=pytest.mark.slow)])
 def test_a_run_equals_one_in_which_megatron_clips_and_copies(text: Path, tmp_path: Path, precision: str) -> None:
     common = (MODEL, BATCH, RATE, CPU, text_flags(text), f"--optimizer lion {DISTRIBUTED} {HORIZON} {precision}")
     for what, taken in (("folded", "clip 4, copy 4"), ("unfolded", "clip 0, copy 0")):

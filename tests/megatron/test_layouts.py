@@ -38,7 +38,7 @@ LAYOUTS = {
 }
 
 # What another case has as well goes to tests/full.sh.
-SLOW = ("DP 2", "TP 2")
+SLOW = ("DP 2", "TP 2", "TP 2, sequence parallel")
 
 # A round before the first step from the checkpoint, and one after the last.
 ROUNDS = f"--norm-ratio-at-start --norm-ratio-interval {END} --norm-ratio-batches 4"
