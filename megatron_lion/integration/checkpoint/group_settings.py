@@ -20,8 +20,8 @@ WEIGHT_DECAY = ("weight_decay", "weight_decay_incr_style", *SCHEDULED_DECAY)
 
 NO_SUCH_GROUP = (
     "no parameter group in the checkpoint has this run's learning rates and multipliers: resume with the --lr, "
-    "--min-lr and --decoupled-lr that it was saved with, use the command line's (--override-opt_param-scheduler), or "
-    "load only the weights (--no-load-optim)"
+    "--min-lr and --decoupled-lr that it was saved with, use this run's (--override-opt_param-scheduler; in your own "
+    "loop lion_rates_from_run=True in OptimizerConfig), or load only the weights (--no-load-optim)"
 )
 
 
