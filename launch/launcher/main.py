@@ -138,7 +138,6 @@ def main(arguments: list[str]) -> int:
         overrides.append("device=cpu")
     recipe = recipes.resolve(*names, overrides)
     recipe_checks.check(recipe, extra)
-    recipe_checks.check_flags(recipe, extra)
     if options.dry_run:
         screen.show(report.report(recipe, extra))
         return 0

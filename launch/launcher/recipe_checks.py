@@ -56,6 +56,7 @@ def check(recipe: Recipe, extra: list[str] | None = None) -> None:
     ranges.check(recipe)
     _check_words(recipe)
     lion_checks.check(recipe, extra or [])
+    _check_fsdp(recipe, extra or [])
     _check_model(recipe)
     _check_layout(recipe)
     _check_schedule(recipe)
@@ -165,8 +166,7 @@ def _check_device(recipe: Recipe) -> None:
         raise LionError(f"transformer-impl {recipe.get('transformer-impl')} needs a GPU: use transformer-impl=local")
 
 
-def check_flags(recipe: Recipe, extra: list[str]) -> None:
-    """Raise LionError if flags after ``--`` cannot work with the recipe's environment."""
+def _check_fsdp(recipe: Recipe, extra: list[str]) -> None:
     if "--use-megatron-fsdp" in extra and recipe.environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         raise LionError(
             f"Megatron-FSDP does not start with CUDA_DEVICE_MAX_CONNECTIONS=1, which the cluster {recipe.names[2]} "

@@ -305,7 +305,7 @@ def test_megatron_fsdp_is_refused_with_the_variable_that_it_does_not_start_with(
     fsdp = ["--", "--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"]
     with pytest.raises(LionError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1, which the cluster h100x8 sets under"):
         main.main(["llama_130m", "lion", "h100x8", "--dry-run", *fsdp])
-    recipe_checks.check_flags(recipe("tiny_gpt", "lion", "cpu"), fsdp[1:])
+    recipe_checks.check(recipe("tiny_gpt", "lion", "cpu"), fsdp[1:])
 
 
 def test_the_printed_lines_meet_at_the_address_given() -> None:
