@@ -157,7 +157,7 @@ def _compile(command: Sequence[str]) -> None:
 
 
 def _copy(library: Path, cached: Path) -> None:
-    """Put a copy of ``library`` at ``cached`` with one atomic rename. Raises OSError if there is no room."""
+    """Copy ``library`` to ``cached`` with an atomic rename. Raises OSError if the disk is full."""
     handle, name = tempfile.mkstemp(suffix=".so", prefix=f"{cached.stem}-", dir=cached.parent)
     os.close(handle)
     partial = Path(name)

@@ -79,7 +79,7 @@ def launcher_of(run: Path) -> int:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process, of which this one is not the parent, has not ended. Nobody may have collected its status."""
+    """Whether a process still runs. One that has ended may remain as a zombie, because this test is not its parent."""
     try:
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -171,7 +171,7 @@ def test_a_second_start_waits_for_the_ranks_also_if_the_first_was_killed(tmp_pat
     os.kill(launcher, signal.SIGTERM)
     deadline = time.monotonic() + 60
     while is_running(launcher):
-        assert time.monotonic() < deadline, "the launcher that was left behind has not ended"
+        assert time.monotonic() < deadline, "the orphaned launcher still runs"
         time.sleep(0.05)
     assert (tmp_path / "log.txt").read_text() == f"ready {launcher}\nsaved\n"
     third = start(tmp_path, launcher="echo third")

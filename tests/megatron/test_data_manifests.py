@@ -15,7 +15,7 @@ pytest.importorskip("megatron.training", reason="Megatron's training loop")
 
 @pytest.fixture
 def args(tmp_path: Path) -> Namespace:
-    """A command line with the prefix ``help_train_text_document``, whose two files have 8 bytes each."""
+    """Arguments with one data prefix, ``help_train_text_document``. Each of its two files has 8 bytes."""
     (tmp_path / "tokenizer.model").write_bytes(b"model")
     for suffix in ("bin", "idx"):
         (tmp_path / f"help_train_text_document.{suffix}").write_bytes(bytes(8))

@@ -1,4 +1,4 @@
-"""A round whose file cannot be written is reported, and training goes on."""
+"""If the file of rounds cannot be written, the run warns and goes on."""
 
 from pathlib import Path
 
