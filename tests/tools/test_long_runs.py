@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launch.launcher import estimates, recipes
+from launch.launcher import estimates, recipes, run_folder
 from megatron_lion.config import LionError
 from tests.tools.long_records_made_up import finished_pair, run_of, start
 from tools.paper import check_round
@@ -171,7 +171,7 @@ def test_two_processes_do_not_take_one_run(tmp_path: Path) -> None:
     run = run_of(tmp_path, "sgd_paper")
     with claimed(run) as first, claimed(run) as second:
         assert (first, second) == (True, False)
-    with claimed(run) as again:
+    with claimed(run) as again, run_folder.claimed(run.recipe()):  # launch.py locks the folder for each piece
         assert again
     assert state(run, tmp_path) == "not started"
 

@@ -31,7 +31,7 @@ from tools.paper.studies.long_runs import LongRun
 def claimed(run: LongRun) -> Iterator[bool]:
     """Whether this process has the run, which no other process then has until the block is left."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / "lock").open("w") as lock:
+    with (run.folder / "study.lock").open("w") as lock:  # launch.py has its own, named lock, while it trains
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
