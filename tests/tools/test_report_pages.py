@@ -161,7 +161,7 @@ def test_the_digits_of_100_epochs_are_in_figure_1_and_figure_a3(tmp_path: Path) 
     assert "One seed, where the paper has the mean of five" in constants.verdict and "3 epochs" in constants.made
     assert constants.missing == [f"{folder} was cut short: both runs have 3 of 4 epochs"]
     (judgement,) = constants.judgements
-    assert judgement.verdict.startswith("seen in one seed") and judgement.verdict.endswith("LION's is below SGD's")
+    assert judgement.verdict == "not established in one seed (the paper has five)"  # the last step decides
     assert curves.judgements[0].verdict.startswith("seen in one seed: lower loss after 3, higher top-1 after 3 of 3")
     assert "1 seeds" not in page
 

@@ -45,9 +45,9 @@ def compared(found: dict[str, Any], made: str, pictures: dict[str, str]) -> Find
         judgements=[
             Judgement(
                 claim=CLAIM,
-                verdict=verb,
+                verdict=verb.lower(),
                 basis=made,
-                numbers=f"{numbers}; Lion's in the l2 norm {lion['l2_constant']:.3f}",
+                numbers=f"{numbers}; LION's in the l2 norm {lion['l2_constant']:.3f}",
             )
         ],
     )
@@ -112,5 +112,5 @@ def perplexities(folder: Path, hardware: str) -> Finding:
         verdict=f"{verb}: {numbers}; Lion is below it {below_from(found)}.{rates}",
         made=made,
         tables=[table, each],
-        judgements=[Judgement(claim=claim, verdict=verb, basis=made, numbers=numbers)],
+        judgements=[Judgement(claim=claim, verdict=verb.lower(), basis=made, numbers=numbers)],
     )

@@ -101,10 +101,11 @@ def select(every: Records, study: str, model: str) -> StudyRuns:
         texts = {model: long_text.paths(Path(), model)}
         planned = {run.name for run in plans.PLANS[study](Path(), texts, every)}
     except LionError as error:  # the search gives the rates
-        missing.append(f"{len(own)} long runs are finished; {error}")
+        missing.append(f"{len(own)} long runs {RATES_OF[study]} are finished; {error}")
     else:
         if unfinished := planned - set(names):
-            missing.append(f"{len(planned) - len(unfinished)} of {len(planned)} long runs are finished")
+            done = f"{len(planned) - len(unfinished)} of {len(planned)}"
+            missing.append(f"{done} long runs {RATES_OF[study]} are finished")
     provisional = bool(missing)
     if diverged := [name for name in names if name not in {one["name"] for one in kept}]:
         missing.append(f"left out, because they diverged: {', '.join(diverged)}")
