@@ -178,7 +178,8 @@ def by_optimizer(entries: list[tuple[str, Path]]) -> dict[str, list[Path]]:
 def main() -> None:
     """Train or read, estimate, draw and write."""
     options = parse()
-    result: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "model": options.model}
+    command = shlex.join(["python", "-m", "tools.paper.rate_constants", *sys.argv[1:]])
+    result: dict[str, Any] = {"command": command, "model": options.model}
     if options.run:
         files = by_optimizer(options.run)
     else:

@@ -174,7 +174,7 @@ def main() -> None:
     began = time.monotonic()
     points = [point for name, path in options.run for point in scaling.read_run(name, path)] or train(options)
     points = scaling.unique(points)
-    command = shlex.join(["python", *sys.argv])
+    command = shlex.join(["python", "-m", "tools.paper.scaling_study", *sys.argv[1:]])
     seconds = round(time.monotonic() - began, 1)
     result = scaling.result(points, command, model=options.model, seconds=seconds)
     options.output.mkdir(parents=True, exist_ok=True)

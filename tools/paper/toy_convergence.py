@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -312,7 +313,8 @@ def main() -> None:
     parser.add_argument("--format", choices=("svg", "pdf"), default="svg", help="of the figures (default: %(default)s)")
     options = parser.parse_args()
     began = time.perf_counter()
-    result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "minimum": minimum()}
+    command = shlex.join(["python", "-m", "tools.paper.toy_convergence", *sys.argv[1:]])
+    result: dict[str, Any] = {"command": command, "minimum": minimum()}
     corollary = corollary_runs(options)
     for constrained in (True, False):
         result["constrained" if constrained else "unconstrained"] = {
