@@ -110,7 +110,9 @@ def test_tuned_runs_have_the_best_rates_of_the_search(tmp_path: Path) -> None:
 
 def test_sizes_have_one_schedule_and_seven_of_them_have_every_optimizer(tmp_path: Path) -> None:
     sizes = plans.sizes(tmp_path, {"gpt": long_text.paths(tmp_path, "gpt")}, searched(BEST))
-    assert len({run.name for run in sizes}) == len(sizes) == 23
+    assert len({run.name for run in sizes}) == len(sizes) == 32
+    lion = {run.recipe()["lr"] for run in sizes if run.optimizer == "lion_paper"}
+    assert sorted(lion) == pytest.approx([BEST["lion_paper"] / 10, BEST["lion_paper"]])
     large = [run for run in sizes if plans.WIDTHS[run.recipe()["hidden-size"]] > plans.LARGE]
     assert {(run.optimizer, run.steps) for run in large} == {("lion_paper", plans.FEW_STEPS)}
     for run in sizes:

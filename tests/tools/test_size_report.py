@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tools.paper.reporting import size_drawing, size_findings, study_runs
+from tools.paper.reporting.size_findings import Arm
 
 Record = dict[str, Any]
 
@@ -16,14 +17,21 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sized(
-    width: int, *, optimizer: str = "lion_paper", seed: int = 1, exponent: float = 0.5, fell: bool = True
+    width: int,
+    *,
+    optimizer: str = "lion_paper",
+    seed: int = 1,
+    exponent: float = 0.5,
+    fell: bool = True,
+    lr: float = 1e-3,
 ) -> Record:
     """r = d^exponent of the layers; the embedding's share of l1 falls as it grows."""
     kinds = {"mlp": {"d": 100 * width, "l1": 10.0 * width**exponent, "l2": 1.0}}
     kinds["embedding"] = {"d": 300 * width, "l1": 3.0, "l2": 1.0}
     exact = {step: {"kinds": kinds, "loss": loss} for step, loss in (("0", 7.7), ("1000", 6.0 if fell else 7.65))}
     return {"name": f"width-{width}-{optimizer}-{seed}", "optimizer": optimizer, "seed": seed, "d": 400 * width} | {
-        "exact": exact
+        "exact": exact,
+        "settings": {"lr": lr},
     }
 
 
@@ -39,11 +47,11 @@ def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> N
     records = [sized(width) for width in WIDTHS]
     found = size_findings.points(records)
     assert set(found) == {
-        (optimizer, step, name)
+        (Arm(optimizer), step, name)
         for optimizer, step in (("start", 0), ("lion_paper", 1000))
         for name in (size_findings.WHOLE, size_findings.WITHOUT, "mlp", "embedding")
     }
-    assert found["start", 0, size_findings.WHOLE].r[0] == pytest.approx(13.0 / 2**0.5)
+    assert found[Arm("start"), 0, size_findings.WHOLE].r[0] == pytest.approx(13.0 / 2**0.5)
     finding = size_findings.exponents(sizes_of(records))
     rows = {(row[0], row[2]): row for row in finding.tables[0][1:]}
     assert rows["LION", size_findings.WITHOUT][3:] == ["4", "4", "0.500 [0.500, 0.500]", "yes", "1.000 to 1.000"]
@@ -59,8 +67,23 @@ def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> N
 def test_every_run_is_one_point_and_the_start_is_one_for_all_optimizers() -> None:
     records = [sized(4, seed=seed, optimizer=name) for seed in (1, 2) for name in ("lion_paper", "sgd_paper")]
     found = size_findings.points(records)
-    assert found["lion_paper", 1000, size_findings.WHOLE].d == [1600, 1600]
-    assert found["start", 0, size_findings.WHOLE].d == [1600, 1600]
+    assert found[Arm("lion_paper"), 1000, size_findings.WHOLE].d == [1600, 1600]
+    assert found[Arm("start"), 0, size_findings.WHOLE].d == [1600, 1600]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_two_rates_of_one_optimizer_have_their_own_fits() -> None:
+    slow = [sized(width, exponent=0.4, lr=1e-4) for width in WIDTHS]
+    fast = [sized(width) for width in (*WIDTHS, 256)]
+    finding = size_findings.exponents(sizes_of([*slow, *fast]))
+    rows = {(row[0], row[2]): row for row in finding.tables[0][1:]}
+    assert rows["LION at 0.001", size_findings.WITHOUT][3:6] == ["5", "5", "0.500 [0.500, 0.500]"]
+    assert rows["LION at 0.0001", size_findings.WITHOUT][3:6] == ["4", "4", "0.400 [0.400, 0.400]"]
+    assert [judgement.basis.split(", ")[0] for judgement in finding.judgements[1:]] == [
+        "GPTs of 5 sizes",
+        "GPTs of 4 sizes",
+    ]
+    assert finding.verdict.endswith("and LION a tenth of its rate as well.")
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -77,5 +100,5 @@ def test_a_wide_interval_is_undecided_and_a_run_that_did_not_learn_is_left_out()
 def test_r_is_drawn_against_d() -> None:
     """Only one set, because a picture of all takes seconds."""
     found = size_findings.points([sized(width) for width in WIDTHS])
-    svg = size_drawing.draw(found, (size_findings.WHOLE,), size_findings.NAMES)
+    svg = size_drawing.draw(found, (size_findings.WHOLE,))
     assert svg.startswith("<svg") and svg.count('<g id="axes_') == 2

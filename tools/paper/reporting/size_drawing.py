@@ -7,15 +7,19 @@ from tools.paper.reporting import drawings
 from tools.paper.studies import figures
 
 if TYPE_CHECKING:
-    from tools.paper.reporting.size_findings import Key, Points
+    from tools.paper.reporting.size_findings import Arm, Key, Points
 
 COLORS = drawings.LONG_COLORS | {"start": figures.COLORS["start"]}
 
 
-def draw(found: "Mapping[Key, Points]", sets: Sequence[str], names: Mapping[str, str]) -> str:
-    """r against d of each of ``sets`` (rows) and at each step (columns), both axes logarithmic, as SVG text."""
+def draw(found: "Mapping[Key, Points]", sets: Sequence[str]) -> str:
+    """r against d of each of ``sets`` (rows) and at each step (columns), both axes logarithmic, as SVG text.
+
+    Of an optimizer with two rates the lower has open marks.
+    """
     steps = sorted({step for _, step, _ in found})
     size = (3.4 * len(steps), 3.1 * len(sets))
+    highest = {arm.optimizer: arm.rate for arm in sorted({arm for arm, _, _ in found}, key=lambda arm: arm.rate or 0.0)}
     shared: dict[str, Any] = {"squeeze": False, "sharex": "row", "sharey": "row"}
     figure, panels = figures.pyplot().subplots(len(sets), len(steps), figsize=size, **shared)
     for row, name in zip(panels, sets, strict=True):
@@ -24,17 +28,18 @@ def draw(found: "Mapping[Key, Points]", sets: Sequence[str], names: Mapping[str,
             axes.set_title(f"{name}, step {step:,}", fontsize=9)
             axes.tick_params(axis="x", which="minor", labelbottom=False)
             axes.grid(alpha=0.3, which="both", linewidth=0.5)
-            for (optimizer, at, of), points in found.items():
+            for (arm, at, of), points in found.items():
                 if (at, of) == (step, name):
-                    _draw_one(axes, points, COLORS[optimizer], names[optimizer])
+                    _draw_one(axes, points, arm, fill="full" if arm.rate in (None, highest[arm.optimizer]) else "none")
             if axes.has_data():
                 axes.legend(fontsize=7)
     return figures.svg(figure)
 
 
-def _draw_one(axes: Any, points: "Points", color: str, label: str) -> None:
+def _draw_one(axes: Any, points: "Points", arm: "Arm", fill: str) -> None:
     """Points, their fit, and sqrt(d) through the fit's middle as a dotted line."""
-    axes.plot(points.d, points.r, "o", color=color, markersize=4, label=label)
+    color = COLORS[arm.optimizer]
+    axes.plot(points.d, points.r, "o", color=color, markersize=4, fillstyle=fill, label=arm.name)
     if fit := points.fit:
         ends = [min(points.d), max(points.d)]
         axes.plot(ends, [fit.coefficient * d**fit.exponent for d in ends], "-", color=color, linewidth=1.0)

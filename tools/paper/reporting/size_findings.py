@@ -1,7 +1,9 @@
 """What the long runs of several sizes left: the exponent of r against d, with and without the embedding."""
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tools.paper import theory
 from tools.paper.reporting import size_drawing
@@ -19,12 +21,26 @@ WIDEST = 0.15  # of an interval that decides something
 FALL = 0.1  # nats that the loss of a run falls at least
 FEWEST = 3  # sizes of a fit
 INSIDE, OUTSIDE, UNDECIDED = "inside", "outside", "undecided"
-Key = tuple[str, int, str]  # optimizer, step, set of parameters
+
+
+class Arm(NamedTuple):
+    """Runs that differ in size and seed only."""
+
+    optimizer: str
+    rate: float | None = None
+    """where the optimizer has several"""
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.optimizer] + (f" at {self.rate:g}" if self.rate else "")
+
+
+Key = tuple[Arm, int, str]  # arm, step, set of parameters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Points:
-    """r of each run against d, for one optimizer, step and set of parameters."""
+    """r of each run against d, for one arm, step and set of parameters."""
 
     d: list[int]
     r: list[float]
@@ -42,21 +58,31 @@ class Points:
 
 
 def points(records: Records) -> dict[Key, Points]:
-    """One point a run from exact rounds, for each optimizer, step and set of parameters, in the order of the tables.
+    """One point a run from exact rounds, for each arm, step and set of parameters, in the order of the tables.
 
     The sets are all parameters, all but the embedding, and each kind of layer. d counts the parameters of the set.
-    Before the first step the runs of one size and seed are the same for all optimizers: they are one point
-    of ``start``.
+    Before the first step the runs of one size and seed are the same for all arms: they are one point of ``start``.
     """
-    found: dict[Key, dict[tuple[int, int, str], tuple[int, float]]] = {}
-    for record in records:
+    arms = arms_of(records)
+    found: dict[Key, dict[tuple[int, int, Arm], tuple[int, float]]] = {}
+    for record, own in zip(records, arms, strict=True):
         for step, exact in record["exact"].items():
-            optimizer = START if step == "0" else record["optimizer"]
-            run = (record["d"], record["seed"], optimizer)
+            arm = Arm(START) if step == "0" else own
+            run = (record["d"], record["seed"], arm)
             for name, (d, r) in _ratios(exact["kinds"]).items():
-                found.setdefault((optimizer, int(step), name), {})[run] = (d, r)
+                found.setdefault((arm, int(step), name), {})[run] = (d, r)
     ordered = sorted(found.items(), key=_order)
     return {key: Points(d=[d for d, _ in each.values()], r=[r for _, r in each.values()]) for key, each in ordered}
+
+
+def arms_of(records: Records) -> list[Arm]:
+    """The arm of each record."""
+    rates: defaultdict[str, set[float]] = defaultdict(set)
+    for one in records:
+        rates[one["optimizer"]].add(one["settings"]["lr"])
+    return [
+        Arm(one["optimizer"], one["settings"]["lr"] if len(rates[one["optimizer"]]) > 1 else None) for one in records
+    ]
 
 
 def _ratios(kinds: dict[str, dict[str, float]]) -> dict[str, tuple[int, float]]:
@@ -71,9 +97,9 @@ def _ratios(kinds: dict[str, dict[str, float]]) -> dict[str, tuple[int, float]]:
     return found
 
 
-def _order(entry: tuple[Key, object]) -> tuple[int, int, bool, bool, str]:
-    (optimizer, step, name), _ = entry
-    return list(NAMES).index(optimizer), step, name != WHOLE, name != WITHOUT, name
+def _order(entry: tuple[Key, object]) -> tuple[int, float, int, bool, bool, str]:
+    (arm, step, name), _ = entry
+    return list(NAMES).index(arm.optimizer), -(arm.rate or 0.0), step, name != WHOLE, name != WITHOUT, name
 
 
 def has_learned(record: Record) -> bool:
@@ -97,30 +123,33 @@ def exponents(runs: StudyRuns) -> Finding:
     if not kept:
         return Finding(verdict="Cannot be said: the loss of no run fell.", made="", missing=missing)
     found = points(kept)
-    keys = list(dict.fromkeys((optimizer, step) for optimizer, step, _ in found))
+    keys = list(dict.fromkeys((arm, step) for arm, step, _ in found))
     fits = {key: fit for key, each in found.items() if (fit := each.fit)}
-    said = "; ".join(f"{NAMES[optimizer]}{_at(step)}: {_in_words(fits, optimizer, step)}" for optimizer, step in keys)
-    of_rates = f"Every width has the rates that are best at width {SHAPE['hidden-size']}."
+    said = "; ".join(f"{arm.name}{_at(step)}: {_in_words(fits, arm, step)}" for arm, step in keys)
+    of_rates = f"Every width has the rates that are best at width {SHAPE['hidden-size']}"
+    of_rates += ", and LION a tenth of its rate as well." if len(_rates_of_lion(kept)) > 1 else "."
     return Finding(
         verdict=f"{sentence(runs.mark + 'exponents')} of r against d: {said}. Undecided is an interval wider than "
         f"{WIDEST}. {_about_embedding(kept)}{_without_embedding(fits)} {of_rates}",
         made="",
         tables=[_exponents_table(found), _layers_table(found)],
-        pictures={
-            "r against d, one point a run; lines are the fits": size_drawing.draw(found, (WHOLE, WITHOUT), NAMES)
-        },
+        pictures={"r against d, one point a run; lines are the fits": size_drawing.draw(found, (WHOLE, WITHOUT))},
         missing=missing,
-        judgements=[_judgement(runs, kept, fits, optimizer, step) for optimizer, step in keys],
+        judgements=[_judgement(runs, kept, fits, arm, step) for arm, step in keys],
     )
+
+
+def _rates_of_lion(records: Records) -> set[float]:
+    return {one["settings"]["lr"] for one in records if one["optimizer"] == "lion_paper"}
 
 
 def _at(step: int) -> str:
     return f" at step {step:,}" if step else ""
 
 
-def _in_words(fits: dict[Key, theory.PowerLaw], optimizer: str, step: int) -> str:
+def _in_words(fits: dict[Key, theory.PowerLaw], arm: Arm, step: int) -> str:
     """The verdict on all parameters, and the exponent without the embedding."""
-    whole, without = (fits.get((optimizer, step, name)) for name in (WHOLE, WITHOUT))
+    whole, without = (fits.get((arm, step, name)) for name in (WHOLE, WITHOUT))
     if whole is None:
         return f"fewer than {FEWEST} sizes"
     said = f"{WHOLE} {_verdict(whole)}"
@@ -136,12 +165,12 @@ def _verdict(fit: theory.PowerLaw) -> str:
 
 def _exponents_table(found: dict[Key, Points]) -> Table:
     table = [["optimizer", "step", "parameters", "sizes", "runs", "exponent [95 %]", "0.5 inside", SHARE]]
-    for (optimizer, step, name), each in found.items():
+    for (arm, step, name), each in found.items():
         if name in (WHOLE, WITHOUT):
             fit = each.fit
             cells = [str(fit), _yes(fit)] if fit else ["-", "-"]
             counts = [str(len(set(each.d))), str(len(each.d))]
-            table.append([NAMES[optimizer], str(step), name, *counts, *cells, each.span])
+            table.append([arm.name, str(step), name, *counts, *cells, each.span])
     return table
 
 
@@ -152,9 +181,9 @@ def _yes(fit: theory.PowerLaw) -> str:
 def _layers_table(found: dict[Key, Points]) -> Table:
     """r / sqrt(d) and the exponent of each kind of layer, against that layer's own d."""
     table = [["optimizer", "step", "kind of layer", SHARE, "exponent [95 %]"]]
-    for (optimizer, step, name), each in found.items():
+    for (arm, step, name), each in found.items():
         if name not in (WHOLE, WITHOUT):
-            table.append([NAMES[optimizer], str(step), name, each.span, str(each.fit or "-")])
+            table.append([arm.name, str(step), name, each.span, str(each.fit or "-")])
     return table
 
 
@@ -174,29 +203,27 @@ def _about_embedding(records: Records) -> str:
 def _without_embedding(fits: dict[Key, theory.PowerLaw]) -> str:
     """How much the exponent changes where the embedding is left out."""
     changes = [
-        fits[optimizer, step, WITHOUT].exponent - fit.exponent
-        for (optimizer, step, name), fit in fits.items()
-        if name == WHOLE and (optimizer, step, WITHOUT) in fits
+        fits[arm, step, WITHOUT].exponent - fit.exponent
+        for (arm, step, name), fit in fits.items()
+        if name == WHOLE and (arm, step, WITHOUT) in fits
     ]
     if not changes:
         return ""
     return f" Leaving it out changes the exponent by {min(changes):+.3f} to {max(changes):+.3f}."
 
 
-def _judgement(
-    runs: StudyRuns, records: Records, fits: dict[Key, theory.PowerLaw], optimizer: str, step: int
-) -> Judgement:
-    own = records if optimizer == START else [one for one in records if one["optimizer"] == optimizer]
-    whole = fits.get((optimizer, step, WHOLE))
+def _judgement(runs: StudyRuns, records: Records, fits: dict[Key, theory.PowerLaw], arm: Arm, step: int) -> Judgement:
+    arms = arms_of(records)
+    of_arm = records if arm == Arm(START) else [one for one, its in zip(records, arms, strict=True) if its == arm]
+    own = [one for one in of_arm if str(step) in one["exact"]]
+    whole = fits.get((arm, step, WHOLE))
     sizes = len({one["d"] for one in own})
-    basis = (
-        f"{runs.model.upper()}s of {sizes} sizes, d = {span_of(own, 'd')}, {NAMES[optimizer]}{_at(step)}, exact rounds"
-    )
+    basis = f"{runs.model.upper()}s of {sizes} sizes, d = {span_of(own, 'd')}, {arm.name}{_at(step)}, exact rounds"
     state = f"fewer than {FEWEST} sizes" if whole is None else decided(whole)
     return Judgement(
         claim=f"$r$ grows as {SQRT_D}: exponent 0.5",
         verdict=f"{runs.mark}{'0.5 ' if state in (INSIDE, OUTSIDE) else ''}{state}"
         + (f" [{whole.low:.3f}, {whole.high:.3f}]" if whole else ""),
         basis=basis,
-        numbers=_in_words(fits, optimizer, step),
+        numbers=_in_words(fits, arm, step),
     )

@@ -2,7 +2,7 @@
 
 ``paper``: the paper's rates, three optimizers, several seeds. ``search``: two decades of rates for each optimizer on
 5,000 steps, and further ones while the best is at an end. ``tuned``: each optimizer at the best rate of the search,
-50,000 steps. ``sizes``: r against d at the best rates.
+50,000 steps. ``sizes``: r against d at the best rates, with Lion also at a tenth of its own.
 """
 
 import math
@@ -75,15 +75,21 @@ def tuned(output: Path, texts: dict[str, LongText], records: Records) -> list[Lo
 
 
 def sizes(output: Path, texts: dict[str, LongText], records: Records) -> list[LongRun]:
-    """Each width at the best rates of the search. Raises LionError while it is not finished."""
+    """Each width at the best rates of the search. Raises LionError while it is not finished.
+
+    Lion's step has the same size in each weight, so a rate that is the best at one width may be too large for wider
+    models. So Lion also has a tenth of it.
+    """
+    best = best_rates(records)
+    rates = [("", *each) for each in best.items()] + [("tenth-", "lion_paper", best["lion_paper"] / 10)]
     found = []
     for width, d in WIDTHS.items():
         steps = FEW_STEPS if d > LARGE else SHORT
-        for optimizer, rate in best_rates(records).items():
+        for prefix, optimizer, rate in rates:
             if d <= LARGE or optimizer == "lion_paper":
                 run = LongRun(
                     **{"model": "gpt", "optimizer": optimizer, "seed": FIRST_SEED, "output": output},
-                    **{"text": texts["gpt"], "study": "sizes", "label": f"width-{width}", "steps": steps},
+                    **{"text": texts["gpt"], "study": "sizes", "label": f"{prefix}width-{width}", "steps": steps},
                     changes=(*_at_rate(rate), f"hidden-size={width}", *_SCHEDULE),
                     checkpoints=tuple(sorted({FEW_STEPS, steps})),
                 )
