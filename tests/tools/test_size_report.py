@@ -77,8 +77,8 @@ def test_two_rates_of_one_optimizer_have_their_own_fits() -> None:
     fast = [sized(width) for width in (*WIDTHS, 256)]
     finding = size_findings.exponents(sizes_of([*slow, *fast]))
     rows = {(row[0], row[2]): row for row in finding.tables[0][1:]}
-    assert rows["LION at 0.001", size_findings.WITHOUT][3:6] == ["5", "5", "0.500 [0.500, 0.500]"]
-    assert rows["LION at 0.0001", size_findings.WITHOUT][3:6] == ["4", "4", "0.400 [0.400, 0.400]"]
+    assert rows["LION, lr 0.001", size_findings.WITHOUT][3:6] == ["5", "5", "0.500 [0.500, 0.500]"]
+    assert rows["LION, lr 0.0001", size_findings.WITHOUT][3:6] == ["4", "4", "0.400 [0.400, 0.400]"]
     assert [judgement.basis.split(", ")[0] for judgement in finding.judgements[1:]] == [
         "GPTs of 5 sizes",
         "GPTs of 4 sizes",

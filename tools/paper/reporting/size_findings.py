@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tools.paper import theory
 from tools.paper.reporting import size_drawing
-from tools.paper.reporting.findings import Finding, Judgement
+from tools.paper.reporting.findings import Finding, Judgement, counted
 from tools.paper.reporting.formulas import SHARE, SQRT_D
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.study_runs import NAMES as OPTIMIZER_NAMES
@@ -32,7 +32,7 @@ class Arm(NamedTuple):
 
     @property
     def name(self) -> str:
-        return NAMES[self.optimizer] + (f" at {self.rate:g}" if self.rate else "")
+        return NAMES[self.optimizer] + (f", lr {self.rate:g}" if self.rate else "")
 
 
 Key = tuple[Arm, int, str]  # arm, step, set of parameters
@@ -218,7 +218,8 @@ def _judgement(runs: StudyRuns, records: Records, fits: dict[Key, theory.PowerLa
     own = [one for one in of_arm if str(step) in one["exact"]]
     whole = fits.get((arm, step, WHOLE))
     sizes = len({one["d"] for one in own})
-    basis = f"{runs.model.upper()}s of {sizes} sizes, d = {span_of(own, 'd')}, {arm.name}{_at(step)}, exact rounds"
+    of_sizes = f"{runs.model.upper()}s of {counted(sizes, 'size')}, d = {span_of(own, 'd')}"
+    basis = f"{of_sizes}, {arm.name}{_at(step)}, exact rounds"
     state = f"fewer than {FEWEST} sizes" if whole is None else decided(whole)
     return Judgement(
         claim=f"$r$ grows as {SQRT_D}: exponent 0.5",
