@@ -19,7 +19,7 @@ def draw(found: "Mapping[Key, Points]", sets: Sequence[str]) -> str:
     """
     steps = sorted({step for _, step, _ in found})
     size = (3.4 * len(steps), 3.1 * len(sets))
-    highest = {arm.optimizer: arm.rate for arm in sorted({arm for arm, _, _ in found}, key=lambda arm: arm.rate or 0.0)}
+    highest = {arm.optimizer: arm for arm in sorted({arm for arm, _, _ in found})}
     shared: dict[str, Any] = {"squeeze": False, "sharex": "row", "sharey": "row"}
     figure, panels = figures.pyplot().subplots(len(sets), len(steps), figsize=size, **shared)
     for row, name in zip(panels, sets, strict=True):
@@ -30,7 +30,7 @@ def draw(found: "Mapping[Key, Points]", sets: Sequence[str]) -> str:
             axes.grid(alpha=0.3, which="both", linewidth=0.5)
             for (arm, at, of), points in found.items():
                 if (at, of) == (step, name):
-                    _draw_one(axes, points, arm, fill="full" if arm.rate in (None, highest[arm.optimizer]) else "none")
+                    _draw_one(axes, points, arm, fill="full" if arm == highest[arm.optimizer] else "none")
             if axes.has_data():
                 axes.legend(fontsize=7)
     return figures.svg(figure)

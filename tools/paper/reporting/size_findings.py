@@ -11,7 +11,7 @@ from tools.paper.reporting.findings import Finding, Judgement, counted
 from tools.paper.reporting.formulas import SHARE, SQRT_D
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.study_runs import NAMES as OPTIMIZER_NAMES
-from tools.paper.reporting.study_runs import Record, Records, StudyRuns, sentence, span_of
+from tools.paper.reporting.study_runs import Record, Records, StudyRuns, sentence, span
 from tools.paper.studies.long_runs import SHAPE
 
 START = "start"
@@ -63,7 +63,7 @@ def points(records: Records) -> dict[Key, Points]:
     The sets are all parameters, all but the embedding, and each kind of layer. d counts the parameters of the set.
     Before the first step the runs of one size and seed are the same for all arms: they are one point of ``start``.
     """
-    arms = arms_of(records)
+    arms = _arms_of(records)
     found: dict[Key, dict[tuple[int, int, Arm], tuple[int, float]]] = {}
     for record, own in zip(records, arms, strict=True):
         for step, exact in record["exact"].items():
@@ -75,7 +75,7 @@ def points(records: Records) -> dict[Key, Points]:
     return {key: Points(d=[d for d, _ in each.values()], r=[r for _, r in each.values()]) for key, each in ordered}
 
 
-def arms_of(records: Records) -> list[Arm]:
+def _arms_of(records: Records) -> list[Arm]:
     """The arm of each record."""
     rates: defaultdict[str, set[float]] = defaultdict(set)
     for one in records:
@@ -127,7 +127,7 @@ def exponents(runs: StudyRuns) -> Finding:
     fits = {key: fit for key, each in found.items() if (fit := each.fit)}
     said = "; ".join(f"{arm.name}{_at(step)}: {_in_words(fits, arm, step)}" for arm, step in keys)
     of_rates = f"Every width has the rates that are best at width {SHAPE['hidden-size']}"
-    of_rates += ", and LION a tenth of its rate as well." if len(_rates_of_lion(kept)) > 1 else "."
+    of_rates += ", and LION a tenth of its rate as well." if any(arm.rate for arm, _ in keys) else "."
     return Finding(
         verdict=f"{sentence(runs.mark + 'exponents')} of r against d: {said}. Undecided is an interval wider than "
         f"{WIDEST}. {_about_embedding(kept)}{_without_embedding(fits)} {of_rates}",
@@ -135,12 +135,8 @@ def exponents(runs: StudyRuns) -> Finding:
         tables=[_exponents_table(found), _layers_table(found)],
         pictures={"r against d, one point a run; lines are the fits": size_drawing.draw(found, (WHOLE, WITHOUT))},
         missing=missing,
-        judgements=[_judgement(runs, kept, fits, arm, step) for arm, step in keys],
+        judgements=[_judgement(runs, key, found[*key, WHOLE], fits) for key in keys],
     )
-
-
-def _rates_of_lion(records: Records) -> set[float]:
-    return {one["settings"]["lr"] for one in records if one["optimizer"] == "lion_paper"}
 
 
 def _at(step: int) -> str:
@@ -212,13 +208,10 @@ def _without_embedding(fits: dict[Key, theory.PowerLaw]) -> str:
     return f" Leaving it out changes the exponent by {min(changes):+.3f} to {max(changes):+.3f}."
 
 
-def _judgement(runs: StudyRuns, records: Records, fits: dict[Key, theory.PowerLaw], arm: Arm, step: int) -> Judgement:
-    arms = arms_of(records)
-    of_arm = records if arm == Arm(START) else [one for one, its in zip(records, arms, strict=True) if its == arm]
-    own = [one for one in of_arm if str(step) in one["exact"]]
+def _judgement(runs: StudyRuns, key: tuple[Arm, int], each: Points, fits: dict[Key, theory.PowerLaw]) -> Judgement:
+    arm, step = key
     whole = fits.get((arm, step, WHOLE))
-    sizes = len({one["d"] for one in own})
-    of_sizes = f"{runs.model.upper()}s of {counted(sizes, 'size')}, d = {span_of(own, 'd')}"
+    of_sizes = f"{runs.model.upper()}s of {counted(len(set(each.d)), 'size')}, d = {span(each.d)}"
     basis = f"{of_sizes}, {arm.name}{_at(step)}, exact rounds"
     state = f"fewer than {FEWEST} sizes" if whole is None else decided(whole)
     return Judgement(

@@ -132,9 +132,14 @@ def listed_rates(records: Sequence[Record]) -> str:
 
 
 def span_of(records: Sequence[Record], key: str) -> str:
-    """The smallest and the largest of a whole number of the records; one number where they are equal."""
-    values = sorted({one[key] for one in records})
-    return " to ".join(f"{value:,}" for value in dict.fromkeys((values[0], values[-1])))
+    """:func:`span` of a whole number of the records."""
+    return span(one[key] for one in records)
+
+
+def span(values: Iterable[int]) -> str:
+    """The smallest and the largest of some numbers; one number where they are equal."""
+    ordered = sorted(values)
+    return " to ".join(f"{value:,}" for value in dict.fromkeys((ordered[0], ordered[-1])))
 
 
 def spread(values: Iterable[float], digits: int = 3) -> str:
