@@ -1,4 +1,4 @@
-"""If the file of rounds cannot be written, the run warns and goes on."""
+"""A run warns and continues if its norm-ratio file cannot be written."""
 
 from pathlib import Path
 

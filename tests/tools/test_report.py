@@ -208,9 +208,9 @@ def test_a_grids_best_rates_stand_in_table_a2_and_its_best_runs_in_figure_1(tmp_
     ]
     assert "at most SGD's for 1 of 1 models." in rates.verdict
     assert [row[0] for row in curves.tables[0][1:]] == ["resnet18-lion-0.001", "resnet18-sgd-0.001"]
-    assert "after 1 of 2 epochs Lion's training loss is the lower, after 2 its top-1" in curves.verdict
+    assert "LION's training loss is lower after 1 of 2 epochs, its top-1 higher after 2" in curves.verdict
     for one in (rates, curves):
-        assert one.verdict.startswith("Not the paper's data: digits stands in for it.")
+        assert one.verdict.startswith("The data set is digits, not the paper's.")
         assert "digits, 9 images" in one.made
 
 

@@ -154,7 +154,7 @@ def test_the_digits_of_100_epochs_are_in_figure_1_and_figure_a3(tmp_path: Path) 
     rows, page, _ = pages(tmp_path, tmp_path / "out", exhibits=("Figure 1", "Figure A3"))
     (curves,), (constants,) = (rows[name].findings for name in ("Figure 1", "Figure A3"))
     for one in (curves, constants):
-        assert one.verdict.startswith("Not the paper's data: digits stands in for it.") and one.pictures
+        assert one.verdict.startswith("The data set is digits, not the paper's.") and one.pictures
     # Constant norms, so the last of the epochs that both have, step 30, decides; sqrt(d) is 20.
     assert constants.tables[0][1][1] == f"{8.0 * 30**0.25 / 20:.4f}" and constants.tables[0][1][4] == "30"
     assert constants.tables[0][2][1] == f"{3.0 * 30**0.25:.4f}" and constants.tables[0][2][-1] == "exact"

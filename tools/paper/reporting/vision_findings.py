@@ -81,8 +81,8 @@ def _ahead(lion: Epochs, sgd: Epochs) -> tuple[int, int, int]:
 def _compared(model: str, lion: Epochs, sgd: Epochs) -> str:
     lower, higher, of = _ahead(lion, sgd)
     held = "Held" if min(lower, higher) == of else "Held in part" if lower or higher else "Not held"
-    text = f"{held} for {model}: after {lower} of {of} epochs Lion's training loss is the lower, after "
-    return rf"{text}{higher} its top-1 the higher. One model of a size says nothing about $\sqrt{{d}}$."
+    text = f"{held} for {model}: LION's training loss is lower after {lower} of {of} epochs, its top-1 higher after "
+    return rf"{text}{higher}. One model of a size says nothing about $\sqrt{{d}}$."
 
 
 def _judged(model: str, lion: Epochs, sgd: Epochs) -> Judgement:
@@ -204,7 +204,7 @@ def _data(folder: Path) -> str:
 
 
 def _stand_in(folder: Path) -> str:
-    return "" if folder.name in PAPERS else f"Not the paper's data: {_data(folder)} stands in for it. "
+    return "" if folder.name in PAPERS else f"The data set is {_data(folder)}, not the paper's. "
 
 
 def _first(runs: dict[str, Epochs]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 ``paper``: the paper's rates, three optimizers, several seeds. ``search``: two decades of rates for each optimizer on
 5,000 steps, and further ones while the best is at an end. ``tuned``: each optimizer at the best rate of the search,
-50,000 steps. ``sizes``: r against d at the best rates, with Lion also at a tenth of its own.
+50,000 steps. ``sizes``: r against d. Each optimizer has its best rate, and Lion also a tenth of that.
 """
 
 import math
@@ -77,8 +77,8 @@ def tuned(output: Path, texts: dict[str, LongText], records: Records) -> list[Lo
 def sizes(output: Path, texts: dict[str, LongText], records: Records) -> list[LongRun]:
     """Each width at the best rates of the search. Raises LionError while it is not finished.
 
-    Lion's step has the same size in each weight, so a rate that is the best at one width may be too large for wider
-    models. So Lion also has a tenth of it.
+    Lion also has a tenth of its best rate: its step has the same size in each weight, so a rate that is the best at
+    one width may be too large for wider models.
     """
     best = best_rates(records)
     rates = [("", *each) for each in best.items()] + [("tenth-", "lion_paper", best["lion_paper"] / 10)]
