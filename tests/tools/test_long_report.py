@@ -163,14 +163,31 @@ def test_better_throughout_is_asked_at_each_checkpoint_and_of_each_sgd(everythin
     changed = json.loads(json.dumps(everything))
     for one in of(changed, optimizers=("sgd_paper",)):
         if one["model"] == "gpt":
-            one["validation_loss"]["20000"] = 4.0
+            one["validation_loss"] |= {"20000": 4.0, "40000": 4.0}
     late = curve_findings.curves(runs_of(changed))
     assert [judgement.verdict for judgement in late.judgements[:2]] == ["not confirmed", "confirmed"]
-    assert "95 % interval: held-out loss at 20k." in late.verdict
+    assert "not all three losses of LION are below" in late.verdict
+    assert "95 % interval: held-out loss at 20k, 40k." in late.verdict
     tuned = curve_findings.curves(runs_of(everything, "tuned"))
     assert any(
         "AdamW throughout, at each optimizer's best rate (not in the paper)" in j.claim for j in tuned.judgements
     )
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_opposite_says_above(everything: list[Record]) -> None:
+    records = json.loads(json.dumps(of(everything, optimizers=("lion_paper", "sgd_paper"))))
+    measured = ("training_loss", "validation_loss", "exact", "log_perplexity")
+    by_run = {(one["model"], one["optimizer"], one["seed"]): {key: one[key] for key in measured} for one in records}
+    other = {"lion_paper": "sgd_paper", "sgd_paper": "lion_paper"}
+    for one in records:
+        one.update(by_run[one["model"], other[one["optimizer"]], one["seed"]])
+    losses = curve_findings.curves(runs_of(records))
+    assert losses.judgements[0].verdict == "provisional: the opposite is found"
+    assert "all three losses of LION are above those of SGD (momentum 0.9)" in losses.verdict
+    assert "Not below" not in losses.verdict
+    perplexity = perplexity_findings.perplexities(runs_of(records))
+    assert "LION's checkpoint at 10,000 steps is above that of SGD (momentum 0.9) at 50,000" in perplexity.verdict
 
 
 @pytest.mark.usefixtures("no_pictures")

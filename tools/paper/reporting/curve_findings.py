@@ -57,15 +57,19 @@ def _gap(runs: StudyRuns, other: str, loss: str, step: int) -> gaps.Interval | N
 
 def _sentence(runs: StudyRuns, other: str, found: Gaps) -> str:
     """Whether Lion's losses are below those of ``other`` at every checkpoint."""
-    word, not_above = gaps.judged(found)
+    word, side = gaps.judged(found)
     basis = runs.basis("lion_paper", other, seeds=found[FIXED, STEPS].seeds)
-    said = f"{sentence(runs.mark + word)} {runs.where} ({basis}): all three losses of LION are below those "
-    said += f"of {NAMES[other]} at each of {_checkpoints()}."
-    if not_above:
-        exceptions = ", ".join(f"{loss} at {step // 1000}k" for loss, step in not_above)
-        said += f" Not below, or not outside the 95 % interval: {exceptions}."
+    said = f"{sentence(runs.mark + word)} {runs.where} ({basis}): {'' if side else 'not '}all three losses of LION are "
+    said += f"{side or 'below'} those of {NAMES[other]} at each of {_checkpoints()}."
+    said += "" if side else f" Not below, or not outside the 95 % interval: {_exceptions(found)}."
     lower, windows = _windows(runs, other)
     return f"{said} LION's mean training loss is below in every seed in {lower} of {windows} windows of 1,000 steps."
+
+
+def _exceptions(found: Gaps) -> str:
+    """The losses, and the checkpoints of each, where Lion is not below."""
+    steps = {loss: [step for step in CHECKPOINTS if not found[loss, step].is_above_zero] for loss in LOSSES}
+    return "; ".join(f"{loss} at {', '.join(steps_in_thousands(each))}" for loss, each in steps.items() if each)
 
 
 def _windows(runs: StudyRuns, other: str) -> tuple[int, int]:

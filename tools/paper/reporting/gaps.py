@@ -100,12 +100,14 @@ def share_of_rate(at_papers: Mapping[int, float], at_best: Mapping[int, float]) 
     )
 
 
-def judged[Key: Hashable](gaps: Mapping[Key, Interval]) -> tuple[str, list[Key]]:
-    """Whether all of ``gaps`` are above 0, as the start of a verdict, and the keys of those that are not."""
+def judged[Key: Hashable](gaps: Mapping[Key, Interval]) -> tuple[str, str]:
+    """Whether Lion is below the other in all of ``gaps``: the start of a verdict, and Lion's side.
+
+    The side is "below" or "above", and empty if the gaps differ or an interval includes 0.
+    """
     one_seed = max(gap.seeds for gap in gaps.values()) == 1
-    not_above = [key for key, gap in gaps.items() if not gap.is_above_zero]
-    if not not_above:
-        return ("seen in one seed" if one_seed else "confirmed"), []
+    if all(gap.is_above_zero for gap in gaps.values()):
+        return ("seen in one seed" if one_seed else "confirmed"), "below"
     if all(gap.is_below_zero for gap in gaps.values()):
-        return ("the opposite is seen in one seed" if one_seed else "the opposite is found"), not_above
-    return ("not seen in one seed" if one_seed else "not confirmed"), not_above
+        return ("the opposite is seen in one seed" if one_seed else "the opposite is found"), "above"
+    return ("not seen in one seed" if one_seed else "not confirmed"), ""

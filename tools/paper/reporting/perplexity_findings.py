@@ -41,11 +41,12 @@ def _first_below_last(runs: StudyRuns, other: str, text: str) -> gaps.Interval |
 
 
 def _sentence(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> str:
-    word, _ = gaps.judged({"": found})
+    word, side = gaps.judged({"": found})
+    basis = runs.basis("lion_paper", other, seeds=found.seeds)
     return (
-        f"{sentence(runs.mark + word)} {runs.where} ({runs.basis('lion_paper', other, seeds=found.seeds)}): LION's "
-        f"checkpoint at {CHECKPOINTS[0]:,} steps is below that of {NAMES[other]} at {STEPS:,}. SGD's ln perplexity per "
-        f"token on {TEXTS[text]} minus LION's is {found}."
+        f"{sentence(runs.mark + word)} {runs.where} ({basis}): LION's checkpoint at {CHECKPOINTS[0]:,} steps is "
+        f"{side or 'not shown to be below'} that of {NAMES[other]} at {STEPS:,}. SGD's ln "
+        f"perplexity per token on {TEXTS[text]} minus LION's is {found}."
     )
 
 
