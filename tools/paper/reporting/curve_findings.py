@@ -57,7 +57,7 @@ def _gap(runs: StudyRuns, other: str, loss: str, step: int) -> gaps.Interval | N
 
 def _sentence(runs: StudyRuns, other: str, found: Gaps) -> str:
     """Whether Lion's losses are below those of ``other`` at every checkpoint."""
-    word, side = gaps.judged(found)
+    word, side = gaps.judged(found.values())
     basis = runs.basis("lion_paper", other, seeds=found[FIXED, STEPS].seeds)
     said = f"{sentence(runs.mark + word)} {runs.where} ({basis}): {'' if side else 'not '}all three losses of LION are "
     said += f"{side or 'below'} those of {NAMES[other]} at each of {_checkpoints()}."
@@ -81,7 +81,7 @@ def _windows(runs: StudyRuns, other: str) -> tuple[int, int]:
 
 
 def _judgement(runs: StudyRuns, other: str, found: Gaps) -> Judgement:
-    word, _ = gaps.judged(found)
+    word, _ = gaps.judged(found.values())
     of_paper = "" if other in SGDS else " (not in the paper)"
     numbers = [f"{loss} at {LAST} steps: {found[loss, STEPS]}" for loss in (FIXED, HELD_OUT)]
     return Judgement(

@@ -6,7 +6,7 @@ differences are taken within a seed, and the interval is over the seeds.
 
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,14 +100,14 @@ def share_of_rate(at_papers: Mapping[int, float], at_best: Mapping[int, float]) 
     )
 
 
-def judged[Key: Hashable](gaps: Mapping[Key, Interval]) -> tuple[str, str]:
+def judged(gaps: Collection[Interval]) -> tuple[str, str]:
     """Whether Lion is below the other in all of ``gaps``: the start of a verdict, and Lion's side.
 
     The side is "below" or "above", and empty if the gaps differ or an interval includes 0.
     """
-    one_seed = max(gap.seeds for gap in gaps.values()) == 1
-    if all(gap.is_above_zero for gap in gaps.values()):
+    one_seed = max(gap.seeds for gap in gaps) == 1
+    if all(gap.is_above_zero for gap in gaps):
         return ("seen in one seed" if one_seed else "confirmed"), "below"
-    if all(gap.is_below_zero for gap in gaps.values()):
+    if all(gap.is_below_zero for gap in gaps):
         return ("the opposite is seen in one seed" if one_seed else "the opposite is found"), "above"
     return ("not seen in one seed" if one_seed else "not confirmed"), ""

@@ -41,17 +41,17 @@ def _first_below_last(runs: StudyRuns, other: str, text: str) -> gaps.Interval |
 
 
 def _sentence(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> str:
-    word, side = gaps.judged({"": found})
+    word, side = gaps.judged([found])
     basis = runs.basis("lion_paper", other, seeds=found.seeds)
     return (
         f"{sentence(runs.mark + word)} {runs.where} ({basis}): LION's checkpoint at {CHECKPOINTS[0]:,} steps is "
-        f"{side or 'not shown to be below'} that of {NAMES[other]} at {STEPS:,}. SGD's ln "
-        f"perplexity per token on {TEXTS[text]} minus LION's is {found}."
+        f"{side or 'not shown to be below'} that of {NAMES[other]} at {STEPS:,}. SGD's ln perplexity per token on "
+        f"{TEXTS[text]} minus LION's is {found}."
     )
 
 
 def _judgement(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> Judgement:
-    word, _ = gaps.judged({"": found})
+    word, _ = gaps.judged([found])
     return Judgement(
         claim=f"LION's first checkpoint has a lower perplexity than the last of {NAMES[other]}, {runs.where}",
         verdict=f"{runs.mark}{word}",
