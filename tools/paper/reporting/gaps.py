@@ -77,7 +77,7 @@ def share_of_rate(at_papers: Mapping[int, float], at_best: Mapping[int, float]) 
 
     Example:
         >>> str(share_of_rate({1: 2.0, 2: 2.0, 3: 2.0}, {1: 0.5, 2: 0.6, 3: 0.4}))
-        '75% [69%, 81%]'
+        '75% [63%, 87%]'
     """
     seeds = sorted(at_papers.keys() & at_best.keys())
     if len(seeds) < 2:
