@@ -108,9 +108,10 @@ def test_tuned_runs_have_the_best_rates_of_the_search(tmp_path: Path) -> None:
     assert len({run.name for run in tuned}) == 9 and all(run.recipe()["train-iters"] == STEPS for run in tuned)
 
 
-def test_sizes_have_one_schedule_and_seven_of_them_have_every_optimizer(tmp_path: Path) -> None:
+def test_sizes_have_one_schedule_two_seeds_and_seven_of_them_have_every_optimizer(tmp_path: Path) -> None:
     sizes = plans.sizes(tmp_path, {"gpt": long_text.paths(tmp_path, "gpt")}, searched(BEST))
-    assert len({run.name for run in sizes}) == len(sizes) == 32
+    assert len({run.name for run in sizes}) == len(sizes) == 64
+    assert [run.seed for run in sizes] == [1234] * 32 + [1235] * 32
     lion = {run.recipe()["lr"] for run in sizes if run.optimizer == "lion_paper"}
     assert sorted(lion) == pytest.approx([BEST["lion_paper"] / 10, BEST["lion_paper"]])
     large = [run for run in sizes if plans.WIDTHS[run.recipe()["hidden-size"]] > plans.LARGE]

@@ -72,6 +72,18 @@ def test_every_run_is_one_point_and_the_start_is_one_for_all_optimizers() -> Non
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_fit_is_through_the_mean_of_the_seeds_at_each_size() -> None:
+    """The interval of two equal seeds is that of one: a second seed adds no size."""
+    one = [sized(width, exponent=0.5 + 0.1 * (width == 16)) for width in WIDTHS]
+    key = (Arm("lion_paper"), 1000, size_findings.WITHOUT)
+    alone = size_findings.points(one)[key].fit
+    assert size_findings.points([*one, *(each | {"seed": 2} for each in one)])[key].fit == alone
+    other = [sized(width, exponent=0.5 - 0.1 * (width == 16), seed=2) for width in WIDTHS]
+    both = size_findings.points([*one, *other])[key].fit
+    assert both is not None and (both.exponent, both.high - both.low) == pytest.approx((0.5, 0.0), abs=1e-6)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_two_rates_of_one_optimizer_have_their_own_fits() -> None:
     slow = [sized(width, exponent=0.4, lr=1e-4) for width in WIDTHS]
     fast = [sized(width) for width in (*WIDTHS, 256)]
@@ -80,8 +92,8 @@ def test_two_rates_of_one_optimizer_have_their_own_fits() -> None:
     assert rows["LION, lr 0.001", size_findings.WITHOUT][3:6] == ["5", "5", "0.500 [0.500, 0.500]"]
     assert rows["LION, lr 0.0001", size_findings.WITHOUT][3:6] == ["4", "4", "0.400 [0.400, 0.400]"]
     assert [judgement.basis.split(", ")[0] for judgement in finding.judgements[1:]] == [
-        "GPTs of 5 sizes",
-        "GPTs of 4 sizes",
+        "GPTs of 5 sizes (5 runs)",
+        "GPTs of 4 sizes (4 runs)",
     ]
     assert finding.verdict.endswith("and LION a tenth of its rate as well.")
 

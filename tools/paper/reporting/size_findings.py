@@ -1,6 +1,7 @@
 """What the long runs of several sizes left: the exponent of r against d, with and without the embedding."""
 
 import math
+import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,8 +48,16 @@ class Points:
 
     @property
     def fit(self) -> theory.PowerLaw | None:
-        """The power law through all points; None for too few sizes."""
-        return theory.fit_power_law(self.d, self.r) if len(set(self.d)) >= FEWEST else None
+        """The power law through the seeds' geometric mean of r at each size; None for too few sizes.
+
+        Runs of one size may lie on the same side of the line. As points of their own they would not scatter
+        independently, and the interval would be too narrow.
+        """
+        of_size: defaultdict[int, list[float]] = defaultdict(list)
+        for d, r in zip(self.d, self.r, strict=True):
+            of_size[d].append(r)
+        means = [statistics.geometric_mean(each) for each in of_size.values()]
+        return theory.fit_power_law(list(of_size), means) if len(of_size) >= FEWEST else None
 
     @property
     def span(self) -> str:
@@ -211,7 +220,8 @@ def _without_embedding(fits: dict[Key, theory.PowerLaw]) -> str:
 def _judgement(runs: StudyRuns, key: tuple[Arm, int], each: Points, fits: dict[Key, theory.PowerLaw]) -> Judgement:
     arm, step = key
     whole = fits.get((arm, step, WHOLE))
-    of_sizes = f"{runs.model.upper()}s of {counted(len(set(each.d)), 'size')}, d = {span(each.d)}"
+    counts = f"{counted(len(set(each.d)), 'size')} ({counted(len(each.d), 'run')})"
+    of_sizes = f"{runs.model.upper()}s of {counts}, d = {span(each.d)}"
     basis = f"{of_sizes}, {arm.name}{_at(step)}, exact rounds"
     state = f"fewer than {FEWEST} sizes" if whole is None else decided(whole)
     return Judgement(
