@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from launch.launcher import estimates, recipes, run_folder
@@ -12,7 +13,7 @@ from megatron_lion.config import LionError
 from tests.tools.long_records_made_up import finished_pair, run_of, start
 from tools.paper import check_round
 from tools.paper.long_runs import claimed, state
-from tools.paper.studies import long_records, long_runs, long_text, plans, run_settings
+from tools.paper.studies import frequencies, long_records, long_runs, long_text, plans, run_settings
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS, LongRun
 
 
@@ -110,8 +111,9 @@ def test_tuned_runs_have_the_best_rates_of_the_search(tmp_path: Path) -> None:
 
 def test_sizes_have_one_schedule_two_seeds_and_seven_of_them_have_every_optimizer(tmp_path: Path) -> None:
     sizes = plans.sizes(tmp_path, {"gpt": long_text.paths(tmp_path, "gpt")}, searched(BEST))
-    assert len({run.name for run in sizes}) == len(sizes) == 64
-    assert [run.seed for run in sizes] == [1234] * 32 + [1235] * 32
+    assert len({run.name for run in sizes}) == len(sizes) == 60
+    assert [run.seed for run in sizes] == [1234] * 32 + [1235] * 28
+    assert {(run.steps, run.checkpoints) for run in sizes if run.seed == 1235} == {(1000, (1000,))}
     lion = {run.recipe()["lr"] for run in sizes if run.optimizer == "lion_paper"}
     assert sorted(lion) == pytest.approx([BEST["lion_paper"] / 10, BEST["lion_paper"]])
     large = [run for run in sizes if plans.WIDTHS[run.recipe()["hidden-size"]] > plans.LARGE]
@@ -136,6 +138,16 @@ def test_the_search_goes_on_while_the_best_rate_is_at_an_end(tmp_path: Path) -> 
     assert plans.best_rates(found) == BEST | {"sgd_paper": 1.0, "adamw": 1e-4}, "a run that diverged is not chosen"
     with pytest.raises(LionError, match="1 of 17 runs"):
         plans.best_rates(found[1:])
+
+
+def test_the_loss_of_token_frequencies_is_of_the_training_counts(tmp_path: Path) -> None:
+    """Three tokens in training, and one more for each entry of the vocabulary: p = 3 / 2051, 2 / 2051 and 1 / 2051."""
+    text = long_text.paths(tmp_path, "gpt")
+    text.folder.mkdir()
+    np.array([7, 7, 9], dtype=np.uint16).tofile(text.folder / "text_train_text_document.bin")
+    np.array([7, 9, 2047], dtype=np.uint16).tofile(text.fixed_split.with_suffix(".bin"))
+    expected = math.log(2051) - math.log(3 * 2 * 1) / 3
+    assert frequencies.frequency_loss(text) == pytest.approx(expected)
 
 
 def test_held_out_text_has_nothing_of_the_training_text() -> None:

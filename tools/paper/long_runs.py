@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
 from tools.corpus.shards import write_json
-from tools.paper.studies import long_records, long_runs, long_text, plans, run_settings
+from tools.paper.studies import frequencies, long_records, long_runs, long_text, plans, run_settings
 from tools.paper.studies.long_runs import LongRun
 
 
@@ -85,6 +85,8 @@ def main() -> None:
             print(f"{run.name:32} {state(run, options.records)}")
         else:
             make(run, options)
+    if options.list and "gpt" in texts and (texts["gpt"].folder / "complete").is_file():
+        print(f"loss on the fixed split from token frequencies alone: {frequencies.frequency_loss(texts['gpt']):.3f}")
 
 
 def planned(options: argparse.Namespace, texts: dict[str, long_text.LongText]) -> Iterator[LongRun]:

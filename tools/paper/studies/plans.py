@@ -29,13 +29,13 @@ RATES = {
 # Megatron's SGD adds weight decay to the gradient, Lion and AdamW to the step: at tuned rates they would minimize
 # different functions.
 COMMON = ("weight-decay=0", "norm-ratio-interval=1000")
-# Of as many layers as all runs. Seven sizes of all optimizers; above 2 million parameters Lion only, 1,000 steps.
+# Of as many layers as all runs. Seven sizes of all optimizers; above 2 million parameters Lion only, 1,000 steps. The
+# seven sizes have a second seed of 1,000 steps: there r differs so much between seeds that one decides little.
 WIDTHS = {
     **{16: 40_384, 24: 65_184, 40: 124_000, 56: 195_104, 80: 324_800, 128: 667_136, 192: 1_295_616},
     **{328: 3_283_936, 592: 9_678_016},
 }
 LARGE, FEW_STEPS = 2_000_000, 1000
-SIZE_SEEDS = 2  # r at step 1,000 differs so much from seed to seed that one seed decides nothing
 _SCHEDULE = (f"lr-decay-iters={SHORT}", f"lr-warmup-iters={SHORT // 100}")  # also where a run ends before
 
 
@@ -85,12 +85,13 @@ def sizes(output: Path, texts: dict[str, LongText], records: Records) -> list[Lo
     best = best_rates(records)
     rates = [("", *each) for each in best.items()] + [("tenth-", "lion_paper", best["lion_paper"] / 10)]
     found = []
-    for number, (width, d) in itertools.product(range(SIZE_SEEDS), WIDTHS.items()):
-        steps = FEW_STEPS if d > LARGE else SHORT
+    for seed, (width, d) in itertools.product((FIRST_SEED, FIRST_SEED + 1), WIDTHS.items()):
+        is_first, is_large = seed == FIRST_SEED, d > LARGE
+        steps = SHORT if is_first and not is_large else FEW_STEPS
         for prefix, optimizer, rate in rates:
-            if d <= LARGE or optimizer == "lion_paper":
+            if not is_large or (is_first and optimizer == "lion_paper"):
                 run = LongRun(
-                    **{"model": "gpt", "optimizer": optimizer, "seed": FIRST_SEED + number, "output": output},
+                    **{"model": "gpt", "optimizer": optimizer, "seed": seed, "output": output},
                     **{"text": texts["gpt"], "study": "sizes", "label": f"{prefix}width-{width}", "steps": steps},
                     changes=(*_at_rate(rate), f"hidden-size={width}", *_SCHEDULE),
                     checkpoints=tuple(sorted({FEW_STEPS, steps})),
@@ -108,7 +109,7 @@ PLANS: dict[str, Callable[[Path, dict[str, LongText], Records], list[LongRun]]] 
 
 
 def search_losses(records: Records) -> dict[str, dict[float, float]]:
-    """The held-out loss at the search's last step by optimizer, then by rate; infinite where the run diverged."""
+    """The validation loss at the search's last step by optimizer, then by rate; infinite where the run diverged."""
     losses: dict[str, dict[float, float]] = {optimizer: {} for optimizer in RATES}
     for record in records:
         if record["study"] == "search":
@@ -138,9 +139,10 @@ def _next(rate: float, direction: int) -> float:
 
 
 def best_rates(records: Records) -> dict[str, float]:
-    """The rate of each optimizer with the lowest held-out loss at the search's last step. Diverged runs are not chosen.
+    """The rate of each optimizer with the lowest validation loss at the search's last step.
 
-    Raises LionError where the search is not finished, which it is not while a best rate is at an end.
+    Diverged runs are not chosen. Raises LionError where the search is not finished, which it is not while a best rate
+    is at an end.
     """
     losses = search_losses(records)
     rates = {optimizer: searched_rates(optimizer, losses[optimizer]) for optimizer in RATES}
