@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tools.paper.reporting import constant_findings
+from tools.paper.reporting import constant_findings, norm_findings
 from tools.paper.reporting.constant_findings import CORRECTED, IN_L1, IN_L2, RAW
 from tools.paper.reporting.formulas import C_LION
 
@@ -37,9 +37,10 @@ def test_noise_is_taken_out_of_the_norm() -> None:
             {"l2": 3.0},
             {"l2": 2.0, "exact": 2.0},
             "not established",
-            f"{C_LION} is above in {IN_L2} (all rounds, corrected for noise)",
+            f"{C_LION} is above in {IN_L2}.",
         ),
-        ({}, {"l2": 2.0}, "not established", f"The seeds' ranges overlap in {IN_L1} (exact rounds)"),
+        ({}, {"l2": 2.0}, "holds", "The order is the same"),  # exact rounds have equal constants, and are not judged
+        ({}, {}, "not established", "The seeds' ranges overlap."),
         (
             {},
             {"l2": 2.0, "exact": 2.0, "snr": 0.1},
@@ -54,3 +55,16 @@ def test_constants_are_established_only_if_every_way_agrees(
 ) -> None:
     word, reasons = constant_findings.verdict(constants_of(**lion), constants_of(**sgd))
     assert word == expected and reason in reasons
+
+
+@pytest.mark.parametrize(
+    ("exponent", "side"),
+    [(0.5, norm_findings.RISES), (-0.1, norm_findings.SLOWER), (-0.5, norm_findings.FASTER)],
+)
+def test_running_means_are_compared_with_the_rate(exponent: float, side: str) -> None:
+    """A sum of k^exponent is about K^(1 + exponent) / (1 + exponent), so the mean has the exponent of the norm."""
+    steps = list(range(1000, 51_000, 1000))
+    record = {"rounds": {"iteration": steps, "l1": [step**exponent for step in steps]}}
+    found = norm_findings.slope(record, "l1")
+    assert found == pytest.approx(exponent, abs=0.1) and norm_findings.side([found, found]) == side
+    assert norm_findings.side([found, -found]) == norm_findings.MIXED

@@ -38,11 +38,11 @@ def test_fiellers_interval_is_where_the_differences_include_zero() -> None:
         ([0.1, -0.1, 0.3], [0.1, 0.1, 0.1], "0.100 (+- 0.497), is not above 0."),
         ([2.0, 2.1, 1.9], [-0.5, -0.6, -0.5], "SGD's mean loss is below LION's."),
         ([2.0, 2.1, 1.9], [3.0, 3.1, 3.0], "the gap is wider at the best rates."),
-        ([2.0, 2.1, 1.9], [0.1, -0.1, 0.1], "The interval includes 100%: at the best rates there may be no gap."),
-        ([2.0, 2.1, 1.9], [1.8, 2.2, 1.8], "The interval includes 0%: the rate may explain nothing."),
-        ([2.0, 2.1, 1.9], [0.5, 0.5, 0.5], "of the gap (3 seeds)."),
+        ([2.0, 2.1, 1.9], [0.1, -0.1, 0.1], "The interval includes 100 %: at the best rates there may be no gap."),
+        ([2.0, 2.1, 1.9], [1.8, 2.2, 1.8], "The interval includes 0 %: perhaps nothing is due to the rate."),
+        ([2.0, 2.1, 1.9], [0.5, 0.5, 0.5], "of the gap is due to the learning rate (3 seeds)."),
     ],
 )
 def test_a_share_is_said_in_clear_words(papers: list[float], best: list[float], said: str) -> None:
-    words = gap_findings.share_in_words("held-out loss", dict(enumerate(papers)), dict(enumerate(best)))
-    assert words.startswith("For the held-out loss ") and words.endswith(said), words
+    words = gap_findings.share_in_words("validation loss", dict(enumerate(papers)), dict(enumerate(best)))
+    assert words.startswith("For the validation loss ") and words.endswith(said), words

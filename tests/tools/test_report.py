@@ -9,8 +9,10 @@ import pytest
 
 from megatron_lion.config import LionError
 from tools.paper import report
+from tools.paper.reporting import rate_findings
 from tools.paper.reporting.formulas import C_LION, C_SGD
-from tools.paper.reporting.paper import EXHIBITS
+from tools.paper.reporting.paper import EXHIBITS, RATES_FOUND
+from tools.paper.reporting.vision_findings import UNTUNED
 
 HARDWARE = "a test's machine"
 STEP = " iteration {0}/ 40 | elapsed time per iteration (ms): 5.0 | lm loss: {1:.4E} |\n"
@@ -56,7 +58,16 @@ def test_without_runs_every_exhibit_is_there_with_the_command_that_makes_it(tmp_
     page, text = ((tmp_path / "out" / name).read_text() for name in ("report.html", "report.md"))
     assert page.count("Not run here.") == text.count("Not run here.") == len(EXHIBITS)
     assert "-m tools.paper.vision_study --dataset cifar100" in page and "gpt2_medium $o a100x16" in text
+    assert f"\n0 of {len(EXHIBITS)} exhibits have a run here. Hardware: {HARDWARE}." in text
     assert "8.202" in page and "| GPT-2 Medium | LION | 3.221 |" in text
+
+
+def test_the_claim_of_table_a2_is_only_its_numbers() -> None:
+    pairs = [cell.split(" / ") for row in RATES_FOUND[1:] for cell in row[1:]]
+    lower = sum(float(lion) <= float(sgd) for lion, sgd in pairs)
+    (claim,) = (exhibit.claim for exhibit in EXHIBITS if exhibit.name == "Table A2")
+    said = f"by its table, LION's best rate is at most SGD's in {lower} of {len(pairs)}."
+    assert claim == f"none in words; {said}"
 
 
 def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
@@ -75,17 +86,33 @@ def test_verdicts_follow_the_numbers(tmp_path: Path) -> None:
     rates_result(tmp_path / "a" / "rates", 0.5, 1.0)
     held = rows(tmp_path / "a", tmp_path / "out")
     assert held["Figure A3"].findings[0].verdict.startswith(f"Not established: {C_LION} = 0.500, {C_SGD} = 1.000.")
-    assert f"in l2, as {C_SGD} is, Lion's is 1.200." in held["Figure A3"].findings[0].verdict
+    norms = rf"{C_LION} uses $\ell_1 / \sqrt{{d}}$, which is at most $\ell_2$. In $\ell_2$, as for {C_SGD}, LION's"
+    assert f" {norms} constant is 1.200. " in held["Figure A3"].findings[0].verdict
     assert f"{C_SGD} is decided by the last step" in held["Figure A3"].findings[0].verdict
     (table_a1,) = held["Table A1"].findings
-    said = "Not held: Lion's first is below SGD's last in 1 of 2 seeds; Lion is below it in all of them from step 40"
-    assert table_a1.verdict == f"{said} on."
+    said = "Not established: LION's first is below SGD's last in 1 of 2 seeds; LION is below it in all of them"
+    assert table_a1.verdict == f"{said} from step 40 on."
     assert table_a1.tables[0][1:] == [["SGD, mean", "3.300", "3.100"], ["LION, mean", "3.050", "2.900"]]
     assert table_a1.tables[1][1:] == [["1", "3.000", "3.200"], ["2", "3.100", "3.000"]]
     rates_result(tmp_path / "b" / "rates", 1.5, 1.0, at_step=20)
-    assert rows(tmp_path / "b", tmp_path / "out")["Figure A3"].findings[0].verdict.startswith("Not held")
+    assert rows(tmp_path / "b", tmp_path / "out")["Figure A3"].findings[0].verdict.startswith("Does not hold: ")
     rates_result(tmp_path / "c" / "rates", 1.1, 1.3, at_step=20)
-    assert rows(tmp_path / "c", tmp_path / "out")["Figure A3"].findings[0].verdict.startswith("Held")
+    assert rows(tmp_path / "c", tmp_path / "out")["Figure A3"].findings[0].verdict.startswith("Holds: ")
+    rates_result(tmp_path / "d" / "rates", 1.1, 1.3, at_step=20, repeats=1)
+    assert rows(tmp_path / "d", tmp_path / "out")["Figure A3"].findings[0].verdict.startswith("Seen in one seed: ")
+
+
+@pytest.mark.parametrize(
+    ("lower", "seeds", "expected"),
+    [(5, 5, "holds"), (0, 5, "does not hold"), (4, 5, "not established"), (1, 1, "seen in one seed")],
+)
+def test_perplexities_are_judged_by_their_seeds(tmp_path: Path, lower: int, seeds: int, expected: str) -> None:
+    folder = tmp_path / "rates"
+    rates_result(folder, 0.5, 1.0)
+    content = json.loads((folder / "rates.json").read_text())
+    content["perplexity"] |= {"lion_lower": lower, "seeds": seeds}
+    (folder / "rates.json").write_text(json.dumps(content))
+    assert rate_findings.perplexities(folder, "").judgements[0].verdict == expected
 
 
 def test_either_proportion_of_learning_rates_stands_beside_the_papers(tmp_path: Path) -> None:
@@ -94,7 +121,7 @@ def test_either_proportion_of_learning_rates_stands_beside_the_papers(tmp_path: 
     found = rows(tmp_path / "runs", tmp_path / "out")
     assert len(found["Figure A3"].findings) == 2
     untold, told = found["Table A1"].findings
-    assert "times Lion's" not in untold.verdict and "SGD's rate is 10 times Lion's here" in told.verdict
+    assert "times LION's" not in untold.verdict and "SGD's rate is 10 times LION's here" in told.verdict
 
 
 def test_constants_of_exact_gradients_are_told_from_those_of_rounds(tmp_path: Path) -> None:
@@ -110,8 +137,8 @@ def test_language_runs_are_paired_by_their_recipes(tmp_path: Path) -> None:
     recipe_run(tmp_path / "runs" / "x", "lion_paper", loss=2.0)
     recipe_run(tmp_path / "runs" / "y", "sgd_paper", loss=3.0)
     (found,) = rows(tmp_path / "runs", tmp_path / "out")["Figure 3"].findings
-    assert found.verdict.startswith("Held") and not found.missing
-    assert found.tables[0][1] == ["lion", "40", "2.0000", "-", "0.400 to 0.400", "2 of 2"]
+    assert found.verdict.startswith("Seen in one seed: LION ends lower in training loss.") and not found.missing
+    assert found.tables[0][1] == ["LION", "40", "2.0000", "-", "0.400 to 0.400", "2 of 2"]
     assert "gpt2_small, d = 400, 40 steps" in found.made and HARDWARE in found.made
     assert (tmp_path / "out" / "figures" / "figure-3-0-0.svg").read_text().startswith("<svg")
 
@@ -120,7 +147,7 @@ def test_a_run_cut_short_and_one_that_mixes_models_are_said_in_the_report(tmp_pa
     recipe_run(tmp_path / "runs" / "x", "lion", loss=2.0, steps=20)
     recipe_run(tmp_path / "runs" / "y", "sgd", loss=3.0, dims=(400, 900))
     (found,) = rows(tmp_path / "runs", tmp_path / "out")["Figure 3"].findings
-    assert found.verdict.startswith("Cannot be said")
+    assert found.verdict == "Not established: only one optimizer has a run."
     assert any("x was cut short: 20 of 40 steps" in entry for entry in found.missing)
     assert any("y/norm_ratio.jsonl mixes runs: d = 400 and 900" in entry for entry in found.missing)
     assert "Missing: " in (tmp_path / "out" / "report.md").read_text()
@@ -206,12 +233,14 @@ def test_a_grids_best_rates_stand_in_table_a2_and_its_best_runs_in_figure_1(tmp_
         ["0.003", "50.00 %", "-"],
         ["0.001", "90.00 % (best)", "80.00 % (best)"],
     ]
-    assert "at most SGD's for 1 of 1 models." in rates.verdict
+    said = "een in one seed: LION's best rate is at most SGD's for 1 of 1 model"
+    assert f" S{said}." in rates.verdict and rates.judgements[0].verdict == f"s{said}"
     assert [row[0] for row in curves.tables[0][1:]] == ["resnet18-lion-0.001", "resnet18-sgd-0.001"]
     assert "LION's training loss is lower after 1 of 2 epochs, its top-1 higher after 2" in curves.verdict
     for one in (rates, curves):
         assert one.verdict.startswith("The data set is digits, not the paper's.")
         assert "digits, 9 images" in one.made
+        assert UNTUNED not in one.verdict + one.judgements[0].verdict, "the grid searched for the rates"
 
 
 def test_a_damaged_grid_is_said_and_the_figure_of_its_folder_too(tmp_path: Path) -> None:

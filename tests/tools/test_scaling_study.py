@@ -74,7 +74,7 @@ def test_the_command_reads_a_clusters_files_and_writes_tables_and_figures(tmp_pa
     command = [sys.executable, *SCRIPT, *runs, "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "| Lion | 10 | 5 | 0.500 [" in done.stdout and "| Lion | 20 | 10,000 |" in done.stdout
+    assert "| LION | 10 | 5 | 0.500 [" in done.stdout and "| LION | 20 | 10,000 |" in done.stdout
     assert json.loads((tmp_path / "out" / "scaling.json").read_text())["fits"][1]["holds_half"] is True
     assert "before the first step" in (tmp_path / "out" / "exponent.svg").read_text()
     assert (tmp_path / "out" / "ratio_over_sqrt_d.svg").is_file()

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tools.paper import theory
 from tools.paper.reporting import size_drawing, size_findings, study_runs
 from tools.paper.reporting.size_findings import Arm
 
@@ -54,14 +55,23 @@ def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> N
     assert found[Arm("start"), 0, size_findings.WHOLE].r[0] == pytest.approx(13.0 / 2**0.5)
     finding = size_findings.exponents(sizes_of(records))
     rows = {(row[0], row[2]): row for row in finding.tables[0][1:]}
-    assert rows["LION", size_findings.WITHOUT][3:] == ["4", "4", "0.500 [0.500, 0.500]", "yes", "1.000 to 1.000"]
-    assert rows["LION", size_findings.WHOLE][6] == "no"
+    assert rows["LION", size_findings.WITHOUT][3:] == [
+        "4",
+        "4",
+        "0.500 [0.500, 0.500]",
+        "around 0.5",
+        "0.50",
+        "0.50",
+        "1.000 to 1.000",
+    ]
+    assert rows["LION", size_findings.WHOLE][6] == "below 0.5"
     layers = {(row[0], row[2]): row for row in finding.tables[1][1:]}
     assert layers["LION", "embedding"][4].startswith("0.000") and layers["LION", "mlp"][3] == "1.000 to 1.000"
-    assert "without the embedding 0.500 [0.500, 0.500] (0.5 inside)" in finding.verdict
-    assert "The embedding is 75% to 75% of the parameters" in finding.verdict
+    assert "Step 1,000: all parameters 1 below 0.5; without the embedding 1 around 0.5." in finding.verdict
+    assert "The embedding, of words and positions, is 75 to 75 % of the parameters" in finding.verdict
     assert "Leaving it out changes the exponent by +0.054 to +0.054." in finding.verdict
-    assert finding.judgements[1].verdict.startswith("0.5 outside [0.")
+    assert finding.judgements[1].verdict == "all parameters 1 below 0.5; without the embedding 1 around 0.5"
+    assert finding.judgements[1].numbers.endswith("; without the embedding: LION 0.500 [0.500, 0.500]")
 
 
 def test_every_run_is_one_point_and_the_start_is_one_for_all_optimizers() -> None:
@@ -91,22 +101,39 @@ def test_two_rates_of_one_optimizer_have_their_own_fits() -> None:
     rows = {(row[0], row[2]): row for row in finding.tables[0][1:]}
     assert rows["LION, lr 0.001", size_findings.WITHOUT][3:6] == ["5", "5", "0.500 [0.500, 0.500]"]
     assert rows["LION, lr 0.0001", size_findings.WITHOUT][3:6] == ["4", "4", "0.400 [0.400, 0.400]"]
-    assert [judgement.basis.split(", ")[0] for judgement in finding.judgements[1:]] == [
-        "GPTs of 5 sizes (5 runs)",
-        "GPTs of 4 sizes (4 runs)",
-    ]
+    assert finding.judgements[1].basis == "GPTs of 4 to 5 sizes (9 runs), d = 400 to 102,400, exact rounds"
     assert finding.verdict.endswith("and LION a tenth of its rate as well.")
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_wide_interval_is_undecided_and_a_run_that_did_not_learn_is_left_out() -> None:
+def test_a_run_that_did_not_learn_is_left_out() -> None:
     records = [sized(width, exponent=0.5 + 0.2 * (width == 16)) for width in WIDTHS]
     found = size_findings.exponents(sizes_of([*records, sized(9, fell=False)]))
     assert found.missing == ["left out, because the training loss did not fall by 0.1: width-9-lion_paper-1"]
-    assert found.judgements[0].verdict.startswith("undecided [")
+    assert found.judgements[0].verdict.startswith("all parameters 1 undecided")
     assert found.tables[0][1][3:5] == ["4", "4"]
     assert size_findings.exponents(sizes_of(records[:2])).judgements[0].verdict == "fewer than 3 sizes"
     assert size_findings.exponents(sizes_of([sized(9, fell=False)])).verdict.startswith("Cannot be said")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "side"),
+    [
+        (0.45, 0.55, size_findings.INSIDE),
+        (0.4, 0.6, size_findings.UNDECIDED),
+        (-0.112, 0.171, size_findings.BELOW),  # a wide interval that does not include 0.5
+        (0.51, 0.9, size_findings.ABOVE),
+    ],
+)
+def test_an_interval_without_a_half_decides_however_wide(low: float, high: float, side: str) -> None:
+    fit = theory.PowerLaw(exponent=(low + high) / 2, low=low, high=high, coefficient=1.0, points=5)
+    assert size_findings.decided(fit) == side
+
+
+def test_the_slopes_of_the_ends_show_a_curve() -> None:
+    bent = size_findings.Points(d=[10, 100, 1000, 10000, 10000], r=[1.0, 10.0, 30.0, 30.0, 120.0])
+    assert bent.end_slopes == ["1.00", "0.30"]
+    assert size_findings.Points(d=[10, 10], r=[1.0, 2.0]).end_slopes == ["-", "-"]
 
 
 def test_r_is_drawn_against_d() -> None:

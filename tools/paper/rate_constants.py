@@ -93,18 +93,18 @@ def panel(axes: Any, optimizer: str, entry: dict[str, Any], title: str) -> None:
         title: of the panel.
     """
     norm, bound = ("1", r"\sqrt{d}\,") if optimizer == "lion" else ("2", "")
-    label = rf"running mean of $\|\nabla f\|_{norm}$"
-    axes.loglog(entry["steps"], entry["left"], "o-", color=figures.COLORS[optimizer], markersize=3.5, label=label)
+    measured = rf"running mean of $\|\nabla f\|_{norm}$"
+    axes.loglog(entry["steps"], entry["left"], "o-", color=figures.COLORS[optimizer], markersize=3.5, label=measured)
     label = rf"smallest constant: ${entry['constant']:.3f}\,{bound}K^{{-1/4}}$"
     axes.loglog(entry["steps"], entry["right"], "--", color="black", label=label)
-    axes.set(xlabel="K, steps", title=title)
+    axes.set(xlabel="K, steps", ylabel=measured, title=title)
     ticks = [step for step in entry["steps"] if math.log2(step / entry["steps"][0]).is_integer()]
     axes.set_xticks(ticks, [f"{step:,}" for step in ticks])
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
 
 
 def draw(found: dict[str, Any], folder: Path) -> Path:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from megatron_lion.config import LionError
 from megatron_lion.run import readable_errors
-from tools.paper.reporting import findings, long_findings, rate_findings, run_times, vision_findings
+from tools.paper.reporting import findings, long_findings, rate_findings, run_times, toy_findings, vision_findings
 from tools.paper.reporting.html_page import to_html
 from tools.paper.reporting.markdown_page import to_markdown
 from tools.paper.reporting.pages import Page, Row
@@ -33,11 +33,12 @@ from tools.paper.studies import long_records
 
 Maker = Callable[[Path, str], findings.Finding]
 STUDIED_RATES = ("rates", "rates-10to1")  # SGD at its best rate, and at the paper's 10 times Lion's
+TOY = "toy"  # the folder of the runs that have the paper's own setting
 # By exhibit: folders that may hold its records, the file that says that they do, and who reads them.
 RECORDS: dict[str, list[tuple[str, str, Maker]]] = {
-    "Table 1": [("toy", "result.json", findings.toy_rates)],
-    "Figure A1": [("toy", "result.json", findings.toy_pictures)],
-    "Figure A2": [("toy", "result.json", findings.toy_bound)],
+    "Table 1": [(TOY, "result.json", toy_findings.rates)],
+    "Figure A1": [(TOY, "result.json", toy_findings.pictures)],
+    "Figure A2": [(TOY, "result.json", toy_findings.bound)],
     "Figure A3": [
         *((folder, rate_findings.RECORD, rate_findings.constants) for folder in (*STUDIED_RATES, "rates-vision")),
         *((f"vision/{data}", "", vision_findings.constants) for data in ("cifar100", "digits-100")),
@@ -53,6 +54,13 @@ RECORDS: dict[str, list[tuple[str, str, Maker]]] = {
     ],
 }
 LANGUAGE_MODELS = {"Figure 2": "bert", "Figure 3": "gpt"}  # a part of their models' names
+VERDICTS = (
+    "Verdicts. Holds: in all that was measured. Holds in part: in some settings or steps, or for a part of the claim. "
+    "Does not hold: the measurements contradict the claim. Not established: they disagree or do not decide. Undecided: "
+    "the interval is too wide. Seen (seen in part, not seen) in one seed: with one seed, so without an interval. "
+    "Confirmed: in several seeds, with 95 % intervals that exclude 0. Not confirmed: an interval includes 0. The "
+    "opposite is found: the intervals exclude 0 on the other side. Provisional: planned runs are missing."
+)
 # What a damaged or foreign record raises where it is read.
 BAD_RECORD = (LionError, KeyError, TypeError, ValueError, IndexError, AttributeError)
 
@@ -106,13 +114,13 @@ def make_row(
 def make_page(rows: list[Row], runs: Path, hardware: str, long_runs: Path | None) -> Page:
     """The whole report: its title, what it is, the rows, and how long the long runs took."""
     there = [row.exhibit.name for row in rows if row.was_run]
+    counts = f"{len(there)} of {len(rows)} exhibits have a run here{_listed(there)}."
     command = f"tools/paper/report.py --runs {runs}" + f" --long-runs {long_runs}" * (long_runs is not None)
     intro = [
         "Dong, Li, Lin (2025), DOI 10.11897/SP.J.1016.2025.02008. The paper's pictures are described, not copied; its "
-        "tables and numbers are its own. Ours are smaller unless they say otherwise: a verdict is about our model, "
-        "data and steps only.",
-        f"{len(there)} of {len(rows)} were run here ({', '.join(there) or 'none'}). Hardware: {hardware}. Made by "
-        f"{command}.",
+        "tables and numbers are its own. A verdict is about our model, data and steps only.",
+        f"{counts} {_settings(there)}Hardware: {hardware}. Made by {command}.",
+        VERDICTS,
     ]
     try:
         times = run_times.table(long_records.read(long_runs) if long_runs else [])
@@ -120,6 +128,18 @@ def make_page(rows: list[Row], runs: Path, hardware: str, long_runs: Path | None
         times = run_times.table([])
     title = "Convergence Rate Analysis of LION: the paper and our runs"
     return Page(title=title, intro=intro, rows=rows, times=times, hardware=hardware)
+
+
+def _listed(names: list[str]) -> str:
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _settings(names: list[str]) -> str:
+    """Which of the exhibits have the paper's own setting."""
+    own = [name for name in names if any(folder == TOY for folder, _, _ in RECORDS.get(name, []))]
+    said = f"Only the runs of the toy problem{_listed(own)} have the paper's own setting. " if own else ""
+    rest = f"The {'others' if own else 'runs'} are smaller, or on other data, unless their section says otherwise. "
+    return said + rest * (len(own) < len(names))
 
 
 def this_machine() -> str:

@@ -7,25 +7,27 @@ from dataclasses import dataclass, field
 import torch
 
 from tools.paper import theory
-from tools.paper.reporting import drawings
+from tools.paper.reporting import drawings, norm_findings
 from tools.paper.reporting.curve_findings import converged
-from tools.paper.reporting.findings import Finding, Judgement
+from tools.paper.reporting.findings import Finding, Judgement, sentence
 from tools.paper.reporting.formulas import C_LION, C_SGD
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.rate_findings import PAPERS
-from tools.paper.reporting.study_runs import NAMES, SGDS, Record, Records, StudyRuns, in_seeds, listed_rates, sentence
+from tools.paper.reporting.study_runs import NAMES, SGDS, Record, Records, StudyRuns, in_seeds, listed_rates
 from tools.paper.studies import rates
 from tools.paper.studies.rates import NORMS
 
-RAW, CORRECTED, EXACT = "all rounds", "corrected for noise", "exact rounds"
+RAW, CORRECTED, EXACT = "all rounds", "corrected for noise", "exact rounds from 10k"
 IN_L1, IN_L2 = r"$\ell_1 / \sqrt{d}$", r"$\ell_2$"
 SOURCES = (RAW, CORRECTED, EXACT)
+JUDGED = (RAW, CORRECTED)  # the first exact norm stands for 10,000 steps, which hides a maximum before
 Source = tuple[str, str]  # norm, and which rounds
 BELOW, ABOVE, MIXED = f"{C_LION} is below", f"{C_LION} is above", "The seeds' ranges overlap"
 NOISE = (
     r"Noise adds to the norm of a mean gradient. Corrected for noise, $\Vert \nabla f \Vert_2$ is "
     r"$\ell_2 \sqrt{s / (1 + s)}$, where $s$ is the signal-to-noise ratio, and 0 for $s \le 0$. $\ell_1$ gets the same "
-    "factor, which tends to leave it too large, because noise raises $r$. (A1) is about SGD without momentum."
+    "factor, which overestimates it, because noise raises $r$. Exact rounds start at 10k and are not judged: a "
+    "constant that is decided before has no record there. (A1) is about SGD without momentum"
 )
 
 
@@ -66,17 +68,17 @@ def constants(runs: StudyRuns) -> Finding:
             verdict=f"{runs.mark}{word}{_of_one_seed(seeds[name])}",
             basis=runs.basis("lion_paper", name, seeds=seeds[name]),
             numbers=f"{RAW}: {C_LION} {found['lion_paper'][IN_L1, RAW]}, in {IN_L2} {found['lion_paper'][IN_L2, RAW]}; "
-            f"{C_SGD} {found[name][IN_L2, RAW]}. {EXACT}: {found['lion_paper'][IN_L1, EXACT]}, "
-            f"{found['lion_paper'][IN_L2, EXACT]}; {found[name][IN_L2, EXACT]}",
+            f"{C_SGD} {found[name][IN_L2, RAW]}",
         )
         for name, (word, _) in words.items()
     ]
+    no_plain = "" if "sgd_paper_no_momentum" in groups else ", which has no runs here"
     return Finding(
-        verdict=" ".join([*said, NOISE]),
+        verdict=" ".join([*said, norm_findings.about(groups), f"{NOISE}{no_plain}."]),
         made="",
         pictures={"from all rounds of 100 batches": _picture(groups)} if "sgd_paper" in groups else {},
-        tables=[_table(groups, found)],
-        judgements=judgements,
+        tables=[_table(groups, found), norm_findings.table(groups)],
+        judgements=[*judgements, norm_findings.judgement(runs, groups)],
     )
 
 
@@ -149,21 +151,23 @@ def _order(lion: Constant, sgd: Constant) -> str:
 def verdict(lion: dict[Source, Constant], sgd: dict[Source, Constant]) -> tuple[str, str]:
     """``holds``, ``does not hold`` or ``not established``, and why.
 
-    It is established where the order is the same in both norms of Lion and from all kinds of rounds, and where no
+    It is established where the order is the same in both norms of Lion and from ``JUDGED`` rounds, and where no
     constant is decided by the last step: a longer run could have a larger one.
     """
-    orders = {(norm, source): _order(lion[norm, source], sgd[IN_L2, source]) for norm, source in lion}
+    orders = {
+        (norm, source): _order(lion[norm, source], sgd[IN_L2, source]) for norm, source in lion if source in JUDGED
+    }
     listed = [
         f"{order} in {_named(norm, sources)}"
         for order in (BELOW, ABOVE, MIXED)
         for norm in (IN_L1, IN_L2)
-        if (sources := [source for source in SOURCES if orders[norm, source] == order])
+        if (sources := [source for source in JUDGED if orders[norm, source] == order])
     ]
     reasons = [f"{one}." for one in listed] if len(set(orders.values())) > 1 else []
     late = [
         _named(name, sources)
         for name, own, norm in ((C_LION, lion, IN_L1), (C_SGD, sgd, IN_L2))
-        if (sources := [source for source in SOURCES if own[norm, source].is_of_last_step])
+        if (sources := [source for source in JUDGED if own[norm, source].is_of_last_step])
     ]
     if late:
         reasons.append(f"The last step decides {' and '.join(late)}: a longer run can have a larger one.")
@@ -174,7 +178,7 @@ def verdict(lion: dict[Source, Constant], sgd: dict[Source, Constant]) -> tuple[
 
 def _named(what: str, sources: list[str]) -> str:
     """``what``, with the kinds of rounds if they are not all."""
-    return what if len(sources) == len(SOURCES) else f"{what} ({', '.join(sources)})"
+    return what if len(sources) == len(JUDGED) else f"{what} ({', '.join(sources)})"
 
 
 def _table(groups: dict[str, Records], found: dict[str, dict[Source, Constant]]) -> Table:

@@ -1,16 +1,18 @@
 """Figures 2 and 3 from the long runs: losses throughout training, r, and how often gradients were clipped."""
 
+import math
 from collections.abc import Callable
 
+from megatron_lion.stats.convergence import MAX_CHANGE, MIN_SNR
 from tools.paper.reporting import drawings, gaps
-from tools.paper.reporting.findings import Finding, Judgement
+from tools.paper.reporting.findings import Finding, Judgement, sentence
 from tools.paper.reporting.formulas import SHARE, SQRT_D
 from tools.paper.reporting.paper import Table
-from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, sentence, spread, steps_in_thousands
+from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, spread, steps_in_thousands
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
 
 LAST = f"{STEPS:,}"
-FIXED, HELD_OUT, TRAINING = "loss on the fixed training split", "held-out loss", "mean training loss"
+FIXED, HELD_OUT, TRAINING = "loss on the fixed training split", "validation loss", "mean training loss"
 Loss = Callable[[Record, int], float]
 # Each loss of a record at a step. The fixed split is measured without dropout, the training loss with it.
 LOSSES: dict[str, Loss] = {
@@ -19,8 +21,14 @@ LOSSES: dict[str, Loss] = {
     TRAINING: lambda one, step: one["training_loss"][str(step)],
 }
 ABOUT_INTERVALS = (
-    "At step 0 the runs of a seed are the same. Intervals are Student's t at 95 % over the differences of each seed, "
-    "not adjusted for the number of comparisons."
+    "Runs of one seed start from the same weights. Intervals are Student's t at 95 % over the differences of each "
+    "seed, not adjusted for the number of comparisons. The mean training loss is that of the 1,000 steps before, with "
+    "dropout; the validation loss is of 100 batches."
+)
+# Nats on the fixed split of the long runs' text: tools.paper.studies.frequencies; long_runs.py --list shows it.
+FREQUENCY_LOSS = {"gpt": 6.564}
+CONVERGED = (
+    f"signal-to-noise ratio at least {MIN_SNR:g}, and r of the first half of the batches within {100 * MAX_CHANGE:g} %"
 )
 Gaps = dict[tuple[str, int], gaps.Interval]
 
@@ -33,11 +41,12 @@ def curves(runs: StudyRuns) -> Finding:
     sentences = [_sentence(runs, name, found) for name, found in compared.items()]
     sentences = sentences or ["Cannot be said: no seed has LION and another optimizer."]
     sentences += [ABOUT_INTERVALS] if compared else []
+    sentences += [_about_frequencies(runs)] if runs.model in FREQUENCY_LOSS else []
     sentences += [_about_r(runs), _about_clipping(runs)]
     return Finding(
         verdict=" ".join(sentences),
         made="",
-        pictures={"bands are the seeds' smallest and largest": drawings.long_runs(groups, NAMES)},
+        pictures={f"losses and r, {runs.where}": drawings.long_runs(groups, NAMES)},
         tables=[_losses_table(runs), *([_gaps_table(runs, compared)] if compared else []), _rounds_table(runs)],
         judgements=[*(_judgement(runs, name, found) for name, found in compared.items()), _r_judgement(runs)],
     )
@@ -59,31 +68,44 @@ def _sentence(runs: StudyRuns, other: str, found: Gaps) -> str:
     """Whether Lion's losses are below those of ``other`` at every checkpoint."""
     word, side = gaps.judged(found.values())
     basis = runs.basis("lion_paper", other, seeds=found[FIXED, STEPS].seeds)
-    said = f"{sentence(runs.mark + word)} {runs.where} ({basis}): {'' if side else 'not '}all three losses of LION are "
-    said += f"{side or 'below'} those of {NAMES[other]} at each of {_checkpoints()}."
-    said += "" if side else f" Not below, or not outside the 95 % interval: {_exceptions(found)}."
-    lower, windows = _windows(runs, other)
-    return f"{said} LION's mean training loss is below in every seed in {lower} of {windows} windows of 1,000 steps."
+    said = f"{sentence(runs.mark + word)} {runs.where} ({basis}): "
+    if side:
+        said += f"all three losses of LION are {side} those of {NAMES[other]} at each of {_checkpoints()}."
+    else:
+        said += f"LION's three losses at {_checkpoints()} are {gaps.counted_sides(found.values())} of the "
+        said += f"comparisons with {NAMES[other]}. Not decided is an interval that includes 0: {_undecided(found)}."
+    lower, higher, windows = _windows(runs, other)
+    return (
+        f"{said} LION's mean training loss is below in every seed in {lower} of {windows} windows of 1,000 steps, and "
+        f"above in every seed in {higher}."
+    )
 
 
-def _exceptions(found: Gaps) -> str:
-    """The losses, and the checkpoints of each, where Lion is not below."""
-    steps = {loss: [step for step in CHECKPOINTS if not found[loss, step].is_above_zero] for loss in LOSSES}
-    return "; ".join(f"{loss} at {', '.join(steps_in_thousands(each))}" for loss, each in steps.items() if each)
+def _undecided(found: Gaps) -> str:
+    """The losses, and the checkpoints of each, where Lion is neither below nor above."""
+    both = {key for key, gap in found.items() if not (gap.is_above_zero or gap.is_below_zero)}
+    steps = {loss: [step for step in CHECKPOINTS if (loss, step) in both] for loss in LOSSES}
+    listed = [f"{loss} at {', '.join(steps_in_thousands(each))}" for loss, each in steps.items() if each]
+    return "; ".join(listed) or "none"
 
 
-def _windows(runs: StudyRuns, other: str) -> tuple[int, int]:
-    """In how many windows of the logged training loss Lion's is the lower one in every common seed."""
+def _windows(runs: StudyRuns, other: str) -> tuple[int, int, int]:
+    """In how many windows of the logged training loss Lion's is the lower and the higher in every common seed."""
     lion, theirs = (runs.by_seed(name, lambda one: one["training_loss"]) for name in ("lion_paper", other))
     seeds, steps = sorted(lion.keys() & theirs.keys()), list(next(iter(lion.values())))
     lower = sum(all(lion[seed][step] < theirs[seed][step] for seed in seeds) for step in steps)
-    return lower, len(steps)
+    higher = sum(all(lion[seed][step] > theirs[seed][step] for seed in seeds) for step in steps)
+    return lower, higher, len(steps)
 
 
 def _judgement(runs: StudyRuns, other: str, found: Gaps) -> Judgement:
-    word, _ = gaps.judged(found.values())
+    word, side = gaps.judged(found.values())
+    word += "" if side else f": LION is {gaps.counted_sides(found.values())}"
     of_paper = "" if other in SGDS else " (not in the paper)"
     numbers = [f"{loss} at {LAST} steps: {found[loss, STEPS]}" for loss in (FIXED, HELD_OUT)]
+    alone = FREQUENCY_LOSS.get(runs.model, math.inf)
+    if min(runs.by_seed(other, lambda one: LOSSES[FIXED](one, STEPS)).values()) >= alone:
+        numbers.append(f"{NAMES[other]} has learned no more than token frequencies ({alone} on the fixed split)")
     return Judgement(
         claim=f"LION's loss is below that of {NAMES[other]} throughout, {runs.where}{of_paper}",
         verdict=f"{runs.mark}{word}",
@@ -108,7 +130,7 @@ def _losses_table(runs: StudyRuns) -> Table:
 
 def _gaps_table(runs: StudyRuns, compared: dict[str, Gaps]) -> Table:
     """Mean and 95 % interval of the differences of each seed; at step 0 only the fixed split is measured."""
-    table = [["minus LION, by seed", "of", "seeds", *steps_in_thousands((0, *CHECKPOINTS))]]
+    table = [["optimizer minus LION", "loss", "seeds", *steps_in_thousands((0, *CHECKPOINTS))]]
     for name, found in compared.items():
         for loss in LOSSES:
             cells = [str(_gap(runs, name, loss, 0)) if loss == FIXED else "-"]
@@ -120,10 +142,15 @@ def _gaps_table(runs: StudyRuns, compared: dict[str, Gaps]) -> Table:
 def _rounds_table(runs: StudyRuns) -> Table:
     """What is measured of the gradients: exact r, how many rounds of 100 batches converged, and clipping."""
     ratios = [f"exact {SHARE}, step 0", _checkpoints()]
-    table = [["optimizer", *ratios, "rounds that converged", "steps clipped", "mean gradient norm"]]
+    head = ["optimizer", *ratios, f"{SHARE} without norm layers", "norm layers of the squared $\\ell_2$ norm"]
+    table = [[*head, "rounds that converged", "steps clipped", "mean gradient norm"]]
     for name, of_one in runs.by_optimizer().items():
         clipped = [one["clipped"] for one in of_one]
-        cells = [spread(one["exact"]["0"]["ratio_over_sqrt_d"] for one in of_one), _exact_span(of_one)]
+        cells = [
+            spread(one["exact"]["0"]["ratio_over_sqrt_d"] for one in of_one),
+            _exact_span(of_one),
+            *_norm_layers(of_one),
+        ]
         cells.append("{} of {}".format(*converged(of_one)))
         cells += [_percent([one["share"] for one in clipped]), spread(one["mean_norm"] for one in clipped)]
         table.append([NAMES[name], *cells])
@@ -141,13 +168,37 @@ def _exact_span(records: list[Record]) -> str:
     return f"{min(shares):.3f} to {max(shares):.3f}"
 
 
+def _norm_layers(records: list[Record]) -> list[str]:
+    """r / sqrt(d) without the norm layers, and their part of ||grad f||_2^2, from 10k on: few weights can decide r."""
+    without, parts = [], []
+    for one in records:
+        for step in CHECKPOINTS:
+            kinds = one["exact"][str(step)]["kinds"]
+            others = [kind for name, kind in kinds.items() if name != "norm"]
+            l1, d = (sum(kind[key] for kind in others) for key in ("l1", "d"))
+            squared = sum(kind["l2"] ** 2 for kind in others)
+            without.append(l1 / math.sqrt(squared * d))
+            parts.append(1.0 - squared / sum(kind["l2"] ** 2 for kind in kinds.values()))
+    return [f"{min(without):.3f} to {max(without):.3f}", _percent(parts)]
+
+
+def _about_frequencies(runs: StudyRuns) -> str:
+    """Who has learned no more than how frequent each token is."""
+    alone = FREQUENCY_LOSS[runs.model]
+    losses = {name: [LOSSES[FIXED](one, STEPS) for one in of_one] for name, of_one in runs.by_optimizer().items()}
+    no_better = [NAMES[name] for name, found in losses.items() if min(found) >= alone]
+    said = f"Token frequencies alone have {alone} on the fixed split. "
+    return said + (f"Not below it at {LAST} steps: {', '.join(no_better)}." if no_better else "All are below it.")
+
+
 def _about_r(runs: StudyRuns) -> str:
     first = runs.records[0]
     marked, of_all = converged(runs.records)
     return (
-        f"r is judged only by exact rounds: {marked} of {of_all} rounds of {first['round_batches']} batches converged, "
-        "the others measure noise as well. Exact rounds and their loss are over a fixed split of the training text "
-        f"({first['tokens']['fixed']:,} tokens), without dropout. One size says nothing about {SQRT_D}."
+        f"r is judged only by exact rounds: {marked} of {of_all} rounds of {first['round_batches']} batches converged "
+        f"({CONVERGED}), the others measure noise as well. Exact rounds and their loss are over a fixed split of the "
+        f"training text ({first['exact']['0']['tokens']:,} tokens), without dropout. One size says nothing about "
+        f"{SQRT_D}."
     )
 
 

@@ -4,6 +4,7 @@ A legend below each picture says in words what every mark is.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,10 @@ LONG_COLORS = {
     **{"lion_paper": figures.COLORS["lion"], "sgd_paper": figures.COLORS["sgd"]},
     **{"sgd_paper_no_momentum": "#d98b1f", "adamw": figures.COLORS["adam"]},
 }
-# Of the open marks, in points: those of two optimizers at one place are inside each other.
-MARK_SIZES = {"lion_paper": 3.0, "sgd_paper": 5.0, "sgd_paper_no_momentum": 7.0, "adamw": 9.0}
+# A diamond fits into a square: both losses of a step are often the same.
+HELD_OUT = {"marker": "s", "markersize": 5.5, "fillstyle": "none", "markeredgewidth": 1.0}
+EXACT = {"marker": "D", "markersize": 3.0}
+MARK_SPACE = 0.027  # distance of two optimizers' marks of the same step, as a share of the run's steps
 WIDTH = 9.2  # inches
 RATIO = r"$r = \|\nabla f\|_1 \,/\, \|\nabla f\|_2$"
 ROOT = r"$\sqrt{d}$"
@@ -27,14 +30,20 @@ Records = list[dict[str, Any]]
 Mark = tuple[str, dict[str, Any]]  # words, and how it looks
 
 
-def _legend(figure: Any, colors: Mapping[str, str], marks: Sequence[Mark]) -> None:
-    """Below the panels: a row of the colors' names, and the marks in gray with what they are."""
+def legend(figure: Any, named: Sequence[Mark], marks: Sequence[Mark]) -> None:
+    """A row of names above the panels. Below them the marks, gray unless their look has a color."""
+    figure.legend(handles=_handles(named), loc="outside upper center", ncols=len(named), frameon=False)
+    figure.legend(handles=_handles(marks), loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+
+
+def _handles(marks: Sequence[Mark]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    named = [Line2D([], [], color=color, linewidth=3, label=name) for name, color in colors.items()]
-    gray = [Line2D([], [], **({"color": "#555555", "linestyle": ""} | look), label=words) for words, look in marks]
-    figure.legend(handles=gray, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
-    figure.legend(handles=named, loc="outside upper center", ncols=len(named), frameon=False)
+    return [Line2D([], [], **({"color": "#555555", "linestyle": ""} | look), label=words) for words, look in marks]
+
+
+def _colored(colors: Mapping[str, str]) -> list[Mark]:
+    return [(name, {"color": color, "linestyle": "-", "linewidth": 3}) for name, color in colors.items()]
 
 
 def _finish(loss: Any, ratio: Any, d: int, xlabel: str) -> None:
@@ -68,10 +77,11 @@ def loss_and_ratio(logs: dict[str, TrainingLog], rounds: dict[str, Records]) -> 
     marks = [
         ("left: training loss", {"linestyle": "-"}),
         ("right: round that converged", {"marker": "o"}),
-        ("left: loss on held-out text", {"marker": "s", "markersize": 4}),
+        ("left: validation loss", {"marker": "s", "markersize": 4}),
         ("right: round that did not converge (noise in r)", {"marker": "o", "markerfacecolor": "white"}),
     ]
-    _legend(figure, {figures.NAMES.get(name, name): figures.COLORS.get(name, "C0") for name in logs}, marks)
+    colors = {figures.NAMES.get(name, name): figures.COLORS.get(name, "C0") for name in logs}
+    legend(figure, _colored(colors), marks)
     return figures.svg(figure)
 
 
@@ -99,7 +109,7 @@ def epochs(runs: dict[str, Records]) -> str:
         ("left: top-1 accuracy on the test set (right scale)", {"linestyle": "--"}),
         ("right: the largest value that r can have", {"linestyle": "-", "color": "black", "linewidth": 0.8}),
     ]
-    _legend(figure, colors, marks)
+    legend(figure, _colored(colors), marks)
     return figures.svg(figure)
 
 
@@ -110,38 +120,52 @@ def _ratio(epoch: dict[str, Any]) -> float:
 def long_runs(groups: dict[str, Records], names: dict[str, str]) -> str:
     """Figure 2 or 3: losses on the left, r on the right, a line and a band over the seeds of each optimizer.
 
-    Exact rounds are diamonds on a strong line. Rounds of some batches are faint in comparison: dots where they
-    converged, open circles where they did not. Open marks of different optimizers have different sizes.
+    Exact rounds are diamonds, on the right on a strong line. Rounds of some batches are faint in comparison: dots where
+    they converged, open circles where they did not. On the left the optimizers' marks of a step are side by side,
+    because their losses can be closer than a mark is high.
 
     Args:
         groups: records of ``tools.paper.studies.long_records`` by optimizer, one for each seed.
         names: what the legend calls an optimizer.
     """
     figure, (loss, ratio) = figures.pyplot().subplots(1, 2, figsize=(WIDTH, 4.9))
-    for name, records in groups.items():
-        look = {"color": LONG_COLORS[name], "markersize": MARK_SIZES[name]}
+    for index, (name, records) in enumerate(groups.items()):
+        look = {"color": LONG_COLORS[name]}
         _band(loss, [_points(one["training_loss"]) for one in records], look, alpha=0.7, linewidth=1.0)
-        for one in records:
-            for mark, losses in (("s", _points(one["validation_loss"])), ("D", _exact(one, "loss"))):
-                loss.plot(list(losses), list(losses.values()), mark, fillstyle="none", markeredgewidth=1.0, **look)
-        exact = [_exact(one, "ratio") for one in records]
-        _band(ratio, exact, look, marker="D", linewidth=1.6, fillstyle="none", markeredgewidth=1.2)
+        shift = (index - (len(groups) - 1) / 2) * MARK_SPACE * records[0]["steps"]
+        _loss_marks(loss, records, look, shift)
+        _band(ratio, [_exact(one, "ratio") for one in records], look, linewidth=1.6, **EXACT)
         _rounds(ratio, [one["rounds"] for one in records], look["color"])
     _finish(loss, ratio, next(iter(groups.values()))[0]["d"], "step")
+    marks = _long_marks(has_seeds=any(len(records) > 1 for records in groups.values()))
+    legend(figure, _colored({names[name]: LONG_COLORS[name] for name in groups}), marks)
+    return figures.svg(figure)
+
+
+def _loss_marks(axes: Any, records: Records, look: dict[str, Any], shift: float) -> None:
+    """The seeds' mean held-out and exact losses, drawn ``shift`` steps to the right."""
+    held_out, exact = [_points(one["validation_loss"]) for one in records], [_exact(one, "loss") for one in records]
+    for mark, seeds in ((HELD_OUT, held_out), (EXACT, exact)):
+        means = [statistics.fmean(seed[step] for seed in seeds) for step in seeds[0]]
+        axes.plot([step + shift for step in seeds[0]], means, linestyle="", **mark, **look)
+
+
+def _long_marks(has_seeds: bool) -> list[Mark]:
+    """The legend's lower part for :func:`long_runs`."""
     faint = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.5}
-    marks = [
+    of_seeds = "lines, squares, diamonds: mean of the seeds; bands: smallest to largest"
+    return [
         ("left: training loss, mean of each 1,000 steps", {"linestyle": "-", "linewidth": 1.0, "alpha": 0.7}),
-        ("left: loss on held-out text", {"marker": "s", "fillstyle": "none"}),
-        ("left: loss, right: r of the exact gradient, over the fixed split", {"marker": "D", "fillstyle": "none"}),
-        ("lines: mean of the seeds; bands: smallest to largest", {"linestyle": "-", "linewidth": 7, "alpha": 0.2}),
-        ("right: round of some batches that converged", {"marker": ".", **faint}),
+        ("left: validation loss", HELD_OUT),
+        ("left: loss, right: r of the exact gradient, over the fixed split", EXACT),
+        ("left: squares and diamonds of the same step are side by side", {}),
+        ("right: round of some batches that converged", {"marker": ".", "markersize": 3} | faint),
         (
             "right: round that did not converge (noise in r)",
-            {"marker": "o", "markersize": 3, "fillstyle": "none", **faint},
+            {"marker": "o", "markersize": 3, "fillstyle": "none"} | faint,
         ),
+        *([(of_seeds, {"linestyle": "-", "linewidth": 7, "alpha": 0.2})] if has_seeds else []),
     ]
-    _legend(figure, {names[name]: LONG_COLORS[name] for name in groups}, marks)
-    return figures.svg(figure)
 
 
 def _points(by_step: dict[str, float]) -> dict[int, float]:
@@ -191,7 +215,7 @@ def constants(groups: Mapping[str, Records], names: Mapping[str, str], found: Ma
         names: what the titles call ``lion_paper`` and ``sgd_paper``.
         found: :func:`tools.paper.studies.rates.constants` of ``lion`` and ``sgd``.
     """
-    figure, panels = figures.pyplot().subplots(1, len(found), figsize=(WIDTH, 3.9), squeeze=False)
+    figure, panels = figures.pyplot().subplots(1, len(found), figsize=(WIDTH, 4.4), squeeze=False)
     for axes, letter, (name, entry) in zip(panels[0], "ab", found.items(), strict=False):
         records = groups.get(f"{name}_paper", [])
         if len(records) > 1:

@@ -10,6 +10,7 @@ from megatron_lion.config import LionError
 from megatron_lion.stats.writer import read_records
 from megatron_lion.training_log import TrainingLog, read_training_log
 from tools.paper.reporting import drawings
+from tools.paper.reporting.formulas import SQRT_D
 from tools.paper.reporting.paper import Table
 
 WIDEST = 0.15  # of an interval that says something about an exponent
@@ -55,6 +56,31 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
+def sentence(words: str) -> str:
+    """``words`` with a capital letter, as a sentence begins."""
+    return words[:1].upper() + words[1:]
+
+
+def how_much(held: int, of: int) -> str:
+    """How much of a claim holds, from in how many of some comparisons it does.
+
+    Example:
+        >>> how_much(2, 2), how_much(1, 2), how_much(0, 2)
+        ('holds', 'holds in part', 'does not hold')
+    """
+    return "holds" if held == of else "holds in part" if held else "does not hold"
+
+
+def in_one_seed(held: int, of: int) -> str:
+    """:func:`how_much` of a claim was seen in the only seed.
+
+    Example:
+        >>> in_one_seed(2, 2), in_one_seed(1, 2), in_one_seed(0, 2)
+        ('seen in one seed', 'seen in part in one seed', 'not seen in one seed')
+    """
+    return f"{'seen' if held == of else 'seen in part' if held else 'not seen'} in one seed"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises LionError where the file is no JSON object, as one that was cut short."""
     try:
@@ -73,97 +99,6 @@ def read_svg(path: Path) -> str:
     return text[text.index("<svg") :]
 
 
-def toy_rates(folder: Path, hardware: str) -> Finding:
-    """Table 1: the slope with the corollaries' own hyperparameters."""
-    result = read_json(folder / "result.json")
-    table, held, inside = [["problem", "$K$", "exponent of $K$ [95 %]", "the rate's"]], True, 0
-    for name in ("constrained", "unconstrained"):
-        found = result[name]["corollary"]
-        steps = [row["steps"] for row in found["rows"]]
-        held &= abs(found["slope"] + 0.25) <= 0.02
-        inside += found["slope_low"] <= -0.25 <= found["slope_high"]
-        interval = f"{found['slope']:.4f} [{found['slope_low']:.4f}, {found['slope_high']:.4f}]"
-        table.append([name, f"{min(steps):,} to {max(steps):,}", interval, "-0.25"])
-    words = "Held on the toy problem" if held else "Not held on the toy problem"
-    return Finding(
-        verdict=rf"{words}: with the corollaries' own $\beta_1$, $\beta_2$ and $\eta$, slopes within 0.02 of -0.25 "
-        "were asked for. A rate is a theorem; a run can only agree with it, and two dimensions say nothing about $d$.",
-        made=f"the toy problem of appendix A.1.1, its own Gaussian noise; {hardware}",
-        tables=[table],
-        pictures={"The corollaries' runs": read_svg(folder / "corollary.svg")},
-        judgements=[
-            Judgement(
-                claim=r"LION's $\ell_1$ norm falls as $\sqrt{d} K^{-1/4}$",
-                verdict=f"the power of $K$ {'agrees' if held else 'does not agree'} within 0.02 on the toy problem; "
-                f"$-1/4$ is inside {inside} of 2 intervals. Nothing shown about $d$",
-                basis="toy problem, d = 2, the corollaries' hyperparameters",
-                numbers="exponents " + ", ".join(f"{row[0]} {row[2]}" for row in table[1:]),
-            )
-        ],
-    )
-
-
-def toy_pictures(folder: Path, hardware: str) -> Finding:
-    """Figure A1."""
-    minimum, lowest = read_json(folder / "result.json")["minimum"]
-    held = round(minimum, 3) == 2.125 and round(lowest, 3) == 1.884
-    numbers = rf"minima at $\pm {minimum:.6f}$, $f^* = {lowest:.6f}$"
-    return Finding(
-        verdict=f"{'Held' if held else 'Not held'}: {numbers}.",
-        made=f"computed, float64; {hardware}",
-        pictures={
-            "(a) surface": read_svg(folder / "A1a_surface.svg"),
-            "(b) contours": read_svg(folder / "A1b_contours.svg"),
-        },
-        judgements=[
-            Judgement(
-                claim=r"minima at $(0, \pm 2.125)$ and $(\pm 2.125, 0)$ with $f^* = 1.884$",
-                verdict="holds to the digits given" if held else "does not hold",
-                basis="toy problem, float64",
-                numbers=numbers,
-            )
-        ],
-    )
-
-
-def toy_bound(folder: Path, hardware: str) -> Finding:
-    """Figure A2."""
-    result = read_json(folder / "result.json")
-    table, over = [["problem", "largest left / right", "at $k$", "above the bound for $k$", "at the end"]], []
-    for name in ("constrained", "unconstrained"):
-        share = result[name]["paper"]["averaged"]
-        above = "never" if share["over_from"] is None else f"{share['over_from']} to {share['over_to']}"
-        over += [name] if share["over_from"] is not None else []
-        cells = [f"{share['largest']:.3f}", str(share["at"]), above, f"{share['at_the_end']:.3f}"]
-        table.append([name, *cells])
-    verdict = f"Held in part: the left side is above the right for some $k$ ({', '.join(over)})" if over else "Held"
-    return Finding(
-        verdict=rf"{verdict}. $\eta = 0.01$ and the default $\beta_1$, $\beta_2$ are not the corollaries', which do "
-        "not promise the bound for them.",
-        made=f"5 starts x 5 repeats, 2,000 steps, the package's own update rule in float64; {hardware}",
-        pictures={
-            "(a) in the box": read_svg(folder / "A2a_constrained.svg"),
-            "(b) without it": read_svg(folder / "A2b_unconstrained.svg"),
-        },
-        tables=[table],
-        judgements=[
-            Judgement(
-                claim="the left sides of (9) and (13) agree with the theory's rate",
-                verdict=_judged_bound(over, [float(row[-1]) for row in table[1:]]),
-                basis=r"toy problem, d = 2, $\eta = 0.01$, 2,000 steps, 5 starts x 5 repeats",
-                numbers="left / right, largest and at the end: "
-                + ", ".join(f"{name} {largest} and {end}" for name, largest, *_, end in table[1:]),
-            )
-        ],
-    )
-
-
-def _judged_bound(over: list[str], at_the_end: list[float]) -> str:
-    if max(at_the_end) > 1.0:
-        return "does not hold at the end"
-    return f"holds at the end, not for every $k$ ({', '.join(over)})" if over else "holds for every $k$"
-
-
 def scaling(folder: Path, hardware: str) -> Finding:
     """The exponent of r against d."""
     result = read_json(folder / "scaling.json")
@@ -172,17 +107,17 @@ def scaling(folder: Path, hardware: str) -> Finding:
     for fit in result["fits"]:
         interval = f"{fit['exponent']:.3f} [{fit['low']:.3f}, {fit['high']:.3f}]"
         inside = "yes" if fit["holds_half"] else "no"
-        table.append([fit["optimizer"], str(fit["iteration"]), str(fit["sizes"]), interval, inside])
-    inside, of = sum(fit["holds_half"] for fit in result["fits"]), len(result["fits"])
+        table.append([fit["optimizer"].upper(), str(fit["iteration"]), str(fit["sizes"]), interval, inside])
     sizes = sorted({point["d"] for point in result["points"]})
     shares = [point["ratio_over_sqrt_d"] for point in result["points"] if point["converged"]]
     few = f"{len(sizes)} sizes up to {sizes[-1] / sizes[0]:.0f} times the smallest: intervals this wide show little"
     missing = [few] if len(sizes) < 5 or sizes[-1] < 100 * sizes[0] else []
     thin = sum(fit["sizes"] < len(sizes) for fit in result["fits"])
     missing += [f"{thin} of {len(result['fits'])} fits lack sizes whose rounds did not converge"] if thin else []
+    judged = _judged_scaling(result["fits"], f"{model}s of {len(sizes)} sizes", sizes)
     return Finding(
-        verdict=rf"{model}: 0.5 is inside {inside} of {of} intervals; $r / \sqrt{{d}}$ of converged rounds "
-        f"is between {min(shares):.3f} and {max(shares):.3f}.",
+        verdict=rf"{model}: {judged.verdict}. $r / \sqrt{{d}}$ of converged rounds is between {min(shares):.3f} and "
+        f"{max(shares):.3f}.",
         made=f"{model}s of {len(sizes)} sizes, d = {sizes[0]:,} to {sizes[-1]:,}; {hardware}",
         pictures={
             f"{model}: $r$ against $d$": read_svg(folder / "exponent.svg"),
@@ -190,22 +125,19 @@ def scaling(folder: Path, hardware: str) -> Finding:
         },
         tables=[table],
         missing=missing,
-        judgements=[_judged_scaling(result["fits"], f"{model}s of {len(sizes)} sizes", sizes)],
+        judgements=[judged],
     )
 
 
 def _judged_scaling(fits: list[dict[str, Any]], models: str, sizes: list[int]) -> Judgement:
-    """Intervals wider than ``WIDEST`` neither confirm nor refute an exponent."""
-    inside = sum(fit["holds_half"] for fit in fits)
+    """Intervals that all include 0.5 decide nothing where one is wider than ``WIDEST``."""
+    inside, of = sum(fit["holds_half"] for fit in fits), len(fits)
     narrow = sum(fit["high"] - fit["low"] <= WIDEST for fit in fits)
-    if inside < len(fits):
-        verdict = f"does not hold at every step: 0.5 is outside {len(fits) - inside} of {len(fits)} intervals"
-    else:
-        verdict = f"not refuted: 0.5 is inside all of {len(fits)} intervals"
+    word = "undecided" if inside == of and narrow < of else in_one_seed(inside, of)
     exponents = [fit["exponent"] for fit in fits]
     return Judgement(
         claim=r"$r = \Theta(\sqrt{d})$ all through training",
-        verdict=f"{verdict}. Narrower than {WIDEST}: {narrow}",
+        verdict=f"{word}: 0.5 is inside {inside} of {of} intervals. Narrower than {WIDEST}: {narrow}",
         basis=f"{models}, d = {sizes[0]:,} to {sizes[-1]:,}, 1 seed",
         numbers=f"exponents {min(exponents):.3f} to {max(exponents):.3f}",
     )
@@ -214,7 +146,7 @@ def _judged_scaling(fits: list[dict[str, Any]], models: str, sizes: list[int]) -
 def language(pair: dict[str, Path], model: str, hardware: str) -> Finding:
     """Figure 2 or 3 from the folders of one model's runs by optimizer: log.txt and norm_ratio.jsonl in each."""
     logs, rounds, missing = _read_pair(pair)
-    missing += [f"no {name} run of {model}" for name in ("lion", "sgd") if name not in pair]
+    missing += [f"no {name.upper()} run of {model}" for name in ("lion", "sgd") if name not in pair]
     both = [name for name in ("lion", "sgd") if name in logs and name in rounds]
     if not both:
         raise LionError("; ".join(missing))
@@ -228,18 +160,14 @@ def language(pair: dict[str, Path], model: str, hardware: str) -> Finding:
         span = f"{min(shares):.3f} to {max(shares):.3f}" if shares else "none converged"
         test = f"{log.final['test']:.4f}" if "test" in log.final else "-"
         converged = f"{sum(bool(r['converged']) for r in records)} of {len(records)}"
-        table.append([name, str(last[-1]), f"{losses[name]:.4f}", test, span, converged])
+        table.append([name.upper(), str(last[-1]), f"{losses[name]:.4f}", test, span, converged])
     d, steps = rounds[both[0]][0]["d"], logs[both[0]].iterations
     if len(both) < 2:
-        verdict, judgements = "Cannot be said: only one optimizer.", []
+        verdict, judgements = "Not established: only one optimizer has a run.", []
     else:
-        held = losses["lion"] < losses["sgd"]
-        verdict = (
-            rf"{'Held' if held else 'Not held'} for the training loss (mean of the last five logged). One size says "
-            r"nothing about $\sqrt{d}$."
-        )
         basis = f"{model}, d = {d:,}, {counted(steps, 'step')}, 1 seed"
         judgements = [_judged_pair(losses["lion"], losses["sgd"], basis)]
+        verdict = f"{sentence(judgements[0].verdict)}. The last training loss is the mean of the last five logged."
     return Finding(
         verdict=verdict,
         made=f"{model}, d = {d:,}, {counted(steps, 'step')}; {hardware}",
@@ -281,8 +209,8 @@ def _judged_pair(lion: float, sgd: float, basis: str) -> Judgement:
     """Of one short run of each optimizer, by their last training losses."""
     return Judgement(
         claim=r"LION is better throughout, and $r = \Theta(\sqrt{d})$",
-        verdict=f"{'LION' if lion < sgd else 'SGD'} ends lower in one short run, which shows little; one d says "
-        "nothing about its root",
+        verdict=f"{in_one_seed(int(lion < sgd), 1)}: {'LION' if lion < sgd else 'SGD'} ends lower in training loss. "
+        f"One short run shows little. One size says nothing about {SQRT_D}",
         basis=basis,
         numbers=f"last training loss: LION {lion:.3f}, SGD {sgd:.3f}",
     )

@@ -1,10 +1,10 @@
-"""How far Lion is ahead of SGD at the paper's rates and at tuned ones, and which part of it the rate explains."""
+"""How far Lion is ahead of SGD at the paper's rates and at tuned ones, and which part of it is due to the rate."""
 
 from tools.paper.reporting import gaps
 from tools.paper.reporting.curve_findings import FIXED, HELD_OUT, LOSSES
-from tools.paper.reporting.findings import Finding, Judgement
+from tools.paper.reporting.findings import Finding, Judgement, sentence
 from tools.paper.reporting.paper import Table
-from tools.paper.reporting.study_runs import NAMES, PROVISIONAL, StudyRuns, in_seeds, listed_rates, sentence
+from tools.paper.reporting.study_runs import NAMES, PROVISIONAL, StudyRuns, in_seeds, listed_rates
 from tools.paper.studies.long_runs import STEPS
 
 PAIR = ("sgd_paper", "lion_paper")
@@ -15,7 +15,7 @@ BySeed = dict[int, float]
 
 
 def gap(paper: StudyRuns, tuned: StudyRuns) -> Finding | None:
-    """The gap and the rate's share of it, on the fixed training split and on held-out text.
+    """The gap and the rate's share of it, on the fixed training split and on the validation text.
 
     None while no seed has runs of both optimizers at the paper's rates.
     """
@@ -47,7 +47,7 @@ def _gap(runs: StudyRuns, loss: str) -> BySeed:
 
 
 def share_in_words(loss: str, at_papers: BySeed, at_best: BySeed) -> str:
-    """Which part of the gap the rate explains, or why that cannot be said."""
+    """Which part of the gap is due to the rate, or why that cannot be said."""
     seeds = sorted(at_papers.keys() & at_best.keys())
     share, none = gaps.share_of_rate(at_papers, at_best), f"For the {loss} no share of the rate is given, because"
     if share is None:
@@ -55,14 +55,14 @@ def share_in_words(loss: str, at_papers: BySeed, at_best: BySeed) -> str:
             return f"{none} two seeds with all four runs are needed, {len(seeds)} finished."
         found = gaps.interval([at_papers[seed] for seed in seeds])
         return f"{none} the interval of the gap at the paper's rates, {found}, is not above 0."
-    said = f"For the {loss} the learning rate explains {share} of the gap ({in_seeds(len(seeds))})."
+    said = f"For the {loss} {share} of the gap is due to the learning rate ({in_seeds(len(seeds))})."
     if share.value > 1.0:
         return f"{said} That is more than the gap: at the best rates SGD's mean loss is below LION's."
     if share.value < 0.0:
         return f"{said} That is less than nothing: the gap is wider at the best rates."
     if share.high >= 1.0:
-        said += " The interval includes 100%: at the best rates there may be no gap."
-    return said + (" The interval includes 0%: the rate may explain nothing." if share.low <= 0.0 else "")
+        said += " The interval includes 100 %: at the best rates there may be no gap."
+    return said + (" The interval includes 0 %: perhaps nothing is due to the rate." if share.low <= 0.0 else "")
 
 
 def _gap_table(at_papers: dict[str, BySeed], at_best: dict[str, BySeed]) -> Table:
@@ -74,7 +74,7 @@ def _gap_table(at_papers: dict[str, BySeed], at_best: dict[str, BySeed]) -> Tabl
             cells += [str(gaps.interval(list(by_seed.values()))) if by_seed else "-", str(len(by_seed))]
         share = gaps.share_of_rate(at_papers[loss], at_best[loss])
         cells.append(str(share) if share else "-")
-        cells.append(", ".join(f"{value:.0%}" for value in share.by_seed) if share else "-")
+        cells.append(", ".join(f"{100 * value:.0f} %" for value in share.by_seed) if share else "-")
         table.append([loss, *cells])
     return table
 
@@ -111,6 +111,8 @@ def _judgement(
 ) -> Judgement:
     shares = {loss: gaps.share_of_rate(at_papers[loss], at_best[loss]) for loss in JUDGED}
     verdict = "; ".join(f"{share} of the gap in the {loss}" for loss, share in shares.items() if share)
+    if verdict and all(share.low > 1.0 for share in shares.values() if share):
+        verdict = f"more than all: at the best rates SGD is below LION. {verdict}"
     numbers = [
         f"{loss}: {gaps.interval(list(at_papers[loss].values()))} at the paper's rates, "
         f"{gaps.interval(list(at_best[loss].values()))} at the best ones"
@@ -118,7 +120,7 @@ def _judgement(
     ]
     bases = [runs.basis(*PAIR, seeds=len(found[FIXED])) for runs, found in ((paper, at_papers), (tuned, at_best))]
     return Judgement(
-        claim="Part of LION's lead over SGD that the learning rate explains (not in the paper)",
+        claim="Part of LION's lead over SGD that is due to the learning rate (not in the paper)",
         verdict=f"{mark}{verdict or 'no share can be given'}",
         basis="; ".join(bases),
         numbers="; ".join(numbers),

@@ -46,7 +46,8 @@ class Share:
     by_seed: tuple[float, ...]
 
     def __str__(self) -> str:
-        return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]"
+        value, low, high = (f"{100 * each:.0f}" for each in (self.value, self.low, self.high))
+        return f"{value} % [{low}, {high}]"
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -77,7 +78,7 @@ def share_of_rate(at_papers: Mapping[int, float], at_best: Mapping[int, float]) 
 
     Example:
         >>> str(share_of_rate({1: 2.0, 2: 2.0, 3: 2.0}, {1: 0.5, 2: 0.6, 3: 0.4}))
-        '75% [63%, 87%]'
+        '75 % [63, 87]'
     """
     seeds = sorted(at_papers.keys() & at_best.keys())
     if len(seeds) < 2:
@@ -111,3 +112,14 @@ def judged(gaps: Collection[Interval]) -> tuple[str, str]:
     if all(gap.is_below_zero for gap in gaps):
         return ("the opposite is seen in one seed" if one_seed else "the opposite is found"), "above"
     return ("not seen in one seed" if one_seed else "not confirmed"), ""
+
+
+def counted_sides(gaps: Collection[Interval]) -> str:
+    """In how many comparisons Lion is below and above the other, and how many intervals include 0.
+
+    Example:
+        >>> counted_sides([interval([1.0, 1.1]), interval([-1.0, 1.0])])
+        'below in 1 of 2, above in 0, not decided in 1'
+    """
+    below, above = sum(gap.is_above_zero for gap in gaps), sum(gap.is_below_zero for gap in gaps)
+    return f"below in {below} of {len(gaps)}, above in {above}, not decided in {len(gaps) - below - above}"

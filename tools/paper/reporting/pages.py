@@ -55,8 +55,7 @@ class Page:
             return "No long run is finished."
         return (
             f"CPU hours of the long runs, on {self.hardware}: the mean of the seeds (smallest to largest). Measuring "
-            "is the exact rounds and the perplexities of the checkpoints; - where its time was not recorded. The "
-            "report is made in seconds."
+            "is the exact rounds and the perplexities of the checkpoints. The report is made in seconds."
         )
 
 

@@ -3,13 +3,13 @@
 import math
 
 from tools.paper.reporting import gaps
-from tools.paper.reporting.findings import Finding, Judgement
+from tools.paper.reporting.findings import Finding, Judgement, sentence
 from tools.paper.reporting.paper import Table
-from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, sentence, spread, steps_in_thousands
-from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
+from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, spread, steps_in_thousands
+from tools.paper.studies.long_runs import CHECKPOINTS, STEPS, WINDOW_STEP
 
-TEXTS = {"held-out": "held-out text", "wikitext": "WikiText-2's test tokens"}
-WIKITEXT = "WikiText-2's test tokens are WikiText-103's test articles with more words replaced by <unk>."
+TEXTS = {"held-out": "test documents", "wikitext": "WikiText-2's test tokens"}
+WIKITEXT = "WikiText-2's test tokens are WikiText-103's test articles with more words replaced by `<unk>`."
 VALUES = {
     "log_perplexity": "ln perplexity per token",
     "bits_per_byte": "bits per byte",
@@ -21,7 +21,7 @@ PAPERS_VOCABULARY = 50_257
 def perplexities(runs: StudyRuns) -> Finding:
     """Each text's perplexities, and whether Lion's first checkpoint is below SGD's last."""
     text = "wikitext" if all("wikitext" in one["log_perplexity"] for one in runs.records) else "held-out"
-    compared = {name: found for name in SGDS if (found := _first_below_last(runs, name, text))}
+    compared = {name: found for name in SGDS if (found := _difference(runs, name, text, CHECKPOINTS[0]))}
     sentences = [_sentence(runs, name, found, text) for name, found in compared.items()]
     sentences = sentences or ["Cannot be said: no seed has LION and SGD."]
     return Finding(
@@ -32,11 +32,11 @@ def perplexities(runs: StudyRuns) -> Finding:
     )
 
 
-def _first_below_last(runs: StudyRuns, other: str, text: str) -> gaps.Interval | None:
-    """SGD's last minus Lion's first value of each common seed; None without one."""
+def _difference(runs: StudyRuns, other: str, text: str, step: int) -> gaps.Interval | None:
+    """SGD's last value minus Lion's at ``step``, of each common seed; None without one."""
     last = runs.by_seed(other, lambda one: one["log_perplexity"][text][str(STEPS)])
-    first = runs.by_seed("lion_paper", lambda one: one["log_perplexity"][text][str(CHECKPOINTS[0])])
-    by_seed = gaps.differences(last, first)
+    lion = runs.by_seed("lion_paper", lambda one: one["log_perplexity"][text][str(step)])
+    by_seed = gaps.differences(last, lion)
     return gaps.interval(list(by_seed.values())) if by_seed else None
 
 
@@ -46,7 +46,7 @@ def _sentence(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> s
     return (
         f"{sentence(runs.mark + word)} {runs.where} ({basis}): LION's checkpoint at {CHECKPOINTS[0]:,} steps is "
         f"{side or 'not shown to be below'} that of {NAMES[other]} at {STEPS:,}. SGD's ln perplexity per token on "
-        f"{TEXTS[text]} minus LION's is {found}."
+        f"{TEXTS[text]} minus LION's is {found}, and {_difference(runs, other, text, STEPS)} with both at {STEPS:,}."
     )
 
 
@@ -56,7 +56,8 @@ def _judgement(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> 
         claim=f"LION's first checkpoint has a lower perplexity than the last of {NAMES[other]}, {runs.where}",
         verdict=f"{runs.mark}{word}",
         basis=runs.basis("lion_paper", other, seeds=found.seeds),
-        numbers=f"ln perplexity per token on {TEXTS[text]}, SGD minus LION: {found}",
+        numbers=f"ln perplexity per token on {TEXTS[text]}, SGD minus LION: {found}; with both at {STEPS:,}: "
+        f"{_difference(runs, other, text, STEPS)}",
     )
 
 
@@ -76,6 +77,7 @@ def _about_vocabularies(first: Record) -> str:
     return (
         f"A value per token of a vocabulary of {ours:,} entries is not comparable with the paper's of "
         f"{PAPERS_VOCABULARY:,}: a uniform prediction has ln {ours} = {math.log(ours):.2f} here and "
-        f"{math.log(PAPERS_VOCABULARY):.2f} there. Bits per byte and perplexity per word do not depend on "
-        "the vocabulary."
+        f"{math.log(PAPERS_VOCABULARY):.2f} there. Bits per byte and perplexity per word can be "
+        f"compared. Windows of {first['settings']['seq-length']} tokens start every {WINDOW_STEP}; the paper's models "
+        "have contexts of 1,024."
     )

@@ -5,13 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import LionError
-from tools.paper.reporting.findings import Finding, Judgement, read_json, read_svg
-from tools.paper.reporting.formulas import C_LION, C_SGD, SQRT_D
-from tools.paper.reporting.paper import Table
+from tools.paper.reporting.findings import (
+    Finding,
+    Judgement,
+    counted,
+    how_much,
+    in_one_seed,
+    read_json,
+    read_svg,
+    sentence,
+)
+from tools.paper.reporting.formulas import C_LION, C_SGD
+from tools.paper.reporting.paper import L2, Table
 from tools.paper.studies.rates import below_from, rate_of, trusted
 
 RECORD = "rates.json"
 PAPERS = {"lion": "0.701", "sgd": "1.365"}
+L1_OVER_ROOT = r"$\ell_1 / \sqrt{d}$"
 CLAIM = f"{C_LION} is below {C_SGD}"
 
 
@@ -25,40 +35,38 @@ def constants(folder: Path, hardware: str) -> Finding:
     rates = " and ".join(f"{found[name]['lr']:g}" for name in PAPERS if found[name].get("lr"))
     caption = f"(a) and (b): {model}" + f", learning rates {rates}" * bool(rates)
     lion = found["lion"]
-    made = f"{model}, d = {lion['d']:,}, {lion['steps'][-1]} steps, {lion['repeats']} seeds; {hardware}"
+    made = f"{model}, d = {lion['d']:,}, {lion['steps'][-1]} steps, {counted(lion['repeats'], 'seed')}; {hardware}"
     return compared(found, made, {caption: read_svg(folder / "A3.svg")})
 
 
 def compared(found: dict[str, Any], made: str, pictures: dict[str, str]) -> Finding:
     """c_LION and c_SGD as :func:`tools.paper.studies.rates.constants` gives them, and the paper's."""
     lion, sgd = found["lion"], found["sgd"]
-    verb = _verdict(lion, sgd)
+    verdict = _verdict(lion, sgd)
     numbers = f"{C_LION} = {lion['constant']:.3f}, {C_SGD} = {sgd['constant']:.3f}"
-    norms = (
-        f"{C_LION} is of the l1 norm over {SQRT_D}, which is never above the l2 norm; in l2, as {C_SGD} is, Lion's is"
-    )
+    norms = f"{C_LION} uses {L1_OVER_ROOT}, which is at most {L2}. In {L2}, as for {C_SGD}, LION's constant is"
     return Finding(
-        verdict=f"{verb}: {numbers}. {norms} {lion['l2_constant']:.3f}. {_reservations(lion, sgd)}",
+        verdict=f"{sentence(verdict)}: {numbers}. {norms} {lion['l2_constant']:.3f}. {_reservations(lion, sgd)}",
         made=made,
         pictures=pictures,
         tables=[_constants_table(found)],
         judgements=[
             Judgement(
                 claim=CLAIM,
-                verdict=verb.lower(),
+                verdict=verdict,
                 basis=made,
-                numbers=f"{numbers}; LION's in the l2 norm {lion['l2_constant']:.3f}",
+                numbers=f"{numbers}. In {L2}, LION's constant is {lion['l2_constant']:.3f}",
             )
         ],
     )
 
 
 def _verdict(lion: dict[str, Any], sgd: dict[str, Any]) -> str:
-    """Established only where both norms of Lion have the same order and no constant is decided by the last step."""
+    """Established only where both norms of LION have the same order and no constant is decided by the last step."""
     orders = {lion[key] < sgd["constant"] for key in ("constant", "l2_constant")}
     if len(orders) > 1 or any(_is_of_last_step(entry) for entry in (lion, sgd)):
-        return "Not established"
-    return "Held" if orders == {True} else "Not held"
+        return "not established"
+    return (in_one_seed if lion["repeats"] == 1 else how_much)(int(orders == {True}), 1)
 
 
 def _is_of_last_step(entry: dict[str, Any]) -> bool:
@@ -66,7 +74,7 @@ def _is_of_last_step(entry: dict[str, Any]) -> bool:
 
 
 def _constants_table(found: dict[str, Any]) -> Table:
-    table = [["", "ours", "the paper's", "in the l2 norm", "decided at step", "learning rate", "converged"]]
+    table = [["", "ours", "the paper's", f"in {L2}", "decided at step", "learning rate", "converged"]]
     for name, theirs in PAPERS.items():
         entry = found[name]
         cells = [f"{entry['constant']:.4f}", theirs, f"{entry['l2_constant']:.4f}", str(entry["at_step"])]
@@ -102,15 +110,22 @@ def perplexities(folder: Path, hardware: str) -> Finding:
     each = [["seed", f"LION at {steps[0]}", f"SGD at {steps[-1]}"]]
     for seed, (lion, sgd) in enumerate(zip(found["lion"], found["sgd"], strict=True), start=1):
         each.append([str(seed), f"{lion[0]:.3f}", f"{sgd[-1]:.3f}"])
-    verb = "Held" if found["lion_lower"] == found["seeds"] else "Not held"
+    verdict = _first_below_last(found["lion_lower"], found["seeds"])
     lrs = [result["rates"][name].get("lr") for name in ("sgd", "lion")]
-    rates = f" SGD's rate is {lrs[0] / lrs[1]:.0f} times Lion's here, in the paper 10 times." if all(lrs) else ""
-    numbers = f"Lion's first is below SGD's last in {found['lion_lower']} of {found['seeds']} seeds"
-    made = f"tiny GPT, ln perplexity per token, {found['seeds']} seeds; {hardware}"
+    rates = f" SGD's rate is {lrs[0] / lrs[1]:.0f} times LION's here, in the paper 10 times." if all(lrs) else ""
+    numbers = f"LION's first is below SGD's last in {found['lion_lower']} of {counted(found['seeds'], 'seed')}"
+    made = f"tiny GPT, ln perplexity per token, {counted(found['seeds'], 'seed')}; {hardware}"
     claim = "LION's first checkpoint has a lower perplexity than SGD's last"
     return Finding(
-        verdict=f"{verb}: {numbers}; Lion is below it {below_from(found)}.{rates}",
+        verdict=f"{sentence(verdict)}: {numbers}; LION is below it {below_from(found)}.{rates}",
         made=made,
         tables=[table, each],
-        judgements=[Judgement(claim=claim, verdict=verb.lower(), basis=made, numbers=numbers)],
+        judgements=[Judgement(claim=claim, verdict=verdict, basis=made, numbers=numbers)],
     )
+
+
+def _first_below_last(lower: int, seeds: int) -> str:
+    """Of the claim, from in how many seeds LION's first perplexity is below SGD's last."""
+    if seeds == 1:
+        return in_one_seed(lower, 1)
+    return how_much(lower, seeds) if lower in (0, seeds) else "not established"

@@ -1,23 +1,23 @@
-"""The rate search: each optimizer's held-out loss by learning rate."""
+"""The rate search: each optimizer's validation loss by learning rate."""
 
 import math
 
-from tools.paper.reporting.findings import Finding, Judgement
+from tools.paper.reporting.findings import Finding, Judgement, sentence
 from tools.paper.reporting.paper import Table
-from tools.paper.reporting.study_runs import NAMES, StudyRuns, in_seeds, sentence, span_of
+from tools.paper.reporting.study_runs import NAMES, StudyRuns, in_seeds, span_of
 from tools.paper.studies import plans
 
 ByRate = dict[float, float]
 
 
 def search(runs: StudyRuns) -> Finding:
-    """Held-out loss at the last step for each optimizer and rate, with the best one."""
+    """Validation loss at the last step for each optimizer and rate, with the best one."""
     losses = {name: dict(sorted(found.items())) for name, found in plans.search_losses(runs.records).items() if found}
     uniform = math.log(runs.records[0]["settings"]["vocab-size"])
     best = {name: rate for name, by_rate in losses.items() if (rate := _best(by_rate, uniform)) is not None}
     said = [_sentence(name, by_rate, best.get(name)) for name, by_rate in losses.items()]
     return Finding(
-        verdict=f"{sentence(runs.mark + 'best')} learning rates by held-out loss at step "
+        verdict=f"{sentence(runs.mark + 'best')} learning rates by validation loss (100 batches) at step "
         f"{span_of(runs.records, 'steps')}: {'; '.join(said)}. Runs worse than "
         f"a uniform prediction (ln {runs.records[0]['settings']['vocab-size']} = "
         f"{uniform:.2f}) are marked as diverged.",
@@ -49,7 +49,7 @@ def _where(by_rate: ByRate, best: float) -> str:
 
 
 def _table(losses: dict[str, ByRate], best: dict[str, float], uniform: float) -> Table:
-    table = [["optimizer", "learning rate", "held-out loss", ""]]
+    table = [["optimizer", "learning rate", "validation loss", ""]]
     for name, by_rate in losses.items():
         for rate, loss in by_rate.items():
             mark = "diverged" if loss >= uniform else "best" if rate == best.get(name) else ""
@@ -68,9 +68,9 @@ def _judgements(runs: StudyRuns, losses: dict[str, ByRate], best: dict[str, floa
     seeds = in_seeds(len({one["seed"] for one in runs.records}))
     return [
         Judgement(
-            claim="LION's best learning rate is at most SGD's (the paper: on images)",
+            claim="LION's best learning rate is at most SGD's (not in the paper's text; so in 5 of 6 of its table A2)",
             verdict=f"{runs.mark}{'seen' if lion <= sgd else 'not seen'} in {seeds}",
             basis=runs.basis("lion_paper", "sgd_paper", seeds=len({one["seed"] for one in runs.records})),
-            numbers=f"best rates and their held-out losses: {numbers}",
+            numbers=f"best rates and their validation losses: {numbers}",
         )
     ]

@@ -2,17 +2,17 @@
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from tools.paper import theory
 from tools.paper.reporting import size_drawing
-from tools.paper.reporting.findings import Finding, Judgement, counted
+from tools.paper.reporting.findings import Finding, Judgement, counted, sentence
 from tools.paper.reporting.formulas import SHARE, SQRT_D
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.study_runs import NAMES as OPTIMIZER_NAMES
-from tools.paper.reporting.study_runs import Record, Records, StudyRuns, sentence, span
+from tools.paper.reporting.study_runs import Record, Records, StudyRuns, span
 from tools.paper.studies.long_runs import SHAPE
 
 START = "start"
@@ -21,7 +21,15 @@ WHOLE, WITHOUT, EMBEDDING = "all parameters", "without the embedding", "embeddin
 WIDEST = 0.15  # of an interval that decides something
 FALL = 0.1  # nats that the loss of a run falls at least
 FEWEST = 3  # sizes of a fit
-INSIDE, OUTSIDE, UNDECIDED = "inside", "outside", "undecided"
+# Where an exponent is, by its interval.
+STATES = INSIDE, ABOVE, BELOW, UNDECIDED = "around 0.5", "above 0.5", "below 0.5", "undecided"
+ABOUT = (
+    f"Around 0.5: the interval includes 0.5. Undecided: so it does, but it is wider than {WIDEST}. "
+    r"Because $r \le \sqrt{d}$, an exponent above 0.5 cannot go on to any $d$. It does not contradict "
+    r"$r \ge c \sqrt{d}$; an exponent below 0.5 does, if it goes on. Each size is the geometric mean of its seeds. An "
+    "interval is of the scatter of the sizes around the line. The slopes between the two smallest and between the two "
+    "largest sizes show how straight the line is. Compare only fits of the same number of sizes."
+)
 
 
 class Arm(NamedTuple):
@@ -53,11 +61,23 @@ class Points:
         Runs of one size may lie on the same side of the line. As points of their own they would not scatter
         independently, and the interval would be too narrow.
         """
+        means = self.means
+        return theory.fit_power_law(list(means), list(means.values())) if len(means) >= FEWEST else None
+
+    @property
+    def means(self) -> dict[int, float]:
+        """The seeds' geometric mean of r by d, the smallest d first."""
         of_size: defaultdict[int, list[float]] = defaultdict(list)
-        for d, r in zip(self.d, self.r, strict=True):
+        for d, r in sorted(zip(self.d, self.r, strict=True)):
             of_size[d].append(r)
-        means = [statistics.geometric_mean(each) for each in of_size.values()]
-        return theory.fit_power_law(list(of_size), means) if len(of_size) >= FEWEST else None
+        return {d: statistics.geometric_mean(each) for d, each in of_size.items()}
+
+    @property
+    def end_slopes(self) -> list[str]:
+        """The exponent between the two smallest sizes, and between the two largest."""
+        points = [(math.log(d), math.log(r)) for d, r in self.means.items()]
+        pairs = (points[:2], points[-2:]) if len(points) > 1 else ()
+        return [f"{(last[1] - first[1]) / (last[0] - first[0]):.2f}" for first, last in pairs] or ["-", "-"]
 
     @property
     def span(self) -> str:
@@ -118,69 +138,66 @@ def has_learned(record: Record) -> bool:
 
 
 def decided(fit: theory.PowerLaw) -> str:
-    """Whether 0.5 is inside the interval, or the interval is too wide to say."""
-    if fit.high - fit.low > WIDEST:
-        return UNDECIDED
-    return INSIDE if fit.low <= 0.5 <= fit.high else OUTSIDE
+    """On which side of 0.5 the interval is, or whether it includes 0.5 and is too wide to say."""
+    if fit.low > 0.5:
+        return ABOVE
+    if fit.high < 0.5:
+        return BELOW
+    return UNDECIDED if fit.high - fit.low > WIDEST else INSIDE
 
 
 def exponents(runs: StudyRuns) -> Finding:
-    """Section 5: exponents with intervals, a verdict for each optimizer and step, and r / sqrt(d) by kind of layer."""
+    """Section 5: exponents with intervals, a verdict for each step, and r / sqrt(d) by kind of layer."""
     kept = [one for one in runs.records if has_learned(one)]
     left_out = [one["name"] for one in runs.records if not has_learned(one)]
     missing = [f"left out, because the training loss did not fall by {FALL}: {', '.join(left_out)}"] if left_out else []
     if not kept:
         return Finding(verdict="Cannot be said: the loss of no run fell.", made="", missing=missing)
     found = points(kept)
-    keys = list(dict.fromkeys((arm, step) for arm, step, _ in found))
     fits = {key: fit for key, each in found.items() if (fit := each.fit)}
-    said = "; ".join(f"{arm.name}{_at(step)}: {_in_words(fits, arm, step)}" for arm, step in keys)
+    steps = sorted({step for _, step, _ in found})
+    said = " ".join(f"{sentence(_when(step))}: {_counted(fits, step)}." for step in steps)
     of_rates = f"Every width has the rates that are best at width {SHAPE['hidden-size']}"
-    of_rates += ", and LION a tenth of its rate as well." if any(arm.rate for arm, _ in keys) else "."
+    of_rates += ", and LION a tenth of its rate as well." if any(arm.rate for arm, _, _ in found) else "."
     return Finding(
-        verdict=f"{sentence(runs.mark + 'exponents')} of r against d: {said}. Undecided is an interval wider than "
-        f"{WIDEST}. {_about_embedding(kept)}{_without_embedding(fits)} {of_rates}",
+        verdict=f"{sentence(runs.mark + 'exponents')} of r against d, by where their intervals are. "
+        f"{said} {ABOUT} {_about_embedding(kept)}{_without_embedding(fits)} {of_rates}",
         made="",
         tables=[_exponents_table(found), _layers_table(found)],
-        pictures={"r against d, one point a run; lines are the fits": size_drawing.draw(found, (WHOLE, WITHOUT))},
+        pictures={
+            "r against d, one point a run; solid or dashed: the fit; dotted: sqrt(d) through its middle": (
+                size_drawing.draw(found, (WHOLE, WITHOUT))
+            )
+        },
         missing=missing,
-        judgements=[_judgement(runs, key, found[*key, WHOLE], fits) for key in keys],
+        judgements=[_judgement(runs, step, found, fits) for step in steps],
     )
 
 
-def _at(step: int) -> str:
-    return f" at step {step:,}" if step else ""
+def _when(step: int) -> str:
+    return f"step {step:,}" if step else NAMES[START]
 
 
-def _in_words(fits: dict[Key, theory.PowerLaw], arm: Arm, step: int) -> str:
-    """The verdict on all parameters, and the exponent without the embedding."""
-    whole, without = (fits.get((arm, step, name)) for name in (WHOLE, WITHOUT))
-    if whole is None:
-        return f"fewer than {FEWEST} sizes"
-    said = f"{WHOLE} {_verdict(whole)}"
-    return f"{said}, {WITHOUT} {_verdict(without)}" if without else said
-
-
-def _verdict(fit: theory.PowerLaw) -> str:
-    """``0.483 [0.450, 0.520] (0.5 inside)``."""
-    state = decided(fit)
-    words = state if state == UNDECIDED else f"0.5 {state}"
-    return f"{fit} ({words})"
+def _counted(fits: dict[Key, theory.PowerLaw], step: int) -> str:
+    """How many exponents are on which side of 0.5, for all parameters and without the embedding."""
+    parts = []
+    for name in (WHOLE, WITHOUT):
+        states = Counter(decided(fit) for (_, at, of), fit in fits.items() if (at, of) == (step, name))
+        if states:
+            parts.append(f"{name} " + ", ".join(f"{states[state]} {state}" for state in STATES if state in states))
+    return "; ".join(parts) or f"fewer than {FEWEST} sizes"
 
 
 def _exponents_table(found: dict[Key, Points]) -> Table:
-    table = [["optimizer", "step", "parameters", "sizes", "runs", "exponent [95 %]", "0.5 inside", SHARE]]
+    head = ["optimizer", "step", "parameters", "sizes", "runs", "exponent [95 %]", "verdict"]
+    table = [[*head, "two smallest", "two largest", SHARE]]
     for (arm, step, name), each in found.items():
         if name in (WHOLE, WITHOUT):
             fit = each.fit
-            cells = [str(fit), _yes(fit)] if fit else ["-", "-"]
-            counts = [str(len(set(each.d))), str(len(each.d))]
-            table.append([arm.name, str(step), name, *counts, *cells, each.span])
+            cells = [str(fit), decided(fit)] if fit else ["-", "-"]
+            counts = [str(len(each.means)), str(len(each.d))]
+            table.append([arm.name, str(step), name, *counts, *cells, *each.end_slopes, each.span])
     return table
-
-
-def _yes(fit: theory.PowerLaw) -> str:
-    return {INSIDE: "yes", OUTSIDE: "no", UNDECIDED: UNDECIDED}[decided(fit)]
 
 
 def _layers_table(found: dict[Key, Points]) -> Table:
@@ -201,8 +218,11 @@ def _about_embedding(records: Records) -> str:
             own = kinds.get(EMBEDDING, {"d": 0, "l2": 0.0})
             of_d.append(own["d"] / sum(kind["d"] for kind in kinds.values()))
             of_l2.append(own["l2"] ** 2 / sum(kind["l2"] ** 2 for kind in kinds.values()))
-    parts = [f"{min(shares):.0%} to {max(shares):.0%}" for shares in (of_d, of_l2)]
-    return f"The embedding is {parts[0]} of the parameters and {parts[1]} of the squared l2 norm of the gradient."
+    parts = [f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %" for shares in (of_d, of_l2)]
+    return (
+        f"The embedding, of words and positions, is {parts[0]} of the parameters and {parts[1]} of the squared "
+        "l2 norm of the gradient."
+    )
 
 
 def _without_embedding(fits: dict[Key, theory.PowerLaw]) -> str:
@@ -217,17 +237,18 @@ def _without_embedding(fits: dict[Key, theory.PowerLaw]) -> str:
     return f" Leaving it out changes the exponent by {min(changes):+.3f} to {max(changes):+.3f}."
 
 
-def _judgement(runs: StudyRuns, key: tuple[Arm, int], each: Points, fits: dict[Key, theory.PowerLaw]) -> Judgement:
-    arm, step = key
-    whole = fits.get((arm, step, WHOLE))
-    counts = f"{counted(len(set(each.d)), 'size')} ({counted(len(each.d), 'run')})"
-    of_sizes = f"{runs.model.upper()}s of {counts}, d = {span(each.d)}"
-    basis = f"{of_sizes}, {arm.name}{_at(step)}, exact rounds"
-    state = f"fewer than {FEWEST} sizes" if whole is None else decided(whole)
+def _judgement(runs: StudyRuns, step: int, found: dict[Key, Points], fits: dict[Key, theory.PowerLaw]) -> Judgement:
+    """Of all optimizers at one step."""
+    own = [each for (_, at, name), each in found.items() if (at, name) == (step, WHOLE)]
+    every = [d for each in own for d in each.d]
+    sizes = span(len(each.means) for each in own)
+    listed = [
+        f"{name}: " + ", ".join(f"{arm.name} {fit}" for (arm, at, of), fit in fits.items() if (at, of) == (step, name))
+        for name in (WHOLE, WITHOUT)
+    ]
     return Judgement(
-        claim=f"$r$ grows as {SQRT_D}: exponent 0.5",
-        verdict=f"{runs.mark}{'0.5 ' if state in (INSIDE, OUTSIDE) else ''}{state}"
-        + (f" [{whole.low:.3f}, {whole.high:.3f}]" if whole else ""),
-        basis=basis,
-        numbers=_in_words(fits, arm, step),
+        claim=f"$r$ grows as {SQRT_D}: exponent 0.5, {_when(step)}",
+        verdict=f"{runs.mark}{_counted(fits, step)}",
+        basis=f"{runs.model.upper()}s of {sizes} sizes ({counted(len(every), 'run')}), d = {span(every)}, exact rounds",
+        numbers="; ".join(listed) if fits else "-",
     )

@@ -30,11 +30,6 @@ RATES_OF = {
 PROVISIONAL = "provisional: "
 
 
-def sentence(words: str) -> str:
-    """``words`` with a capital letter, as a sentence begins."""
-    return words[:1].upper() + words[1:]
-
-
 @dataclass(frozen=True, kw_only=True)
 class StudyRuns:
     """The records of one study and family of models, without those of diverged runs."""

@@ -7,14 +7,17 @@ from typing import Any
 
 from megatron_lion.config import LionError
 from tools.paper.reporting import drawings, rate_findings
-from tools.paper.reporting.findings import Finding, Judgement, counted, read_json
+from tools.paper.reporting.findings import Finding, Judgement, counted, in_one_seed, read_json, sentence
+from tools.paper.reporting.formulas import SQRT_D
 from tools.paper.studies import rates
 
 PAPERS = ("cifar10", "cifar100", "imagenet")
 GRID = "grid.json"
 CONSTANTS_MODEL = "resnet18"  # the paper's figure A3 is about it
 PANELS = {"lion_paper": "LION", "sgd_paper": "SGD"}
+UNTUNED = "The learning rates were not searched for on this data, so SGD may be under-tuned"
 Epochs = list[dict[str, Any]]
+BestRates = dict[str, tuple[dict[str, Any], dict[str, Any]]]  # rows of grid.json by model: LION's and SGD's
 
 
 def curves(folder: Path, hardware: str) -> Finding:
@@ -32,12 +35,13 @@ def curves(folder: Path, hardware: str) -> Finding:
     pairs = _pairs(runs)
     return Finding(
         verdict=_stand_in(folder)
-        + (" ".join(_compared(model, *pair) for model, pair in pairs.items()) or "Cannot be said: no pair of runs."),
+        + (" ".join(_compared(model, *pair) for model, pair in pairs.items()) or "Not established: no pair of runs.")
+        + "".join(f" {note}." for note in _untuned(folder)),
         made=f"{_first(runs)['data']}, d = {_first(runs)['d']:,}, exact gradient after each epoch; {hardware}",
         pictures={"Loss and top-1 accuracy on the left, r on the right": drawings.epochs(runs)},
         tables=[table],
         missing=missing,
-        judgements=[_judged(model, *pair) for model, pair in pairs.items()],
+        judgements=[_judged(model, *pair, _untuned(folder)) for model, pair in pairs.items()],
     )
 
 
@@ -80,15 +84,16 @@ def _ahead(lion: Epochs, sgd: Epochs) -> tuple[int, int, int]:
 
 def _compared(model: str, lion: Epochs, sgd: Epochs) -> str:
     lower, higher, of = _ahead(lion, sgd)
-    held = "Held" if min(lower, higher) == of else "Held in part" if lower or higher else "Not held"
+    held = sentence(in_one_seed(lower + higher, 2 * of))
     text = f"{held} for {model}: LION's training loss is lower after {lower} of {of} epochs, its top-1 higher after "
-    return rf"{text}{higher}. One model of a size says nothing about $\sqrt{{d}}$."
+    return f"{text}{higher}. One size says nothing about {SQRT_D}."
 
 
-def _judged(model: str, lion: Epochs, sgd: Epochs) -> Judgement:
-    """Of the last epoch that both runs have."""
+def _judged(model: str, lion: Epochs, sgd: Epochs, notes: list[str]) -> Judgement:
+    """Of the last epoch that both runs have. ``notes`` are sentences that the verdict ends with."""
     lower, higher, of = _ahead(lion, sgd)
-    held = "seen" if min(lower, higher) == of else "seen in part" if lower or higher else "not seen"
+    epochs = f"lower loss after {lower}, higher top-1 after {higher} of {counted(of, 'epoch')}"
+    said = [f"{in_one_seed(lower + higher, 2 * of)}: {epochs}", f"One size says nothing about {SQRT_D}", *notes]
     numbers = [
         rf"{name}: loss {run[of - 1]['loss']:.3f}, top-1 {100 * run[of - 1]['top1']:.1f} %, "
         rf"$r / \sqrt{{d}}$ {_shares(run)}"
@@ -97,8 +102,7 @@ def _judged(model: str, lion: Epochs, sgd: Epochs) -> Judgement:
     cut = f" ({of} of {lion[0]['epochs']} done)" if of < lion[0]["epochs"] else ""
     return Judgement(
         claim=r"LION is better throughout, and $r = \Theta(\sqrt{d})$",
-        verdict=f"{held} in one seed: lower loss after {lower}, higher top-1 after {higher} of {counted(of, 'epoch')}; "
-        "one d says nothing about its root",
+        verdict=". ".join(said),
         basis=f"{model}, d = {lion[0]['d']:,}, {lion[0]['data']}, {counted(lion[0]['epochs'], 'epoch')}{cut}, "
         f"{_rates(lion, sgd)}",
         numbers=". ".join(numbers),
@@ -121,7 +125,7 @@ def constants(folder: Path, hardware: str) -> Finding:
     """
     runs, missing = _read_runs(folder)
     if CONSTANTS_MODEL not in (pairs := _pairs(runs)):
-        words = f"Cannot be said of {_data(folder)}: {CONSTANTS_MODEL} with both optimizers is needed."
+        words = f"Not established: {CONSTANTS_MODEL} with both optimizers is needed."
         return Finding(verdict=_stand_in(folder) + words, made=hardware, missing=missing)
     pair = dict(zip(rates.NORMS, pairs[CONSTANTS_MODEL], strict=True))
     done = min(map(len, pair.values()))
@@ -135,10 +139,12 @@ def constants(folder: Path, hardware: str) -> Finding:
     finding = rate_findings.compared(
         found, f"{made}, 1 seed; {hardware}", {caption: drawings.constants({}, PANELS, found)}
     )
-    finding.verdict = f"{_stand_in(folder)}{finding.verdict} One seed, where the paper has the mean of five."
+    notes = ["The paper has the mean of five seeds, ours has one", *_untuned(folder)]
+    finding.verdict = " ".join([f"{_stand_in(folder)}{finding.verdict}", *(f"{note}." for note in notes)])
     finding.missing += missing
-    seeds = "in one seed (the paper has five)"
-    finding.judgements = [replace(one, verdict=f"{one.verdict} {seeds}", basis=made) for one in finding.judgements]
+    finding.judgements = [
+        replace(one, verdict=". ".join([one.verdict, *notes]), basis=made) for one in finding.judgements
+    ]
     return finding
 
 
@@ -162,26 +168,31 @@ def rates_found(folder: Path, hardware: str) -> Finding:
     every = list(dict.fromkeys(rate for row in grid.values() for rate in row["tried"]))
     table = [["learning rate", *grid]] + [[rate, *(_top1(row, rate) for row in grid.values())] for rate in every]
     pairs = {name[:-5]: (row, grid[f"{name[:-5]}-sgd"]) for name, row in grid.items() if _has_pair(name, grid)}
-    held = sum(lion["lr"] <= sgd["lr"] for lion, sgd in pairs.values())
+    said = _said_of_rates(pairs) if pairs else "not established: no model has both optimizers"
     first = next(iter(grid.values()))
     at_edge = [name for name, row in grid.items() if row["lr"] >= max(map(float, row["tried"]))]
     edge = f" The largest rate tried was the best of {', '.join(at_edge)}: a larger one may be better." * bool(at_edge)
     return Finding(
-        verdict=f"{_stand_in(folder)}LION's best rate is at most SGD's for {held} of {len(pairs)} models.{edge}",
+        verdict=f"{_stand_in(folder)}{sentence(said)}.{edge}",
         made=f"{first['data']}, {counted(first['epochs'], 'epoch')}, top-1 by learning rate; {hardware}",
         tables=[table],
         judgements=[_judged_rates(pairs, first)] if pairs else [],
     )
 
 
-def _judged_rates(pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]], first: dict[str, Any]) -> Judgement:
+def _said_of_rates(pairs: BestRates) -> str:
     held = sum(lion["lr"] <= sgd["lr"] for lion, sgd in pairs.values())
+    of = f"{held} of {counted(len(pairs), 'model')}"
+    return f"{in_one_seed(held, len(pairs))}: LION's best rate is at most SGD's for {of}"
+
+
+def _judged_rates(pairs: BestRates, first: dict[str, Any]) -> Judgement:
     edge = any(row["lr"] >= max(map(float, row["tried"])) for pair in pairs.values() for row in pair)
     numbers = "; ".join(f"{model}: {lion['lr']:g} and {sgd['lr']:g}" for model, (lion, sgd) in pairs.items())
     return Judgement(
-        claim="LION's best learning rate is at most about SGD's",
-        verdict=f"seen for {held} of {counted(len(pairs), 'model')} in one seed"
-        + "; the largest rate tried was the best of a run, so a larger one may be better" * edge,
+        claim="LION's best learning rate is at most SGD's (by the paper's table, not in its words)",
+        verdict=_said_of_rates(pairs)
+        + ". The largest rate tried was the best of a run, so a larger one may be better" * edge,
         basis=f"{', '.join(pairs)}, {first['data']}, {counted(first['epochs'], 'epoch')}",
         numbers=f"best rate of LION and of SGD, {numbers}",
     )
@@ -205,6 +216,11 @@ def _data(folder: Path) -> str:
 
 def _stand_in(folder: Path) -> str:
     return "" if folder.name in PAPERS else f"The data set is {_data(folder)}, not the paper's. "
+
+
+def _untuned(folder: Path) -> list[str]:
+    """What else a verdict says where the rates are the paper's for another data set."""
+    return [] if folder.name in PAPERS or (folder / GRID).is_file() else [UNTUNED]
 
 
 def _first(runs: dict[str, Epochs]) -> dict[str, Any]:

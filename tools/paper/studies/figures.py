@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 COLORS = {"lion": "#1f5fa8", "sgd": "#c0392b", "adam": "#2e8b57", "start": "#555555"}
-NAMES = {"lion": "Lion", "sgd": "SGD", "adam": "Adam", "start": "before the first step"}
+NAMES = {"lion": "LION", "sgd": "SGD", "adam": "Adam", "start": "before the first step"}
 
 
 def pyplot() -> Any:
