@@ -114,7 +114,9 @@ def test_records_of_finished_runs_make_the_page(tmp_path: Path) -> None:
     assert "learning rates: LION 1e-05 (2 seeds), SGD (momentum 0.9) 0.0001 (2 seeds); 3.0 hours" in gpt.made
     assert "no share of the rate is given, because two seeds with all four runs are needed, 0 finished" in gap.verdict
     page = (tmp_path / "page" / "report.md").read_text()
-    assert "`<unk>`" in page and "ln perplexity per token | LION | " in page
+    assert "**Ours, at the paper's rates.** Provisional: confirmed" in page
+    assert "<h4>At the paper&#x27;s rates</h4>" in (tmp_path / "page" / "report.html").read_text()
+    assert "ln perplexity per token | LION | " in page
     assert (tmp_path / "page" / "figures" / "figure-3-0-0.svg").is_file()
 
 

@@ -37,6 +37,8 @@ class Finding:
     """whether the claim held, in a sentence"""
     made: str
     """model, data, steps, hardware"""
+    about: str = ""
+    """which of several findings of one exhibit it is, such as ``at the paper's rates``"""
     pictures: dict[str, str] = field(default_factory=dict)
     """SVG text by caption"""
     tables: list[Table] = field(default_factory=list)

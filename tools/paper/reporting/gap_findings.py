@@ -32,6 +32,7 @@ def gap(paper: StudyRuns, tuned: StudyRuns) -> Finding | None:
     return Finding(
         verdict=f"{sentence(mark)}SGD with momentum 0.9 minus LION at step {STEPS:,}, paired by seed. {' '.join(said)}",
         made="the runs above",
+        about="the share of the learning rate in the gap",
         tables=tables,
         judgements=[_judgement(paper, tuned, mark, at_papers, at_best)] if at_best[FIXED] else [],
     )

@@ -4,7 +4,7 @@ import base64
 import html
 import re
 
-from tools.paper.reporting.findings import Finding
+from tools.paper.reporting.findings import Finding, sentence
 from tools.paper.reporting.formulas import to_plain
 from tools.paper.reporting.formulas import with_mathml as text
 from tools.paper.reporting.pages import SUMMARY_HEAD, Page, Row, summary_cells
@@ -109,7 +109,8 @@ def _finding(found: Finding) -> str:
     content = f'<p class="verdict">{text(found.verdict)}</p><p class="made">Made on: {text(found.made)}</p>'
     content += f'<div class="pictures">{pictures}</div>' + "".join(map(_table, found.tables))
     content += "".join(f'<p class="wrong">Missing: {_literal(entry)}</p>' for entry in found.missing)
-    return f'<div class="finding">{content}</div>'
+    title = f"<h4>{text(sentence(found.about))}</h4>" if found.about else ""
+    return f'<div class="finding">{title}{content}</div>'
 
 
 def _picture(caption: str, svg: str) -> str:

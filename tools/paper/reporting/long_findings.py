@@ -43,6 +43,7 @@ def find(exhibit: str, folder: Path, hardware: str) -> list[Finding]:
     for study, model, make in MAKERS.get(exhibit, []):
         runs = select(every, study, model)
         one = make(runs) if runs.records else Finding(verdict=NONE.format(runs.where), made="")
+        one.about = runs.where
         one.made = f"{runs.made()}; {hardware}" if runs.records else hardware
         one.missing = [*runs.missing, *one.missing]
         found.append(one)

@@ -40,7 +40,8 @@ def _section(row: Row, folder: Path) -> list[str]:
 
 
 def _finding(found: Finding, row: Row, number: int, folder: Path) -> list[str]:
-    lines = [f"**Ours.** {found.verdict}", "", f"Made on: {found.made}", ""]
+    title = f"Ours, {found.about}." if found.about else "Ours."
+    lines = [f"**{title}** {found.verdict}", "", f"Made on: {found.made}", ""]
     for index, (caption, svg) in enumerate(found.pictures.items()):
         name = f"figures/{row.anchor}-{number}-{index}.svg"
         (folder / name).write_text(svg, encoding="utf-8")

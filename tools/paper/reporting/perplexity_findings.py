@@ -9,7 +9,9 @@ from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, spr
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS, WINDOW_STEP
 
 TEXTS = {"held-out": "test documents", "wikitext": "WikiText-2's test tokens"}
-WIKITEXT = "WikiText-2's test tokens are WikiText-103's test articles with more words replaced by `<unk>`."
+WIKITEXT = (
+    "WikiText-2's test tokens are WikiText-103's test articles with more words replaced by the token of unknown words."
+)
 VALUES = {
     "log_perplexity": "ln perplexity per token",
     "bits_per_byte": "bits per byte",
