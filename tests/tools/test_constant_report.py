@@ -22,8 +22,8 @@ def constants_of(
 
 def test_noise_is_taken_out_of_the_norm() -> None:
     """||mean||^2 = ||grad f||^2 + noise: with 16 + 9 the snr is 16 / 9, and 4 is left of 5."""
-    assert 5.0 * constant_findings.noise_factor(16 / 9) == pytest.approx(4.0)
-    assert constant_findings.noise_factor(-0.5) == 0.0 and constant_findings.noise_factor(None) == 1.0
+    assert 5.0 * norm_findings.noise_factor(16 / 9) == pytest.approx(4.0)
+    assert norm_findings.noise_factor(-0.5) == 0.0 and norm_findings.noise_factor(None) == 1.0
     found = constants_of(l2=5.0, snr=16 / 9)
     assert found[IN_L2, CORRECTED].value == pytest.approx(0.8 * found[IN_L2, RAW].value)
 
@@ -40,7 +40,7 @@ def test_noise_is_taken_out_of_the_norm() -> None:
             f"{C_LION} is above in {IN_L2}.",
         ),
         ({}, {"l2": 2.0}, "holds", "The order is the same"),  # exact rounds have equal constants, and are not judged
-        ({}, {}, "not established", "The seeds' ranges overlap."),
+        ({}, {}, "not established", "The seeds' ranges overlap in"),
         (
             {},
             {"l2": 2.0, "exact": 2.0, "snr": 0.1},
@@ -64,7 +64,21 @@ def test_constants_are_established_only_if_every_way_agrees(
 def test_running_means_are_compared_with_the_rate(exponent: float, side: str) -> None:
     """A sum of k^exponent is about K^(1 + exponent) / (1 + exponent), so the mean has the exponent of the norm."""
     steps = list(range(1000, 51_000, 1000))
-    record = {"rounds": {"iteration": steps, "l1": [step**exponent for step in steps]}}
-    found = norm_findings.slope(record, "l1")
+    rounds = {"iteration": steps, "l1": [step**exponent for step in steps], "snr": [1.0] * len(steps)}
+    found = norm_findings.slope({"rounds": rounds}, "l1", corrected=True)  # equal noise changes no exponent
     assert found == pytest.approx(exponent, abs=0.1) and norm_findings.side([found, found]) == side
-    assert norm_findings.side([found, -found]) == norm_findings.MIXED
+
+
+def test_seeds_on_both_sides_of_0_or_of_the_rate_are_no_order() -> None:
+    assert norm_findings.side([-0.02, 0.01]) == norm_findings.HARDLY
+    assert norm_findings.side([-0.3, -0.2]) == norm_findings.MIXED
+
+
+def test_an_exponent_is_without_the_noise_that_grows() -> None:
+    """The gradient has a norm of 1 throughout; the noise adds 0 at first and 3 times its square at the end."""
+    steps = list(range(1000, 51_000, 1000))
+    snr = [None if step <= 10_000 else 1 / 3 for step in steps]
+    l2 = [1.0 if ratio is None else 2.0 for ratio in snr]
+    record = {"rounds": {"iteration": steps, "l2": l2, "snr": snr}}
+    assert norm_findings.slope(record, "l2", corrected=True) == pytest.approx(0.0)
+    assert norm_findings.slope(record, "l2", corrected=False) > 0.3

@@ -109,7 +109,9 @@ def test_an_optimizers_lower_rate_is_open_and_dashed(figure_of: Callable[..., An
     """Two seeds a size; r of the lower rate is d."""
     sizes = [10, 10, 100, 100, 1000, 1000]
     found = {
-        (Arm("lion_paper", rate), 5, size_findings.WHOLE): Points(d=sizes, r=[d**exponent for d in sizes])
+        (Arm("lion_paper", rate), 5, size_findings.WHOLE): Points(
+            d=sizes, r=[d**exponent for d in sizes], seeds=[1] * len(sizes)
+        )
         for rate, exponent in ((1e-3, 0.5), (1e-4, 1.0))
     }
     figure = figure_of(size_drawing.draw, found, (size_findings.WHOLE,))
@@ -119,7 +121,7 @@ def test_an_optimizers_lower_rate_is_open_and_dashed(figure_of: Callable[..., An
     assert list(low_fit.get_ydata()) == pytest.approx([10.0, 1000.0])
     assert list(root.get_ydata()) == pytest.approx([10.0**1.5, 10.0**2.5]), "through (100, 100)"
     assert words_of(figure) == [
-        *("LION, lr 0.001", "LION, lr 0.0001", "mark: one run"),
+        *("LION at 0.001", "LION at 0.0001", "mark: one run"),
         r"dotted: $\sqrt{d}$ through the middle of the fit",
         "solid or dashed: fit through the geometric mean of the runs of each size",
     ]

@@ -67,10 +67,10 @@ def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> N
     assert rows["LION", size_findings.WHOLE][6] == "below 0.5"
     layers = {(row[0], row[2]): row for row in finding.tables[1][1:]}
     assert layers["LION", "embedding"][4].startswith("0.000") and layers["LION", "mlp"][3] == "1.000 to 1.000"
-    assert "Step 1,000: all parameters 1 below 0.5; without the embedding 1 around 0.5." in finding.verdict
+    assert "Step 1,000. All parameters: LION below 0.5. Without the embedding: LION around 0.5." in finding.verdict
     assert "The embedding, of words and positions, is 75 to 75 % of the parameters" in finding.verdict
     assert "Leaving it out changes the exponent by +0.054 to +0.054." in finding.verdict
-    assert finding.judgements[1].verdict == "all parameters 1 below 0.5; without the embedding 1 around 0.5"
+    assert finding.judgements[1].verdict == "All parameters: LION below 0.5. Without the embedding: LION around 0.5"
     assert finding.judgements[1].numbers.endswith("; without the embedding: LION 0.500 [0.500, 0.500]")
 
 
@@ -94,14 +94,24 @@ def test_a_fit_is_through_the_mean_of_the_seeds_at_each_size() -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_the_exponents_of_the_seeds_are_compared() -> None:
+    """The second seed has three of the four sizes: only these are in both fits."""
+    records = [sized(width) for width in WIDTHS] + [sized(width, exponent=0.4, seed=2) for width in WIDTHS[:3]]
+    found = size_findings.points(records)[Arm("lion_paper"), 1000, size_findings.WITHOUT]
+    assert found.seed_slopes == pytest.approx([0.5, 0.4])
+    assert "their exponents differ by up to 0.10" in size_findings.exponents(sizes_of(records)).verdict
+    assert "All fits have one seed." in size_findings.exponents(sizes_of(records[:4])).verdict
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_two_rates_of_one_optimizer_have_their_own_fits() -> None:
     slow = [sized(width, exponent=0.4, lr=1e-4) for width in WIDTHS]
     fast = [sized(width) for width in (*WIDTHS, 256)]
     finding = size_findings.exponents(sizes_of([*slow, *fast]))
     rows = {(row[0], row[2]): row for row in finding.tables[0][1:]}
-    assert rows["LION, lr 0.001", size_findings.WITHOUT][3:6] == ["5", "5", "0.500 [0.500, 0.500]"]
-    assert rows["LION, lr 0.0001", size_findings.WITHOUT][3:6] == ["4", "4", "0.400 [0.400, 0.400]"]
-    assert finding.judgements[1].basis == "GPTs of 4 to 5 sizes (9 runs), d = 400 to 102,400, exact rounds"
+    assert rows["LION at 0.001", size_findings.WITHOUT][3:6] == ["5", "5", "0.500 [0.500, 0.500]"]
+    assert rows["LION at 0.0001", size_findings.WITHOUT][3:6] == ["4", "4", "0.400 [0.400, 0.400]"]
+    assert finding.judgements[1].basis == "GPTs of 4 to 5 sizes (9 runs, one seed), d = 400 to 102,400, exact rounds"
     assert finding.verdict.endswith("and LION a tenth of its rate as well.")
 
 
@@ -110,7 +120,7 @@ def test_a_run_that_did_not_learn_is_left_out() -> None:
     records = [sized(width, exponent=0.5 + 0.2 * (width == 16)) for width in WIDTHS]
     found = size_findings.exponents(sizes_of([*records, sized(9, fell=False)]))
     assert found.missing == ["left out, because the training loss did not fall by 0.1: width-9-lion_paper-1"]
-    assert found.judgements[0].verdict.startswith("all parameters 1 undecided")
+    assert found.judgements[0].verdict.startswith("All parameters: undecided")
     assert found.tables[0][1][3:5] == ["4", "4"]
     assert size_findings.exponents(sizes_of(records[:2])).judgements[0].verdict == "fewer than 3 sizes"
     assert size_findings.exponents(sizes_of([sized(9, fell=False)])).verdict.startswith("Cannot be said")
@@ -131,9 +141,11 @@ def test_an_interval_without_a_half_decides_however_wide(low: float, high: float
 
 
 def test_the_slopes_of_the_ends_show_a_curve() -> None:
-    bent = size_findings.Points(d=[10, 100, 1000, 10000, 10000], r=[1.0, 10.0, 30.0, 30.0, 120.0])
+    bent = size_findings.Points(
+        d=[10, 100, 1000, 10000, 10000], r=[1.0, 10.0, 30.0, 30.0, 120.0], seeds=[1, 1, 1, 1, 2]
+    )
     assert bent.end_slopes == ["1.00", "0.30"]
-    assert size_findings.Points(d=[10, 10], r=[1.0, 2.0]).end_slopes == ["-", "-"]
+    assert size_findings.Points(d=[10, 10], r=[1.0, 2.0], seeds=[1, 2]).end_slopes == ["-", "-"]
 
 
 def test_r_is_drawn_against_d() -> None:

@@ -59,7 +59,13 @@ VERDICTS = (
     "Does not hold: the measurements contradict the claim. Not established: they disagree or do not decide. Undecided: "
     "the interval is too wide. Seen (seen in part, not seen) in one seed: with one seed, so without an interval. "
     "Confirmed: in several seeds, with 95 % intervals that exclude 0. Not confirmed: an interval includes 0. The "
-    "opposite is found: the intervals exclude 0 on the other side. Provisional: planned runs are missing."
+    "opposite is found: the intervals exclude 0 on the other side. Above, below, around 0.5: so is the interval of an "
+    "exponent. Provisional: planned runs are missing."
+)
+LONG_RUNS = (
+    "The long runs (50,000 steps, and what is compared with them) are made by `python -m tools.paper.long_runs --study "
+    "NAME`. Commands, text, every setting that differs from the paper's, and a check of one exact round by float64 "
+    "autograd are in docs/results/long-runs.md."
 )
 # What a damaged or foreign record raises where it is read.
 BAD_RECORD = (LionError, KeyError, TypeError, ValueError, IndexError, AttributeError)
@@ -115,11 +121,12 @@ def make_page(rows: list[Row], runs: Path, hardware: str, long_runs: Path | None
     """The whole report: its title, what it is, the rows, and how long the long runs took."""
     there = [row.exhibit.name for row in rows if row.was_run]
     counts = f"{len(there)} of {len(rows)} exhibits have a run here{_listed(there)}."
-    command = f"tools/paper/report.py --runs {runs}" + f" --long-runs {long_runs}" * (long_runs is not None)
+    command = f"python -m tools.paper.report --runs {runs}" + f" --long-runs {long_runs}" * (long_runs is not None)
     intro = [
         "Dong, Li, Lin (2025), DOI 10.11897/SP.J.1016.2025.02008. The paper's pictures are described, not copied; its "
         "tables and numbers are its own. A verdict is about our model, data and steps only.",
-        f"{counts} {_settings(there)}Hardware: {hardware}. Made by {command}.",
+        f"{counts} {_settings(there)}Hardware: {hardware}. Made by `{command} --output DIR`.",
+        *([LONG_RUNS] if long_runs is not None else []),
         VERDICTS,
     ]
     try:

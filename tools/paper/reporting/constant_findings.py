@@ -65,18 +65,21 @@ def constants(runs: StudyRuns) -> Finding:
     judgements = [
         Judgement(
             claim=f"{C_LION} is below {C_SGD} ({NAMES[name]}), {runs.where}",
-            verdict=f"{runs.mark}{word}{_of_one_seed(seeds[name])}",
+            verdict=f"{runs.mark}{word}{_of_one_seed(seeds[name])}. {reasons}",
             basis=runs.basis("lion_paper", name, seeds=seeds[name]),
             numbers=f"{RAW}: {C_LION} {found['lion_paper'][IN_L1, RAW]}, in {IN_L2} {found['lion_paper'][IN_L2, RAW]}; "
             f"{C_SGD} {found[name][IN_L2, RAW]}",
+            plain=f"{C_LION} below {C_SGD} of {NAMES[name]} {runs.where}: {word}." if name == "sgd_paper" else "",
         )
-        for name, (word, _) in words.items()
+        for name, (word, reasons) in words.items()
     ]
     no_plain = "" if "sgd_paper_no_momentum" in groups else ", which has no runs here"
     return Finding(
         verdict=" ".join([*said, norm_findings.about(groups), f"{NOISE}{no_plain}."]),
         made="",
-        pictures={"from all rounds of 100 batches": _picture(groups)} if "sgd_paper" in groups else {},
+        pictures={"from all rounds of 100 batches, with their noise": _picture(groups)}
+        if "sgd_paper" in groups
+        else {},
         tables=[_table(groups, found), norm_findings.table(groups)],
         judgements=[*judgements, norm_findings.judgement(runs, groups)],
     )
@@ -114,21 +117,11 @@ def _readers(key: str) -> dict[str, Callable[[Record], dict[int, float]]]:
     return {
         RAW: lambda one: dict(zip(one["rounds"]["iteration"], one["rounds"][key], strict=True)),
         CORRECTED: lambda one: {
-            step: norm * noise_factor(snr)
+            step: norm * norm_findings.noise_factor(snr)
             for step, norm, snr in zip(*(one["rounds"][name] for name in ("iteration", key, "snr")), strict=True)
         },
         EXACT: lambda one: {int(step): exact[key] for step, exact in one["exact"].items() if step != "0"},
     }
-
-
-def noise_factor(snr: float | None) -> float:
-    """||grad f||_2 / ||mean gradient||_2, from the mean gradient's signal-to-noise ratio. It is 1 without noise.
-
-    A record has None for an infinite ratio.
-    """
-    if snr is None or math.isinf(snr):
-        return 1.0
-    return math.sqrt(snr / (1.0 + snr)) if snr > 0.0 else 0.0
 
 
 def _constant(records: Records, read: Callable[[Record], dict[int, float]], scale: float) -> Constant:
@@ -163,16 +156,15 @@ def verdict(lion: dict[Source, Constant], sgd: dict[Source, Constant]) -> tuple[
         for norm in (IN_L1, IN_L2)
         if (sources := [source for source in JUDGED if orders[norm, source] == order])
     ]
-    reasons = [f"{one}." for one in listed] if len(set(orders.values())) > 1 else []
     late = [
         _named(name, sources)
         for name, own, norm in ((C_LION, lion, IN_L1), (C_SGD, sgd, IN_L2))
         if (sources := [source for source in JUDGED if own[norm, source].is_of_last_step])
     ]
-    if late:
-        reasons.append(f"The last step decides {' and '.join(late)}: a longer run can have a larger one.")
-    if reasons or MIXED in orders.values():
-        return "not established", " ".join(reasons or [f"{MIXED}."])
+    if late or len(set(orders.values())) > 1 or MIXED in orders.values():
+        if late:
+            listed.append(f"The last step decides {' and '.join(late)}: a longer run can have a larger one")
+        return "not established", " ".join(f"{one}." for one in listed)
     return ("holds" if BELOW in orders.values() else "does not hold"), "The order is the same however it is measured."
 
 
@@ -182,7 +174,7 @@ def _named(what: str, sources: list[str]) -> str:
 
 
 def _table(groups: dict[str, Records], found: dict[str, dict[Source, Constant]]) -> Table:
-    head = ["constant (range over seeds)", "norm", *SOURCES, "decided at step"]
+    head = ["constant of the seeds' mean (of each seed)", "norm", *SOURCES, "decided at step: all, corrected, exact"]
     table = [[*head, "the paper's", "learning rate", "rounds that converged"]]
     for name, of_one in groups.items():
         kind = "lion" if name == "lion_paper" else "sgd"

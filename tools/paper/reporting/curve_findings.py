@@ -8,7 +8,7 @@ from tools.paper.reporting import drawings, gaps
 from tools.paper.reporting.findings import Finding, Judgement, sentence
 from tools.paper.reporting.formulas import SHARE, SQRT_D
 from tools.paper.reporting.paper import Table
-from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, spread, steps_in_thousands
+from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, in_seeds, spread, steps_in_thousands
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
 
 LAST = f"{STEPS:,}"
@@ -75,10 +75,9 @@ def _sentence(runs: StudyRuns, other: str, found: Gaps) -> str:
         said += f"LION's three losses at {_checkpoints()} are {gaps.counted_sides(found.values())} of the "
         said += f"comparisons with {NAMES[other]}. Not decided is an interval that includes 0: {_undecided(found)}."
     lower, higher, windows = _windows(runs, other)
-    return (
-        f"{said} LION's mean training loss is below in every seed in {lower} of {windows} windows of 1,000 steps, and "
-        f"above in every seed in {higher}."
-    )
+    counts = [f"{side} in every seed in {count}" for side, count in (("below", lower), ("above", higher)) if count]
+    counts = counts or ["neither below nor above in every seed in any"]
+    return f"{said} LION's mean training loss is {' and '.join(counts)} of {windows} windows of 1,000 steps."
 
 
 def _undecided(found: Gaps) -> str:
@@ -101,16 +100,30 @@ def _windows(runs: StudyRuns, other: str) -> tuple[int, int, int]:
 def _judgement(runs: StudyRuns, other: str, found: Gaps) -> Judgement:
     word, side = gaps.judged(found.values())
     word += "" if side else f": LION is {gaps.counted_sides(found.values())}"
+    end = found[FIXED, STEPS]
     of_paper = "" if other in SGDS else " (not in the paper)"
     numbers = [f"{loss} at {LAST} steps: {found[loss, STEPS]}" for loss in (FIXED, HELD_OUT)]
+    no_more = ""
     alone = FREQUENCY_LOSS.get(runs.model, math.inf)
     if min(runs.by_seed(other, lambda one: LOSSES[FIXED](one, STEPS)).values()) >= alone:
-        numbers.append(f"{NAMES[other]} has learned no more than token frequencies ({alone} on the fixed split)")
+        no_more = f"{NAMES[other]} has learned no more than token frequencies ({alone} on the fixed split)"
+        numbers.append(no_more)
     return Judgement(
         claim=f"LION's loss is below that of {NAMES[other]} throughout, {runs.where}{of_paper}",
         verdict=f"{runs.mark}{word}",
         basis=runs.basis("lion_paper", other, seeds=found[FIXED, STEPS].seeds),
         numbers=f"{NAMES[other]} minus LION, {'; '.join(numbers)}",
+        plain=_plain(runs, other, end, side, no_more),
+    )
+
+
+def _plain(runs: StudyRuns, other: str, end: gaps.Interval, side: str, no_more: str) -> str:
+    """The losses at the last step in words, of comparisons over several seeds that have one side throughout."""
+    if not side or end.half_width is None or other == "sgd_paper_no_momentum":
+        return ""
+    return (
+        f"{sentence(runs.where)} LION's {FIXED} ends {abs(end.mean):.3f} (+- {end.half_width:.3f}) {side} that of "
+        f"{NAMES[other]} ({in_seeds(end.seeds)})." + (f" {no_more}." if no_more else "")
     )
 
 

@@ -27,6 +27,8 @@ class Judgement:
     """model, d, rates, steps and seeds"""
     numbers: str
     """what was measured, with intervals"""
+    plain: str = ""
+    """a sentence for the page's first lines, if it is one of the main results"""
 
 
 @dataclass

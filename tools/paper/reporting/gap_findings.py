@@ -28,7 +28,7 @@ def gap(paper: StudyRuns, tuned: StudyRuns) -> Finding | None:
     tables = [_gap_table(at_papers, at_best)]
     if gains := _gains(paper, tuned):
         tables.append(gains)
-        said += _other_differences(paper, tuned)
+        said += [f"{sentence(one)}." for one in _other_differences(paper, tuned)]
     return Finding(
         verdict=f"{sentence(mark)}SGD with momentum 0.9 minus LION at step {STEPS:,}, paired by seed. {' '.join(said)}",
         made="the runs above",
@@ -104,7 +104,7 @@ def _other_differences(paper: StudyRuns, tuned: StudyRuns) -> list[str]:
                 f"{key} {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)
             ]
     listed = ", ".join(dict.fromkeys(found))
-    return [f"The runs at the best rates differ in more than the rate: {listed}."] if listed else []
+    return [f"the runs at the best rates differ in more than the rate: {listed}"] if listed else []
 
 
 def _judgement(
@@ -120,9 +120,12 @@ def _judgement(
         for loss in JUDGED
     ]
     bases = [runs.basis(*PAIR, seeds=len(found[FIXED])) for runs, found in ((paper, at_papers), (tuned, at_best))]
+    share = shares[FIXED]
+    plain = f"{share} of the gap to SGD (momentum 0.9) is due to the learning rate." if share else ""
     return Judgement(
         claim="Part of LION's lead over SGD that is due to the learning rate (not in the paper)",
         verdict=f"{mark}{verdict or 'no share can be given'}",
         basis="; ".join(bases),
-        numbers="; ".join(numbers),
+        numbers="; ".join([*numbers, *_other_differences(paper, tuned)]),
+        plain=plain,
     )

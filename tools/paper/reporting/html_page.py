@@ -69,15 +69,16 @@ def to_html(page: Page) -> str:
     times = f'<h2>How long the runs take</h2><p class="made">{text(page.times_note)}</p>'
     times += _table(page.times) if len(page.times) > 1 else ""
     end = f'<section class="times" id="times">{times}</section>'
-    body = f"{top}{_summary(page.rows)}<nav>{' '.join(links)}</nav>{''.join(map(_section, page.rows))}{end}"
+    body = f"{top}{_summary(page)}<nav>{' '.join(links)}</nav>{''.join(map(_section, page.rows))}{end}"
     return f"{head}<body>{body}</body></html>\n"
 
 
-def _summary(rows: list[Row]) -> str:
+def _summary(page: Page) -> str:
     head = "".join(f"<th>{name}</th>" for name in SUMMARY_HEAD)
-    lines = [_summary_line(row, summary_cells(judgement)) for row in rows for judgement in row.judgements]
+    lines = [_summary_line(row, summary_cells(judgement)) for row in page.rows for judgement in row.judgements]
+    main = "".join(f"<li>{text(result)}</li>" for result in page.main_results)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<section class="summary" id="summary"><h2>Summary</h2>{table}</section>'
+    return f'<section class="summary" id="summary"><h2>Summary</h2><ul>{main}</ul>{table}</section>'
 
 
 def _summary_line(row: Row, cells: list[str]) -> str:

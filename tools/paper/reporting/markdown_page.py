@@ -14,7 +14,9 @@ def to_markdown(page: Page, folder: Path) -> str:
     lines = [f"# {page.title}", ""]
     for paragraph in page.intro:
         lines += [paragraph, ""]
-    lines += ["## Summary", "", *_summary(page.rows)]
+    lines += ["## Summary", ""]
+    lines += [*(f"- {result}" for result in page.main_results), ""] if page.main_results else []
+    lines += _summary(page.rows)
     for row in page.rows:
         lines += _section(row, folder)
     lines += ["## How long the runs take", "", page.times_note, ""]

@@ -49,6 +49,11 @@ class Page:
     hardware: str
 
     @property
+    def main_results(self) -> list[str]:
+        """The main results in sentences, before the table of all; none where they have no run."""
+        return [judged.plain for row in self.rows for judged in row.judgements if judged.plain]
+
+    @property
     def times_note(self) -> str:
         """What the table of times is about, or that it is empty."""
         if len(self.times) < 2:

@@ -5,7 +5,7 @@ import math
 from tools.paper.reporting import gaps
 from tools.paper.reporting.findings import Finding, Judgement, sentence
 from tools.paper.reporting.paper import Table
-from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, spread, steps_in_thousands
+from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, in_seeds, spread, steps_in_thousands
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS, WINDOW_STEP
 
 TEXTS = {"held-out": "test documents", "wikitext": "WikiText-2's test tokens"}
@@ -21,11 +21,12 @@ PAPERS_VOCABULARY = 50_257
 
 
 def perplexities(runs: StudyRuns) -> Finding:
-    """Each text's perplexities, and whether Lion's first checkpoint is below SGD's last."""
+    """Each text's perplexities, and whether Lion's first checkpoint is below the others' last."""
     text = "wikitext" if all("wikitext" in one["log_perplexity"] for one in runs.records) else "held-out"
-    compared = {name: found for name in SGDS if (found := _difference(runs, name, text, CHECKPOINTS[0]))}
+    others = [name for name in runs.by_optimizer() if name != "lion_paper"]
+    compared = {name: found for name in others if (found := _difference(runs, name, text, CHECKPOINTS[0]))}
     sentences = [_sentence(runs, name, found, text) for name, found in compared.items()]
-    sentences = sentences or ["Cannot be said: no seed has LION and SGD."]
+    sentences = sentences or ["Cannot be said: no seed has LION and another optimizer."]
     return Finding(
         verdict=" ".join([*sentences, WIKITEXT, _about_vocabularies(runs.records[0])]),
         made="",
@@ -35,7 +36,7 @@ def perplexities(runs: StudyRuns) -> Finding:
 
 
 def _difference(runs: StudyRuns, other: str, text: str, step: int) -> gaps.Interval | None:
-    """SGD's last value minus Lion's at ``step``, of each common seed; None without one."""
+    """The other's last value minus Lion's at ``step``, of each common seed; None without one."""
     last = runs.by_seed(other, lambda one: one["log_perplexity"][text][str(STEPS)])
     lion = runs.by_seed("lion_paper", lambda one: one["log_perplexity"][text][str(step)])
     by_seed = gaps.differences(last, lion)
@@ -47,19 +48,37 @@ def _sentence(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> s
     basis = runs.basis("lion_paper", other, seeds=found.seeds)
     return (
         f"{sentence(runs.mark + word)} {runs.where} ({basis}): LION's checkpoint at {CHECKPOINTS[0]:,} steps is "
-        f"{side or 'not shown to be below'} that of {NAMES[other]} at {STEPS:,}. SGD's ln perplexity per token on "
+        f"{side or 'not shown to be below'} that of {NAMES[other]} at {STEPS:,}. Its ln perplexity per token on "
         f"{TEXTS[text]} minus LION's is {found}, and {_difference(runs, other, text, STEPS)} with both at {STEPS:,}."
     )
 
 
+def _side_at_end(runs: StudyRuns, other: str, text: str) -> str:
+    last = _difference(runs, other, text, STEPS)
+    side = gaps.judged([last])[1] if last else ""
+    return f"LION is {side}" if side else "not decided"
+
+
 def _judgement(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> Judgement:
     word, _ = gaps.judged([found])
+    of_paper = "" if other in SGDS else " (not in the paper)"
     return Judgement(
-        claim=f"LION's first checkpoint has a lower perplexity than the last of {NAMES[other]}, {runs.where}",
-        verdict=f"{runs.mark}{word}",
+        claim=f"LION's first checkpoint has a lower perplexity than the last of {NAMES[other]}, {runs.where}{of_paper}",
+        verdict=f"{runs.mark}{word}. With both at {STEPS:,}: {_side_at_end(runs, other, text)}",
         basis=runs.basis("lion_paper", other, seeds=found.seeds),
-        numbers=f"ln perplexity per token on {TEXTS[text]}, SGD minus LION: {found}; with both at {STEPS:,}: "
+        numbers=f"ln perplexity per token on {TEXTS[text]}, minus LION: {found}; with both at {STEPS:,}: "
         f"{_difference(runs, other, text, STEPS)}",
+        plain=_plain(runs, other, found),
+    )
+
+
+def _plain(runs: StudyRuns, other: str, found: gaps.Interval) -> str:
+    side = gaps.judged([found])[1]
+    if not side or found.half_width is None or other != "sgd_paper":
+        return ""
+    return (
+        f"{sentence(runs.where)} LION's first checkpoint has a perplexity {side} that of the last of {NAMES[other]} "
+        f"({in_seeds(found.seeds)})."
     )
 
 

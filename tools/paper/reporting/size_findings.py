@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from tools.paper.reporting.findings import Finding, Judgement, counted, sentence
 from tools.paper.reporting.formulas import SHARE, SQRT_D
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.study_runs import NAMES as OPTIMIZER_NAMES
-from tools.paper.reporting.study_runs import Record, Records, StudyRuns, span
+from tools.paper.reporting.study_runs import Record, Records, StudyRuns, in_seeds, span
 from tools.paper.studies.long_runs import SHAPE
 
 START = "start"
@@ -24,11 +24,11 @@ FEWEST = 3  # sizes of a fit
 # Where an exponent is, by its interval.
 STATES = INSIDE, ABOVE, BELOW, UNDECIDED = "around 0.5", "above 0.5", "below 0.5", "undecided"
 ABOUT = (
-    f"Around 0.5: the interval includes 0.5. Undecided: so it does, but it is wider than {WIDEST}. "
-    r"Because $r \le \sqrt{d}$, an exponent above 0.5 cannot go on to any $d$. It does not contradict "
+    f"Around 0.5: the interval includes 0.5. Undecided: the interval includes 0.5 and is wider than {WIDEST}. "
+    r"Because $r \le \sqrt{d}$, an exponent above 0.5 cannot continue for all $d$. It does not contradict "
     r"$r \ge c \sqrt{d}$; an exponent below 0.5 does, if it goes on. Each size is the geometric mean of its seeds. An "
-    "interval is of the scatter of the sizes around the line. The slopes between the two smallest and between the two "
-    "largest sizes show how straight the line is. Compare only fits of the same number of sizes."
+    "interval is of the scatter of the sizes around the line, not of the seeds. The slopes between the two smallest "
+    "and between the two largest sizes show how straight the line is. Compare only fits of the same number of sizes."
 )
 
 
@@ -41,7 +41,7 @@ class Arm(NamedTuple):
 
     @property
     def name(self) -> str:
-        return NAMES[self.optimizer] + (f", lr {self.rate:g}" if self.rate else "")
+        return NAMES[self.optimizer] + (f" at {self.rate:g}" if self.rate else "")
 
 
 Key = tuple[Arm, int, str]  # arm, step, set of parameters
@@ -53,6 +53,7 @@ class Points:
 
     d: list[int]
     r: list[float]
+    seeds: list[int]
 
     @property
     def fit(self) -> theory.PowerLaw | None:
@@ -80,6 +81,17 @@ class Points:
         return [f"{(last[1] - first[1]) / (last[0] - first[0]):.2f}" for first, last in pairs] or ["-", "-"]
 
     @property
+    def seed_slopes(self) -> list[float]:
+        """The exponent of each seed alone, over the sizes that all seeds have; none with one seed or too few sizes."""
+        by_seed: defaultdict[int, dict[int, float]] = defaultdict(dict)
+        for d, r, seed in zip(self.d, self.r, self.seeds, strict=True):
+            by_seed[seed][d] = r
+        common = sorted(set.intersection(*map(set, by_seed.values())))
+        if len(by_seed) < 2 or len(common) < FEWEST:
+            return []
+        return [theory.fit_power_law(common, [one[d] for d in common]).exponent for one in by_seed.values()]
+
+    @property
     def span(self) -> str:
         """The smallest and the largest r / sqrt(d)."""
         shares = [r / math.sqrt(d) for d, r in zip(self.d, self.r, strict=True)]
@@ -93,15 +105,16 @@ def points(records: Records) -> dict[Key, Points]:
     Before the first step the runs of one size and seed are the same for all arms: they are one point of ``start``.
     """
     arms = _arms_of(records)
-    found: dict[Key, dict[tuple[int, int, Arm], tuple[int, float]]] = {}
+    found: dict[Key, dict[tuple[int, int, Arm], tuple[int, float, int]]] = {}
     for record, own in zip(records, arms, strict=True):
         for step, exact in record["exact"].items():
             arm = Arm(START) if step == "0" else own
             run = (record["d"], record["seed"], arm)
             for name, (d, r) in _ratios(exact["kinds"]).items():
-                found.setdefault((arm, int(step), name), {})[run] = (d, r)
+                found.setdefault((arm, int(step), name), {})[run] = (d, r, record["seed"])
     ordered = sorted(found.items(), key=_order)
-    return {key: Points(d=[d for d, _ in each.values()], r=[r for _, r in each.values()]) for key, each in ordered}
+    columns = {key: tuple(map(list, zip(*each.values(), strict=True))) for key, each in ordered}
+    return {key: Points(d=d, r=r, seeds=seeds) for key, (d, r, seeds) in columns.items()}
 
 
 def _arms_of(records: Records) -> list[Arm]:
@@ -156,12 +169,13 @@ def exponents(runs: StudyRuns) -> Finding:
     found = points(kept)
     fits = {key: fit for key, each in found.items() if (fit := each.fit)}
     steps = sorted({step for _, step, _ in found})
-    said = " ".join(f"{sentence(_when(step))}: {_counted(fits, step)}." for step in steps)
+    said = " ".join(f"{sentence(_when(step))}. {_sides(fits, step)}." for step in steps)
     of_rates = f"Every width has the rates that are best at width {SHAPE['hidden-size']}"
     of_rates += ", and LION a tenth of its rate as well." if any(arm.rate for arm, _, _ in found) else "."
     return Finding(
         verdict=f"{sentence(runs.mark + 'exponents')} of r against d, by where their intervals are. "
-        f"{said} {ABOUT} {_about_embedding(kept)}{_without_embedding(fits)} {of_rates}",
+        f"{said} {ABOUT} {_about_seeds(found)}"
+        f"{_about_embedding(kept)}{_without_embedding(fits)} {of_rates}",
         made="",
         tables=[_exponents_table(found), _layers_table(found)],
         pictures={
@@ -178,14 +192,20 @@ def _when(step: int) -> str:
     return f"step {step:,}" if step else NAMES[START]
 
 
-def _counted(fits: dict[Key, theory.PowerLaw], step: int) -> str:
-    """How many exponents are on which side of 0.5, for all parameters and without the embedding."""
+def _sides(fits: dict[Key, theory.PowerLaw], step: int) -> str:
+    """Whose exponents are on which side of 0.5, for all parameters and without the embedding."""
     parts = []
     for name in (WHOLE, WITHOUT):
-        states = Counter(decided(fit) for (_, at, of), fit in fits.items() if (at, of) == (step, name))
-        if states:
-            parts.append(f"{name} " + ", ".join(f"{states[state]} {state}" for state in STATES if state in states))
-    return "; ".join(parts) or f"fewer than {FEWEST} sizes"
+        sides = {arm: decided(fit) for (arm, at, of), fit in fits.items() if (at, of) == (step, name)}
+        arms = {state: [arm for arm, side in sides.items() if side == state] for state in STATES}
+        said = [f"{_listed(of_state)}{state}" for state, of_state in arms.items() if of_state]
+        parts += [f"{name}: {'; '.join(said)}"] if said else []
+    return ". ".join(map(sentence, parts)) or f"fewer than {FEWEST} sizes"
+
+
+def _listed(arms: list[Arm]) -> str:
+    """The arms before their side; nothing for the only one at the start."""
+    return "" if arms == [Arm(START)] else f"{', '.join(arm.name for arm in arms)} "
 
 
 def _exponents_table(found: dict[Key, Points]) -> Table:
@@ -207,6 +227,20 @@ def _layers_table(found: dict[Key, Points]) -> Table:
         if name not in (WHOLE, WITHOUT):
             table.append([arm.name, str(step), name, each.span, str(each.fit or "-")])
     return table
+
+
+def _about_seeds(found: dict[Key, Points]) -> str:
+    """How much the exponents of single seeds differ, where there are several."""
+    ranges = [
+        max(slopes) - min(slopes)
+        for (_, _, name), each in found.items()
+        if name in (WHOLE, WITHOUT) and (slopes := each.seed_slopes)
+    ]
+    if not ranges:
+        return "All fits have one seed. "
+    return (
+        f"Where there are several seeds, their exponents differ by up to {max(ranges):.2f}. The others have one seed. "
+    )
 
 
 def _about_embedding(records: Records) -> str:
@@ -239,16 +273,20 @@ def _without_embedding(fits: dict[Key, theory.PowerLaw]) -> str:
 
 def _judgement(runs: StudyRuns, step: int, found: dict[Key, Points], fits: dict[Key, theory.PowerLaw]) -> Judgement:
     """Of all optimizers at one step."""
+    in_words = f"{_when(step)}, {SQRT_D} has 0.5"
+    last = max(at for _, at, _ in found)
     own = [each for (_, at, name), each in found.items() if (at, name) == (step, WHOLE)]
     every = [d for each in own for d in each.d]
-    sizes = span(len(each.means) for each in own)
+    seeds = in_seeds(len({seed for each in own for seed in each.seeds}))
+    of_sizes = f"{span(len(each.means) for each in own)} sizes ({counted(len(every), 'run')}, {seeds})"
     listed = [
         f"{name}: " + ", ".join(f"{arm.name} {fit}" for (arm, at, of), fit in fits.items() if (at, of) == (step, name))
         for name in (WHOLE, WITHOUT)
     ]
     return Judgement(
         claim=f"$r$ grows as {SQRT_D}: exponent 0.5, {_when(step)}",
-        verdict=f"{runs.mark}{_counted(fits, step)}",
-        basis=f"{runs.model.upper()}s of {sizes} sizes ({counted(len(every), 'run')}), d = {span(every)}, exact rounds",
+        verdict=f"{runs.mark}{_sides(fits, step)}",
+        basis=f"{runs.model.upper()}s of {of_sizes}, d = {span(every)}, exact rounds",
         numbers="; ".join(listed) if fits else "-",
+        plain=f"Exponent of $r$ against $d$ ({in_words}). {_sides(fits, step)}." if step == last and fits else "",
     )

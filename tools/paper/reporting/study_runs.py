@@ -24,7 +24,7 @@ SGDS = ("sgd_paper", "sgd_paper_no_momentum")
 RATES_OF = {
     "paper": "at the paper's rates",
     "search": "of the rate search",
-    "tuned": "at each optimizer's best rate",
+    "tuned": "at the best rates of a 5,000-step search",
     "sizes": "of several sizes",
 }
 PROVISIONAL = "provisional: "
