@@ -231,6 +231,12 @@ def test_r_is_also_said_without_the_norm_layers(everything: list[Record]) -> Non
     assert curve_findings.curves(runs_of(records)).tables[-1][1][3:5] == ["1.000 to 1.000", "50 %"]
 
 
+def test_what_the_runs_were_made_with_says_where_seeds_are_shorter(everything: list[Record]) -> None:
+    sizes = [one for one in everything if one["study"] == "sizes"]
+    assert "SGD (momentum 0.9) 0.1 (2 seeds, 5,000 steps with one seed)" in runs_of(sizes, "sizes").made()
+    assert "LION 1e-05 (3 seeds)" in runs_of(everything).made()
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_a_diverged_run_is_named_and_left_out(everything: list[Record]) -> None:
     records = [one for one in json.loads(json.dumps(everything)) if one["study"] == "paper"]

@@ -129,6 +129,13 @@ def test_the_times_of_runs_are_by_run_and_of_all_seeds() -> None:
     assert len(run_times.table([])) == 1
 
 
+def test_seeds_of_other_lengths_have_their_own_row_of_times() -> None:
+    """Their mean would be of runs that are not comparable."""
+    whole = record("lion_paper", 1, 0.5)
+    table = run_times.table([whole, whole | {"seed": 2, "steps": 1000, "name": whole["name"].removesuffix("1") + "2"}])
+    assert [row[2:4] for row in table[1:-1]] == [[f"{whole['steps']:,}", "1"], ["1,000", "1"]]
+
+
 def test_times_are_at_the_end_and_a_damaged_record_leaves_the_page(tmp_path: Path) -> None:
     folder = tmp_path / "records"
     folder.mkdir()

@@ -26,8 +26,9 @@ BELOW, ABOVE, MIXED = f"{C_LION} is below", f"{C_LION} is above", "The seeds' ra
 NOISE = (
     r"Noise adds to the norm of a mean gradient. Corrected for noise, $\Vert \nabla f \Vert_2$ is "
     r"$\ell_2 \sqrt{s / (1 + s)}$, where $s$ is the signal-to-noise ratio, and 0 for $s \le 0$. $\ell_1$ gets the same "
-    "factor, which overestimates it, because noise raises $r$. Exact rounds start at 10k and are not judged: a "
-    "constant that is decided before has no record there. (A1) is about SGD without momentum"
+    "factor, which overestimates it, because noise raises $r$. Rounds of batches have dropout; exact rounds have none, "
+    "and their norms can be larger. Constants of exact rounds are taken from 10k on and are not judged: one that is "
+    "decided before has no record there. (A1) is about SGD without momentum"
 )
 
 

@@ -20,10 +20,12 @@ LOSSES: dict[str, Loss] = {
     HELD_OUT: lambda one, step: one["validation_loss"][str(step)],
     TRAINING: lambda one, step: one["training_loss"][str(step)],
 }
-ABOUT_INTERVALS = (
-    "Runs of one seed start from the same weights. Intervals are Student's t at 95 % over the differences of each "
-    "seed, not adjusted for the number of comparisons. The mean training loss is that of the 1,000 steps before, with "
+ABOUT_LOSSES = (
+    "Runs of one seed start from the same weights. The mean training loss is that of the 1,000 steps before, with "
     "dropout; the validation loss is of 100 batches."
+)
+ABOUT_INTERVALS = (
+    "Intervals are Student's t at 95 % over the differences of each seed, not adjusted for the number of comparisons."
 )
 # Nats on the fixed split of the long runs' text: tools.paper.studies.frequencies; long_runs.py --list shows it.
 FREQUENCY_LOSS = {"gpt": 6.564}
@@ -40,7 +42,8 @@ def curves(runs: StudyRuns) -> Finding:
     compared = {name: found for name in others if (found := _gaps(runs, name))}
     sentences = [_sentence(runs, name, found) for name, found in compared.items()]
     sentences = sentences or ["Cannot be said: no seed has LION and another optimizer."]
-    sentences += [ABOUT_INTERVALS] if compared else []
+    sentences += [ABOUT_LOSSES] if compared else []
+    sentences += [ABOUT_INTERVALS] if any(found[FIXED, STEPS].half_width for found in compared.values()) else []
     sentences += [_about_frequencies(runs)] if runs.model in FREQUENCY_LOSS else []
     sentences += [_about_r(runs), _about_clipping(runs)]
     return Finding(
@@ -75,8 +78,9 @@ def _sentence(runs: StudyRuns, other: str, found: Gaps) -> str:
         said += f"LION's three losses at {_checkpoints()} are {gaps.counted_sides(found.values())} of the "
         said += f"comparisons with {NAMES[other]}. Not decided is an interval that includes 0: {_undecided(found)}."
     lower, higher, windows = _windows(runs, other)
-    counts = [f"{side} in every seed in {count}" for side, count in (("below", lower), ("above", higher)) if count]
-    counts = counts or ["neither below nor above in every seed in any"]
+    seeds = " in every seed" if found[FIXED, STEPS].seeds > 1 else ""
+    counts = [f"{side}{seeds} in {count}" for side, count in (("below", lower), ("above", higher)) if count]
+    counts = counts or [f"neither below nor above{seeds} in any"]
     return f"{said} LION's mean training loss is {' and '.join(counts)} of {windows} windows of 1,000 steps."
 
 

@@ -12,8 +12,9 @@ from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
 
 RATE = -0.25  # the exponent of K that the theorems promise as an upper bound
 NORMS = {"l1": r"$\ell_1$", "l2": r"$\ell_2$"}
-RISES, HARDLY, SLOWER = "rises", "falls slower than that, if at all", "falls slower than that"
-FASTER, MIXED = "falls faster than that", "differs between the seeds"
+RISES, MIXED = "rises", "differs between the seeds"
+HARDLY, SLOWER = r"falls slower than $K^{-1/4}$, if at all", r"falls slower than $K^{-1/4}$"
+FASTER = r"falls faster than $K^{-1/4}$"
 Groups = dict[str, Records]
 
 
@@ -66,8 +67,8 @@ def about(groups: Groups) -> str:
     said = [f"{NORMS[judged_norm(name)]} with {NAMES[name]} {word}" for name, word in _sides(groups).items()]
     return (
         f"From {CHECKPOINTS[0]:,} to {STEPS:,} steps, and corrected for noise, the running mean of "
-        f"{'; that of '.join(said)}. In the theorems betas and rates depend on $K$. These runs have constant betas and "
-        "a cosine schedule, so the bound is not promised for them."
+        f"{'; the running mean of '.join(said)}. In the theorems betas and rates depend on $K$. These runs have "
+        "constant betas and a cosine schedule, so the bound is not promised for them."
     )
 
 

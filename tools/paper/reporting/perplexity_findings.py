@@ -48,15 +48,16 @@ def _sentence(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> s
     basis = runs.basis("lion_paper", other, seeds=found.seeds)
     return (
         f"{sentence(runs.mark + word)} {runs.where} ({basis}): LION's checkpoint at {CHECKPOINTS[0]:,} steps is "
-        f"{side or 'not shown to be below'} that of {NAMES[other]} at {STEPS:,}. Its ln perplexity per token on "
-        f"{TEXTS[text]} minus LION's is {found}, and {_difference(runs, other, text, STEPS)} with both at {STEPS:,}."
+        f"{side or 'not shown to be below'} that of {NAMES[other]} at {STEPS:,}. The ln perplexity per token of "
+        f"{NAMES[other]} on {TEXTS[text]} minus LION's is {found}, and "
+        f"{_difference(runs, other, text, STEPS)} with both at {STEPS:,}."
     )
 
 
 def _side_at_end(runs: StudyRuns, other: str, text: str) -> str:
     last = _difference(runs, other, text, STEPS)
     side = gaps.judged([last])[1] if last else ""
-    return f"LION is {side}" if side else "not decided"
+    return f"LION is {side}" if side else "not confirmed"
 
 
 def _judgement(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> Judgement:

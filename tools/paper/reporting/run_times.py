@@ -9,13 +9,14 @@ HEAD = ["run", "d", "steps", "seeds", "training, CPU hours of a seed", "measurin
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """A row for each run, its seeds together, and one for all of them; only the head without records."""
-    runs: dict[str, list[dict[str, Any]]] = {}
+    """A row for each run and length, its seeds together, and one for all of them; only the head without records."""
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for record in records:
-        runs.setdefault(record["name"].removesuffix(f"-{record['seed']}"), []).append(record)
+        name = record["name"].removesuffix(f"-{record['seed']}")
+        runs.setdefault((name, record["steps"]), []).append(record)
     rows = [
-        [name, f"{seeds[0]['d']:,}", f"{seeds[0]['steps']:,}", str(len(seeds)), *_hours(seeds)]
-        for name, seeds in runs.items()
+        [name, f"{seeds[0]['d']:,}", f"{steps:,}", str(len(seeds)), *_hours(seeds)]
+        for (name, steps), seeds in runs.items()
     ]
     total = ["all", "", "", str(len(records)), "", "", f"{sum(map(_all_hours, records)):.2f}"]
     return [HEAD, *rows, total] if rows else [HEAD]

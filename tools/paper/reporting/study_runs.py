@@ -76,7 +76,7 @@ class StudyRuns:
         size += f", {span_of(records, 'steps')} steps"
         text = f"{first['tokens']['train']:,} tokens of English from packages"
         rates = ", ".join(
-            f"{NAMES[name]} {listed_rates(of_one)} ({in_seeds(len({one['seed'] for one in of_one}))})"
+            f"{NAMES[name]} {listed_rates(of_one)} ({_seeds_and_lengths(of_one)})"
             for name, of_one in self.by_optimizer().items()
         )
         hours = sum(one["cpu_hours"] for one in records)
@@ -84,6 +84,15 @@ class StudyRuns:
         time = f"{hours:.1f} hours of one core" + (f" and {measured:.1f} for the measurements" if measured else "")
         losses = "; losses are the sum of masked-word and sentence-order loss" if self.model == "bert" else ""
         return f"the paper's recipe at another size: {size}; {text}{losses}; learning rates: {rates}; {time}"
+
+
+def _seeds_and_lengths(records: Records) -> str:
+    """The number of seeds; where seeds have runs of other lengths, how many have the longest."""
+    steps = max(one["steps"] for one in records)
+    seeds, longest = ({one["seed"] for one in of} for of in (records, [o for o in records if o["steps"] == steps]))
+    in_words = in_seeds(len(longest))
+    rest = f", {steps:,} steps with {in_words}" if longest < seeds else ""
+    return f"{in_seeds(len(seeds))}{rest}"
 
 
 def select(every: Records, study: str, model: str) -> StudyRuns:
