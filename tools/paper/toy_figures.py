@@ -97,7 +97,8 @@ def _corollary(plt: Any, result: dict[str, Any]) -> Any:
             xscale="log",
             yscale="log",
             xlabel="K",
-            title=f"{name}: slope {found['slope']:.4f} [{found['slope_low']:.4f}, {found['slope_high']:.4f}]",
+            ylabel="mean over the K steps",
+            title=f"{name}: slope {found['slope']:.4f}",
         )
         axes.set_xticks(steps, [f"{step:,}" for step in steps], rotation=30)
         axes.minorticks_off()
@@ -141,7 +142,7 @@ def markdown(result: dict[str, Any], shown: Sequence[int]) -> str:
                 for row in found["rows"]
             ),
         )
-        interval = f"[{found['slope_low']:.4f}, {found['slope_high']:.4f}]"
+        interval = f"[{found['slope_low']:.4f}, {found['slope_high']:.4f}], too narrow: all K have the same starts"
         lines += [f"Slope of log left against log K: {found['slope']:.4f}, 95 % interval {interval}.", ""]
         lines += [f"### {name}: other η and λ, K = {len(paper['left'])}", ""]
         lines += _table(
