@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.tools.test_report_pages import record
-from tools.paper.reporting import drawings, size_drawing, size_findings
-from tools.paper.reporting.size_findings import Arm, Points
+from tools.paper.reporting import drawings, size_drawing, size_points
+from tools.paper.reporting.size_points import Arm, Points
 from tools.paper.studies import figures, rates
 
 
@@ -109,12 +109,12 @@ def test_an_optimizers_lower_rate_is_open_and_dashed(figure_of: Callable[..., An
     """Two seeds a size; r of the lower rate is d."""
     sizes = [10, 10, 100, 100, 1000, 1000]
     found = {
-        (Arm("lion_paper", rate), 5, size_findings.WHOLE): Points(
+        (Arm("lion_paper", rate), 5, size_points.WHOLE): Points(
             d=sizes, r=[d**exponent for d in sizes], seeds=[1] * len(sizes)
         )
         for rate, exponent in ((1e-3, 0.5), (1e-4, 1.0))
     }
-    figure = figure_of(size_drawing.draw, found, (size_findings.WHOLE,))
+    figure = figure_of(size_drawing.draw, found, (size_points.WHOLE,))
     high, fit, _, low, low_fit, root = figure.axes[0].lines
     assert (high.get_fillstyle(), low.get_fillstyle()) == ("full", "none") and len(low.get_xdata()) == 6
     assert (fit.get_linestyle(), low_fit.get_linestyle(), root.get_linestyle()) == ("-", "--", ":")

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from tools.paper import theory
-from tools.paper.reporting import size_drawing, size_findings, study_runs
-from tools.paper.reporting.size_findings import Arm
+from tools.paper.reporting import size_drawing, size_findings, size_points, study_runs
+from tools.paper.reporting.size_points import Arm
 
 Record = dict[str, Any]
 
@@ -46,16 +46,16 @@ WIDTHS = (1, 4, 16, 64)
 @pytest.mark.usefixtures("no_pictures")
 def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> None:
     records = [sized(width) for width in WIDTHS]
-    found = size_findings.points(records)
+    found = size_points.points(records)
     assert set(found) == {
         (Arm(optimizer), step, name)
         for optimizer, step in (("start", 0), ("lion_paper", 1000))
-        for name in (size_findings.WHOLE, size_findings.WITHOUT, "mlp", "embedding")
+        for name in (size_points.WHOLE, size_points.WITHOUT, "mlp", "embedding")
     }
-    assert found[Arm("start"), 0, size_findings.WHOLE].r[0] == pytest.approx(13.0 / 2**0.5)
+    assert found[Arm("start"), 0, size_points.WHOLE].r[0] == pytest.approx(13.0 / 2**0.5)
     finding = size_findings.exponents(sizes_of(records))
     rows = {(row[0], row[2]): row for row in finding.tables[0][1:]}
-    assert rows["LION", size_findings.WITHOUT][3:] == [
+    assert rows["LION", size_points.WITHOUT][3:] == [
         "4",
         "4",
         "0.500 [0.500, 0.500]",
@@ -64,7 +64,7 @@ def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> N
         "0.50",
         "1.000 to 1.000",
     ]
-    assert rows["LION", size_findings.WHOLE][6] == "below 0.5"
+    assert rows["LION", size_points.WHOLE][6] == "below 0.5"
     layers = {(row[0], row[2]): row for row in finding.tables[1][1:]}
     assert layers["LION", "embedding"][4].startswith("0.000") and layers["LION", "mlp"][3] == "1.000 to 1.000"
     assert "Step 1,000. All parameters: LION below 0.5. Without the embedding: LION around 0.5." in finding.verdict
@@ -76,20 +76,20 @@ def test_exponents_are_those_of_the_points_with_and_without_the_embedding() -> N
 
 def test_every_run_is_one_point_and_the_start_is_one_for_all_optimizers() -> None:
     records = [sized(4, seed=seed, optimizer=name) for seed in (1, 2) for name in ("lion_paper", "sgd_paper")]
-    found = size_findings.points(records)
-    assert found[Arm("lion_paper"), 1000, size_findings.WHOLE].d == [1600, 1600]
-    assert found[Arm("start"), 0, size_findings.WHOLE].d == [1600, 1600]
+    found = size_points.points(records)
+    assert found[Arm("lion_paper"), 1000, size_points.WHOLE].d == [1600, 1600]
+    assert found[Arm("start"), 0, size_points.WHOLE].d == [1600, 1600]
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_a_fit_is_through_the_mean_of_the_seeds_at_each_size() -> None:
     """The interval of two equal seeds is that of one: a second seed adds no size."""
     one = [sized(width, exponent=0.5 + 0.1 * (width == 16)) for width in WIDTHS]
-    key = (Arm("lion_paper"), 1000, size_findings.WITHOUT)
-    alone = size_findings.points(one)[key].fit
-    assert size_findings.points([*one, *(each | {"seed": 2} for each in one)])[key].fit == alone
+    key = (Arm("lion_paper"), 1000, size_points.WITHOUT)
+    alone = size_points.points(one)[key].fit
+    assert size_points.points([*one, *(each | {"seed": 2} for each in one)])[key].fit == alone
     other = [sized(width, exponent=0.5 - 0.1 * (width == 16), seed=2) for width in WIDTHS]
-    both = size_findings.points([*one, *other])[key].fit
+    both = size_points.points([*one, *other])[key].fit
     assert both is not None and (both.exponent, both.high - both.low) == pytest.approx((0.5, 0.0), abs=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_a_fit_is_through_the_mean_of_the_seeds_at_each_size() -> None:
 def test_the_exponents_of_the_seeds_are_compared() -> None:
     """The second seed has three of the four sizes: only these are in both fits."""
     records = [sized(width) for width in WIDTHS] + [sized(width, exponent=0.4, seed=2) for width in WIDTHS[:3]]
-    found = size_findings.points(records)[Arm("lion_paper"), 1000, size_findings.WITHOUT]
+    found = size_points.points(records)[Arm("lion_paper"), 1000, size_points.WITHOUT]
     assert found.seed_slopes == pytest.approx([0.5, 0.4])
     assert "their exponents differ by up to 0.10" in size_findings.exponents(sizes_of(records)).verdict
     assert "All fits have one seed." in size_findings.exponents(sizes_of(records[:4])).verdict
@@ -109,8 +109,8 @@ def test_two_rates_of_one_optimizer_have_their_own_fits() -> None:
     fast = [sized(width) for width in (*WIDTHS, 256)]
     finding = size_findings.exponents(sizes_of([*slow, *fast]))
     rows = {(row[0], row[2]): row for row in finding.tables[0][1:]}
-    assert rows["LION at 0.001", size_findings.WITHOUT][3:6] == ["5", "5", "0.500 [0.500, 0.500]"]
-    assert rows["LION at 0.0001", size_findings.WITHOUT][3:6] == ["4", "4", "0.400 [0.400, 0.400]"]
+    assert rows["LION at 0.001", size_points.WITHOUT][3:6] == ["5", "5", "0.500 [0.500, 0.500]"]
+    assert rows["LION at 0.0001", size_points.WITHOUT][3:6] == ["4", "4", "0.400 [0.400, 0.400]"]
     assert finding.judgements[1].basis == "GPTs of 4 to 5 sizes (9 runs, one seed), d = 400 to 102,400, exact rounds"
     assert finding.verdict.endswith("and LION a tenth of its rate as well.")
 
@@ -141,15 +141,13 @@ def test_an_interval_without_a_half_decides_however_wide(low: float, high: float
 
 
 def test_the_slopes_of_the_ends_show_a_curve() -> None:
-    bent = size_findings.Points(
-        d=[10, 100, 1000, 10000, 10000], r=[1.0, 10.0, 30.0, 30.0, 120.0], seeds=[1, 1, 1, 1, 2]
-    )
+    bent = size_points.Points(d=[10, 100, 1000, 10000, 10000], r=[1.0, 10.0, 30.0, 30.0, 120.0], seeds=[1, 1, 1, 1, 2])
     assert bent.end_slopes == ["1.00", "0.30"]
-    assert size_findings.Points(d=[10, 10], r=[1.0, 2.0], seeds=[1, 2]).end_slopes == ["-", "-"]
+    assert size_points.Points(d=[10, 10], r=[1.0, 2.0], seeds=[1, 2]).end_slopes == ["-", "-"]
 
 
 def test_r_is_drawn_against_d() -> None:
     """Only one set, because a picture of all takes seconds."""
-    found = size_findings.points([sized(width) for width in WIDTHS])
-    svg = size_drawing.draw(found, (size_findings.WHOLE,))
+    found = size_points.points([sized(width) for width in WIDTHS])
+    svg = size_drawing.draw(found, (size_points.WHOLE,))
     assert svg.startswith("<svg") and svg.count('<g id="axes_') == 2

@@ -1,13 +1,11 @@
 """The picture of r against d: a panel for each step and set of parameters, with the fits."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tools.paper.reporting import drawings
+from tools.paper.reporting.size_points import Arm, Key, Points
 from tools.paper.studies import figures
-
-if TYPE_CHECKING:
-    from tools.paper.reporting.size_findings import Arm, Key, Points
 
 COLORS = drawings.LONG_COLORS | {"start": figures.COLORS["start"]}
 MARKERS = {"start": "o", "lion_paper": "o", "sgd_paper": "s", "sgd_paper_no_momentum": "D", "adamw": "^"}
@@ -19,7 +17,7 @@ MARKS: list[drawings.Mark] = [
 ]
 
 
-def draw(found: "Mapping[Key, Points]", sets: Sequence[str]) -> str:
+def draw(found: Mapping[Key, Points], sets: Sequence[str]) -> str:
     """r against d of each of ``sets`` (rows) and at each step (columns), both axes logarithmic, as SVG text.
 
     Of an optimizer with two rates the lower has open marks and a dashed fit.
@@ -42,7 +40,7 @@ def draw(found: "Mapping[Key, Points]", sets: Sequence[str]) -> str:
     return figures.svg(figure)
 
 
-def _looks(arms: "Sequence[Arm]") -> "dict[Arm, dict[str, Any]]":
+def _looks(arms: Sequence[Arm]) -> dict[Arm, dict[str, Any]]:
     """How the marks and the fit of each arm are drawn."""
     highest = {arm.optimizer: arm for arm in sorted(arms)}
     # A white edge sets a mark apart from one below it. Open marks are above the others, which would hide them.
@@ -55,7 +53,7 @@ def _looks(arms: "Sequence[Arm]") -> "dict[Arm, dict[str, Any]]":
     }
 
 
-def _draw_one(axes: Any, points: "Points", look: dict[str, Any]) -> None:
+def _draw_one(axes: Any, points: Points, look: dict[str, Any]) -> None:
     """Points, their fit, and sqrt(d) through the fit's middle as a dotted line."""
     axes.plot(points.d, points.r, **(look | {"linestyle": ""}))
     if fit := points.fit:
