@@ -130,7 +130,7 @@ def test_the_gap_is_of_gpt_only_and_for_both_losses(tmp_path: Path, everything: 
     shares, gains = gap.tables
     # SGD's gap is 2.00, 2.01, 2.02 at the paper's rates and 1 lower at the best.
     assert shares[1][:5] == ["loss on the fixed training split", "2.010 (+- 0.025)", "3", "1.010 (+- 0.025)", "3"]
-    assert [row[0] for row in shares[1:]] == [curve_findings.FIXED, curve_findings.HELD_OUT]
+    assert [row[0] for row in shares[1:]] == [curve_findings.FIXED, curve_findings.VALIDATION]
     assert shares[1][5].startswith("50 % [49, 50]") and shares[1][6] == "50 %, 50 %, 50 %"
     sgd, lion = gains[1:]
     assert sgd[:2] == ["SGD (momentum 0.9)", "0.0001 -> 0.1"] and sgd[3].startswith("1.000")

@@ -86,7 +86,7 @@ def main() -> None:
         else:
             make(run, options)
     if options.list and "gpt" in texts and (texts["gpt"].folder / "complete").is_file():
-        print(f"loss on the fixed split from token frequencies alone: {frequencies.frequency_loss(texts['gpt']):.3f}")
+        print(f"token-frequency baseline, loss on the fixed split: {frequencies.frequency_loss(texts['gpt']):.3f}")
 
 
 def planned(options: argparse.Namespace, texts: dict[str, long_text.LongText]) -> Iterator[LongRun]:

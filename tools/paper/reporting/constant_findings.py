@@ -11,16 +11,16 @@ from tools.paper.reporting import drawings, norm_findings
 from tools.paper.reporting.curve_findings import converged
 from tools.paper.reporting.findings import Finding, Judgement, sentence
 from tools.paper.reporting.formulas import C_LION, C_SGD
-from tools.paper.reporting.paper import Table
-from tools.paper.reporting.rate_findings import PAPERS
+from tools.paper.reporting.paper import L2, Table
+from tools.paper.reporting.rate_findings import L1_OVER_ROOT, PAPERS
 from tools.paper.reporting.study_runs import NAMES, SGDS, Record, Records, StudyRuns, in_seeds, listed_rates
 from tools.paper.studies import rates
 from tools.paper.studies.rates import NORMS
 
 RAW, CORRECTED, EXACT = "all rounds", "corrected for noise", "exact rounds from 10k"
-IN_L1, IN_L2 = r"$\ell_1 / \sqrt{d}$", r"$\ell_2$"
+IN_L1, IN_L2 = L1_OVER_ROOT, L2
 SOURCES = (RAW, CORRECTED, EXACT)
-JUDGED = (RAW, CORRECTED)  # the first exact norm stands for 10,000 steps, which hides a maximum before
+JUDGED = (RAW, CORRECTED)  # the first exact norm represents 10,000 steps and can miss an earlier maximum
 Source = tuple[str, str]  # norm, and which rounds
 BELOW, ABOVE, MIXED = f"{C_LION} is below", f"{C_LION} is above", "The seeds' ranges overlap"
 NOISE = (
@@ -116,11 +116,8 @@ def measure(records: Records) -> dict[Source, Constant]:
 def _readers(key: str) -> dict[str, Callable[[Record], dict[int, float]]]:
     """What reads the norm ``key`` of each round of a record, by step."""
     return {
-        RAW: lambda one: dict(zip(one["rounds"]["iteration"], one["rounds"][key], strict=True)),
-        CORRECTED: lambda one: {
-            step: norm * norm_findings.noise_factor(snr)
-            for step, norm, snr in zip(*(one["rounds"][name] for name in ("iteration", key, "snr")), strict=True)
-        },
+        RAW: lambda one: norm_findings.round_norms(one, key, corrected=False),
+        CORRECTED: lambda one: norm_findings.round_norms(one, key, corrected=True),
         EXACT: lambda one: {int(step): exact[key] for step, exact in one["exact"].items() if step != "0"},
     }
 

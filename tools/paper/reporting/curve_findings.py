@@ -7,17 +7,18 @@ from megatron_lion.stats.convergence import MAX_CHANGE, MIN_SNR
 from tools.paper.reporting import drawings, gaps
 from tools.paper.reporting.findings import Finding, Judgement, sentence
 from tools.paper.reporting.formulas import SHARE, SQRT_D
+from tools.paper.reporting.layer_kinds import part_of, size_and_ratio, squared_l2
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.study_runs import NAMES, SGDS, Record, StudyRuns, in_seeds, spread, steps_in_thousands
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
 
 LAST = f"{STEPS:,}"
-FIXED, HELD_OUT, TRAINING = "loss on the fixed training split", "validation loss", "mean training loss"
+FIXED, VALIDATION, TRAINING = "loss on the fixed training split", "validation loss", "mean training loss"
 Loss = Callable[[Record, int], float]
 # Each loss of a record at a step. The fixed split is measured without dropout, the training loss with it.
 LOSSES: dict[str, Loss] = {
     FIXED: lambda one, step: one["exact"][str(step)]["loss"],
-    HELD_OUT: lambda one, step: one["validation_loss"][str(step)],
+    VALIDATION: lambda one, step: one["validation_loss"][str(step)],
     TRAINING: lambda one, step: one["training_loss"][str(step)],
 }
 ABOUT_LOSSES = (
@@ -104,30 +105,26 @@ def _windows(runs: StudyRuns, other: str) -> tuple[int, int, int]:
 def _judgement(runs: StudyRuns, other: str, found: Gaps) -> Judgement:
     word, side = gaps.judged(found.values())
     word += "" if side else f": LION is {gaps.counted_sides(found.values())}"
-    end = found[FIXED, STEPS]
     of_paper = "" if other in SGDS else " (not in the paper)"
-    numbers = [f"{loss} at {LAST} steps: {found[loss, STEPS]}" for loss in (FIXED, HELD_OUT)]
-    no_more = ""
-    alone = FREQUENCY_LOSS.get(runs.model, math.inf)
-    if min(runs.by_seed(other, lambda one: LOSSES[FIXED](one, STEPS)).values()) >= alone:
-        no_more = f"{NAMES[other]} has learned no more than token frequencies ({alone} on the fixed split)"
-        numbers.append(no_more)
+    numbers = [f"{loss} at {LAST} steps: {found[loss, STEPS]}" for loss in (FIXED, VALIDATION)]
+    baseline = _about_baseline(runs, other)
+    numbers += [baseline] if baseline else []
     return Judgement(
         claim=f"LION's loss is below that of {NAMES[other]} throughout, {runs.where}{of_paper}",
         verdict=f"{runs.mark}{word}",
         basis=runs.basis("lion_paper", other, seeds=found[FIXED, STEPS].seeds),
         numbers=f"{NAMES[other]} minus LION, {'; '.join(numbers)}",
-        plain=_plain(runs, other, end, side, no_more),
+        plain=_plain(runs, other, found[FIXED, STEPS], side, baseline),
     )
 
 
-def _plain(runs: StudyRuns, other: str, end: gaps.Interval, side: str, no_more: str) -> str:
+def _plain(runs: StudyRuns, other: str, end: gaps.Interval, side: str, baseline: str) -> str:
     """The losses at the last step in words, of comparisons over several seeds that have one side throughout."""
     if not side or end.half_width is None or other == "sgd_paper_no_momentum":
         return ""
     return (
         f"{sentence(runs.where)} LION's {FIXED} ends {abs(end.mean):.3f} (+- {end.half_width:.3f}) {side} that of "
-        f"{NAMES[other]} ({in_seeds(end.seeds)})." + (f" {no_more}." if no_more else "")
+        f"{NAMES[other]} ({in_seeds(end.seeds)})." + (f" {baseline}." if baseline else "")
     )
 
 
@@ -187,25 +184,30 @@ def _exact_span(records: list[Record]) -> str:
 
 def _norm_layers(records: list[Record]) -> list[str]:
     """r / sqrt(d) without the norm layers, and their part of ||grad f||_2^2, from 10k on: few weights can decide r."""
-    without, parts = [], []
-    for one in records:
-        for step in CHECKPOINTS:
-            kinds = one["exact"][str(step)]["kinds"]
-            others = [kind for name, kind in kinds.items() if name != "norm"]
-            l1, d = (sum(kind[key] for kind in others) for key in ("l1", "d"))
-            squared = sum(kind["l2"] ** 2 for kind in others)
-            without.append(l1 / math.sqrt(squared * d))
-            parts.append(1.0 - squared / sum(kind["l2"] ** 2 for kind in kinds.values()))
-    return [f"{min(without):.3f} to {max(without):.3f}", _percent(parts)]
+    each = [one["exact"][str(step)]["kinds"] for one in records for step in CHECKPOINTS]
+    without = [size_and_ratio([kind for name, kind in kinds.items() if name != "norm"]) for kinds in each]
+    shares = [r / math.sqrt(d) for d, r in without]
+    return [f"{min(shares):.3f} to {max(shares):.3f}", _percent([part_of(kinds, "norm", squared_l2) for kinds in each])]
+
+
+def _is_at_baseline(runs: StudyRuns, optimizer: str) -> bool:
+    """Whether no seed ends below the loss of a model that knows only the token frequencies."""
+    losses = runs.by_seed(optimizer, lambda one: LOSSES[FIXED](one, STEPS)).values()
+    return min(losses) >= FREQUENCY_LOSS.get(runs.model, math.inf)
+
+
+def _about_baseline(runs: StudyRuns, optimizer: str) -> str:
+    """That ``optimizer`` did not beat the token frequencies; empty if it did."""
+    if not _is_at_baseline(runs, optimizer):
+        return ""
+    return f"{NAMES[optimizer]} does not beat the token-frequency baseline ({FREQUENCY_LOSS[runs.model]})"
 
 
 def _about_frequencies(runs: StudyRuns) -> str:
-    """Who has learned no more than how frequent each token is."""
-    alone = FREQUENCY_LOSS[runs.model]
-    losses = {name: [LOSSES[FIXED](one, STEPS) for one in of_one] for name, of_one in runs.by_optimizer().items()}
-    no_better = [NAMES[name] for name, found in losses.items() if min(found) >= alone]
-    said = f"Token frequencies alone have {alone} on the fixed split. "
-    return said + (f"Not below it at {LAST} steps: {', '.join(no_better)}." if no_better else "All are below it.")
+    """The loss of a model that knows only the token frequencies, and the optimizers that do not beat it."""
+    said = f"The token-frequency baseline, which ignores the context, has a {FIXED} of {FREQUENCY_LOSS[runs.model]}. "
+    worse = [NAMES[name] for name in runs.by_optimizer() if _is_at_baseline(runs, name)]
+    return said + (f"Not below it at {LAST} steps: {', '.join(worse)}." if worse else "All optimizers are below it.")
 
 
 def _about_r(runs: StudyRuns) -> str:

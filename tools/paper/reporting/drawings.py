@@ -20,7 +20,7 @@ LONG_COLORS = {
     **{"sgd_paper_no_momentum": "#d98b1f", "adamw": figures.COLORS["adam"]},
 }
 # A diamond fits into a square: both losses of a step are often the same.
-HELD_OUT = {"marker": "s", "markersize": 5.5, "fillstyle": "none", "markeredgewidth": 1.0}
+VALIDATION = {"marker": "s", "markersize": 5.5, "fillstyle": "none", "markeredgewidth": 1.0}
 EXACT = {"marker": "D", "markersize": 3.0}
 MARK_SPACE = 0.027  # distance of two optimizers' marks of the same step, as a share of the run's steps
 WIDTH = 9.2  # inches
@@ -143,9 +143,9 @@ def long_runs(groups: dict[str, Records], names: dict[str, str]) -> str:
 
 
 def _loss_marks(axes: Any, records: Records, look: dict[str, Any], shift: float) -> None:
-    """The seeds' mean held-out and exact losses, drawn ``shift`` steps to the right."""
-    held_out, exact = [_points(one["validation_loss"]) for one in records], [_exact(one, "loss") for one in records]
-    for mark, seeds in ((HELD_OUT, held_out), (EXACT, exact)):
+    """The seeds' mean validation and exact losses, drawn ``shift`` steps to the right."""
+    validation, exact = [_points(one["validation_loss"]) for one in records], [_exact(one, "loss") for one in records]
+    for mark, seeds in ((VALIDATION, validation), (EXACT, exact)):
         means = [statistics.fmean(seed[step] for seed in seeds) for step in seeds[0]]
         axes.plot([step + shift for step in seeds[0]], means, linestyle="", **mark, **look)
 
@@ -156,7 +156,7 @@ def _long_marks(has_seeds: bool) -> list[Mark]:
     of_seeds = "lines, squares, diamonds: mean of the seeds; bands: smallest to largest"
     return [
         ("left: training loss, mean of each 1,000 steps", {"linestyle": "-", "linewidth": 1.0, "alpha": 0.7}),
-        ("left: validation loss", HELD_OUT),
+        ("left: validation loss", VALIDATION),
         ("left: loss, right: r of the exact gradient, over the fixed split", EXACT),
         ("left: squares and diamonds of the same step are side by side", {}),
         ("right: round of some batches that converged", {"marker": ".", "markersize": 3} | faint),

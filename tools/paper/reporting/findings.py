@@ -12,6 +12,7 @@ from megatron_lion.training_log import TrainingLog, read_training_log
 from tools.paper.reporting import drawings
 from tools.paper.reporting.formulas import SQRT_D
 from tools.paper.reporting.paper import Table
+from tools.paper.studies import figures
 
 WIDEST = 0.15  # of an interval that says something about an exponent
 
@@ -111,7 +112,7 @@ def scaling(folder: Path, hardware: str) -> Finding:
     for fit in result["fits"]:
         interval = f"{fit['exponent']:.3f} [{fit['low']:.3f}, {fit['high']:.3f}]"
         inside = "yes" if fit["holds_half"] else "no"
-        table.append([fit["optimizer"].upper(), str(fit["iteration"]), str(fit["sizes"]), interval, inside])
+        table.append([figures.NAMES[fit["optimizer"]], str(fit["iteration"]), str(fit["sizes"]), interval, inside])
     sizes = sorted({point["d"] for point in result["points"]})
     shares = [point["ratio_over_sqrt_d"] for point in result["points"] if point["converged"]]
     few = f"{len(sizes)} sizes up to {sizes[-1] / sizes[0]:.0f} times the smallest: intervals this wide show little"

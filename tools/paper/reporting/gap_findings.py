@@ -1,14 +1,14 @@
 """How far Lion is ahead of SGD at the paper's rates and at tuned ones, and which part of it is due to the rate."""
 
 from tools.paper.reporting import gaps
-from tools.paper.reporting.curve_findings import FIXED, HELD_OUT, LOSSES
+from tools.paper.reporting.curve_findings import FIXED, LOSSES, VALIDATION
 from tools.paper.reporting.findings import Finding, Judgement, sentence
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.study_runs import NAMES, PROVISIONAL, StudyRuns, in_seeds, listed_rates
 from tools.paper.studies.long_runs import STEPS
 
 PAIR = ("sgd_paper", "lion_paper")
-JUDGED = (FIXED, HELD_OUT)
+JUDGED = (FIXED, VALIDATION)
 # Settings that the studies differ in because the rates do.
 OF_RATE = {"lr", "min-lr", "seed"}
 BySeed = dict[int, float]

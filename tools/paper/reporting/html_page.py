@@ -76,9 +76,10 @@ def to_html(page: Page) -> str:
 def _summary(page: Page) -> str:
     head = "".join(f"<th>{name}</th>" for name in SUMMARY_HEAD)
     lines = [_summary_line(row, summary_cells(judgement)) for row in page.rows for judgement in row.judgements]
-    main = "".join(f"<li>{text(result)}</li>" for result in page.main_results)
+    results = "".join(f"<li>{text(result)}</li>" for result in page.main_results)
+    main = f"<ul>{results}</ul>" if results else ""
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<section class="summary" id="summary"><h2>Summary</h2><ul>{main}</ul>{table}</section>'
+    return f'<section class="summary" id="summary"><h2>Summary</h2>{main}{table}</section>'
 
 
 def _summary_line(row: Row, cells: list[str]) -> str:

@@ -6,12 +6,12 @@ import torch
 
 from tools.paper import theory
 from tools.paper.reporting.findings import Judgement
-from tools.paper.reporting.paper import Table
+from tools.paper.reporting.paper import L1, L2, Table
 from tools.paper.reporting.study_runs import NAMES, Record, Records, StudyRuns, spread, steps_in_thousands
 from tools.paper.studies.long_runs import CHECKPOINTS, STEPS
 
 RATE = -0.25  # the exponent of K that the theorems promise as an upper bound
-NORMS = {"l1": r"$\ell_1$", "l2": r"$\ell_2$"}
+NORMS = {"l1": L1, "l2": L2}
 RISES, MIXED = "rises", "differs between the seeds"
 HARDLY, SLOWER = r"falls slower than $K^{-1/4}$, if at all", r"falls slower than $K^{-1/4}$"
 FASTER = r"falls faster than $K^{-1/4}$"
@@ -33,15 +33,21 @@ def noise_factor(snr: float | None) -> float:
     return math.sqrt(snr / (1.0 + snr)) if snr > 0.0 else 0.0
 
 
+def round_norms(record: Record, norm: str, *, corrected: bool) -> dict[int, float]:
+    """``norm`` (``l1`` or ``l2``) of each round by step; ``corrected`` applies :func:`noise_factor`."""
+    rounds = record["rounds"]
+    factors = [noise_factor(snr) if corrected else 1.0 for snr in rounds["snr"]]
+    norms = [value * factor for value, factor in zip(rounds[norm], factors, strict=True)]
+    return dict(zip(rounds["iteration"], norms, strict=True))
+
+
 def slope(record: Record, norm: str, *, corrected: bool) -> float:
     """log(m_K / m_k) / log(K / k) of the running mean m of ``norm`` over all rounds, from k = 10,000 to K = 50,000.
 
     A mean that falls as K^(-1/4) has -0.25. ``corrected`` takes the noise out of each round.
     """
-    rounds = record["rounds"]
-    factors = [noise_factor(snr) if corrected else 1.0 for snr in rounds["snr"]]
-    norms = [value * factor for value, factor in zip(rounds[norm], factors, strict=True)]
-    means = dict(zip(rounds["iteration"], theory.running_mean(torch.tensor(norms)).tolist(), strict=True))
+    norms = round_norms(record, norm, corrected=corrected)
+    means = dict(zip(norms, theory.running_mean(torch.tensor(list(norms.values()))).tolist(), strict=True))
     return math.log(means[STEPS] / means[CHECKPOINTS[0]]) / math.log(STEPS / CHECKPOINTS[0])
 
 

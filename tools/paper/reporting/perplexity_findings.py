@@ -1,6 +1,7 @@
 """Table A1 from the long runs: perplexities of five checkpoints."""
 
 import math
+from typing import NamedTuple
 
 from tools.paper.reporting import gaps
 from tools.paper.reporting.findings import Finding, Judgement, sentence
@@ -18,13 +19,14 @@ VALUES = {
     "log_word_perplexity": "ln perplexity per word",
 }
 PAPERS_VOCABULARY = 50_257
+ENDS = (CHECKPOINTS[0], STEPS)
 
 
 def perplexities(runs: StudyRuns) -> Finding:
     """Each text's perplexities, and whether Lion's first checkpoint is below the others' last."""
     text = "wikitext" if all("wikitext" in one["log_perplexity"] for one in runs.records) else "held-out"
     others = [name for name in runs.by_optimizer() if name != "lion_paper"]
-    compared = {name: found for name in others if (found := _difference(runs, name, text, CHECKPOINTS[0]))}
+    compared = {name: found for name in others if (found := _compare(runs, name, text))}
     sentences = [_sentence(runs, name, found, text) for name, found in compared.items()]
     sentences = sentences or ["Cannot be said: no seed has LION and another optimizer."]
     return Finding(
@@ -35,46 +37,47 @@ def perplexities(runs: StudyRuns) -> Finding:
     )
 
 
-def _difference(runs: StudyRuns, other: str, text: str, step: int) -> gaps.Interval | None:
-    """The other's last value minus Lion's at ``step``, of each common seed; None without one."""
-    last = runs.by_seed(other, lambda one: one["log_perplexity"][text][str(STEPS)])
-    lion = runs.by_seed("lion_paper", lambda one: one["log_perplexity"][text][str(step)])
-    by_seed = gaps.differences(last, lion)
-    return gaps.interval(list(by_seed.values())) if by_seed else None
+class Compared(NamedTuple):
+    """The other's last value minus Lion's, with Lion at the first and at the last checkpoint."""
+
+    first: gaps.Interval
+    last: gaps.Interval
 
 
-def _sentence(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> str:
-    word, side = gaps.judged([found])
-    basis = runs.basis("lion_paper", other, seeds=found.seeds)
+def _compare(runs: StudyRuns, other: str, text: str) -> Compared | None:
+    """None without a common seed."""
+    theirs = runs.by_seed(other, lambda one: one["log_perplexity"][text][str(STEPS)])
+    lions = [runs.by_seed("lion_paper", lambda one, s=step: one["log_perplexity"][text][str(s)]) for step in ENDS]
+    by_seed = [gaps.differences(theirs, lion) for lion in lions]
+    return Compared(*(gaps.interval(list(each.values())) for each in by_seed)) if by_seed[0] else None
+
+
+def _sentence(runs: StudyRuns, other: str, found: Compared, text: str) -> str:
+    word, side = gaps.judged([found.first])
+    basis = runs.basis("lion_paper", other, seeds=found.first.seeds)
     return (
-        f"{sentence(runs.mark + word)} {runs.where} ({basis}): LION's checkpoint at {CHECKPOINTS[0]:,} steps is "
+        f"{sentence(runs.mark + word)} {runs.where} ({basis}): LION's checkpoint at {ENDS[0]:,} steps is "
         f"{side or 'not shown to be below'} that of {NAMES[other]} at {STEPS:,}. The ln perplexity per token of "
-        f"{NAMES[other]} on {TEXTS[text]} minus LION's is {found}, and "
-        f"{_difference(runs, other, text, STEPS)} with both at {STEPS:,}."
+        f"{NAMES[other]} on {TEXTS[text]} minus LION's is {found.first}, and {found.last} with both at {STEPS:,}."
     )
 
 
-def _side_at_end(runs: StudyRuns, other: str, text: str) -> str:
-    last = _difference(runs, other, text, STEPS)
-    side = gaps.judged([last])[1] if last else ""
-    return f"LION is {side}" if side else "not confirmed"
-
-
-def _judgement(runs: StudyRuns, other: str, found: gaps.Interval, text: str) -> Judgement:
-    word, _ = gaps.judged([found])
+def _judgement(runs: StudyRuns, other: str, found: Compared, text: str) -> Judgement:
+    word, side = gaps.judged([found.first])
+    _, side_at_end = gaps.judged([found.last])
+    at_end = f"LION is {side_at_end}" if side_at_end else "not confirmed"
     of_paper = "" if other in SGDS else " (not in the paper)"
     return Judgement(
         claim=f"LION's first checkpoint has a lower perplexity than the last of {NAMES[other]}, {runs.where}{of_paper}",
-        verdict=f"{runs.mark}{word}. With both at {STEPS:,}: {_side_at_end(runs, other, text)}",
-        basis=runs.basis("lion_paper", other, seeds=found.seeds),
-        numbers=f"ln perplexity per token on {TEXTS[text]}, minus LION: {found}; with both at {STEPS:,}: "
-        f"{_difference(runs, other, text, STEPS)}",
-        plain=_plain(runs, other, found),
+        verdict=f"{runs.mark}{word}. With both at {STEPS:,}: {at_end}",
+        basis=runs.basis("lion_paper", other, seeds=found.first.seeds),
+        numbers=f"ln perplexity per token on {TEXTS[text]}, minus LION: {found.first}; with both at {STEPS:,}: "
+        f"{found.last}",
+        plain=_plain(runs, other, found.first, side),
     )
 
 
-def _plain(runs: StudyRuns, other: str, found: gaps.Interval) -> str:
-    side = gaps.judged([found])[1]
+def _plain(runs: StudyRuns, other: str, found: gaps.Interval, side: str) -> str:
     if not side or found.half_width is None or other != "sgd_paper":
         return ""
     return (

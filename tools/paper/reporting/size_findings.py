@@ -4,6 +4,7 @@ from tools.paper import theory
 from tools.paper.reporting import size_drawing
 from tools.paper.reporting.findings import Finding, Judgement, counted, sentence
 from tools.paper.reporting.formulas import SHARE, SQRT_D
+from tools.paper.reporting.layer_kinds import part_of, squared_l2
 from tools.paper.reporting.paper import Table
 from tools.paper.reporting.size_points import EMBEDDING, FEWEST, NAMES, START, WHOLE, WITHOUT, Arm, Key, Points, points
 from tools.paper.reporting.study_runs import Record, Records, StudyRuns, in_seeds, span
@@ -15,10 +16,11 @@ FALL = 0.1  # nats that the loss of a run falls at least
 STATES = INSIDE, ABOVE, BELOW, UNDECIDED = "around 0.5", "above 0.5", "below 0.5", "undecided"
 ABOUT = (
     f"Around 0.5: the interval includes 0.5. Undecided: the interval includes 0.5 and is wider than {WIDEST}. "
-    r"Because $r \le \sqrt{d}$, an exponent above 0.5 cannot continue for all $d$. It does not contradict "
-    r"$r \ge c \sqrt{d}$; an exponent below 0.5 does, if it goes on. Each size is the geometric mean of its seeds. An "
-    "interval is of the scatter of the sizes around the line, not of the seeds. The slopes between the two smallest "
-    "and between the two largest sizes show how straight the line is. Compare only fits of the same number of sizes."
+    r"Because $r \le \sqrt{d}$, an exponent above 0.5 cannot continue for all $d$. It is consistent with "
+    r"$r \ge c \sqrt{d}$. An exponent below 0.5 contradicts that bound if it continues for larger $d$. Each size is "
+    "the geometric mean of its seeds. An interval measures the scatter of the sizes around the line, not of the seeds. "
+    "The slopes between the two smallest and between the two largest sizes show how straight the line is. Compare only "
+    "fits of the same number of sizes."
 )
 
 
@@ -51,7 +53,7 @@ def exponents(runs: StudyRuns) -> Finding:
     of_rates = f"Every width has the rates that are best at width {SHAPE['hidden-size']}"
     of_rates += ", and LION a tenth of its rate as well." if any(arm.rate for arm, _, _ in found) else "."
     return Finding(
-        verdict=f"{sentence(runs.mark + 'exponents')} of r against d, by where their intervals are. "
+        verdict=f"{sentence(runs.mark + 'exponents')} of r against d, by the position of their intervals. "
         f"{said} {ABOUT} {_about_seeds(found)}"
         f"{_about_embedding(kept)}{_without_embedding(fits)} {of_rates}",
         made="",
@@ -71,7 +73,7 @@ def _when(step: int) -> str:
 
 
 def _sides(fits: dict[Key, theory.PowerLaw], step: int) -> str:
-    """Whose exponents are on which side of 0.5, for all parameters and without the embedding."""
+    """The optimizers by the side of 0.5 that their exponents are on, for all parameters and without the embedding."""
     parts = []
     for name in (WHOLE, WITHOUT):
         sides = {arm: decided(fit) for (arm, at, of), fit in fits.items() if (at, of) == (step, name)}
@@ -123,13 +125,9 @@ def _about_seeds(found: dict[Key, Points]) -> str:
 
 def _about_embedding(records: Records) -> str:
     """How much of the parameters and of the gradient is the embedding's."""
-    of_d, of_l2 = [], []
-    for record in records:
-        for exact in record["exact"].values():
-            kinds = exact["kinds"]
-            own = kinds.get(EMBEDDING, {"d": 0, "l2": 0.0})
-            of_d.append(own["d"] / sum(kind["d"] for kind in kinds.values()))
-            of_l2.append(own["l2"] ** 2 / sum(kind["l2"] ** 2 for kind in kinds.values()))
+    each = [exact["kinds"] for record in records for exact in record["exact"].values()]
+    of_d = [part_of(kinds, EMBEDDING, lambda kind: kind["d"]) for kinds in each]
+    of_l2 = [part_of(kinds, EMBEDDING, squared_l2) for kinds in each]
     parts = [f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %" for shares in (of_d, of_l2)]
     return (
         f"The embedding, of words and positions, is {parts[0]} of the parameters and {parts[1]} of the squared "
@@ -151,8 +149,8 @@ def _without_embedding(fits: dict[Key, theory.PowerLaw]) -> str:
 
 def _judgement(runs: StudyRuns, step: int, found: dict[Key, Points], fits: dict[Key, theory.PowerLaw]) -> Judgement:
     """Of all optimizers at one step."""
-    in_words = f"{_when(step)}, {SQRT_D} has 0.5"
-    last = max(at for _, at, _ in found)
+    sides = _sides(fits, step)
+    is_main = bool(fits) and step == max(at for _, at, _ in found)
     own = [each for (_, at, name), each in found.items() if (at, name) == (step, WHOLE)]
     every = [d for each in own for d in each.d]
     seeds = in_seeds(len({seed for each in own for seed in each.seeds}))
@@ -163,8 +161,8 @@ def _judgement(runs: StudyRuns, step: int, found: dict[Key, Points], fits: dict[
     ]
     return Judgement(
         claim=f"$r$ grows as {SQRT_D}: exponent 0.5, {_when(step)}",
-        verdict=f"{runs.mark}{_sides(fits, step)}",
+        verdict=f"{runs.mark}{sides}",
         basis=f"{runs.model.upper()}s of {of_sizes}, d = {span(every)}, exact rounds",
         numbers="; ".join(listed) if fits else "-",
-        plain=f"Exponent of $r$ against $d$ ({in_words}). {_sides(fits, step)}." if step == last and fits else "",
+        plain=f"Exponent of $r$ against $d$ ({_when(step)}, {SQRT_D} has 0.5). {sides}." if is_main else "",
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tools.paper import theory
+from tools.paper.reporting.layer_kinds import size_and_ratio
 from tools.paper.reporting.study_runs import NAMES as OPTIMIZER_NAMES
 from tools.paper.reporting.study_runs import Records
 
@@ -43,8 +44,8 @@ class Points:
     def fit(self) -> theory.PowerLaw | None:
         """The power law through the seeds' geometric mean of r at each size; None for too few sizes.
 
-        Runs of one size may lie on the same side of the line. As points of their own they would not scatter
-        independently, and the interval would be too narrow.
+        Runs of one size share a deviation from the line, so they are not independent points: a fit through all runs
+        would have too narrow an interval.
         """
         means = self.means
         return theory.fit_power_law(list(means), list(means.values())) if len(means) >= FEWEST else None
@@ -66,7 +67,7 @@ class Points:
 
     @property
     def seed_slopes(self) -> list[float]:
-        """The exponent of each seed alone, over the sizes that all seeds have; none with one seed or too few sizes."""
+        """The exponent of each seed, over the sizes that all seeds have; empty with one seed or too few sizes."""
         by_seed: defaultdict[int, dict[int, float]] = defaultdict(dict)
         for d, r, seed in zip(self.d, self.r, self.seeds, strict=True):
             by_seed[seed][d] = r
@@ -114,13 +115,11 @@ def _arms_of(records: Records) -> list[Arm]:
 def _ratios(kinds: dict[str, dict[str, float]]) -> dict[str, tuple[int, float]]:
     """d and r of each set of parameters with a gradient."""
     sets = {WHOLE: list(kinds), WITHOUT: [kind for kind in kinds if kind != EMBEDDING]}
-    found = {}
-    for name, members in (sets | {kind: [kind] for kind in kinds}).items():
-        l2 = math.sqrt(sum(kinds[kind]["l2"] ** 2 for kind in members))
-        if l2 > 0.0:
-            d = int(sum(kinds[kind]["d"] for kind in members))
-            found[name] = (d, sum(kinds[kind]["l1"] for kind in members) / l2)
-    return found
+    found = {
+        name: size_and_ratio([kinds[kind] for kind in members])
+        for name, members in (sets | {kind: [kind] for kind in kinds}).items()
+    }
+    return {name: (d, r) for name, (d, r) in found.items() if math.isfinite(r)}
 
 
 def _order(entry: tuple[Key, object]) -> tuple[int, float, int, bool, bool, str]:

@@ -23,9 +23,9 @@ SGDS = ("sgd_paper", "sgd_paper_no_momentum")
 # By study: at which rates its runs are.
 RATES_OF = {
     "paper": "at the paper's rates",
-    "search": "of the rate search",
+    "search": "in the rate search",
     "tuned": "at the best rates of a 5,000-step search",
-    "sizes": "of several sizes",
+    "sizes": "with several sizes",
 }
 PROVISIONAL = "provisional: "
 
@@ -89,9 +89,9 @@ class StudyRuns:
 def _seeds_and_lengths(records: Records) -> str:
     """The number of seeds; where seeds have runs of other lengths, how many have the longest."""
     steps = max(one["steps"] for one in records)
-    seeds, longest = ({one["seed"] for one in of} for of in (records, [o for o in records if o["steps"] == steps]))
-    in_words = in_seeds(len(longest))
-    rest = f", {steps:,} steps with {in_words}" if longest < seeds else ""
+    seeds = {one["seed"] for one in records}
+    longest = {one["seed"] for one in records if one["steps"] == steps}
+    rest = f", {steps:,} steps with {in_seeds(len(longest))}" if longest < seeds else ""
     return f"{in_seeds(len(seeds))}{rest}"
 
 
@@ -140,10 +140,10 @@ def span_of(records: Sequence[Record], key: str) -> str:
     return span(one[key] for one in records)
 
 
-def span(values: Iterable[int]) -> str:
-    """The smallest and the largest of some numbers; one number where they are equal."""
+def span(values: Iterable[float], form: str = ",") -> str:
+    """The smallest and the largest of some numbers, in the format ``form``; one number where they are equal."""
     ordered = sorted(values)
-    return " to ".join(f"{value:,}" for value in dict.fromkeys((ordered[0], ordered[-1])))
+    return " to ".join(f"{value:{form}}" for value in dict.fromkeys((ordered[0], ordered[-1])))
 
 
 def spread(values: Iterable[float], digits: int = 3) -> str:

@@ -1,11 +1,11 @@
 """What tools/paper/toy_convergence.py left: the rate of table 1, the figures A1 and A2, and other eta and lambda."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tools.paper.reporting.findings import Finding, Judgement, how_much, read_json, read_svg, sentence
 from tools.paper.reporting.paper import Table
+from tools.paper.reporting.study_runs import span
 
 CLOSE = 0.02  # of an exponent to the rate's
 PAPER_LR = 0.01
@@ -140,17 +140,18 @@ def _judged_others(others: dict[str, Settings]) -> Judgement:
     held = [row for row in rows if row["at_the_end"] <= 1.0]
     verdict = f"{how_much(len(held), len(rows))}: at the end for {len(held)} of {len(rows)} settings"
     verdict += f"; does not hold for {_where(others)}" if 0 < len(held) < len(rows) else ""
-    spans = [
-        rf"$\eta$ {_span(row['lr'] for row in of_one)}, $\lambda$ {_span(row['weight_decay'] for row in of_one)}"
-        for of_one in others.values()
-    ]
-    basis = "; ".join(f"{name} {span}" for name, span in zip(others, spans, strict=True))
+    basis = "; ".join(f"{name} {_spans(of_one)}" for name, of_one in others.items())
     return Judgement(
         claim=r"the left sides agree with the theory's rate for other $\eta$ and $\lambda$ too",
         verdict=verdict,
         basis=f"toy problem, d = 2, {basis}; 2,000 steps, 5 starts x 5 repeats",
         numbers=_numbers(others, [row["at_the_end"] for row in held]),
     )
+
+
+def _spans(settings: Settings) -> str:
+    lrs, decays = (span((row[key] for row in settings), "g") for key in ("lr", "weight_decay"))
+    return rf"$\eta$ {lrs}, $\lambda$ {decays}"
 
 
 def _above(settings: Settings) -> Settings:
@@ -192,8 +193,3 @@ def _about_others(judged: Judgement) -> str:
         text += r" A step moves a parameter by at most $2 \eta$, and the runs start $1 / \lambda$ from 0."
         text += r" With a small $\eta$ they arrive late."
     return text
-
-
-def _span(values: Iterable[float]) -> str:
-    ordered = sorted(set(values))
-    return " to ".join(f"{value:g}" for value in dict.fromkeys((ordered[0], ordered[-1])))

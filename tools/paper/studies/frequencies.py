@@ -1,4 +1,4 @@
-"""What a model loses that knows only how frequent each token is: a measure of how much a run has learned."""
+"""Token-frequency baseline: the loss of a model that ignores the context."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tools.paper.studies.long_text import VOCABULARY, LongText
 def frequency_loss(text: LongText) -> float:
     """Mean of -ln p(token) over the fixed split, in nats, where p is (count + 1) / (tokens + vocabulary) in training.
 
-    For text of ``gpt``, whose loss is of every token.
+    GPT's loss covers every token, so the two are comparable; BERT's covers only the masked ones.
     """
     counts = 1.0 + np.bincount(_tokens(text.folder / f"text_train_text_{text.kind.level}.bin"), minlength=VOCABULARY)
     return float(-np.log(counts / counts.sum())[_tokens(text.fixed_split.with_suffix(".bin"))].mean())
